@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything of vLLM that tokenpool replaces or relies on although it is not public API; see README.md."""
+
+from __future__ import annotations
+
+from tokenpool.patches import block_pool, dependencies, kv_cache_allocation, model_inspection
+from tokenpool.patches.base import Patch, PatchSet, PatchStatus
+
+PATCHES = PatchSet(
+    (block_pool.PATCH, kv_cache_allocation.PATCH, model_inspection.PATCH, *dependencies.PATCHES)
+)
+
+
+def vllm_version() -> str:
+    """The installed vLLM version without a local build suffix."""
+    from vllm.version import __version__
+
+    return __version__.partition("+")[0]
+
+
+def apply_all() -> None:
+    """Apply all patches to this process; raises PatchMismatchError and applies none if vLLM is not a known one."""
+    PATCHES.apply(vllm_version())
+
+
+__all__ = ["PATCHES", "Patch", "PatchSet", "PatchStatus", "apply_all", "vllm_version"]

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says for which pooled model an engine is being built right now; patches do nothing when there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+
+class BuildContext(Protocol):
+    """What the patched names of vLLM call while an engine is built."""
+
+    def make_block_pool(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for `vllm.v1.core.block_pool.BlockPool(...)`."""
+
+    def allocate_kv_cache(self, kv_cache_config: Any, layout: Any, kernel_block_sizes: Any) -> dict[str, Any]:
+        """Stand in for `vllm.v1.worker.utils.allocate_kv_cache`: layer name -> view of the arena."""
+
+
+_current: ContextVar[BuildContext | None] = ContextVar("tokenpool_build_context", default=None)
+
+
+def current_build() -> BuildContext | None:
+    """The build in progress on this thread, or None."""
+    return _current.get()
+
+
+@contextmanager
+def building(context: BuildContext) -> Iterator[None]:
+    """Make `context` the build in progress."""
+    token = _current.set(context)
+    try:
+        yield
+    finally:
+        _current.reset(token)

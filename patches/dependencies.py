@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM methods that tokenpool overrides or calls although they are private: nothing is replaced, only watched."""
+
+from __future__ import annotations
+
+from tokenpool.patches.base import Patch, known
+
+_CORE = "vllm.v1.engine.core:EngineCoreProc"
+_REMOVAL = "vLLM offers the same as public API"
+
+PATCHES = (
+    Patch(
+        name="handshake",
+        target=f"{_CORE}._perform_handshakes",
+        hashes=known(v0_32_0="652e864831c8444ff69bd5e68ee7bde8c37c94bb44dfec05d69eecef7e009132"),
+        reason="HostedEngineCore overrides it: the host knows the addresses, no handshake socket is needed",
+        removal=_REMOVAL,
+    ),
+    Patch(
+        name="input_queue",
+        target=f"{_CORE}._process_input_queue",
+        hashes=known(v0_32_0="215a7d373e636f988ed1791da1b810d6edb9bff67d353e485d59fba0fc5024af"),
+        reason="the host drains several engines without blocking on one",
+        removal=_REMOVAL,
+    ),
+    Patch(
+        name="input_sockets",
+        target=f"{_CORE}.process_input_sockets",
+        hashes=known(v0_32_0="64f70593d3c2b16c5d4a0b2c3d866385c1e98cfccedc7be21d9941660c0db3c0"),
+        reason="HostedEngineCore ends this thread by raising SystemExit from its queue, or starts none",
+        removal=_REMOVAL,
+    ),
+    Patch(
+        name="output_sockets",
+        target=f"{_CORE}.process_output_sockets",
+        hashes=known(v0_32_0="507829bea2322b94bd11b7b41fba224372e7d732e35347c8359f3e9efdb28a9e"),
+        reason="HostedEngineCore starts none when it is used in process",
+        removal=_REMOVAL,
+    ),
+    Patch(
+        name="engine_step",
+        target=f"{_CORE}._process_engine_step",
+        hashes=known(v0_32_0="b894c3b32cc020f7c81bf70b7cafecb3d04708e9d8975276170a2da70de2bcb7"),
+        reason="the host calls it once per turn and counts the tokens it puts out",
+        removal=_REMOVAL,
+    ),
+    Patch(
+        name="engine_shutdown",
+        target="vllm.v1.engine.core:EngineCore.shutdown",
+        hashes=known(v0_32_0="cc934aca9b62e40a5afb36083a5d9565c5967bf88ce9ab9d2d1d077fa61c65ef"),
+        reason="HostedEngineCore overrides it: the original tears down the process groups of all engines",
+        removal=_REMOVAL,
+    ),
+    Patch(
+        name="preemption",
+        target="vllm.v1.core.sched.scheduler:Scheduler._preempt_request",
+        hashes=known(v0_32_0="4113f5de8a84ec2532821578e8e3fb6ca4609b14d3d77b4a57d2b641ca427902"),
+        reason="a crashed step preempts its requests so that they can be tried one by one",
+        removal=_REMOVAL,
+    ),
+    Patch(
+        name="rope_cache",
+        target="vllm.model_executor.layers.rotary_embedding:get_rope",
+        hashes=known(v0_32_0="eae42f62bf00b0e8e14b14da17e7c9b9cc513f107764fd3aa080ee400595f3bb"),
+        reason="its process-wide cache is emptied around a build: models must not share RoPE modules",
+        removal="vLLM keeps the RoPE cache per model",
+    ),
+    Patch(
+        name="cpu_memory_check",
+        target="vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory",
+        hashes=known(v0_32_0="6307aefccd79f7448b3de39c3a620e6cb65daa52ff6e919b4c54f443ca02d400"),
+        reason="PooledCPUWorker overrides it: the arena is the KV memory, not what is free on the node",
+        removal=_REMOVAL,
+    ),
+)

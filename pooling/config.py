@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool file: every setting of a pool as frozen values, checked once at the edge.
+
+    models:
+      - name: chat
+        model: Qwen/Qwen3-4B
+        args: {max_model_len: 8192}     # or a list, or one string, of vLLM's command-line flags
+        slo: {ttft: 10s, tpot: 100ms}
+      - name: code
+        model: ./checkpoints/code       # relative to the pool file
+    device_memory: 60GiB
+    admin_key: ${POOL_ADMIN_KEY}
+
+Every refusal is a ConfigError of one line that names the key and the fix. Imports neither vllm nor ray.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
+from typing import Any, TypeVar
+
+import yaml
+
+from tokenpool import units
+from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
+
+_NAME = re.compile(r"[A-Za-z0-9._:/-]+")
+_FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
+_UNIT_SUFFIX = re.compile(r"_(s|bytes)$")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class SLO:
+    """When tokens are due: token i of a request at arrival + ttft + i * tpot."""
+
+    ttft_s: float
+    """Time to the first token in seconds, above 0. YAML: `ttft: 10s`."""
+    tpot_s: float
+    """Time per further token in seconds, above 0. YAML: `tpot: 100ms`."""
+
+    def __post_init__(self) -> None:
+        check_setting(self.ttft_s > 0, "ttft", "must be above 0, such as 10s")
+        check_setting(self.tpot_s > 0, "tpot", "must be above 0, such as 100ms")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One model of the pool."""
+
+    name: str
+    """What clients send as `model`: letters, digits and . _ : / - only, as in URLs."""
+    model: str
+    """Hugging Face id or absolute path; in the pool file also ./x and ../x (from its folder) and ~/x."""
+    args: tuple[str, ...] = ()
+    """Flags for this model's engine, split as on vLLM's command line; vLLM judges them at engine start."""
+    slo: SLO | None = None
+    """When its tokens are due; None = no due times, the model is served as turns allow."""
+    priority: int = 0
+    """Larger is more important to a turn policy that looks at it; 0 = all models are equal."""
+
+    def __post_init__(self) -> None:
+        problem = f"{show(self.name)} is no model name: use letters, digits and . _ : / - only"
+        check_setting(_NAME.fullmatch(self.name) is not None, "name", problem)
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduling:
+    """How the models of one device take turns."""
+
+    policy: str = "round_robin"
+    """Name of an entry point in the group `tokenpool.turn_policies`; round_robin needs no tuning."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolConfig:
+    """The whole pool file. Change a copy with `dataclasses.replace`; that checks the ranges again."""
+
+    models: tuple[ModelSpec, ...]
+    """The models, at least one, each name once; the order is that of `/v1/models`."""
+    device_memory: int | None = None
+    """Bytes of device memory the pool may use; None (YAML: auto) = found out when the host starts."""
+    host_memory: int | None = None
+    """Bytes of host memory the pool may use; None (YAML: auto) = found out when the host starts."""
+    page_size: int = 32 << 20
+    """Bytes of the unit in which memory moves between models: a power of two, 64 KiB or more. 32 MiB holds a
+    KV block of most models and keeps map calls few; small CPU pools want less."""
+    kv_floor_pages: int = 1
+    """Pages of KV promised to each model, at least 1: with less, a busy neighbour could starve it."""
+    host: str | None = None
+    """Address to listen on; None = all interfaces. `${NAME}` is replaced from the environment."""
+    port: int = 8000
+    """TCP port to listen on; 0 = any free one. 8000 is vLLM's default."""
+    api_key: tuple[str, ...] = field(default=(), repr=False)
+    """Keys that clients must send, any of them; empty = no key is asked for. `${NAME}` as in `host`."""
+    admin_key: tuple[str, ...] = field(default=(), repr=False)
+    """Keys for the pool API; empty = that API is off. `${NAME}` as in `host`."""
+    scheduling: Scheduling = Scheduling()
+    """How the models take turns."""
+    shutdown_timeout_s: float = 60.0
+    """Longest wait for running requests after SIGTERM; 60 covers most. YAML: `shutdown_timeout: 60s`."""
+    max_request_bytes: int = 256 << 20
+    """Largest request body; 256 MiB leaves room for images and audio. YAML: `max_request: 256MiB`."""
+
+    def __post_init__(self) -> None:
+        check_setting(len(self.models) > 0, "models", "is empty: list at least one model with name and model")
+        seen: dict[str, int] = {}
+        for i, model in enumerate(self.models):
+            first = seen.setdefault(model.name, i)
+            problem = f"{model.name!r} is the name of models[{first}] already: give each model its own"
+            check_setting(first == i, f"models[{i}].name", problem)
+        size = self.page_size
+        problem = f"{size} bytes is no power of two of 64KiB or more: write such as 32MiB"
+        check_setting(size >= 64 << 10 and size & (size - 1) == 0, "page_size", problem)
+        check_setting(self.kv_floor_pages >= 1, "kv_floor_pages", "must be 1 or more")
+        if self.device_memory is not None:
+            pages, floors = self.device_memory // size, self.kv_floor_pages * len(self.models)
+            problem = f"{units.format_bytes(self.device_memory)} is {pages} pages, the models need "
+            problem += f"{show(floors)}: raise it, or lower page_size or kv_floor_pages"
+            check_setting(pages >= floors, "device_memory", problem)
+        check_setting(self.host_memory != 0, "host_memory", "is 0: give a size such as 64GiB, or auto")
+        check_setting(self.host is None or self.host.split() == [self.host], "host", "must be one address")
+        check_setting(0 <= self.port <= 65535, "port", f"{show(self.port)} is out of range: give 0 to 65535")
+        for setting, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
+            good = all(key and key.isprintable() and key == key.strip() for key in keys)
+            check_setting(good, setting, "a key is empty, unprintable or has white space at an end: correct it")
+        check_setting(self.shutdown_timeout_s >= 0, "shutdown_timeout", "must be 0s or more")
+        check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 256MiB")
+
+    @classmethod
+    def from_dict(cls, data: object, source: str = "pool.yaml") -> PoolConfig:
+        """Check the parsed YAML of a pool file; errors name `source`, relative paths start at its folder."""
+        folder = os.path.dirname(os.path.abspath(source))
+        with config_errors_under(source=source):
+            return _build(cls, data, {"models": partial(_models, folder=folder), **_POOL_PARSERS})
+
+
+def load_pool_file(path: str | os.PathLike[str]) -> PoolConfig:
+    """Read and check a pool file; raises ConfigError, also for a file that cannot be read."""
+    source = os.fspath(path)
+    with config_errors_under(source=source):
+        try:
+            with open(source, "rb") as file:
+                data = yaml.load(file, Loader=_UniqueKeyLoader)
+        except OSError as error:
+            raise ConfigError(f"cannot be read: {error.strerror}") from error
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+            raise ConfigError(place + ", ".join(filter(None, (error.context, error.problem)))) from None
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            # PyYAML leaks built-in errors: ValueError for 2001-99-99, KeyError for `!!bool x`.
+            raise ConfigError(f"is no good YAML: {' '.join(str(error).split())}") from None
+    return PoolConfig.from_dict(data, source)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    # Plain YAML silently takes the last of two equal keys. Refused here and not in construct_mapping, where a
+    # `<<` merge has already put overridden keys in twice.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                problem = f"key {show(key.value)} is written twice: remove one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
+
+
+def _build(cls: type[_T], data: object, parsers: Mapping[str, Callable[[Any], Any]]) -> _T:
+    """Make a `cls` from a mapping; the key of a field is its name without the unit suffix."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"expected a mapping with the keys {', '.join(parsers)}, got {show(data)}")
+    for key in data:
+        if key not in parsers:
+            near = difflib.get_close_matches(key, parsers, 1) if isinstance(key, str) else []
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(parsers)}"
+            raise ConfigError(f"unknown key {show(key)}, {hint}")
+    values = {}
+    for spec in fields(cls):  # type: ignore[arg-type]
+        key = _UNIT_SUFFIX.sub("", spec.name)
+        if key in data:
+            with config_errors_under(key):
+                values[spec.name] = parsers[key](data[key])
+        else:
+            check_setting(spec.default is not MISSING, key, "is missing: add it")
+    return cls(**values)
+
+
+def _keys(value: object) -> tuple[str, ...]:
+    keys = [value] if isinstance(value, str) else value
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ConfigError("expected a text or a list of texts: put a key of digits in quotes")
+    return tuple(units.expand_env(key) for key in keys)
+
+
+def _models(value: object, folder: str) -> tuple[ModelSpec, ...]:
+    if not isinstance(value, list):
+        raise ConfigError(f"expected a list of models, each with name and model, got {show(value)}")
+    model = partial(_model, folder=folder)
+    parsers = dict(name=units.parse_text, model=model, args=_args, slo=_slo, priority=units.parse_int)
+    specs = []
+    for i, item in enumerate(value):
+        with config_errors_under(f"[{i}]"):
+            specs.append(_build(ModelSpec, item, parsers))
+    return tuple(specs)
+
+
+def _model(value: object, folder: str) -> str:
+    model = units.parse_text(value)
+    if not model.startswith(("/", "./", "../", "~")):
+        return model
+    path = os.path.abspath(os.path.join(folder, os.path.expanduser(model)))
+    check_setting(os.path.exists(path), None, f"missing path {show(path)}: correct it, or give a model id")
+    return path
+
+
+def _slo(value: object) -> SLO | None:
+    parsers = dict(ttft=units.parse_seconds, tpot=units.parse_seconds)
+    return None if value is None else _build(SLO, value, parsers)
+
+
+def _args(value: object) -> tuple[str, ...]:
+    args: list[str] = []
+    if isinstance(value, str):
+        args = units.split_words(value)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            with config_errors_under(f"[{i}]"):
+                word = _word(item)
+                # Only "--flag value" is split: a JSON value that is an item of its own stays whole.
+                args += units.split_words(word) if re.match(r"-\S*\s", word) else [word]
+    elif isinstance(value, dict):
+        seen: set[str] = set()
+        for key, item in value.items():
+            flag = _flag(key)
+            check_setting(flag not in seen, None, f"flag {flag} is given twice: remove one")
+            seen.add(flag)
+            with config_errors_under(key):
+                args += _flag_words(flag, item)
+    else:
+        raise ConfigError(f"expected a list, a text or a mapping of vLLM flags, got {show(value)}")
+    return tuple(args)
+
+
+def _flag(key: object) -> str:
+    if not isinstance(key, str) or not _FLAG.fullmatch(key.removeprefix("--")):
+        raise ConfigError(f"{show(key)} is no flag: write such as max_model_len: 512")
+    # vLLM reads _ as - too, but not behind a dot, where keys of a JSON value begin.
+    head, dot, tail = key.removeprefix("--").partition(".")
+    return f"--{head.replace('_', '-')}{dot}{tail}"
+
+
+def _flag_words(flag: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    if isinstance(value, list):
+        check_setting(len(value) > 0, None, "is an empty list: give values, or remove the flag")
+        return [flag, *(_word(item) for item in value)]
+    word = _word(value)
+    # A value with a leading dash would be read as a flag of its own.
+    return [f"{flag}={word}"] if word.startswith("-") else [flag, word]
+
+
+def _word(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float | dict) and not isinstance(value, bool):
+        try:
+            return json.dumps(value, allow_nan=False)
+        except (ValueError, TypeError, RecursionError):
+            pass  # NaN, a date, a key that is no text, a loop of YAML anchors
+    raise ConfigError(f"expected a text, a finite number or a mapping of such, got {show(value)}")
+
+
+_POOL_PARSERS = {
+    "device_memory": units.parse_bytes_or_auto,
+    "host_memory": units.parse_bytes_or_auto,
+    "page_size": units.parse_bytes,
+    "kv_floor_pages": units.parse_int,
+    "host": lambda value: None if value is None else units.expand_env(units.parse_text(value)),
+    "port": units.parse_int,
+    "api_key": _keys,
+    "admin_key": _keys,
+    "scheduling": lambda value: _build(Scheduling, value, {"policy": units.parse_text}),
+    "shutdown_timeout": units.parse_seconds,
+    "max_request": units.parse_bytes,
+}

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine host: N real vLLM engines in one process, one arena, one loop that decides whose turn it is."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from tokenpool.config import SLO
+from tokenpool.errors import ConfigError, HostError
+from tokenpool.host.engine_globals import EngineGlobals
+from tokenpool.host.hosted_core import EngineAddresses, HostedEngineCore
+from tokenpool.host.model_build import LAYOUT, ModelBuild, weight_bytes_of
+from tokenpool.host.pressure import PressureRelief
+from tokenpool.host.quarantine import Quarantine
+from tokenpool.memory.arena import KVArena
+from tokenpool.memory.device import Device
+from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.ledger import PageLedger, PageUse
+from tokenpool.memory.slab_allocator import SlabAllocator
+from tokenpool.patches import apply_all
+from tokenpool.patches.build_context import building
+from tokenpool.policy.turns import QueueView, load_turn_policy
+from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """What one host is given; sizes are bytes."""
+
+    device_memory: int
+    page_size: int
+    kv_floor_pages: int = 1
+    policy: str = "round_robin"
+
+
+@dataclass(frozen=True, slots=True)
+class HostedModelSpec:
+    """One model for a host."""
+
+    name: str
+    vllm_config: VllmConfig
+    addresses: EngineAddresses | None = None
+    slo: SLO | None = None
+    priority: int = 0
+    weight_bytes: int = 0
+    """Size of the checkpoint, reserved before loading; the larger of this and what was loaded is accounted."""
+    log_stats: bool = True
+
+
+@dataclass(slots=True)
+class HostedModel:
+    """An engine of the host and its books."""
+
+    spec: HostedModelSpec
+    index: int
+    core: HostedEngineCore
+    build: ModelBuild
+    quarantine: Quarantine
+    weight_pages: list[int]
+    build_s: float
+
+    @property
+    def name(self) -> str:
+        """The model's name in the pool."""
+        return self.spec.name
+
+
+class EngineHost:
+    """Owns the arena and the engines. All methods except `call` and `stop` belong to the loop's thread."""
+
+    def __init__(self, config: HostConfig, *, device: Device | None = None, poison: bool = False) -> None:
+        apply_all()
+        self.config = config
+        self.ledger = PageLedger(config.device_memory // config.page_size, config.page_size)
+        self.arena = KVArena(device or CpuDevice(), self.ledger, poison=poison)
+        self.allocator = SlabAllocator(self.ledger, self.arena)
+        self.models: dict[str, HostedModel] = {}
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called before the loop sleeps and about twice a second otherwise; used for metrics."""
+        self.switches = 0
+        self.loops = 0
+        self.overhead_seconds = 0.0
+        self._policy = load_turn_policy(config.policy)
+        self._globals = EngineGlobals()
+        self._relief = PressureRelief(self.allocator, config.kv_floor_pages)
+        self._wake = threading.Event()
+        self._inputs: set[str] = set()  # models with new input; set operations are atomic under the GIL
+        self._active: dict[str, HostedModel] = {}
+        self._current: HostedModel | None = None
+        self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._next_index = 0
+        self._stopping = False
+
+    # -- models --------------------------------------------------------------------------------------
+
+    def add_model(self, spec: HostedModelSpec) -> HostedModel:
+        """Load a model and give it turns; raises PoolError and leaves no trace if it cannot be added."""
+        if spec.name in self.models:
+            raise ConfigError(f"model {spec.name!r} is in the pool already: give the new one another name")
+        start = time.perf_counter()
+        weight_pages = self._take_weight_pages(spec.name, spec.weight_bytes)
+        build = ModelBuild(spec.name, spec.vllm_config, self.allocator, self.config.kv_floor_pages)
+        core = None
+        try:
+            core = self._build_core(spec, build)
+            model = core.model_executor.driver_worker.worker.model_runner.get_model()
+            extra = weight_bytes_of(model) - len(weight_pages) * self.config.page_size
+            weight_pages += self._take_weight_pages(spec.name, max(0, extra))
+            self._relief.check_fits(spec.name, core, build.pool)
+        except BaseException:
+            if core is not None:
+                core.close()
+            build.undo()
+            self.ledger.give(spec.name, PageUse.WEIGHTS, weight_pages)
+            self._globals.forget(spec.name)
+            raise
+        hosted = HostedModel(
+            spec=spec,
+            index=self._next_index,
+            core=core,
+            build=build,
+            quarantine=Quarantine(spec.name, core),
+            weight_pages=weight_pages,
+            build_s=time.perf_counter() - start,
+        )
+        self._next_index += 1
+        self.models[spec.name] = hosted
+        self._notify(spec.name)
+        logger.info("model added model=%s seconds=%.2f", spec.name, hosted.build_s)
+        return hosted
+
+    def remove_model(self, name: str) -> None:
+        """Unload a model that has no unfinished requests and give all its pages back."""
+        hosted = self.models[name]
+        hosted.core._process_input_queue()
+        if hosted.core.scheduler.has_unfinished_requests():
+            raise HostError(f"model {name!r} still has requests: drain or abort them first")
+        if hosted.core.has_work():
+            self._globals.enter(name)
+            hosted.core.step_once()  # lets the worker forget the finished ones
+        del self.models[name]
+        self._active.pop(name, None)
+        self._relief.forget(name)
+        if self._current is hosted:
+            self._current = None
+        hosted.core.close()
+        hosted.build.undo()
+        self.ledger.give(name, PageUse.WEIGHTS, hosted.weight_pages)
+        self._globals.forget(name)
+        del hosted
+        gc.unfreeze()  # vLLM freezes the heap after each build; the engine must become collectable
+        gc.collect()
+        gc.freeze()
+        logger.info("model removed model=%s", name)
+
+    def _build_core(self, spec: HostedModelSpec, build: ModelBuild) -> HostedEngineCore:
+        cache = spec.vllm_config.cache_config
+        cache.kv_cache_layout = LAYOUT
+        cache.kv_cache_memory_bytes = self.arena.span_bytes
+        if spec.vllm_config.device_config.device_type == "cpu":
+            spec.vllm_config.parallel_config.worker_cls = "tokenpool.host.worker.PooledCPUWorker"
+        with self._globals.building(spec.name), building(build):
+            return HostedEngineCore(
+                spec.vllm_config,
+                addresses=spec.addresses,
+                slo=spec.slo,
+                log_stats=spec.log_stats,
+                notify=lambda: self._notify(spec.name),
+            )
+
+    def _take_weight_pages(self, name: str, nbytes: int) -> list[int]:
+        count = -(-nbytes // self.config.page_size)
+        if count:
+            self.allocator.free_pages(count)
+        return self.ledger.take(name, PageUse.WEIGHTS, count)
+
+    # -- the loop ------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve turns until `stop` is called and everything accepted is done; sleeps when there is nothing to do."""
+        last_idle_call = 0.0
+        while True:
+            stepped = self.run_once()
+            now = time.monotonic()
+            if not stepped or now - last_idle_call > 0.5:
+                self.on_idle()
+                last_idle_call = now
+            if stepped or self._inputs or self._calls:
+                continue
+            if self._stopping and not self._active:
+                return
+            # Models that wait for memory have work but no turn: look again soon. Otherwise sleep until input.
+            self._wake.wait(timeout=0.001 if self._active else None)
+            self._wake.clear()
+
+    def run_once(self) -> bool:
+        """Drain all inputs, run one engine step of the model whose turn it is; False if none could step."""
+        start = time.perf_counter()
+        self._run_calls()
+        self._drain_inputs()
+        hosted = self._choose()
+        if hosted is None:
+            return False
+        if hosted is not self._current:
+            self._switch_to(hosted)
+        self.loops += 1
+        step_start = time.perf_counter()
+        self.overhead_seconds += step_start - start
+        try:
+            executed = hosted.core.step_once()
+        except Exception as error:  # any exception of a model's code ends in quarantine or in HostError
+            hosted.quarantine.step_crashed(error)
+            executed = True
+        else:
+            hosted.quarantine.step_done(executed)
+        if not hosted.core.has_work():
+            self._active.pop(hosted.name, None)
+        self._relief.after_step(hosted.name, hosted.core, executed)
+        return executed
+
+    def _drain_inputs(self) -> None:
+        while self._inputs:
+            name = self._inputs.pop()
+            hosted = self.models.get(name)
+            if hosted is None:
+                continue
+            hosted.core._process_input_queue()
+            if hosted.core.has_work():
+                self._active[name] = hosted
+                self._relief.wake(name)
+            else:
+                self._active.pop(name, None)
+
+    def _choose(self) -> HostedModel | None:
+        active = self._active
+        if len(active) == 1:
+            (hosted,) = active.values()
+            return hosted if self._relief.may_step(hosted.name) else None
+        views = [self._view(hosted) for name, hosted in active.items() if self._relief.may_step(name)]
+        if not views:
+            return None
+        views.sort(key=lambda view: view.index)
+        return active[self._policy.next_turn(views, self._current.index if self._current else None)]
+
+    def _view(self, hosted: HostedModel) -> QueueView:
+        scheduler = hosted.core.scheduler
+        return QueueView(
+            hosted.name, hosted.index, len(scheduler.running), len(scheduler.waiting), hosted.spec.priority
+        )
+
+    def _switch_to(self, hosted: HostedModel) -> None:
+        self._globals.enter(hosted.name)
+        if hosted.build.pool is not None:
+            self.allocator.touch(hosted.name)
+        if self._current is not None:
+            self.switches += 1
+        self._current = hosted
+        hosted.core.counters.turns += 1
+
+    # -- other threads -------------------------------------------------------------------------------
+
+    def call(self, function: Callable[[], _T]) -> Future[_T]:
+        """Run `function` on the loop's thread between two steps; usable from any thread."""
+        future: Future[_T] = Future()
+        self._calls.append((function, future))
+        self._wake.set()
+        return future
+
+    def stop(self) -> None:
+        """Let `run` return once all accepted requests are done; usable from any thread or signal handler."""
+        self._stopping = True
+        self._wake.set()
+
+    def _notify(self, name: str) -> None:
+        self._inputs.add(name)
+        self._wake.set()
+
+    def _run_calls(self) -> None:
+        while self._calls:
+            function, future = self._calls.popleft()
+            try:
+                future.set_result(function())
+            except Exception as error:  # goes to whoever waits for the future
+                future.set_exception(error)
+
+    # -- state ---------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError unless ledger, arena, allocator and all pools agree."""
+        self.allocator.check()
+        for hosted in self.models.values():
+            if hosted.build.pool is not None:
+                hosted.build.pool.check()
+
+    def close(self) -> None:
+        """Unload all models, which must be idle, and release the arena."""
+        for name in list(self.models):
+            self.remove_model(name)
+        self.arena.close()

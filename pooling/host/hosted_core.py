@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One real vLLM engine inside the host: EngineCoreProc without its handshake, its busy loop and its process."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+from tokenpool.config import SLO
+from tokenpool.host.token_clock import TokenClock
+from vllm.config import VllmConfig
+from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.request import Request, RequestStatus
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAddresses:
+    """ZMQ endpoints of the frontends: engine input and output, one of each per frontend."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Inbox(queue.Queue):
+    """An engine's input queue that tells the host when something arrives and can be closed for good."""
+
+    def __init__(self, notify: Callable[[], None]) -> None:
+        super().__init__()
+        self._notify = notify
+        self.closed = False
+
+    def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
+        """Queue `item`; on a closed inbox ends the calling thread, which is the engine's input thread."""
+        if self.closed:
+            raise SystemExit
+        super().put(item, block, timeout)
+        self._notify()
+
+
+@dataclass(slots=True)
+class CoreCounters:
+    """Running totals of one engine, plain integers because they change on every step."""
+
+    steps: int = 0
+    turns: int = 0
+    step_seconds: float = 0.0
+    crashed_steps: int = 0
+    failed_requests: int = 0
+
+
+class HostedEngineCore(EngineCoreProc):
+    """An EngineCoreProc that the host steps; every engine, scheduler and protocol feature is vLLM's own.
+
+    Without addresses it starts no socket threads: requests are put into `input_queue` and outputs taken from
+    `output_queue` by the caller. Built and stepped on the host loop's thread.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        *,
+        addresses: EngineAddresses | None,
+        slo: SLO | None,
+        log_stats: bool,
+        notify: Callable[[], None],
+    ) -> None:
+        self._pool_addresses = addresses
+        self._notify = notify
+        self.token_clock = TokenClock(slo)
+        self.counters = CoreCounters()
+        super().__init__(vllm_config, True, "", UniProcExecutor, log_stats)
+        self.process_input_queue_block = False
+
+    # -- overrides of EngineCoreProc -----------------------------------------------------------------
+
+    @property
+    def input_queue(self) -> Inbox:
+        """The inbox; EngineCoreProc assigns a plain queue, which is replaced."""
+        return self._inbox
+
+    @input_queue.setter
+    def input_queue(self, _: queue.Queue) -> None:
+        self._inbox = Inbox(self._notify)
+
+    @contextlib.contextmanager
+    def _perform_handshakes(
+        self, handshake_address: Any, identity: Any, local_client: Any, vllm_config: VllmConfig, *_: Any
+    ) -> Generator[EngineZmqAddresses, None, None]:
+        given = self._pool_addresses or EngineAddresses((), ())
+        yield EngineZmqAddresses(inputs=list(given.inputs), outputs=list(given.outputs))
+        vllm_config.__post_init__()
+
+    def process_input_sockets(self, *args: Any) -> None:
+        """vLLM's input thread, or nothing without addresses."""
+        if self._pool_addresses is None:
+            args[-1].set()
+        else:
+            super().process_input_sockets(*args)
+
+    def process_output_sockets(self, *args: Any) -> None:
+        """vLLM's output thread, or nothing without addresses."""
+        if self._pool_addresses is not None:
+            super().process_output_sockets(*args)
+
+    def add_request(self, request: Request, request_wave: int = 0) -> None:
+        """Queue a request in vLLM's scheduler and start its clock."""
+        self.token_clock.start(request.request_id, request.arrival_time)
+        super().add_request(request, request_wave)
+
+    def abort_requests(self, request_ids: list[str]) -> None:
+        """Drop requests, running or waiting."""
+        for request_id in request_ids:
+            self.token_clock.forget(request_id)
+        super().abort_requests(request_ids)
+
+    def shutdown(self) -> None:
+        """Free this engine only; the process groups stay, for the other engines use them."""
+        self.structured_output_manager.clear_backend()
+        self.model_executor.shutdown()
+        self.scheduler.shutdown()
+
+    # -- what the host calls -------------------------------------------------------------------------
+
+    def step_once(self) -> bool:
+        """Run one engine step and send its outputs; returns whether the model ran."""
+        start = time.perf_counter()
+        outputs, executed = self.step_fn()
+        for client_outputs in (outputs or {}).items():
+            self.output_queue.put_nowait(client_outputs)
+            self.token_clock.count(client_outputs[1].outputs)
+        self.post_step(executed)
+        self.counters.steps += 1
+        self.counters.step_seconds += time.perf_counter() - start
+        return executed
+
+    def fail_request(self, request_id: str) -> None:
+        """Finish a request with an error, which its client sees as an internal server error."""
+        request = self.scheduler.requests.get(request_id)
+        if request is None:
+            return
+        client = request.client_index
+        self.scheduler.finish_requests([request_id], RequestStatus.FINISHED_ERROR)
+        self._send_error_outputs_to_client([request_id], client)
+        self.token_clock.forget(request_id)
+        self.counters.failed_requests += 1
+
+    def close(self) -> None:
+        """End this engine: its input thread on the next message, its output thread now."""
+        self.input_queue.closed = True
+        if self._pool_addresses is not None:
+            self.output_queue.put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
+        self.shutdown()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds one engine inside the host: its KV cache becomes a view of the arena, its block pool one of slabs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenpool.errors import ModelRefusedError
+from tokenpool.host.slab_block_pool import SlabBlockPool
+from tokenpool.memory.arena import ArenaView
+from tokenpool.memory.slab_allocator import SlabAllocator
+from vllm.config import VllmConfig
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    MambaSpec,
+    UniformTypeKVCacheSpecs,
+    create_kv_cache_views,
+)
+
+LAYOUT = "BLHNC"
+_LAYOUT_TESTED = frozenset({"CPU_ATTN", "CPU_MLA", "AMX_MLA"})
+"""CPU backends that declare only their default layout but whose kernels take block strides: proven by the exactness
+tests. Their kernels read stride(0), and the other dimensions stay dense inside a block."""
+
+
+class ModelBuild:
+    """The `BuildContext` of one model; also undoes what was done when the build fails."""
+
+    def __init__(self, name: str, vllm_config: VllmConfig, allocator: SlabAllocator, floor: int) -> None:
+        self.name = name
+        self.view: ArenaView | None = None
+        self.pool: SlabBlockPool | None = None
+        self._config = vllm_config
+        self._allocator = allocator
+        self._floor = floor
+
+    def make_block_pool(self, num_gpu_blocks: int, *args: Any, **kwargs: Any) -> BlockPool:
+        """A pool on slabs, or vLLM's own for a model that keeps no KV cache."""
+        if self.view is None:
+            return BlockPool(num_gpu_blocks, *args, **kwargs)
+        if self.pool is not None:
+            raise ModelRefusedError(self.name, "a second block pool (host-resident KV)", "serve it outside the pool")
+        self.pool = SlabBlockPool(self._allocator, self.view, self._floor, num_gpu_blocks, *args, **kwargs)
+        return self.pool
+
+    def allocate_kv_cache(
+        self, kv_cache_config: KVCacheConfig, layout: Any, kernel_block_sizes: list[int] | None
+    ) -> dict[str, Any]:
+        """Layer name -> (num_blocks, heads, states, content) view of the arena with the model's block stride."""
+        if not kv_cache_config.kv_cache_tensors:
+            return {}
+        self._refuse_backends()
+        strides = {tensor.block_stride for tensor in kv_cache_config.kv_cache_tensors}
+        if len(strides) != 1:
+            raise ModelRefusedError(self.name, f"KV caches of several block strides {sorted(strides)}", "")
+        arena = self._allocator.arena
+        self.view = arena.open_view(self.name, strides.pop())
+        buffer = arena.tensor(self.view)
+        caches: dict[str, Any] = {}
+        for tensor in kv_cache_config.kv_cache_tensors:
+            group_id, spec = self._spec_of(kv_cache_config, tensor.layers[0])
+            views = create_kv_cache_views(
+                buffer,
+                spec,
+                kv_cache_config.num_blocks,
+                layout,
+                tensor,
+                kernel_block_size=kernel_block_sizes[group_id] if kernel_block_sizes else None,
+            )
+            caches.update(zip(tensor.layers, views, strict=True))
+        return caches
+
+    def undo(self) -> None:
+        """Give back what a failed build, or a model that is removed, holds of the arena."""
+        if self.pool is not None:
+            self._allocator.unregister(self.name)
+        if self.view is not None:
+            self._allocator.arena.close_view(self.name)
+        self.view = self.pool = None
+
+    def _spec_of(self, kv_cache_config: KVCacheConfig, layer: str) -> tuple[int, Any]:
+        for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
+            if layer in group.layer_names:
+                spec = group.kv_cache_spec
+                if isinstance(spec, UniformTypeKVCacheSpecs):
+                    spec = spec.kv_cache_specs[layer]
+                if isinstance(spec, MambaSpec):
+                    raise ModelRefusedError(self.name, "state-space (Mamba) layers", "serve it outside the pool")
+                if not spec.has_layer_views:
+                    raise ModelRefusedError(self.name, f"KV cache kind {type(spec).__name__}", "")
+                return group_id, spec
+        raise AssertionError(f"layer {layer} is in no KV cache group")
+
+    def _refuse_backends(self) -> None:
+        for layer in self._config.compilation_config.static_forward_context.values():
+            if not hasattr(layer, "get_attn_backend"):
+                continue
+            backend = layer.get_attn_backend()
+            layouts = backend.supported_kv_cache_layouts()
+            if layouts is None or LAYOUT in {layout.name for layout in layouts}:
+                continue
+            if backend.get_name() not in _LAYOUT_TESTED:
+                raise ModelRefusedError(
+                    self.name,
+                    f"attention backend {backend.get_name()} without KV layout {LAYOUT}",
+                    "choose another --attention-backend or serve it outside the pool",
+                )
+
+
+def weight_bytes_of(model: Any) -> int:
+    """Bytes of the distinct storages behind a module's parameters and buffers."""
+    storages = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps every model moving when the pages run out: nothing deadlocks and no request waits for ever.
+
+When memory is short, vLLM preempts requests of the model that asks. A model that could not run anything in a step is
+starved. The model that starved first gets its floor raised to what its oldest request needs to finish: the others
+keep what they use but get nothing more until that floor is met, and since each of their requests ends or preempts
+itself when it needs another slab, it is met. One model at a time has a raised floor, so the floors always fit.
+"""
+
+from __future__ import annotations
+
+from tokenpool.errors import CapacityError
+from tokenpool.host.hosted_core import HostedEngineCore
+from tokenpool.host.slab_block_pool import SlabBlockPool
+from tokenpool.memory.slab_allocator import SlabAllocator
+
+
+class PressureRelief:
+    """Tracks starved models; called on the host loop's thread only."""
+
+    def __init__(self, allocator: SlabAllocator, floor: int) -> None:
+        self._allocator = allocator
+        self._floor = floor
+        self._starved: dict[str, str] = {}  # model -> request it starves for, the longest starved first
+        self._seen_version: dict[str, int] = {}
+        self._raised: str | None = None
+
+    def may_step(self, model: str) -> bool:
+        """False while a starved model would find the memory as it found it last time."""
+        return self._seen_version.get(model) != self._allocator.version
+
+    def wake(self, model: str) -> None:
+        """New input came in for the model: it may have something to do without memory, such as an abort."""
+        self._seen_version.pop(model, None)
+
+    def forget(self, model: str) -> None:
+        """The model is gone."""
+        self._starved.pop(model, None)
+        self._seen_version.pop(model, None)
+        if self._raised == model:
+            self._raised = None
+            self._raise_next_floor({})
+
+    def after_step(self, model: str, core: HostedEngineCore, executed: bool) -> None:
+        """Note whether the model could run, and move the raised floor on when its request is done."""
+        if executed:
+            self._seen_version.pop(model, None)
+        elif core.scheduler.has_unfinished_requests():
+            self._seen_version[model] = self._allocator.version
+            waiting = core.scheduler.waiting
+            if waiting and model not in self._starved:
+                self._starved[model] = waiting.peek_request().request_id
+        if not self._starved:
+            return
+        request_id = self._starved.get(model)
+        if request_id is not None and request_id not in core.scheduler.requests:
+            del self._starved[model]
+            if self._raised == model:
+                self._raised = None
+                self._allocator.set_floor(model, self._floor)
+        self._raise_next_floor({model: core})
+
+    def _raise_next_floor(self, cores: dict[str, HostedEngineCore]) -> None:
+        if self._raised is not None or not self._starved:
+            return
+        model, request_id = next(iter(self._starved.items()))
+        core = cores.get(model)
+        if core is None:
+            # Its turn comes: let it step so that its core is at hand.
+            self._seen_version.pop(model, None)
+            return
+        request = core.scheduler.requests[request_id]
+        pool = core.scheduler.kv_cache_manager.block_pool
+        length = min(request.num_prompt_tokens + (request.max_tokens or 0), core.scheduler.max_model_len)
+        self._allocator.set_floor(model, max(self._floor, self.slabs_for(core, pool, length)))
+        self._raised = model
+
+    def slabs_for(self, core: HostedEngineCore, pool: SlabBlockPool, num_tokens: int) -> int:
+        """Slabs that hold one request of `num_tokens`, an upper bound."""
+        managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        blocks = sum(-(-num_tokens // manager.block_size) + 1 for manager in managers)
+        return -(-blocks // pool.blocks_per_slab)
+
+    def check_fits(self, model: str, core: HostedEngineCore, pool: SlabBlockPool | None) -> None:
+        """Raise CapacityError unless one request of the model's full length fits beside the others' floors."""
+        if pool is None:
+            return
+        length = core.scheduler.max_model_len
+        need, have = self.slabs_for(core, pool, length), self._allocator.most_for(model)
+        if need > have:
+            page = self._allocator.ledger.page_size
+            raise CapacityError(
+                f"model {model!r}: one request of max_model_len {length} needs {need} KV pages of {page} bytes, "
+                f"at most {have} are left for it; raise device_memory or lower --max-model-len",
+                needed_pages=need,
+                free_pages=have,
+            )

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After a crashed engine step: find the request that crashes it, fail that one, let the others go on.
+
+All requests of the model are preempted (vLLM recomputes them later) and the ones of the crashed batch are tried alone,
+one after another, until each has either produced a token or crashed a step by itself. A request that crashes alone
+fails. If the engine crashes whatever it runs, it cannot go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from tokenpool.errors import HostError
+from tokenpool.host.hosted_core import HostedEngineCore
+from vllm.v1.request import Request, RequestStatus
+
+logger = logging.getLogger(__name__)
+
+_MAX_CRASHES_IN_A_ROW = 4
+
+
+class Quarantine:
+    """Crash handling of one engine; called on the host loop's thread only."""
+
+    def __init__(self, model: str, core: HostedEngineCore) -> None:
+        self._model = model
+        self._core = core
+        self._suspects: list[tuple[str, int]] = []  # request id, output tokens when it became one
+        self._max_running = core.scheduler.max_num_running_reqs
+        self._crashes_in_a_row = 0
+
+    @property
+    def active(self) -> bool:
+        """True while requests are tried one at a time."""
+        return bool(self._suspects)
+
+    def step_crashed(self, error: Exception) -> None:
+        """Handle an exception of an engine step; raises HostError when the engine cannot go on."""
+        scheduler = self._core.scheduler
+        self._core.counters.crashed_steps += 1
+        self._crashes_in_a_row += 1
+        logger.error("engine step crashed model=%s", self._model, exc_info=error)
+        if isinstance(error, MemoryError) or self._crashes_in_a_row > _MAX_CRASHES_IN_A_ROW:
+            raise HostError(f"engine of {self._model!r} crashes on every step: {error}") from error
+        batch = [i for i in scheduler.prev_step_scheduled_req_ids if i in scheduler.requests]
+        batch = batch or [request.request_id for request in scheduler.running]
+        if not batch:
+            raise HostError(f"engine of {self._model!r} crashed with no request in its batch: {error}") from error
+        self._reset_engine()
+        if len(batch) == 1:
+            logger.error("request fails, it crashes the engine alone model=%s request=%s", self._model, batch[0])
+            self._core.fail_request(batch[0])
+            self._suspects = [s for s in self._suspects if s[0] != batch[0]]
+        else:
+            self._suspects = [(i, scheduler.requests[i].num_output_tokens) for i in batch]
+        self._next_suspect()
+
+    def step_done(self, executed: bool) -> None:
+        """Look at the result of a step that did not crash."""
+        if executed:
+            self._crashes_in_a_row = 0
+        if not self._suspects:
+            return
+        request_id, num_before = self._suspects[0]
+        request = self._core.scheduler.requests.get(request_id)
+        if request is not None and request.num_output_tokens <= num_before:
+            return
+        del self._suspects[0]
+        if self._suspects and request is not None and request.status == RequestStatus.RUNNING:
+            self._preempt_all()
+        self._next_suspect()
+
+    def _next_suspect(self) -> None:
+        scheduler = self._core.scheduler
+        while self._suspects and self._suspects[0][0] not in scheduler.requests:
+            del self._suspects[0]
+        if not self._suspects:
+            scheduler.max_num_running_reqs = self._max_running
+            return
+        scheduler.max_num_running_reqs = 1
+        request = scheduler.requests[self._suspects[0][0]]
+        if request in scheduler.waiting:
+            scheduler.waiting.remove_request(request)
+            scheduler.waiting.prepend_request(request)
+
+    def _reset_engine(self) -> None:
+        """Preempt everything and drop what the crashed step left behind."""
+        requests = self._preempt_all()
+        scheduler, runner = self._core.scheduler, self._runner()
+        for request in requests:
+            # The step's output never arrives: without this, later tokens would be taken for stale ones.
+            request.num_in_flight_tokens = request.num_stale_output_tokens = 0
+            request.drop_stale_output = False
+            if request.request_id not in runner.requests:
+                request.status = RequestStatus.WAITING  # the runner never saw it: send it as new
+        scheduler.prev_step_scheduled_req_ids.clear()
+        runner.execute_model_state = None
+        # Hashes are entered when a step is scheduled, so the crashed one left hashes of blocks never computed.
+        scheduler.kv_cache_manager.reset_prefix_cache()
+
+    def _preempt_all(self) -> list[Request]:
+        scheduler = self._core.scheduler
+        requests = []
+        while scheduler.running:
+            request = scheduler.running.pop()
+            scheduler._preempt_request(request, time.monotonic())
+            requests.append(request)
+        return requests
+
+    def _runner(self) -> Any:
+        return self._core.model_executor.driver_worker.worker.model_runner

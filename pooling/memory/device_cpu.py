@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded CPU device: address ranges from mmap, pages without access until they are granted.
+
+An unmapped page is PROT_NONE, so a kernel that touches a block it does not own crashes the process
+instead of reading another model's bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+import torch
+
+_PROT_NONE = 0
+_MAP_NORESERVE = 0x4000
+_MADV_DONTNEED = 4
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def _check(result: int, call: str) -> None:
+    if result != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{call}: {os.strerror(error)}")
+
+
+class CpuDevice:
+    """Host memory as a device; see `Device` for the contract.
+
+    With `keeps_bytes` an unmapped range keeps its old bytes, as a CUDA physical handle does, and
+    `map_zeroed` clears them; without it the memory goes back to the kernel, which gives zero pages anew.
+    """
+
+    granularity = mmap.PAGESIZE
+
+    def __init__(self, *, keeps_bytes: bool = False) -> None:
+        self.keeps_bytes = keeps_bytes
+
+    def reserve(self, nbytes: int) -> int:
+        """Reserve `nbytes` of address range without access; raises OSError when the kernel refuses."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        address = _libc.mmap(None, nbytes, _PROT_NONE, flags, -1, 0)
+        if address in (None, _MAP_FAILED):
+            error = ctypes.get_errno()
+            raise OSError(error, f"cannot reserve {nbytes} bytes of address range: {os.strerror(error)}")
+        return address
+
+    def release(self, address: int, nbytes: int) -> None:
+        """Give the range back to the kernel."""
+        _check(_libc.munmap(address, nbytes), "munmap")
+
+    def map_zeroed(self, address: int, nbytes: int) -> None:
+        """Allow access to the range, every byte of it zero."""
+        _check(_libc.mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
+        if self.keeps_bytes:
+            self.fill(address, nbytes, 0)
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        """Forbid access and, unless the device keeps bytes, drop the memory."""
+        if not self.keeps_bytes:
+            _check(_libc.madvise(address, nbytes, _MADV_DONTNEED), "madvise")
+        _check(_libc.mprotect(address, nbytes, _PROT_NONE), "mprotect")
+
+    def fill(self, address: int, nbytes: int, byte: int) -> None:
+        """Set every byte of a mapped range."""
+        ctypes.memset(address, byte, nbytes)
+
+    def tensor(self, address: int, nbytes: int) -> torch.Tensor:
+        """An int8 tensor of shape (nbytes,) over the range; it does not keep the range reserved."""
+        return torch.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype=torch.int8)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may have how many slabs: grants from the free pages, then from idle slabs of other models.
+
+A slab is busy while a request uses one of its blocks and idle otherwise (free or only prefix-cached blocks). Idle
+slabs may be taken by any model that needs them; busy ones never are. Each model has a floor: pages that the others
+together always leave for it. With T pages for KV, model h may hold up to
+
+    T - sum over the other models o of max(busy_o, floor_o)
+
+so a model under its floor can always grow to it, and a model over it takes only what nobody uses or is promised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from tokenpool.errors import CapacityError
+from tokenpool.memory.arena import KVArena
+from tokenpool.memory.ledger import PageLedger, PageUse
+
+
+class SlabHolder(Protocol):
+    """A model's block pool as the allocator sees it."""
+
+    def give_up_idle_slab(self) -> int:
+        """Forget one idle slab, its cached blocks and their hashes, and return its id."""
+
+
+@dataclass(slots=True)
+class _Account:
+    holder: SlabHolder
+    floor: int
+    held: int = 0
+    busy: int = 0
+
+    @property
+    def committed(self) -> int:
+        return max(self.busy, self.floor)
+
+
+class SlabAllocator:
+    """Grants and reclaims slabs of one arena; called on the host loop's thread only."""
+
+    def __init__(self, ledger: PageLedger, arena: KVArena) -> None:
+        self.ledger = ledger
+        self.arena = arena
+        self._accounts: dict[str, _Account] = {}  # least recently used model first
+        self._committed = 0
+        self._held = 0
+        self.version = 0
+        """Grows whenever a model may be able to get a slab that it could not get before."""
+        self.num_grants = 0
+        self.num_reclaims = 0
+
+    # -- models --------------------------------------------------------------------------------------
+
+    def register(self, name: str, holder: SlabHolder, floor: int) -> None:
+        """Open an account; raises CapacityError when the floors of all models no longer fit."""
+        if name in self._accounts:
+            raise AssertionError(f"{name!r} is registered already")
+        self._make_room(name, floor)
+        self._accounts[name] = _Account(holder, floor)
+        self._committed += floor
+
+    def unregister(self, name: str) -> None:
+        """Take every slab back from `name`, none of which may be busy, and close its account."""
+        account = self._accounts[name]
+        assert account.busy == 0, f"{name!r} still uses {account.busy} slabs"
+        while account.held:
+            self._reclaim_from(name, account)
+        self._committed -= account.committed
+        del self._accounts[name]
+        self.version += 1
+
+    def set_floor(self, name: str, floor: int) -> None:
+        """Change a model's floor; others keep what they use but get nothing more until it is met."""
+        account = self._accounts[name]
+        self._committed -= account.committed
+        account.floor = floor
+        self._committed += account.committed
+        self.version += 1
+
+    def touch(self, name: str) -> None:
+        """Mark `name` as the most recently used model: its idle slabs are reclaimed last."""
+        self._accounts[name] = self._accounts.pop(name)
+
+    def set_busy(self, name: str, busy: int) -> None:
+        """Tell how many of `name`'s slabs are in use; called when that number changes."""
+        account = self._accounts[name]
+        if busy < account.busy:
+            self.version += 1
+        self._committed -= account.committed
+        account.busy = busy
+        self._committed += account.committed
+
+    # -- slabs ---------------------------------------------------------------------------------------
+
+    @property
+    def num_kv_pages(self) -> int:
+        """Pages that KV may use: the free ones and those held as slabs."""
+        return self.ledger.num_free + self._held
+
+    def capacity(self, name: str) -> int:
+        """Slabs that `name` could hold now, what it has included."""
+        account = self._accounts[name]
+        return self.num_kv_pages - (self._committed - account.committed)
+
+    def most_for(self, name: str) -> int:
+        """Slabs that `name` could hold if no other model used more than its floor."""
+        return self.num_kv_pages - sum(a.floor for other, a in self._accounts.items() if other != name)
+
+    def num_grantable(self, name: str) -> int:
+        """Slabs that `grant` would give to `name` one after another."""
+        return max(0, self.capacity(name) - self._accounts[name].held)
+
+    def num_free_for(self, name: str) -> int:
+        """Slabs that `grant` would give to `name` without taking one from another model."""
+        return min(self.num_grantable(name), self.ledger.num_free)
+
+    def grant(self, name: str) -> int | None:
+        """Give `name` one zeroed slab, from another model's idle ones if none is free; None if it may not."""
+        account = self._accounts[name]
+        if self.num_grantable(name) == 0:
+            return None
+        if self.ledger.num_free == 0:
+            self._reclaim_one(name)
+        slab = self.ledger.take(name, PageUse.KV)[0]
+        self.arena.map_slab(slab)
+        account.held += 1
+        self._held += 1
+        self.num_grants += 1
+        return slab
+
+    def free_pages(self, count: int) -> None:
+        """Make `count` pages free for another use, at the expense of idle slabs; raises CapacityError if it cannot."""
+        if count > self.num_kv_pages - self._committed:
+            raise CapacityError(
+                f"{count} pages are needed, {max(0, self.num_kv_pages - self._committed)} can be freed: "
+                "raise device_memory or remove a model",
+                needed_pages=count,
+                free_pages=self.ledger.num_free,
+                holders={n: a.held for n, a in self._accounts.items()},
+            )
+        while self.ledger.num_free < count:
+            self._reclaim_one(None)
+
+    def _make_room(self, name: str, floor: int) -> None:
+        if self._committed + floor > self.num_kv_pages:
+            raise CapacityError(
+                f"model {name!r} cannot be promised {floor} KV pages: {self._committed} of "
+                f"{self.num_kv_pages} are used or promised; raise device_memory or lower kv_floor_pages",
+                needed_pages=floor,
+                free_pages=self.ledger.num_free,
+                holders={n: a.committed for n, a in self._accounts.items()},
+            )
+
+    def _reclaim_one(self, for_whom: str | None) -> None:
+        for name, account in self._accounts.items():
+            if name != for_whom and account.held > account.busy:
+                self._reclaim_from(name, account)
+                return
+        raise AssertionError("no idle slab although the books say there is one")
+
+    def _reclaim_from(self, name: str, account: _Account) -> None:
+        slab = account.holder.give_up_idle_slab()
+        self.arena.unmap_slab(slab)
+        self.ledger.give(name, PageUse.KV, [slab])
+        account.held -= 1
+        self._held -= 1
+        self.num_reclaims += 1
+
+    def held(self, name: str) -> int:
+        """Slabs that `name` holds."""
+        return self._accounts[name].held
+
+    def check(self) -> None:
+        """Raise AssertionError unless books, ledger and arena agree."""
+        self.ledger.check()
+        self.arena.check()
+        for name, account in self._accounts.items():
+            assert 0 <= account.busy <= account.held, f"{name!r}: busy {account.busy}, held {account.held}"
+            held = self.ledger.held(name, PageUse.KV)
+            assert held == account.held, f"{name!r}: {account.held} slabs in the books, {held} in the ledger"
+        assert self._held == sum(a.held for a in self._accounts.values()), "held slabs drifted"
+        assert self._committed == sum(a.committed for a in self._accounts.values()), "committed pages drifted"

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys for the public API and for the pool's admin API, checked in front of everything else.
+
+Paths are judged by the worst reading any later layer could give them (decoded, with empty and dot segments
+removed, below a ``/models/<name>/`` prefix), so that no spelling of an admin path gets round its key.
+This module also holds what the router needs to agree on with it: how a path is read, and the OpenAI error
+shape of the pool's own refusals. It imports no vLLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from urllib.parse import unquote
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+POOL_PREFIX = "/v1/pool"
+"""Everything below this path is the pool's admin API."""
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/ping"})
+"""Probes: answered without a key."""
+
+_MAX_DECODE_ROUNDS = 8
+
+
+def error_response(
+    status: int, kind: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return an error in the shape of vLLM's OpenAI server: message, type, param, code."""
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    # ASCII escapes: a name copied from the request may hold lone surrogates, which UTF-8 cannot carry.
+    return Response(json.dumps({"error": error}), status, headers, "application/json")
+
+
+def route_path(scope: Scope) -> str:
+    """Return the path below ``root_path``, by the rule that Starlette's own routing uses."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if not root or not path.startswith(root) or path[len(root) :][:1] not in ("", "/"):
+        return path
+    return path[len(root) :]
+
+
+def scope_below(scope: Scope, prefix: str) -> Scope:
+    """Return `scope` with `prefix`, the beginning of its route path, moved from the path to ``root_path``."""
+    path: str = scope["path"]
+    start = len(path) - len(route_path(scope))
+    cut = start + len(prefix)
+    moved = {"path": path[cut:] or "/", "root_path": scope.get("root_path", "") + path[start:cut]}
+    if (raw := scope.get("raw_path")) is not None:
+        raw_cut = 0
+        for _ in path[:cut].encode():
+            raw_cut += 3 if raw[raw_cut : raw_cut + 1] == b"%" else 1
+        moved["raw_path"] = raw[raw_cut:] or b"/"
+    return {**scope, **moved}
+
+
+def touches_pool_api(path: str) -> bool:
+    """Tell whether any reading of `path` names the admin API.
+
+    Reads the path as written and after each round of percent-decoding, with and without resolving dot
+    segments, and at any depth: a root path or a ``/models/<name>/`` prefix in front changes nothing.
+    """
+    if "%" not in path and "pool" not in path:
+        return False  # nearly every request ends here
+    for _ in range(_MAX_DECODE_ROUNDS):
+        if _has_pool_segments(path):
+            return True
+        decoded = unquote(path)
+        if decoded == path:
+            return False
+        path = decoded
+    return True  # nobody encodes a path that often in good faith
+
+
+def _has_pool_segments(path: str) -> bool:
+    written = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
+    resolved: list[str] = []
+    for part in written:
+        if part != "..":
+            resolved.append(part)
+        elif resolved:
+            resolved.pop()
+    return any(pair == ("v1", "pool") for parts in (written, resolved) for pair in pairwise(parts))
+
+
+class ApiKeyAuth:
+    """ASGI middleware that lets a request through only with a key for what it asks.
+
+    A key comes as ``Authorization: Bearer KEY`` or as ``x-api-key: KEY`` (Anthropic clients).
+
+    | path                  | needs                                                            |
+    |-----------------------|------------------------------------------------------------------|
+    | in `open_paths`       | nothing; the path must match exactly                             |
+    | touches ``/v1/pool``  | an admin key; without any configured, always refused with 403    |
+    | any other             | an API key or an admin key, if API keys are configured           |
+
+    OPTIONS passes (CORS preflights carry no key), so a route behind this must not act on OPTIONS.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_keys: Iterable[str],
+        admin_keys: Iterable[str],
+        open_paths: Iterable[str] = OPEN_PATHS,
+    ) -> None:
+        self.app = app
+        self._admin_digests = _digests("admin_key", admin_keys)
+        self._api_digests = _digests("api_key", api_keys)
+        self._user_digests = [*self._api_digests, *self._admin_digests]
+        self._open_paths = frozenset(open_paths)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 401 or 403 (on a websocket without that extension: close 1008)."""
+        refusal = self._refusal(scope) if scope["type"] in ("http", "websocket") else None
+        if refusal is None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http" or "websocket.http.response" in (scope.get("extensions") or {}):
+            await refusal(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008, "reason": "invalid or missing key"})
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        path: str = scope["path"]
+        if scope.get("method") == "OPTIONS":
+            return None
+        if touches_pool_api(path):
+            return self._admin_refusal(scope)
+        if not self._api_digests or route_path(scope) in self._open_paths:
+            return None
+        if _carries_key(scope, self._user_digests):
+            return None
+        return _unauthorized("Missing or invalid API key.")
+
+    def _admin_refusal(self, scope: Scope) -> Response | None:
+        if not self._admin_digests:
+            message = f"The pool API below {POOL_PREFIX} is off: set admin_key in the pool file to use it."
+            return error_response(403, "PermissionDeniedError", message)
+        if _carries_key(scope, self._admin_digests):
+            return None
+        return _unauthorized("Missing or invalid admin key.")
+
+
+def _unauthorized(message: str) -> Response:
+    return error_response(401, "AuthenticationError", message, headers={"www-authenticate": "Bearer"})
+
+
+def _digests(setting: str, keys: Iterable[str]) -> list[bytes]:
+    if isinstance(keys, str):
+        raise TypeError(f"{setting}: expected several keys, got one string")
+    keys = list(keys)
+    if any(not key or key != key.strip() for key in keys):
+        raise ValueError(f"{setting}: a key must not be empty or begin or end with white space")
+    return [hashlib.sha256(key.encode()).digest() for key in keys]
+
+
+def _carries_key(scope: Scope, digests: list[bytes]) -> bool:
+    """Compare every presented key with every digest: the time taken tells nothing about the keys."""
+    found = False
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, value = value.partition(b" ")
+            if scheme.lower() != b"bearer":
+                continue
+        elif name != b"x-api-key":
+            continue
+        presented = hashlib.sha256(value.strip()).digest()
+        for digest in digests:
+            found |= hmac.compare_digest(presented, digest)
+    return found

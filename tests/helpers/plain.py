@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference side of the token-exactness tests: each model alone, in plain vLLM, in a process of its own.
+
+The parent never imports vllm here, and the child never imports tokenpool and loads no vLLM plugin, so nothing of ours
+can touch the reference. Both sides must use the same engine arguments and threads: take ENGINE_ARGS and ENV from here.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""Environment of the reference process; set the same in the process that runs the pool."""
+
+ENGINE_ARGS: dict[str, Any] = {
+    "enforce_eager": True,
+    "dtype": "bfloat16",
+    "block_size": 32,
+    "kv_cache_memory_bytes": 64 << 20,
+    # vLLM's own defaults differ between LLM and its HTTP server, and step composition moves the last bits.
+    "max_num_batched_tokens": 4096,
+    "max_num_seqs": 64,
+}
+"""Defaults under `Case.engine_args`."""
+
+FIRST_PLAIN_TOKEN = 3  # below: <s>, </s>, <unk>
+PREFIX_BLOCK_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSpec:
+    request_id: str
+    prompt_token_ids: list[int]
+    max_tokens: int = 80
+    temperature: float = 0.0
+    seed: int | None = None
+    lora: str | None = None
+    """Path of an adapter directory; the case needs `enable_lora` then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    name: str
+    model: str
+    engine_args: dict[str, Any]
+    requests: list[RequestSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    tokens: list[int]
+    logprobs: list[float]
+    """Logprob of each token in `tokens`."""
+    preempted: int
+    """How often the scheduler preempted the request (recomputation moves the last bits of the logprobs)."""
+    embedding: list[float] = field(default_factory=list)
+    """Only of a pooling model; the other fields are empty then."""
+
+
+def prompts_for(
+    seed: int, count: int, vocab: int = 512, lengths: Sequence[int] = (7, 150, 340, 48, 101, 420)
+) -> list[list[int]]:
+    """Return `count` random prompts whose lengths cycle through `lengths`.
+
+    Those longer than three blocks start with the same two (even index) or three (odd index) blocks of tokens.
+    """
+    rng = random.Random(seed)
+
+    def draw(size: int) -> list[int]:
+        return [rng.randrange(FIRST_PLAIN_TOKEN, vocab) for _ in range(size)]
+
+    shared = draw(3 * PREFIX_BLOCK_TOKENS)
+    prompts = []
+    for index in range(count):
+        length = lengths[index % len(lengths)]
+        prefix = shared[: (2 + index % 2) * PREFIX_BLOCK_TOKENS] if length > len(shared) else []
+        prompts.append(prefix + draw(length - len(prefix)))
+    return prompts
+
+
+def run_plain(cases: list[Case]) -> dict[str, dict[str, Result]]:
+    """Run the cases one after another in one child process: case name -> request id -> result.
+
+    Raises RuntimeError with the end of the child's output when any case fails.
+    """
+    assert len({case.name for case in cases}) == len(cases), "case names must differ"
+    with tempfile.TemporaryDirectory(prefix="plain-vllm-") as scratch:
+        cases_file, results_file, log_file = (Path(scratch, name) for name in ("cases", "results", "log"))
+        cases_file.write_text(json.dumps([asdict(case) for case in cases]))
+        with log_file.open("w") as log:
+            child = subprocess.run(
+                [sys.executable, "-m", "tests.helpers.plain", str(cases_file), str(results_file)],
+                cwd=Path(__file__).parents[2],
+                env=os.environ | ENV | {"VLLM_PLUGINS": ""},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        output = log_file.read_text(errors="replace")
+        if child.returncode != 0:
+            raise RuntimeError(f"plain vLLM ended with code {child.returncode}:\n{output[-6000:]}")
+        logger.info("plain vLLM:\n%s", "\n".join(x for x in output.splitlines() if x.startswith("case=")))
+        loaded = json.loads(results_file.read_text())
+    return {
+        name: {request_id: Result(**fields) for request_id, fields in results.items()}
+        for name, results in loaded.items()
+    }
+
+
+def _main(cases_file: str, results_file: str) -> None:
+    from vllm.model_executor.models import registry
+
+    # Inspecting an architecture in a further process costs 10 s each; it protects only CUDA initialisation.
+    registry._run_in_subprocess = lambda inspect: inspect()
+    results = {}
+    for fields in json.loads(Path(cases_file).read_text()):
+        requests = [RequestSpec(**request) for request in fields.pop("requests")]
+        case = Case(**fields, requests=requests)
+        results[case.name] = {key: asdict(result) for key, result in _run_case(case).items()}
+        gc.collect()
+    Path(results_file).write_text(json.dumps(results))
+
+
+def _run_case(case: Case) -> dict[str, Result]:
+    from vllm import LLM
+
+    started_s = time.monotonic()
+    llm = LLM(case.model, **ENGINE_ARGS | case.engine_args)
+    loaded_s = time.monotonic()
+    try:
+        results = _generate(llm, case)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    finished_s = time.monotonic()
+    print(f"case={case.name} load_s={loaded_s - started_s:.2f} run_s={finished_s - loaded_s:.2f}", flush=True)
+    return results
+
+
+def _generate(llm: Any, case: Case) -> dict[str, Result]:
+    """Step the engine here instead of calling `generate`: it drops the scheduler's requests, which count preemptions."""
+    from vllm import TokensPrompt
+
+    engine = llm.llm_engine
+    scheduler = engine.engine_core.engine_core.scheduler
+    adapters = sorted({request.lora for request in case.requests if request.lora})
+    scheduled = {}
+    for request in case.requests:
+        internal_id = engine.add_request(
+            request.request_id,
+            TokensPrompt(prompt_token_ids=request.prompt_token_ids),
+            _params(request, pooling=llm.model_config.runner_type == "pooling"),
+            lora_request=_lora_request(adapters, request.lora),
+        )
+        scheduled[request.request_id] = scheduler.requests[internal_id]
+    outputs = {}
+    while engine.has_unfinished_requests():
+        outputs |= {output.request_id: output for output in engine.step() if output.finished}
+    return {name: _result(outputs[name], request.num_preemptions) for name, request in scheduled.items()}
+
+
+def _params(request: RequestSpec, *, pooling: bool) -> Any:
+    from vllm import PoolingParams, SamplingParams
+
+    if pooling:
+        return PoolingParams(task="embed")
+    return SamplingParams(
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        seed=request.seed,
+        ignore_eos=True,
+        logprobs=1,
+    )
+
+
+def _lora_request(adapters: list[str], path: str | None) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return path and LoRARequest(Path(path).name, 1 + adapters.index(path), path)
+
+
+def _result(output: Any, preempted: int) -> Result:
+    if not hasattr(output.outputs, "__len__"):
+        return Result([], [], preempted, output.outputs.data.float().tolist())
+    completion = output.outputs[0]
+    tokens = list(completion.token_ids)
+    logprobs = [step[token].logprob for token, step in zip(tokens, completion.logprobs, strict=True)]
+    return Result(tokens, logprobs, preempted)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -35,6 +35,7 @@ _FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
 _UNIT_SUFFIX = re.compile(r"_(s|bytes)$")
 
 _T = TypeVar("_T")
+_Parsers = Mapping[str, Callable[[Any], Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,7 @@ class PoolConfig:
         check_setting(0 <= self.port <= 65535, "port", f"{show(self.port)} is out of range: give 0 to 65535")
         for setting, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
             good = all(key and key.isprintable() and key == key.strip() for key in keys)
-            check_setting(good, setting, "a key is empty, unprintable or has white space at an end: correct it")
+            check_setting(good, setting, "a key is empty, unprintable or has spaces at an end: correct it")
         check_setting(self.shutdown_timeout_s >= 0, "shutdown_timeout", "must be 0s or more")
         check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 256MiB")
 
@@ -175,7 +176,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return node
 
 
-def _build(cls: type[_T], data: object, parsers: Mapping[str, Callable[[Any], Any]]) -> _T:
+def _build(cls: type[_T], data: object, parsers: _Parsers) -> _T:
     """Make a `cls` from a mapping; the key of a field is its name without the unit suffix."""
     if not isinstance(data, dict):
         raise ConfigError(f"expected a mapping with the keys {', '.join(parsers)}, got {show(data)}")
@@ -205,8 +206,9 @@ def _keys(value: object) -> tuple[str, ...]:
 def _models(value: object, folder: str) -> tuple[ModelSpec, ...]:
     if not isinstance(value, list):
         raise ConfigError(f"expected a list of models, each with name and model, got {show(value)}")
-    model = partial(_model, folder=folder)
-    parsers = dict(name=units.parse_text, model=model, args=_args, slo=_slo, priority=units.parse_int)
+    parsers: _Parsers = dict(
+        name=units.parse_text, model=partial(_model, folder=folder), args=_args, slo=_slo, priority=units.parse_int
+    )
     specs = []
     for i, item in enumerate(value):
         with config_errors_under(f"[{i}]"):
@@ -281,7 +283,7 @@ def _word(value: object) -> str:
     raise ConfigError(f"expected a text, a finite number or a mapping of such, got {show(value)}")
 
 
-_POOL_PARSERS = {
+_POOL_PARSERS: _Parsers = {
     "device_memory": units.parse_bytes_or_auto,
     "host_memory": units.parse_bytes_or_auto,
     "page_size": units.parse_bytes,

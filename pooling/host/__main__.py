@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry of the host process: `python -m tokenpool.host CONTROL_SOCKET HOST_CONFIG_JSON`, started by a supervisor."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+from tokenpool.host.control import ControlServer
+from tokenpool.host.engine_host import EngineHost, HostConfig, HostedModelSpec
+from tokenpool.host.metrics import HostMetrics
+from tokenpool.host.state import host_state, model_state
+
+CONTROL_KEY_VARIABLE = "TOKENPOOL_CONTROL_KEY"
+_PR_SET_PDEATHSIG = 1
+
+
+def main(control_path: str, config_json: str) -> None:
+    """Serve until SIGTERM, then finish what was accepted. The process dies with its supervisor."""
+    logging.basicConfig(level=os.environ.get("TOKENPOOL_LOG_LEVEL", "INFO"), format="%(levelname)s host: %(message)s")
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    host = EngineHost(HostConfig(**json.loads(config_json)))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the frontend, which drains and then asks us
+    signal.signal(signal.SIGTERM, lambda *_: host.stop())
+    host.on_idle = HostMetrics(host).update
+
+    def add_model(spec: HostedModelSpec) -> dict[str, Any]:
+        return model_state(host, host.add_model(spec))
+
+    key = bytes.fromhex(os.environ.pop(CONTROL_KEY_VARIABLE))
+    ControlServer(control_path, key, host.call).serve(
+        {
+            "add_model": add_model,
+            "remove_model": host.remove_model,
+            "state": lambda: host_state(host),
+            "check": host.check,
+        }
+    )
+    host.run()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

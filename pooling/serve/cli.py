@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `tokenpool` command: serve, validate, doctor. Errors of the user are one line and exit status 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+
+USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [pool flags]
+       tokenpool serve pool.yaml [pool flags]
+       tokenpool validate pool.yaml
+       tokenpool doctor [pool.yaml]
+
+pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --admin-key KEY
+            --kv-floor-pages N --turn-policy NAME --max-request SIZE
+            and of vllm serve: --host --port --api-key --shutdown-timeout"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if words else 2
+    command, *rest = words
+    if command in ("-V", "--version", "version"):
+        from tokenpool import __version__
+
+        print(__version__)
+        return 0
+    commands = {"serve": _serve, "validate": _validate, "doctor": _doctor}
+    if command not in commands:
+        return _fail(f"unknown command {command!r}; known: {', '.join(commands)}")
+    if command == "serve" and ("-h" in rest or "--help" in rest):
+        print(USAGE)
+        return 0
+    from tokenpool.errors import PoolError
+
+    try:
+        return commands[command](rest)
+    except PoolError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"tokenpool: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _prepare_process() -> None:
+    """Set what vLLM and prometheus_client read once, at import."""
+    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="tokenpool-metrics-"))
+    # An engine that dies must not end the server: the supervisor restarts the host.
+    os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
+    from tokenpool.patches import apply_all
+
+    apply_all()
+
+
+def _serve(words: list[str]) -> int:
+    from tokenpool.serve.command_line import pool_from_command_line
+
+    # What needs no vLLM is checked first: a typo in a pool file answers at once.
+    pool = pool_from_command_line(words)
+    _prepare_process()
+    from tokenpool.serve.run import serve
+
+    return serve(pool)
+
+
+def _validate(words: list[str]) -> int:
+    from tokenpool.serve.command_line import pool_from_command_line
+
+    pool = pool_from_command_line(words)
+    _prepare_process()
+    from tokenpool.serve.launch_plan import plan_pool
+    from tokenpool.serve.run import describe_plan
+
+    print(describe_plan(*plan_pool(pool)))
+    return 0
+
+
+def _doctor(words: list[str]) -> int:
+    from tokenpool.serve.doctor import doctor
+
+    return doctor(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

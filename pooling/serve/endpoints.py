@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routes that concern the whole pool; every other route is vLLM's, one app per model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+import tokenpool
+from tokenpool.config import PoolConfig
+from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, ModelUnavailableError, PoolError
+from tokenpool.serve.auth import error_response
+from tokenpool.serve.router import ModelApp
+from tokenpool.units import parse_seconds
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+from vllm.version import __version__ as VLLM_VERSION
+
+
+def build_outer_app(cors: dict[str, Any]) -> Starlette:
+    """The app for pool-level paths; `PoolServer` puts itself into its state as `pool`."""
+    get = {"methods": ["GET"]}
+    routes = [
+        Route("/health", health, **get),
+        Route("/live", health, **get),
+        Route("/ping", health, methods=["GET", "POST"]),
+        Route("/ready", ready, **get),
+        Route("/load", load, **get),
+        Route("/version", version, **get),
+        Route("/metrics", metrics, **get),
+        Route("/v1/models", list_models, **get),
+        Route("/v1/models/{name:path}", show_model, **get),
+        Route("/v1/pool/state", pool_state, **get),
+        Route("/v1/pool/check", pool_check, methods=["POST"]),
+        Route("/v1/pool/models", add_model, methods=["POST"]),
+        Route("/v1/pool/models/{name:path}", remove_model, methods=["DELETE"]),
+    ]
+    middleware = [Middleware(CORSMiddleware, **cors)] if cors.get("allow_origins") else []
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={PoolError: _pool_error})
+
+
+async def health(request: Request) -> Response:
+    """200 while this process answers; a host that is being restarted shows in /ready."""
+    return Response()
+
+
+async def ready(request: Request) -> Response:
+    """200 when every model can be served, else 503 with each model's state."""
+    pool = request.app.state.pool
+    body = {name: model.state for name, model in pool.router.models.items()}
+    return JSONResponse(body, status_code=200 if pool.ready else 503)
+
+
+async def load(request: Request) -> Response:
+    """Requests in flight, as vLLM's /load, and per model."""
+    models = request.app.state.pool.router.models
+    per_model = {name: model.inflight for name, model in models.items()}
+    return JSONResponse({"server_load": sum(per_model.values()), "models": per_model})
+
+
+async def version(request: Request) -> Response:
+    """The version of vLLM, as its own route tells it, and ours."""
+    return JSONResponse({"version": VLLM_VERSION, "tokenpool": tokenpool.__version__})
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics of this process and the host, all models."""
+    return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
+
+
+async def list_models(request: Request) -> Response:
+    """All models and adapters in OpenAI's form, each with the pool's state."""
+    cards = [c for m in request.app.state.pool.router.models.values() for c in await _cards(m)]
+    return JSONResponse({"object": "list", "data": cards})
+
+
+async def show_model(request: Request) -> Response:
+    """One model's card."""
+    name = request.path_params["name"]
+    for model in request.app.state.pool.router.models.values():
+        for card in await _cards(model):
+            if card["id"] == name:
+                return JSONResponse(card)
+    return _unknown(request, name)
+
+
+async def _cards(model: ModelApp) -> list[dict[str, Any]]:
+    serving = model.handler("openai_serving_models")
+    if serving is None:
+        cards = [{"id": model.name, "object": "model", "owned_by": "vllm"}]
+    else:
+        cards = (await serving.show_available_models()).model_dump()["data"]
+    return [{**card, "pool": {"state": model.state}} for card in cards]
+
+
+async def pool_state(request: Request) -> Response:
+    """Memory map, queues and totals."""
+    return JSONResponse(await request.app.state.pool.state())
+
+
+async def pool_check(request: Request) -> Response:
+    """Check the books of the host's memory; 500 with the difference when they do not agree."""
+    try:
+        await request.app.state.pool.check()
+    except AssertionError as error:
+        return error_response(500, "InternalServerError", f"the books do not agree: {error}")
+    return JSONResponse({"ok": True})
+
+
+async def add_model(request: Request) -> Response:
+    """Load one more model; the body is an entry of the pool file's `models`."""
+    try:
+        body = await request.json()
+    except ValueError as error:
+        raise ConfigError(f"the body is no JSON: {error}") from error
+    spec = PoolConfig.from_dict({"models": [body]}, source="request").models[0]
+    added = await request.app.state.pool.add_model(spec)
+    return JSONResponse({"name": spec.name, **added}, status_code=201)
+
+
+async def remove_model(request: Request) -> Response:
+    """Drain a model and unload it; `?drain=10s` bounds the wait (default 60s)."""
+    name = request.path_params["name"]
+    try:
+        await request.app.state.pool.remove_model(name, parse_seconds(request.query_params.get("drain", "60s")))
+    except KeyError:
+        return _unknown(request, name)
+    return JSONResponse({"name": name, "removed": True})
+
+
+def _unknown(request: Request, name: str) -> Response:
+    known = ", ".join(request.app.state.pool.router.models)
+    message = f"The model `{name}` does not exist. Known models: {known}"
+    return error_response(404, "NotFoundError", message, "model")
+
+
+def _pool_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ConfigError | ModelRefusedError):
+        return error_response(400, "BadRequestError", str(error), getattr(error, "key", None))
+    if isinstance(error, CapacityError):
+        return error_response(507, "InsufficientStorageError", str(error))
+    wait_s = error.retry_after_s if isinstance(error, ModelUnavailableError) else 5.0
+    return error_response(503, "ServiceUnavailableError", str(error), None, {"retry-after": str(math.ceil(wait_s))})

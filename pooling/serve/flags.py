@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each model's flags, read by vLLM's own parser so that every vLLM flag exists per model."""
+
+from __future__ import annotations
+
+import difflib
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import NoReturn
+
+from tokenpool.errors import ConfigError
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+
+class _Parser(FlexibleArgumentParser):
+    """vLLM's parser that raises instead of printing its usage and leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+_parser: _Parser | None = None
+
+
+def _serve_parser() -> _Parser:
+    global _parser
+    if _parser is None:
+        parser = _Parser(add_help=False, allow_abbrev=False)
+        make_arg_parser(parser)
+        _parser = parser
+    return _parser
+
+
+def known_flags() -> set[str]:
+    """Every option string of `vllm serve`."""
+    return {option for action in _serve_parser()._actions for option in action.option_strings}
+
+
+def parse_serve_flags(words: Sequence[str]) -> Namespace:
+    """Parse the words after `vllm serve`; raises ConfigError of one line that names the flag."""
+    parser = _serve_parser()
+    # The parser takes an unknown flag's value for a positional and names the wrong word: look first.
+    _refuse_unknown(words)
+    try:
+        args = parser.parse_args(list(words))
+        if args.model_tag is not None:
+            args.model = args.model_tag
+        validate_parsed_serve_args(args)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(str(error)) from error
+    return args
+
+
+def _refuse_unknown(words: Sequence[str]) -> None:
+    known = known_flags()
+    for word in words:
+        if word == "--":
+            return
+        if not word.startswith("--"):
+            continue
+        flag = word.split("=", 1)[0].split(".", 1)[0].replace("_", "-")
+        if flag not in known:
+            near = difflib.get_close_matches(flag, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "it is no flag of vllm serve; remove it"
+            raise ConfigError(f"unknown flag {flag}: {hint}", key=flag)

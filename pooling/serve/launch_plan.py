@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a pool's settings to what is started: checked engine configs and a memory budget. Loads no weights."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+
+from tokenpool.config import ModelSpec, PoolConfig
+from tokenpool.errors import ConfigError, PoolError
+from tokenpool.serve.flags import parse_serve_flags
+from tokenpool.serve.poolability import check_config, check_flags
+from tokenpool.units import format_bytes
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+
+_AUTO_CPU_FRACTION = 0.5
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
+
+
+@dataclass(slots=True)
+class ModelPlan:
+    """One model that can be pooled."""
+
+    spec: ModelSpec
+    args: Namespace
+    """vLLM's parsed serve flags; its app is built from them."""
+    weight_bytes: int
+    """Size of a local checkpoint's weights; 0 when the model is not a local folder."""
+
+    def engine_config(self) -> VllmConfig:
+        """A fresh engine config, which an engine may change; raises ConfigError of one line."""
+        try:
+            engine_args = AsyncEngineArgs.from_cli_args(self.args)
+            config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        except PoolError:
+            raise
+        except Exception as error:  # vLLM raises many kinds for a bad model or flag; all mean "does not start"
+            raise ConfigError(_first_line(error), key=f"model {self.spec.name!r}") from error
+        check_config(self.spec.name, config)
+        return config
+
+
+def plan_model(spec: ModelSpec) -> ModelPlan:
+    """Parse a model's flags and refuse what cannot be pooled; raises ConfigError or ModelRefusedError."""
+    path = Path(spec.model)
+    if spec.model.startswith(("/", "./", "../", "~")) and not path.expanduser().exists():
+        raise ConfigError(f"missing path {spec.model}: correct it, or give a Hugging Face id", key="model")
+    words = [spec.model, *spec.args]
+    if not any(word.split("=")[0] == "--served-model-name" for word in spec.args):
+        words += ["--served-model-name", spec.name]
+    try:
+        args = parse_serve_flags(words)
+    except ConfigError as error:
+        raise error.under(source=f"model {spec.name!r}") from error
+    check_flags(spec.name, args)
+    args.api_key = None  # keys are checked once, in front of all models
+    return ModelPlan(spec, args, _checkpoint_bytes(path.expanduser()))
+
+
+def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
+    """Plan every model and the budget; returns the config with `device_memory` set."""
+    plans = [plan_model(spec) for spec in config.models]
+    for plan in plans:
+        plan.engine_config()
+    if config.device_memory is None:
+        config = replace(config, device_memory=_auto_device_memory(config, plans))
+    _check_budget(config, plans)
+    return config, plans
+
+
+def _auto_device_memory(config: PoolConfig, plans: list[ModelPlan]) -> int:
+    asked = [plan.args.kv_cache_memory_bytes for plan in plans]
+    if all(asked):
+        return sum(asked) + sum(_needed_pages(config, plan) for plan in plans) * config.page_size + config.page_size
+    return int(psutil.virtual_memory().available * _AUTO_CPU_FRACTION)
+
+
+def _needed_pages(config: PoolConfig, plan: ModelPlan) -> int:
+    return -(-plan.weight_bytes // config.page_size) + config.kv_floor_pages
+
+
+def _check_budget(config: PoolConfig, plans: list[ModelPlan]) -> None:
+    assert config.device_memory is not None
+    pages = config.device_memory // config.page_size
+    needed = sum(_needed_pages(config, plan) for plan in plans) + 1  # one page for null blocks
+    if needed > pages:
+        raise ConfigError(
+            f"{format_bytes(config.device_memory)} is too little: the weights of {len(plans)} models and "
+            f"{config.kv_floor_pages} KV page each need {format_bytes(needed * config.page_size)}; raise it, "
+            "lower page_size or serve fewer models",
+            key="device_memory",
+        )
+
+
+def _checkpoint_bytes(path: Path) -> int:
+    if not path.is_dir():
+        return 0
+    for pattern in _WEIGHT_PATTERNS:
+        if files := list(path.glob(pattern)):
+            return sum(os.path.getsize(file) for file in files)
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Pydantic's first line only counts the errors; the third says what is wrong.
+    if lines and "validation error" in lines[0] and len(lines) > 1:
+        lines = lines[-2:] if lines[-1].startswith("For further") else lines[1:]
+    return lines[0] if lines else type(error).__name__

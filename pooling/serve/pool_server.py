@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool behind the port: supervises the host, starts and stops models, answers what concerns all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+from prometheus_client import multiprocess
+from starlette.applications import Starlette
+
+from tokenpool.config import ModelSpec, PoolConfig
+from tokenpool.errors import ConfigError, HostError, ModelUnavailableError, PoolError
+from tokenpool.host.engine_host import HostConfig
+from tokenpool.serve.auth import ApiKeyAuth
+from tokenpool.serve.host_process import HostProcess
+from tokenpool.serve.launch_plan import ModelPlan, plan_model
+from tokenpool.serve.model_client import ModelClient
+from tokenpool.serve.router import ModelApp, ModelRouter
+
+logger = logging.getLogger(__name__)
+
+_RESTART_WAITS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_STABLE_AFTER_S = 60.0
+
+
+class PoolServer:
+    """One host and the models on it. Lives on one event loop."""
+
+    def __init__(self, config: PoolConfig, plans: list[ModelPlan], outer: Starlette) -> None:
+        assert config.device_memory is not None
+        self.config = config
+        self.router = ModelRouter(outer, max_request_bytes=config.max_request_bytes)
+        self.app = ApiKeyAuth(self.router, api_keys=config.api_key, admin_keys=config.admin_key)
+        self.host_restarts = 0
+        self.stopping = False
+        self._plans = {plan.spec.name: plan for plan in plans}
+        self._clients: dict[str, ModelClient] = {}
+        self._host: HostProcess | None = None
+        self._changing = asyncio.Lock()  # one model is added or removed at a time
+        self._supervisor: asyncio.Task | None = None
+        self._host_config = HostConfig(
+            config.device_memory, config.page_size, config.kv_floor_pages, config.scheduling.policy
+        )
+        outer.state.pool = self
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start the host and all models; raises PoolError, with nothing left running, when one cannot be served."""
+        for name in self._plans:
+            self.router.add(ModelApp(name, _no_app, state="loading", retry_after_s=5))
+        try:
+            await self._start_host()
+        except BaseException:
+            await self.stop()
+            raise
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def stop(self) -> None:
+        """Finish what was accepted, at most `shutdown_timeout` long, then end everything."""
+        self.stopping = True
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+        limit_s = self.config.shutdown_timeout_s
+        drained = await asyncio.gather(*(client.drain(limit_s) for client in self._clients.values()))
+        for client, done in zip(self._clients.values(), drained, strict=True):
+            if not done:
+                logger.warning("drain limit reached, aborting model=%s requests=%d", client.plan.spec.name,
+                               client.num_unfinished)
+                await client.abort_all()
+        if self._host is not None:
+            await self._host.stop(10.0)
+        for client in self._clients.values():
+            client.declare_dead()
+            await client.close()
+        self._clients.clear()
+
+    @property
+    def ready(self) -> bool:
+        """True when every model can be served and the pool is not shutting down."""
+        return not self.stopping and all(m.state == "resident" for m in self.router.models.values())
+
+    async def _start_host(self) -> None:
+        first = next(iter(self._plans.values()))
+        self._host = await HostProcess.start(self._host_config, await asyncio.to_thread(first.engine_config))
+        for plan in list(self._plans.values()):
+            await self._start_model(plan)
+
+    async def _start_model(self, plan: ModelPlan) -> ModelClient:
+        assert self._host is not None
+        client = await ModelClient.start(plan, self._host)
+        self._clients[plan.spec.name] = client
+        model = self.router.models[plan.spec.name]
+        model.app, model.state = client.app, "resident"
+        logger.info("model ready model=%s seconds=%.2f", plan.spec.name, client.added["build_s"])
+        return client
+
+    # -- supervision ---------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        attempt, started = 0, time.monotonic()
+        while True:
+            assert self._host is not None
+            status = await self._host.wait()
+            if time.monotonic() - started > _STABLE_AFTER_S:
+                attempt = 0
+            logger.error("engine host ended pid=%d status=%d, restarting", self._host.pid, status)
+            await self._host_died(self._host.pid)
+            while True:
+                await asyncio.sleep(_RESTART_WAITS_S[min(attempt, len(_RESTART_WAITS_S) - 1)])
+                attempt, started = attempt + 1, time.monotonic()
+                self.host_restarts += 1
+                try:
+                    async with self._changing:
+                        await self._start_host()
+                    break
+                except Exception:  # whatever stops a restart, the next attempt may work
+                    logger.exception("engine host does not come back, trying again")
+                    await self._host.kill()
+                    await self._host_died(self._host.pid)
+
+    async def _host_died(self, pid: int) -> None:
+        for model in self.router.models.values():
+            if model.state != "draining":
+                model.state, model.retry_after_s = "unavailable", 5.0
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
+            client.declare_dead()
+        await asyncio.sleep(0)  # lets the waiting requests see it
+        for client in clients.values():
+            await client.close()
+        multiprocess.mark_process_dead(pid, os.environ["PROMETHEUS_MULTIPROC_DIR"])
+
+    # -- models at run time --------------------------------------------------------------------------
+
+    async def add_model(self, spec: ModelSpec) -> dict[str, Any]:
+        """Load one more model; the others go on. Raises PoolError and changes nothing when it cannot be served."""
+        self._refuse_while_stopping()
+        plan = await asyncio.to_thread(plan_model, spec)
+        async with self._changing:
+            if spec.name in self.router.models:
+                raise ConfigError(f"model {spec.name!r} is in the pool already: choose another name", key="name")
+            self.router.add(ModelApp(spec.name, _no_app, state="loading", retry_after_s=5))
+            try:
+                client = await self._start_model(plan)
+            except BaseException:
+                self.router.remove(spec.name)
+                raise
+            self._plans[spec.name] = plan
+            return client.added
+
+    async def remove_model(self, name: str, drain_s: float) -> None:
+        """Stop taking requests for a model, let it finish for at most `drain_s`, abort the rest and unload it."""
+        model = self.router.models.get(name)
+        if model is None:
+            raise KeyError(name)
+        async with self._changing:
+            client = self._clients.get(name)
+            if client is None or self._host is None:
+                raise ModelUnavailableError(f"model {name!r} is {model.state}", retry_after_s=5.0)
+            model.state = "draining"
+            if not await client.drain(drain_s):
+                await client.abort_all()
+                await client.drain(5.0)
+            while True:
+                try:
+                    await self._host.call("remove_model", name)
+                    break
+                except HostError as error:
+                    if name not in self._clients or "still has requests" not in str(error):
+                        raise
+                    await asyncio.sleep(0.05)
+            self.router.remove(name)
+            del self._plans[name], self._clients[name]
+            await client.close()
+
+    async def state(self) -> dict[str, Any]:
+        """The pool's state: models, host memory map, restarts."""
+        try:
+            host = await self._host.call("state") if self._host else None
+        except PoolError as error:
+            host = {"error": str(error)}
+        models = {
+            name: {"state": model.state, "inflight": model.inflight, "model": self._plans[name].spec.model}
+            for name, model in self.router.models.items()
+            if name in self._plans
+        }
+        pid = self._host.pid if self._host else None
+        return {
+            "ready": self.ready,
+            "host_pid": pid,
+            "host_restarts": self.host_restarts,
+            "models": models,
+            "host": host,
+        }
+
+    async def check(self) -> None:
+        """Check the host's books; raises what is wrong."""
+        if self._host is not None:
+            await self._host.call("check")
+
+    def _refuse_while_stopping(self) -> None:
+        if self.stopping or self._host is None:
+            raise ModelUnavailableError("the pool is stopping", retry_after_s=30.0)
+
+
+async def _no_app(scope: Any, receive: Any, send: Any) -> None:
+    raise AssertionError("a model that is not resident takes no requests")

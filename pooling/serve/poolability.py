@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refuse by name, before anything loads, what cannot be pooled yet."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from tokenpool.errors import ModelRefusedError
+
+_OUTSIDE = "serve it with plain vLLM outside the pool"
+
+
+def check_flags(name: str, args: Namespace) -> None:
+    """Refuse flags of the server process that the pool takes over; raises ModelRefusedError."""
+    refused = {
+        "--headless": args.headless,
+        "--grpc": args.grpc,
+        "--grpc-port": args.grpc_port is not None,
+        "--api-server-count above 1": (args.api_server_count or 1) > 1,
+        "--num-gpu-blocks-override": args.num_gpu_blocks_override is not None,
+        "--uds": args.uds is not None,
+    }
+    for flag, given in refused.items():
+        if given:
+            raise ModelRefusedError(name, flag, "remove the flag")
+
+
+def check_config(name: str, config: Any) -> None:
+    """Refuse engine features that two engines of one process cannot share; `config` is a VllmConfig."""
+    parallel, model = config.parallel_config, config.model_config
+    refused = {
+        "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
+        "an EC connector (--ec-transfer-config)": config.ec_transfer_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "tensor parallelism (not yet)": parallel.tensor_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+        "speculative decoding (not yet)": config.speculative_config is not None,
+        "sleep mode, which the pool replaces": model.enable_sleep_mode,
+        "state-space (Mamba) layers": model.is_hybrid or model.has_inner_state or model.is_attention_free,
+        "an encoder-decoder model (not yet)": model.is_encoder_decoder,
+        "KV offloading": config.cache_config.kv_offloading_size is not None,
+    }
+    for feature, present in refused.items():
+        if present:
+            raise ModelRefusedError(name, feature, _OUTSIDE)

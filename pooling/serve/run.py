@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a pool: plan, bind the port, start the models, serve, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import signal
+import socket
+from argparse import Namespace
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from tokenpool.config import PoolConfig
+from tokenpool.errors import ConfigError
+from tokenpool.serve.endpoints import build_outer_app
+from tokenpool.serve.launch_plan import ModelPlan, plan_pool
+from tokenpool.serve.pool_server import PoolServer
+from tokenpool.units import format_bytes
+from vllm.entrypoints.launchers.launcher import NoSignalServer, create_server_socket
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.utils.system_utils import set_ulimit
+
+logger = logging.getLogger(__name__)
+
+
+def describe_plan(config: PoolConfig, plans: list[ModelPlan]) -> str:
+    """The plan in a few lines for people."""
+    assert config.device_memory is not None
+    lines = [f"device memory {format_bytes(config.device_memory)} in pages of {format_bytes(config.page_size)}"]
+    for item in plans:
+        weights = format_bytes(item.weight_bytes) if item.weight_bytes else "weights of unknown size"
+        slo = f", ttft {item.spec.slo.ttft_s:g} s, tpot {item.spec.slo.tpot_s:g} s" if item.spec.slo else ""
+        lines.append(f"  {item.spec.name}: {item.spec.model}, {weights}{slo}")
+    lines.append("ok")
+    return "\n".join(lines)
+
+
+def serve(config: PoolConfig) -> int:
+    """Serve until SIGTERM or SIGINT; returns 0 after a clean drain."""
+    logging.basicConfig(level=os.environ.get("TOKENPOOL_LOG_LEVEL", "INFO"), format="%(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    config, plans = plan_pool(config)
+    try:
+        sock = create_server_socket((config.host or "", config.port), reuse_port=False)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {config.host or '*'}:{config.port}: {error.strerror}", key="port") from None
+    set_ulimit()
+    try:
+        uvloop.run(_serve(config, plans, sock))
+    finally:
+        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
+    return 0
+
+
+async def _serve(config: PoolConfig, plans: list[ModelPlan], sock: socket.socket) -> None:
+    args = plans[0].args
+    pool = PoolServer(config, plans, build_outer_app(_cors(args)))
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    server = NoSignalServer(_uvicorn_config(pool.app, args, config))
+    # The port answers while models load: /health is up, /ready and the models say 503.
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    starting = asyncio.create_task(pool.start())
+    stopping = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            address = sock.getsockname()
+            logger.info("serving %d models on http://%s:%d", len(plans), address[0], address[1])
+            await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            starting.cancel()
+    finally:
+        logger.info("draining: no new requests, at most %g s", config.shutdown_timeout_s)
+        server.should_exit = True  # closes the listening socket and waits for open responses
+        await pool.stop()
+        await asyncio.wait({serving}, timeout=5.0)
+        stopping.cancel()
+
+
+def _uvicorn_config(app: Any, args: Namespace, config: PoolConfig) -> uvicorn.Config:
+    options: dict[str, Any] = {}
+    if (log_config := get_uvicorn_log_config(args)) is not None:
+        options["log_config"] = log_config
+    uvicorn_config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=max(1, int(config.shutdown_timeout_s)),
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        **options,
+    )
+    uvicorn_config.h11_max_header_count = args.h11_max_header_count
+    return uvicorn_config
+
+
+def _cors(args: Namespace) -> dict[str, Any]:
+    return {
+        "allow_origins": args.allowed_origins,
+        "allow_credentials": args.allow_credentials,
+        "allow_methods": args.allowed_methods,
+        "allow_headers": args.allowed_headers,
+    }

@@ -97,11 +97,14 @@ class HostedEngineCore(EngineCoreProc):
         vllm_config.__post_init__()
 
     def process_input_sockets(self, *args: Any) -> None:
-        """vLLM's input thread, or nothing without addresses."""
+        """vLLM's input thread, or nothing without addresses; when it ends, the output thread ends too."""
         if self._pool_addresses is None:
             args[-1].set()
-        else:
+            return
+        try:
             super().process_input_sockets(*args)
+        finally:
+            self.output_queue.put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
 
     def process_output_sockets(self, *args: Any) -> None:
         """vLLM's output thread, or nothing without addresses."""
@@ -151,8 +154,6 @@ class HostedEngineCore(EngineCoreProc):
         self.counters.failed_requests += 1
 
     def close(self) -> None:
-        """End this engine: its input thread on the next message, its output thread now."""
+        """End this engine; its threads end on the next message from a frontend."""
         self.input_queue.closed = True
-        if self._pool_addresses is not None:
-            self.output_queue.put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
         self.shutdown()

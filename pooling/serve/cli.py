@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -69,7 +70,10 @@ def _serve(words: list[str]) -> int:
     _prepare_process()
     from tokenpool.serve.run import serve
 
-    return serve(pool)
+    status = serve(pool)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)  # an orderly interpreter exit takes seconds and prints what Triton leaks
 
 
 def _validate(words: list[str]) -> int:

@@ -87,8 +87,10 @@ class ModelClient:
 
     async def close(self) -> None:
         """Free the client; its engine in the host is closed before or gone."""
+        if self.engine.output_handler is not None:
+            self.engine.output_handler.cancel()
         if not self.engine.engine_core.resources.engine_dead:
-            # The host ends a closed engine's input thread when a message comes in: send one.
+            # The host ends a closed engine's threads when a message comes in: send one.
             await self.engine.engine_core.abort_requests_async(["tokenpool-close"])
         await self._lifespan.aclose()
         await asyncio.to_thread(self.engine.shutdown)

@@ -72,11 +72,10 @@ class PoolServer:
                 logger.warning("drain limit reached, aborting model=%s requests=%d", client.plan.spec.name,
                                client.num_unfinished)
                 await client.abort_all()
+        for client in self._clients.values():
+            await client.close()
         if self._host is not None:
             await self._host.stop(10.0)
-        for client in self._clients.values():
-            client.declare_dead()
-            await client.close()
         self._clients.clear()
 
     @property

@@ -129,10 +129,15 @@ def test_api_paths_need_a_key(headers: dict[str, str] | None, expected: int) -> 
 def test_refusal_has_the_openai_shape() -> None:
     """A 401 is an OpenAI error that says which scheme to use, and carries no key."""
     response = fetch(make_auth(), "/v1/models", {"authorization": "Bearer wrong"})
-    expected = {"message": "Missing or invalid API key.", "type": "AuthenticationError", "param": None, "code": 401}
+    expected = {
+        "message": "Missing or invalid API key.",
+        "type": "AuthenticationError",
+        "param": None,
+        "code": 401,
+    }
 
     assert {"error": expected} == response.json()
-    assert "Bearer" == response.headers["www-authenticate"]
+    assert response.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/live", "/ping"])
@@ -140,19 +145,19 @@ def test_probes_are_open(path: str) -> None:
     """A probe needs no key, a path that merely resembles it does."""
     auth = make_auth()
 
-    assert 200 == status(auth, path)
-    assert 200 == status(auth, "/root" + path, root_path="/root")
+    assert status(auth, path) == 200
+    assert status(auth, "/root" + path, root_path="/root") == 200
     for near in (f"{path}/", f"/{path}", f"{path}/x", f"/x/..{path}", f"/models/a{path}", path.upper()):
-        assert 401 == status(auth, near), near
+        assert status(auth, near) == 401, near
 
 
 def test_without_api_keys_the_api_is_open_and_the_pool_is_not() -> None:
     """No API key configured means an open API; the admin API stays behind its own key."""
     auth = make_auth(api_keys=())
 
-    assert 200 == status(auth, "/v1/chat/completions")
-    assert 401 == status(auth, "/v1/pool/state")
-    assert 200 == status(auth, "/v1/pool/state", ADMIN)
+    assert status(auth, "/v1/chat/completions") == 200
+    assert status(auth, "/v1/pool/state") == 401
+    assert status(auth, "/v1/pool/state", ADMIN) == 200
 
 
 def test_without_admin_keys_the_pool_api_is_off() -> None:
@@ -161,7 +166,7 @@ def test_without_admin_keys_the_pool_api_is_off() -> None:
 
     for headers in ({}, USER, ADMIN, {"authorization": "Bearer "}):
         response = fetch(auth, "/v1/pool/state", headers)
-        assert 403 == response.status_code
+        assert response.status_code == 403
         assert "set admin_key" in response.json()["error"]["message"]
 
 
@@ -171,20 +176,21 @@ def test_every_spelling_of_the_pool_api_needs_the_admin_key(path: str) -> None:
     auth = make_auth()
 
     assert touches_pool_api(path)
-    assert 401 == status(auth, path)
-    assert 401 == status(auth, path, USER)
-    assert 401 == status(auth, "/root" + path, USER, root_path="/root")
-    assert 200 == status(auth, path, ADMIN)
-    assert 401 == status(make_auth(api_keys=()), path, USER)
+    assert status(auth, path) == 401
+    assert status(auth, path, USER) == 401
+    assert status(auth, "/root" + path, USER, root_path="/root") == 401
+    assert status(auth, path, ADMIN) == 200
+    assert status(make_auth(api_keys=()), path, USER) == 401
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1/models", "/pooling", "/v1/pooling", "/v1/poolside", "/v2/pool", "/models/pool/v1/score", "/%"]
+    "path",
+    ["/", "/v1/models", "/pooling", "/v1/pooling", "/v1/poolside", "/v2/pool", "/models/pool/v1/score", "/%"],
 )
 def test_other_paths_are_not_taken_for_the_pool_api(path: str) -> None:
     """A user's key is enough for a path that only resembles the admin API."""
     assert not touches_pool_api(path)
-    assert 200 == status(make_auth(), path, USER)
+    assert status(make_auth(), path, USER) == 200
 
 
 @pytest.mark.parametrize("path", POOL_SPELLINGS)
@@ -203,7 +209,9 @@ def test_a_path_encoded_without_end_counts_as_admin() -> None:
     assert touches_pool_api("/v1/" + "%25" * 1 + "25" * 20 + "70ool")
 
 
-@given(st.lists(st.sampled_from(["v1", "pool", "models", "a", "..", ".", "", "%70ool", "%2e%2e", "v1%2fpool"])))
+@given(
+    st.lists(st.sampled_from(["v1", "pool", "models", "a", "..", ".", "", "%70ool", "%2e%2e", "v1%2fpool"]))
+)
 def test_a_path_starlette_would_route_to_the_pool_always_counts(parts: list[str]) -> None:
     """Whatever stands in the path, what begins with the admin prefix, decoded or not, needs the admin key."""
     assert touches_pool_api("/v1/pool/" + "/".join(parts))
@@ -212,7 +220,7 @@ def test_a_path_starlette_would_route_to_the_pool_always_counts(parts: list[str]
 
 def test_preflights_pass() -> None:
     """OPTIONS carries no key in a CORS preflight, so it passes."""
-    assert 200 == fetch(make_auth(), "/v1/chat/completions", method="OPTIONS").status_code
+    assert fetch(make_auth(), "/v1/chat/completions", method="OPTIONS").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/realtime", "/v1/pool/events", "/models/a/v1/pool"])
@@ -222,9 +230,9 @@ def test_websockets_need_a_key_too(path: str) -> None:
     plain = call(auth, path, type="websocket")
     denial = call(auth, path, type="websocket", extensions={"websocket.http.response": {}})
 
-    assert [("websocket.close", 1008)] == [(message["type"], message["code"]) for message in plain]
-    assert ("websocket.http.response.start", 401) == (denial[0]["type"], denial[0]["status"])
-    assert "websocket.accept" == call(auth, path, ADMIN, type="websocket")[0]["type"]
+    assert [(message["type"], message["code"]) for message in plain] == [("websocket.close", 1008)]
+    assert (denial[0]["type"], denial[0]["status"]) == ("websocket.http.response.start", 401)
+    assert call(auth, path, ADMIN, type="websocket")[0]["type"] == "websocket.accept"
 
 
 def test_lifespan_passes() -> None:
@@ -236,12 +244,12 @@ def test_lifespan_passes() -> None:
 
     call(make_auth(app), "/", type="lifespan")
 
-    assert ["lifespan"] == seen
+    assert seen == ["lifespan"]
 
 
 def test_a_key_may_hold_any_text() -> None:
     """A key outside ASCII is compared by its UTF-8 bytes."""
-    assert 200 == status(make_auth(api_keys=["schlüssel"]), "/v1/models", {"x-api-key": "schlüssel"})
+    assert status(make_auth(api_keys=["schlüssel"]), "/v1/models", {"x-api-key": "schlüssel"}) == 200
 
 
 @pytest.mark.parametrize("keys", [[""], [" "], ["a "], ["a", ""]])

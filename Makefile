@@ -1,0 +1,40 @@
+# make demo | make test | make lint | make bench: each creates .venv first if it is not there.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+TORCH = 2.13.0
+TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
+EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+
+.PHONY: setup demo test test-fast test-compat lint clean
+
+setup: $(VENV)/.ready-$(EXTRA)
+
+# The CPU build of torch comes from the configured index if it is there, else from PyTorch's own CPU index.
+# vLLM's requirements pull torchvision and torchaudio, whose CUDA builds break the import of vLLM on the CPU.
+$(VENV)/.ready-cpu: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q "torch==$(TORCH)+cpu" || $(PY) -m pip install -q "torch==$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
+	$(PY) -m pip install -q -e ".[cpu,dev]"
+	$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+$(VENV)/.ready-cuda: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -e ".[cuda,dev]"
+	touch $@
+
+demo: setup
+	$(PY) -m tokenpool.demo
+
+test: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest
+
+test-fast: setup
+	$(PY) -m pytest -m cpu
+
+lint: setup
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

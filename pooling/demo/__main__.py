@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: three tiny random-weight models of different architectures on one port, a streamed chat from each."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import yaml
+from openai import OpenAI
+
+from tokenpool.demo.tiny_models import make_tiny_model
+
+KINDS = ("llama", "qwen2", "gemma3")
+_ADMIN_KEY = "demo-admin"
+_START_LIMIT_S = 180
+
+
+def main() -> int:
+    """Run the demo; returns 0 when every model streamed its tokens."""
+    with tempfile.TemporaryDirectory(prefix="tokenpool-demo-") as folder:
+        port = _free_port()
+        pool_file = _write_pool_file(Path(folder), port)
+        print(f"pool file:\n{pool_file.read_text()}")
+        server = subprocess.Popen([sys.executable, "-m", "tokenpool.serve.cli", "serve", str(pool_file)], env=_env())
+        try:
+            _wait_until_ready(server, port)
+            with concurrent.futures.ThreadPoolExecutor(len(KINDS)) as threads:
+                counts = list(threads.map(lambda kind: _chat(port, kind), KINDS))
+            _print_memory_map(port)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            status = server.wait(60)
+    print(f"\nserver stopped with status {status}; streamed chunks: {dict(zip(KINDS, counts, strict=True))}")
+    return 0 if status == 0 and all(counts) else 1
+
+
+def _write_pool_file(folder: Path, port: int) -> Path:
+    args = {"max_model_len": 512, "enforce_eager": True, "dtype": "bfloat16", "block_size": 32}
+    models = [{"name": k, "model": str(make_tiny_model(k, folder / k)), "args": args} for k in KINDS]
+    pool = {"models": models, "device_memory": "64MiB", "page_size": "1MiB", "host": "127.0.0.1", "port": port,
+            "admin_key": _ADMIN_KEY}
+    path = folder / "pool.yaml"
+    path.write_text(yaml.safe_dump(pool, sort_keys=False))
+    return path
+
+
+def _env() -> dict[str, str]:
+    return {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENPOOL_LOG_LEVEL": "WARNING", **os.environ}
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _wait_until_ready(server: subprocess.Popen, port: int) -> None:
+    start = time.monotonic()
+    while time.monotonic() - start < _START_LIMIT_S:
+        if server.poll() is not None:
+            raise SystemExit(f"the server ended with status {server.returncode}")
+        try:
+            _get(port, "/ready")
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+            continue
+        print(f"ready after {time.monotonic() - start:.1f} s\n", flush=True)
+        return
+    raise SystemExit(f"the server is not ready after {_START_LIMIT_S} s")
+
+
+def _chat(port: int, model: str) -> int:
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "hello world, the quick brown fox"}],
+        max_tokens=24,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    count = 0
+    for chunk in stream:
+        if chunk.choices and chunk.choices[0].delta.content:
+            count += 1
+            print(f"{model:>7} | {chunk.choices[0].delta.content!r}", flush=True)
+    return count
+
+
+def _print_memory_map(port: int) -> None:
+    host = _get(port, "/v1/pool/state")["host"]
+    print(f"\nmemory map: {host['num_pages']} pages of {host['page_size'] >> 10} KiB, {host['num_free_pages']} free")
+    for name, model in host["models"].items():
+        print(
+            f"  {name:>7}: weights {model['weight_pages']} pages, KV {model['kv_pages']} pages "
+            f"({model['kv_idle_pages']} idle), {model['steps']} steps in {model['turns']} turns"
+        )
+    print(f"  {host['switches']} switches between models, {host['slab_reclaims']} slabs moved")
+
+
+def _get(port: int, path: str) -> Any:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", headers={"Authorization": f"Bearer {_ADMIN_KEY}"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

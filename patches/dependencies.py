@@ -66,6 +66,13 @@ PATCHES = (
         removal="vLLM keeps the RoPE cache per model",
     ),
     Patch(
+        name="expert_group",
+        target="vllm.distributed.parallel_state:initialize_model_parallel",
+        hashes=known(v0_32_0="8e0981094faa72d1c8cd21c47466be1ebf0dc3c05064cf76e9aa553e99a80878"),
+        reason="PooledCPUWorker adds the expert-parallel group that it leaves out when the first model is dense",
+        removal="vLLM makes the group when the first mixture of experts asks for it",
+    ),
+    Patch(
         name="cpu_memory_check",
         target="vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory",
         hashes=known(v0_32_0="6307aefccd79f7448b3de39c3a620e6cb65daa52ff6e919b4c54f443ca02d400"),

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures that cost seconds and are shared: tiny checkpoints and one running server. Imports no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.server import PoolServerProcess
+from tokenpool.demo.tiny_models import ENGINE_ARGS, make_tiny_lora, make_tiny_model
+
+LORA_NAME = "llama-lora"
+SLO = {"ttft": "1us", "tpot": "60s"}
+"""Every first token is late and every other one on time, on any machine."""
+
+
+class TinyModels:
+    """Makes tiny checkpoints below one folder, each on first use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, kind: str) -> Path:
+        """The checkpoint of `kind`."""
+        return make_tiny_model(kind, self.folder / kind)
+
+    def lora(self, kind: str) -> Path:
+        """An adapter of rank 8 for `kind`."""
+        return make_tiny_lora(self.path(kind), self.folder / f"{kind}-lora")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Tiny checkpoints by kind."""
+    return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def pool_server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
+    """One server for the whole session: llama with an adapter, qwen2 with an SLO, gemma3, embed."""
+    lora = {"enable_lora": True, "max_lora_rank": 8, "lora_modules": [f"{LORA_NAME}={tiny_models.lora('llama')}"]}
+    models = [
+        {"name": "llama", "model": str(tiny_models.path("llama")), "args": lora},
+        {"name": "qwen2", "model": str(tiny_models.path("qwen2")), "slo": SLO},
+        {"name": "gemma3", "model": str(tiny_models.path("gemma3"))},
+        {"name": "embed", "model": str(tiny_models.path("embed")), "args": ENGINE_ARGS["embed"]},
+    ]
+    pool = {
+        "models": models,
+        "device_memory": "96MiB",
+        "page_size": "1MiB",
+        "api_key": "test-api-key",
+        "admin_key": "test-admin-key",
+    }
+    with PoolServerProcess(pool) as server:
+        yield server

@@ -235,12 +235,23 @@ def _random_model(config: PretrainedConfig, seed: int) -> Any:
         model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
         # A zero row gives a special token the logit 0, well under the largest of 512: greedy never ends by accident.
         model.get_output_embeddings().weight[: len(_SPECIAL_TOKENS)] = 0
-        if config.model_type == "gemma3_text":
-            # The head is tied to the embeddings, so the token just read would win for ever; let the layers weigh more.
-            for name, weight in model.named_parameters():
-                if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
-                    weight.fill_(2.0)
+        _sharpen(model, gemma=config.model_type == "gemma3_text")
     return model
+
+
+def _sharpen(model: Any, *, gemma: bool) -> None:
+    """Make the next token depend on the whole context, in the kinds whose norms flatten the wide weights.
+
+    With unit query and key norms attention is nearly an average, and streams fall into short cycles. Gemma scales by
+    1 + weight, and its head is tied to the embeddings: without heavier layers the token just read wins for ever.
+    """
+    scales = {"q_norm.weight": 1.0 if gemma else 2.0, "k_norm.weight": 1.0 if gemma else 2.0}
+    if gemma:
+        scales |= {"post_attention_layernorm.weight": 4.0, "post_feedforward_layernorm.weight": 4.0}
+    for name, weight in model.named_parameters():
+        for suffix, scale in scales.items():
+            if name.endswith(suffix):
+                weight.fill_(scale)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

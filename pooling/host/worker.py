@@ -1,20 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU worker, told that the arena is its KV memory; selected through `worker_cls`."""
+"""vLLM's CPU worker for a process that has other engines too; selected through `worker_cls`."""
 
 from __future__ import annotations
 
+from vllm.distributed import parallel_state
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 
 class PooledCPUWorker(CPUWorker):
-    """A CPUWorker that does not hold the arena's size against the memory that is free on the node.
+    """A CPUWorker that shares process groups and KV memory with the other engines of its host."""
 
-    The arena is address range, its pages are counted by the ledger; with several models the original
-    check would refuse the later ones because the earlier ones use the memory that all of them share.
-    """
+    def init_device(self) -> None:
+        """Set up the worker; the first engine's process groups are used by all.
+
+        vLLM makes the expert-parallel group together with the others, and only for a mixture of experts: when
+        the first model of the process was dense, the first MoE model finds the groups made and this one missing.
+        """
+        super().init_device()
+        if self.model_config.is_moe and parallel_state._EP is None:
+            world = parallel_state.get_world_group()
+            parallel_state._EP = parallel_state.init_model_parallel_group(
+                [world.ranks],
+                world.local_rank,
+                world.backend,
+                group_name="ep",
+                use_all2all=self.parallel_config.use_all2all,
+            )
 
     def determine_available_memory(self) -> int:
-        """Bytes of the arena that this model's view spans."""
+        """Bytes of the arena that this model's view spans.
+
+        The arena is address range, its pages are counted by the ledger; with several models the original
+        check would refuse the later ones because the earlier ones use the memory that all of them share.
+        """
         if self._should_warm_up_model():
             self.model_runner.warming_up_model()
         nbytes = self.cache_config.kv_cache_memory_bytes

@@ -142,7 +142,7 @@ class ModelRouter:
             if body is None:
                 return
             receive = _replay(body, receive)
-        model = model or await self._by_request(path, scope, headers, body)
+        model = model or await self._by_request(path, scope, headers, body or b"")
         if model.state != "resident":
             raise _RefusedError(model.refusal(), close_code=1013)
         del body  # from here on the app alone decides how long it lives
@@ -314,7 +314,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 async def _call(model: ModelApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run the model's app; a crash, or a 500 of a model that became unavailable, turns into a 503 to retry."""
+    """Run the model's app; a crash, or a 500 of a model that became unavailable, becomes a 503 to retry."""
     started, replaced = scope["type"] == "websocket", False
     held: Message | None = None  # the start of a 500, until its body comes
 

@@ -77,7 +77,7 @@ class Result:
 
 
 def prompts_for(
-    seed: int, count: int, vocab: int = 512, lengths: Sequence[int] = (7, 150, 340, 48, 101, 420)
+    seed: int, count: int, vocab: int = 512, lengths: Sequence[int] = (7, 150, 340, 130, 48, 420)
 ) -> list[list[int]]:
     """Return `count` random prompts whose lengths cycle through `lengths`.
 

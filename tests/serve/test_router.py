@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.cpu
 METHODS = ["GET", "POST", "PUT", "DELETE", "OPTIONS"]
 CHAT = "/v1/chat/completions"
 LIMIT = 1000
+GONE = {"type": "http.disconnect"}
 
 
 def make_app(name: str) -> Starlette:
@@ -33,37 +35,41 @@ def make_app(name: str) -> Starlette:
 
     async def echo(request: Request) -> JSONResponse:
         body = await request.body()
-        seen = {"app": name, "path": request.scope["path"], "root_path": request.scope["root_path"]}
-        return JSONResponse(
-            seen | {"raw_path": request.scope["raw_path"].decode(), "body": body.decode("latin-1")}
-        )
+        seen = {key: request.scope[key] for key in ("path", "root_path")} | {"body": body.decode("latin-1")}
+        return JSONResponse({"app": name, "raw_path": request.scope["raw_path"].decode(), **seen})
 
     async def socket(websocket: WebSocket) -> None:
         await websocket.accept(name)
         await websocket.close(1000)
 
-    return Starlette(
-        routes=[Route("/{rest:path}", echo, methods=METHODS), WebSocketRoute("/{rest:path}", socket)]
-    )
+    anything = "/{rest:path}"
+    return Starlette(routes=[Route(anything, echo, methods=METHODS), WebSocketRoute(anything, socket)])
 
 
 def make_router(*names: str, max_request_bytes: int = LIMIT) -> ModelRouter:
     router = ModelRouter(make_app("outer"), max_request_bytes=max_request_bytes)
-    for name in names or ("a", "org/b"):
+    for name in names:
         router.add(ModelApp(name, make_app(name), "resident"))
     return router
 
 
-def serve_vllm_state(
-    model: ModelApp, *, names: Iterable[str] = (), adapters: Any = None, responses: Iterable[str] = ()
-) -> None:
+def two() -> ModelRouter:
+    return make_router("a", "org/b", max_request_bytes=1 << 20)
+
+
+def serve_raw(app: Any) -> tuple[ModelRouter, ModelApp]:
+    """Return a router whose only model, `a`, is this ASGI callable."""
+    router = make_router()
+    router.add(model := ModelApp("a", app, "resident"))
+    return router, model
+
+
+def set_vllm_state(model: ModelApp, adapters: Any = (), responses: Any = (), **models: Any) -> None:
     """Give the app the attributes that vLLM's ``init_app_state`` sets."""
-    paths = [SimpleNamespace(name=name, model_path=name) for name in names]
     state: Any = model.app.state  # type: ignore[attr-defined]
-    state.openai_serving_models = SimpleNamespace(
-        base_model_paths=paths, lora_requests={} if adapters is None else adapters
-    )
-    state.openai_serving_responses = SimpleNamespace(response_store=dict.fromkeys(responses))
+    served = [SimpleNamespace(name=f"served-{model.name}", model_path=model.name)]
+    state.openai_serving_models = SimpleNamespace(base_model_paths=served, lora_requests=adapters, **models)
+    state.openai_serving_responses = SimpleNamespace(response_store=responses)
 
 
 def fetch(app: Any, method: str, path: str, **request: Any) -> httpx.Response:
@@ -78,31 +84,30 @@ def post(app: Any, path: str = CHAT, **request: Any) -> httpx.Response:
     return fetch(app, "POST", path, **request)
 
 
+def choose(app: Any, method: str, path: str, **request: Any) -> str | int:
+    """Return the name of the app that answered, or the status if the router did."""
+    response = fetch(app, method, path, **request)
+    return response.json()["app"] if response.status_code == 200 else response.status_code
+
+
 def make_scope(path: str = CHAT, headers: dict[str, str] | None = None, **fields: Any) -> dict[str, Any]:
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in (headers or {}).items()]
-    scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "raw_path": b"/",
-        "root_path": "",
-        "headers": raw,
-    }
-    return scope | {"query_string": b"", "server": ("pool", 80), "scheme": "http"} | fields
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "root_path": ""}
+    return scope | {"headers": raw, "query_string": b"", "server": ("pool", 80), "scheme": "http"} | fields
 
 
-async def call(app: Any, scope: Any, *messages: dict[str, Any]) -> list[dict[str, Any]]:
+def call(app: Any, scope: Any, *messages: Any, into: list[Any] | None = None) -> list[dict[str, Any]]:
     """Call an ASGI app with these messages, then with a client that has gone; return what it sent."""
-    sent: list[dict[str, Any]] = []
+    sent: list[dict[str, Any]] = [] if into is None else into
     incoming = iter(messages)
 
     async def receive() -> dict[str, Any]:
-        return next(incoming, {"type": "http.disconnect"})
+        return next(incoming, GONE)
 
     async def send(message: Any) -> None:
         sent.append(message)
 
-    await app(scope, receive, send)
+    asyncio.run(app(scope, receive, send))
     return sent
 
 
@@ -110,52 +115,44 @@ def chunk(body: bytes, more: bool = False) -> dict[str, Any]:
     return {"type": "http.request", "body": body, "more_body": more}
 
 
-# --- which app ---------------------------------------------------------------------------------------------
+def answer(status: int) -> list[dict[str, Any]]:
+    start = {"type": "http.response.start", "status": status, "headers": []}
+    return [start, {"type": "http.response.body", "body": b"own", "more_body": False}]
 
 
 @pytest.mark.parametrize(
     "path",
     ["/v1/models", "/v1/models/a", "/v1/models/org/b", "/metrics", "/health", "/ready", "/live", "/load"]
-    + ["/version", "/ping", "/v1/pool", "/v1/pool/state"],
+    + ["/version", "/ping", "/v1/pool", "/v1/pool/state", "/added"],
 )
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_pool_paths_go_to_the_outer_app(path: str, method: str) -> None:
+def test_pool_paths_go_to_the_outer_app(path: str) -> None:
     """A path that is about the whole pool never reaches one model's app, whatever its body says."""
-    assert fetch(make_router(), method, path, content=b'{"model":"a"}').json()["app"] == "outer"
+    router = two()
+    router.outer_paths.add("/added")
 
-
-def test_pool_paths_can_be_added() -> None:
-    """The frontend may give the outer app more paths."""
-    router = make_router()
-    router.outer_paths.add("/status")
-
-    assert fetch(router, "GET", "/status").json()["app"] == "outer"
+    assert choose(router, "GET", path) == "outer"
+    assert choose(router, "POST", path, content=b'{"model":"a"}') == "outer"
 
 
 @pytest.mark.parametrize("path", [CHAT, "/tokenize", "/invocations", "/v1/poolside", "/modelsx", "/healthz"])
-@pytest.mark.parametrize("name", ["a", "org/b"])
-def test_json_names_the_model(path: str, name: str) -> None:
-    """Any other path goes to the app the JSON body names, with path and body unchanged."""
-    body = json.dumps({"x": [1, {"model": "nested"}], "model": name})
-    seen = post(make_router(), path, content=body).json()
+@pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
+def test_json_names_the_model(path: str, method: str) -> None:
+    """Any other path goes to the app the JSON body names, with path and body unchanged, by any method."""
+    body = json.dumps({"x": [1, {"model": "nested"}], "model": "org/b"})
+    seen = fetch(two(), method, path, content=body).json()
 
-    assert (name, path, "", body) == (seen["app"], seen["path"], seen["root_path"], seen["body"])
+    assert ("org/b", path, "", body) == (seen["app"], seen["path"], seen["root_path"], seen["body"])
 
 
 @pytest.mark.parametrize(
     "body",
-    [
-        b'{"model": "org/b", "temperature": NaN}',
-        '{"model": "org/b"}'.encode("utf-8-sig"),
-        '{"model": "org/b"}'.encode("utf-16"),
-        b'{"mod\\u0065l": "org\\/b"}',
-        b'{"model": "a", "model": "org/b"}',
-        b'{"user": "\\ud800", "model": "org/b"}',
-    ],
+    ['{"model": "org/b"}'.encode("utf-8-sig"), '{"model": "org/b"}'.encode("utf-16")]
+    + [b'{"model": "org/b", "temperature": NaN}', b'{"mod\\u0065l": "org\\/b"}']
+    + [b'{"model": "a", "model": "org/b"}', b'{"user": "\\ud800", "model": "org/b"}'],
 )
 def test_json_is_read_as_vllm_reads_it(body: bytes) -> None:
     """What Python's json module understands, which vLLM uses, names its model here too."""
-    assert post(make_router(), content=body).json()["app"] == "org/b"
+    assert choose(two(), "POST", CHAT, content=body) == "org/b"
 
 
 @pytest.mark.parametrize(
@@ -164,92 +161,67 @@ def test_json_is_read_as_vllm_reads_it(body: bytes) -> None:
     + [b'{"x": ' + b"[" * 100_000, b'{"model": "\xff"}', b"\x00", b" "],
 )
 def test_unreadable_bodies_go_to_an_app(body: bytes) -> None:
-    """A body no model can be read from is for vLLM's own validation to refuse, so it reaches an app whole."""
-    router = make_router(max_request_bytes=1 << 20)
+    """A body no model can be read from reaches a resident app whole: vLLM's own validation refuses it."""
+    router = two()
     seen = post(router, content=body).json()
 
-    assert ("a", body.decode("latin-1")) == (seen["app"], seen["body"])
-
-
-def test_unreadable_bodies_go_to_an_app_that_can_answer() -> None:
-    """Validation needs an app that runs: the first resident one."""
-    router = make_router()
+    assert (seen["app"], seen["body"]) == ("a", body.decode("latin-1"))
     router.models["a"].state = "loading"
-
-    assert post(router, content=b"{").json()["app"] == "org/b"
+    assert choose(router, "POST", CHAT, content=body) == "org/b"
 
 
 @pytest.mark.parametrize("files_first", [False, True])
-def test_a_multipart_field_names_the_model(files_first: bool) -> None:
+def test_a_form_field_names_the_model(files_first: bool) -> None:
     """An audio upload is routed by its `model` field, before or after the file, and arrives whole."""
     audio = bytes(range(256)) * 2000
     parts = [("model", (None, "org/b")), ("file", ("x.wav", audio)), ("language", (None, "en"))]
-    router = make_router(max_request_bytes=1 << 20)
-    seen = post(router, "/v1/audio/transcriptions", files=parts[::-1] if files_first else parts).json()
+    seen = post(two(), "/v1/audio/transcriptions", files=parts[::-1] if files_first else parts).json()
 
     assert seen["app"] == "org/b"
     assert audio.decode("latin-1") in seen["body"]
-
-
-def test_an_urlencoded_field_names_the_model() -> None:
-    """A form is routed by its `model` field."""
-    assert post(make_router(), data={"x": "1", "model": "org/b"}).json()["app"] == "org/b"
+    assert choose(two(), "POST", CHAT, data={"x": "1", "model": "org/b"}) == "org/b"
 
 
 @pytest.mark.parametrize(
-    ("content_type", "body"),
+    ("parameters", "field"),
     [
-        ("multipart/form-data", b"x"),
-        ("multipart/form-data; boundary=b", b"no boundary in here"),
-        ("multipart/form-data; boundary=b", b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--\r\n"),
-        (
-            "multipart/form-data; boundary=b; charset=undefined",
-            b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nx\r\n--b--\r\n',
-        ),
-        (
-            "multipart/form-data; boundary=b",
-            b'--b\r\nContent-Disposition: form-data; name="model"; filename="m"\r\n\r\nx\r\n--b--\r\n',
-        ),
+        ("", b'; name="model"'),
+        ("; boundary=x", b'; name="model"'),
+        ("; boundary=b", b""),
+        ("; boundary=b; charset=undefined", b'; name="model"'),
+        ("; boundary=b", b'; name="model"; filename="m"'),
     ],
 )
-def test_broken_forms_go_to_an_app(content_type: str, body: bytes) -> None:
+def test_broken_forms_go_to_an_app(parameters: str, field: bytes) -> None:
     """A form that does not parse, or whose `model` is a file, is for an app to refuse."""
-    assert post(make_router(), content=body, headers={"content-type": content_type}).json()["app"] == "a"
+    form = b"--b\r\nContent-Disposition: form-data" + field + b"\r\n\r\norg/b\r\n--b--\r\n"
+    headers = {"content-type": f"multipart/form-data{parameters}"}
+
+    assert choose(two(), "POST", CHAT, content=form, headers=headers) == "a"
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"model": null}', b'{"model": ""}', b'{"input": "x"}'])
 def test_the_query_names_the_model_if_the_body_does_not(body: bytes) -> None:
     """The query counts only where the body is silent; null and "" are silence, as for vLLM."""
-    router = make_router()
-
-    assert post(router, f"{CHAT}?x=1&model=org%2Fb", content=body).json()["app"] == "org/b"
-    assert post(router, f"{CHAT}?model=org/b", json={"model": "a"}).json()["app"] == "a"
-    assert post(router, f"{CHAT}?models=a", content=body).status_code == 400
+    assert choose(two(), "POST", f"{CHAT}?x=1&model=org%2Fb", content=body) == "org/b"
+    assert choose(two(), "POST", f"{CHAT}?model=org/b", json={"model": "a"}) == "a"
+    assert choose(two(), "POST", f"{CHAT}?models=a", content=body) == 400
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 def test_the_path_names_the_model(method: str) -> None:
     """A path prefix beats body and query and moves to the root path, also from the encoded path."""
-    path = "/models/org%2Fb/v1/x%20y?model=a"
-    seen = fetch(make_router(), method, path, content=b'{"model":"a"}').json()
+    seen = fetch(two(), method, "/models/org%2Fb/v1/x%20y?model=a", content=b'{"model":"a"}').json()
 
-    assert (seen["app"], seen["path"], seen["raw_path"], seen["root_path"]) == (
-        "org/b",
-        "/v1/x y",
-        "/v1/x%20y",
-        "/models/org/b",
-    )
+    assert (seen["app"], seen["root_path"]) == ("org/b", "/models/org/b")
+    assert (seen["path"], seen["raw_path"]) == ("/v1/x y", "/v1/x%20y")
 
 
 @pytest.mark.parametrize(
     ("path", "expected"),
-    [
-        ("/models/a/b/tokenize", ("a/b", "/tokenize")),
-        ("/models/a/b", ("a/b", "/")),
-        ("/models/a/bc/tokenize", ("a", "/bc/tokenize")),
-        ("/models/a/v1/models", ("a", "/v1/models")),
-        ("/models/a/metrics", ("a", "/metrics")),
-    ],
+    [("/models/a/b/tokenize", ("a/b", "/tokenize")), ("/models/a/b", ("a/b", "/"))]
+    + [("/models/a/bc/tokenize", ("a", "/bc/tokenize")), ("/models/a/v1/models", ("a", "/v1/models"))]
+    + [("/models/a/metrics", ("a", "/metrics"))],
 )
 def test_the_longest_name_in_the_path_wins(path: str, expected: tuple[str, str]) -> None:
     """Names with slashes are told apart by the longest one that ends at a slash."""
@@ -261,123 +233,99 @@ def test_the_longest_name_in_the_path_wins(path: str, expected: tuple[str, str])
 @pytest.mark.parametrize("path", ["/models/", "/models/zz/v1/x", "/models/ax/v1/x", "/models//v1/x"])
 def test_an_unknown_model_in_the_path_is_not_found(path: str) -> None:
     """A prefix that names no model is answered 404, even with one model only."""
-    for router in (make_router(), make_router("a")):
-        assert fetch(router, "GET", path).status_code == 404
+    assert [choose(router, "GET", path) for router in (two(), make_router("a"))] == [404, 404]
 
 
 def test_a_mounted_router_reads_the_path_below_its_root() -> None:
     """Behind a root path, pool paths and prefixes are found all the same."""
-    router = make_router()
-
-    async def seen(path: str) -> dict[str, Any]:
-        scope = make_scope(f"/root{path}", method="GET", root_path="/root", raw_path=f"/root{path}".encode())
-        return json.loads((await call(router, scope, chunk(b"")))[1]["body"])
-
-    assert asyncio.run(seen("/v1/models"))["app"] == "outer"
-    below = asyncio.run(seen("/models/a/v1/x"))
-    assert (below["app"], below["path"], below["root_path"]) == ("a", "/v1/x", "/root/models/a")
+    below, outer = ("a", "/x", "/root/models/a"), ("outer", "/root/v1/models", "/root")
+    for path, seen in (("/models/a/x", below), ("/v1/models", outer)):
+        scope = make_scope(f"/root{path}", root_path="/root")
+        body = json.loads(call(two(), scope, chunk(b""))[1]["body"])
+        assert (body["app"], body["path"], body["root_path"]) == seen
 
 
 def test_served_names_and_adapters_are_aliases() -> None:
     """A model answers to vLLM's served names and to LoRA adapters, as they come and go."""
-    router = make_router()
+    router = two()
     model = router.models["org/b"]
     adapters: dict[str, object] = {}
-    serve_vllm_state(model, names=["org/b", "short"], adapters=adapters)
+    set_vllm_state(model, adapters)
 
-    assert {"org/b", "short"} == model.aliases()
-    assert post(router, json={"model": "short"}).json()["app"] == "org/b"
-    assert post(router, json={"model": "lora-1"}).status_code == 404
+    assert model.aliases() == {"org/b", "served-org/b"}
+    assert choose(router, "POST", CHAT, json={"model": "served-org/b"}) == "org/b"
+    assert choose(router, "POST", CHAT, json={"model": "lora-1"}) == 404
     adapters["lora-1"] = object()
-    assert {"org/b", "short", "lora-1"} == model.aliases()
-    assert post(router, json={"model": "lora-1"}).json()["app"] == "org/b"
-    assert fetch(router, "GET", "/models/lora-1/tokenizer_info").json()["app"] == "org/b"
-    del adapters["lora-1"]
-    assert post(router, json={"model": "lora-1"}).status_code == 404
-
-
-def test_a_models_own_name_beats_anothers_alias() -> None:
-    """An adapter cannot take the name of a model of the pool."""
-    router = make_router("a", "b")
-    serve_vllm_state(router.models["a"], adapters={"b": object()})
-
-    assert post(router, json={"model": "b"}).json()["app"] == "b"
-    assert fetch(router, "GET", "/models/b/x").json()["app"] == "b"
+    assert model.aliases() == {"org/b", "served-org/b", "lora-1"}
+    assert choose(router, "POST", CHAT, json={"model": "lora-1"}) == "org/b"
+    assert choose(router, "GET", "/models/lora-1/tokenizer_info") == "org/b"
+    adapters["a"] = adapters.pop("lora-1")
+    assert choose(router, "POST", CHAT, json={"model": "lora-1"}) == 404
+    # An adapter cannot take the name of a model of the pool, wherever that comes in the order.
+    router.add(router.remove("a"))
+    assert choose(router, "POST", CHAT, json={"model": "a"}) == "a"
+    assert choose(router, "GET", "/models/a/x") == "a"
 
 
 def test_an_unseen_adapter_goes_to_the_one_model_that_may_find_it() -> None:
     """vLLM's LoRA resolver plugins load adapters by name on demand; two such models would be a guess."""
-    router = make_router("a", "b", "c")
-    for name in ("b", "c"):
-        model = router.models[name]
-        serve_vllm_state(model)
-        model.app.state.openai_serving_models.lora_resolvers = [object()]  # type: ignore[attr-defined]
-        assert ("b" if name == "b" else None) == post(router, json={"model": "new"}).json().get("app")
+    router = two()
+    set_vllm_state(router.models["org/b"], lora_resolvers=[object()])
+    assert choose(router, "POST", CHAT, json={"model": "new"}) == "org/b"
+    set_vllm_state(router.models["a"], lora_resolvers=[object()])
+    assert choose(router, "POST", CHAT, json={"model": "new"}) == 404
 
 
 def test_a_stored_response_is_found_where_it_was_made() -> None:
     """GET and cancel of a stored response go to its model; an id nobody has is 404 in vLLM's words."""
-    router = make_router()
-    serve_vllm_state(router.models["org/b"], responses=["resp_1"])
+    router = two()
+    set_vllm_state(router.models["org/b"], responses={"resp_1": object()})
 
-    assert fetch(router, "GET", "/v1/responses/resp_1?stream=true").json()["app"] == "org/b"
-    assert post(router, "/v1/responses/resp_1/cancel").json()["app"] == "org/b"
-    unknown = fetch(router, "GET", "/v1/responses/resp_2")
-    assert (unknown.status_code, unknown.json()["error"]["message"]) == (
-        404,
-        "Response with id 'resp_2' not found.",
-    )
-    assert post(router, "/v1/responses/render", json={"model": "a"}).json()["app"] == "a"
-    assert fetch(make_router("a"), "GET", "/v1/responses/resp_2").json()["app"] == "a"
+    assert choose(router, "GET", "/v1/responses/resp_1?stream=true") == "org/b"
+    assert choose(router, "POST", "/v1/responses/resp_1/cancel") == "org/b"
+    assert choose(router, "GET", "/v1/responses/resp_2") == 404
+    message = fetch(router, "GET", "/v1/responses/resp_2").json()["error"]["message"]
+    assert message == "Response with id 'resp_2' not found."
+    assert choose(router, "POST", "/v1/responses/render", json={"model": "a"}) == "a"
+    assert choose(make_router("a"), "GET", "/v1/responses/resp_2") == "a"
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_only_model_needs_no_name(method: str) -> None:
-    """With one model, a request that names none is for that one."""
-    assert fetch(make_router("a"), method, "/tokenizer_info").json()["app"] == "a"
+    """With one model, a request that names none is for that one; another's name is still unknown."""
+    assert choose(make_router("a"), method, "/tokenizer_info") == "a"
+    assert choose(make_router("a"), method, "/tokenizer_info", json={"model": "x"}) == 404
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/redoc"])
 def test_pages_alike_in_all_apps_come_from_one(path: str) -> None:
     """Documentation pages are served by any app that runs."""
-    router = make_router()
+    router = two()
 
-    assert fetch(router, "GET", path).json()["app"] == "a"
+    assert choose(router, "GET", path) == "a"
     router.models["a"].state = "failed"
-    assert fetch(router, "GET", path).json()["app"] == "org/b"
-    assert post(router, path).status_code == 400
+    assert choose(router, "GET", path) == "org/b"
+    assert choose(router, "POST", path) == 400
 
 
-# --- what the router answers itself ------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("body", "status", "kind", "message"),
+    [
+        ({"input": "x"}, 400, "BadRequestError", "This request must say which `model` it is for."),
+        ({"model": "x"}, 404, "NotFoundError", "The model `x` does not exist."),
+    ],
+)
+def test_a_request_for_no_model_is_told_the_names(body: Any, status: int, kind: str, message: str) -> None:
+    """A missing or unknown name is an OpenAI error that lists the names there are."""
+    response = post(two(), json=body)
+    error = {"message": f"{message} Known models: a, org/b", "type": kind, "param": "model", "code": status}
 
-
-def test_a_request_without_a_model_is_told_the_names() -> None:
-    """With several models and none named, the 400 says what to add."""
-    response = post(make_router(), json={"input": "x"})
-    message = "This request must say which `model` it is for. Known models: a, org/b"
-
-    assert response.status_code == 400
-    assert {
-        "error": {"message": message, "type": "BadRequestError", "param": "model", "code": 400}
-    } == response.json()
-
-
-@pytest.mark.parametrize("names", [("a", "org/b"), ("a",)])
-def test_an_unknown_model_is_not_found(names: tuple[str, ...]) -> None:
-    """A name nobody answers to is an OpenAI 404, also with one model."""
-    response = post(make_router(*names), json={"model": "x"})
-    message = f"The model `x` does not exist. Known models: {', '.join(names)}"
-
-    assert response.status_code == 404
-    assert {
-        "error": {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
-    } == response.json()
+    assert (response.status_code, response.json()) == (status, {"error": error})
 
 
 def test_an_unknown_model_is_not_echoed_without_end() -> None:
     """A name of any length and content gives a short, valid error."""
-    router = make_router(max_request_bytes=1 << 20)
-    response = post(router, content=b'{"model": "\\ud800' + b"x" * 10_000 + b'"}')
+    response = post(two(), content=b'{"model": "\\ud800' + b"x" * 10_000 + b'"}')
 
     assert response.status_code == 404
     assert len(response.json()["error"]["message"]) < 400
@@ -385,13 +333,11 @@ def test_an_unknown_model_is_not_echoed_without_end() -> None:
 
 def test_an_empty_pool_answers() -> None:
     """Without models, requests are refused as the client's, not crashed on."""
-    router = ModelRouter(make_app("outer"), max_request_bytes=LIMIT)
-
-    assert post(router, json={"model": "a"}).status_code == 404
-    for request in ({"json": {}}, {"content": b"{"}):
-        assert post(router, **request).status_code == 400
-    assert fetch(router, "GET", "/docs").status_code == 400
-    assert fetch(router, "GET", "/v1/responses/r").status_code == 400
+    assert choose(make_router(), "POST", CHAT, json={"model": "a"}) == 404
+    assert choose(make_router(), "POST", CHAT, json={}) == 400
+    assert choose(make_router(), "POST", CHAT, content=b"{") == 400
+    assert choose(make_router(), "GET", "/docs") == 400
+    assert choose(make_router(), "GET", "/v1/responses/r") == 400
 
 
 def test_models_come_and_go() -> None:
@@ -402,7 +348,7 @@ def test_models_come_and_go() -> None:
         router.add(ModelApp("a", make_app("a")))
     assert router.remove("b").name == "b"
     assert list(router.models) == ["a"]
-    assert post(router, json={"model": "b"}).status_code == 404
+    assert choose(router, "POST", CHAT, json={"model": "b"}) == 404
     with pytest.raises(KeyError):
         router.remove("b")
 
@@ -414,7 +360,7 @@ def test_models_come_and_go() -> None:
 )
 def test_a_model_that_is_not_resident_is_retried_later(state: Any, retry_after_s: float, header: str) -> None:
     """A model that cannot serve now answers 503, its state and whole seconds to wait; others go on."""
-    router = make_router()
+    router = two()
     router.models["a"].state = state
     router.models["a"].retry_after_s = retry_after_s
     for response in (post(router, json={"model": "a"}), fetch(router, "GET", "/models/a/x")):
@@ -423,94 +369,53 @@ def test_a_model_that_is_not_resident_is_retried_later(state: Any, retry_after_s
         assert (error["type"], error["param"], error["code"]) == ("ServiceUnavailableError", "model", 503)
         assert f"The model `a` is {state}; retry after {header} s." == error["message"]
 
-    assert post(router, json={"model": "org/b"}).status_code == 200
+    assert choose(router, "POST", CHAT, json={"model": "org/b"}) == "org/b"
 
 
-# --- the body ----------------------------------------------------------------------------------------------
-
-
-def test_a_body_over_the_limit_is_refused() -> None:
+@pytest.mark.parametrize(("size", "status"), [(LIMIT, 200), (LIMIT + 1, 413)])
+def test_a_body_over_the_limit_is_refused(size: int, status: int) -> None:
     """A body may be exactly as large as the limit, announced or streamed, and no larger."""
+    announced = make_scope(headers={"content-length": str(size)})
+    streamed = make_scope(headers={"transfer-encoding": "chunked"})
+    pieces = [chunk(b" " * (size - 10), more=True), chunk(b" " * 10)]
 
-    async def main() -> None:
-        router = make_router("a")
-        for size, status in ((LIMIT, 200), (LIMIT + 1, 413)):
-            announced = make_scope(headers={"content-length": str(size)})
-            assert status == (await call(router, announced, chunk(b" " * size)))[0]["status"]
-            streamed = make_scope(headers={"transfer-encoding": "chunked"})
-            pieces = [chunk(b" " * (size - 10), more=True), chunk(b" " * 10)]
-            assert status == (await call(router, streamed, *pieces))[0]["status"]
-
-    asyncio.run(main())
+    assert call(make_router("a"), announced, chunk(b" " * size))[0]["status"] == status
+    assert call(make_router("a"), streamed, *pieces)[0]["status"] == status
 
 
-@pytest.mark.parametrize("length", ["1001", "00001001", "9" * 30, "9" * 5000])
-def test_an_announced_body_over_the_limit_is_not_read(length: str) -> None:
-    """A client that announces too much is refused before a byte of it is taken."""
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [("1001", 413), ("00001001", 413), ("9" * 30, 413), ("9" * 5000, 413)]
+    + [(length, 200) for length in ("", "-1", "x", "\xb2", "0x10", "0001000")],
+)
+def test_an_announced_body_over_the_limit_is_not_read(length: str, status: int) -> None:
+    """A client that announces too much is refused for that; what is no number announces nothing."""
+    start, body = call(make_router("a"), make_scope(headers={"content-length": length}), chunk(b"{}"))
 
-    async def receive() -> Any:
-        raise AssertionError("must not read")
-
-    async def main() -> list[Any]:
-        sent: list[Any] = []
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        await make_router("a")(make_scope(headers={"content-length": length}), receive, send)
-        return sent
-
-    start, body = asyncio.run(main())
-
-    assert start["status"] == 413
-    assert "limit of 1000 bytes" in json.loads(body["body"])["error"]["message"]
-
-
-@pytest.mark.parametrize("length", ["", "-1", "x", "٣", "0x10"])
-def test_a_nonsense_content_length_does_not_crash(length: str) -> None:
-    """What the server lets through as content length is not trusted to be a number."""
-    scope = make_scope(headers={"x": ""})
-    scope["headers"] = [(b"content-length", length.encode())]
-
-    assert asyncio.run(call(make_router("a"), scope, chunk(b"{}")))[0]["status"] == 200
+    assert start["status"] == status
+    assert (b"limit of 1000 bytes" in body["body"]) == (status == 413)
 
 
 def test_a_client_that_leaves_while_sending_reaches_no_app() -> None:
     """A body that never ends is nobody's request: no answer, no call."""
-    router = make_router("a")
-
-    assert asyncio.run(call(router, make_scope(), chunk(b'{"model": "a"', more=True))) == []
+    assert call(make_router("a"), make_scope(), chunk(b'{"model": "a"', more=True)) == []
 
 
-def test_the_body_is_replayed_once_and_then_the_client_is_heard() -> None:
-    """The app gets one message with the whole body, then the client's own, so it sees a disconnect."""
+@pytest.mark.parametrize("cuts", [(), (3,), (0, 3, 3)])
+def test_the_body_is_replayed_once_and_then_the_client_is_heard(cuts: tuple[int, ...]) -> None:
+    """The app gets the whole body in one message, uncopied if it came in one, then what the client does."""
+    body = b'{"model":"a"}'
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         seen.extend([await receive(), await receive(), await receive()])
 
-    router = make_router("x")
-    router.add(ModelApp("a", app, "resident"))
-    asyncio.run(
-        call(router, make_scope(), chunk(b'{"mod', more=True), chunk(b"", more=True), chunk(b'el":"a"}'))
-    )
+    edges = [0, *cuts, len(body)]
+    messages = [chunk(body[i:j], more=j < len(body)) for i, j in pairwise(edges)]
+    call(serve_raw(app)[0], make_scope(), *messages)
 
-    assert [chunk(b'{"model":"a"}'), {"type": "http.disconnect"}, {"type": "http.disconnect"}] == seen
-
-
-def test_a_body_of_one_piece_is_not_copied() -> None:
-    """The bytes object the server received is the one the app gets."""
-    body = b'{"model":"a"}'
-    seen: list[Any] = []
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.append(await receive())
-
-    router = make_router("x")
-    router.add(ModelApp("a", app, "resident"))
-    asyncio.run(call(router, make_scope(), chunk(body)))
-
-    assert body is seen[0]["body"]
+    assert seen == [chunk(body), GONE, GONE]
+    assert (seen[0]["body"] is body) == (not cuts)
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
@@ -525,81 +430,40 @@ def test_requests_without_a_body_are_passed_on_unread(method: str, headers: dict
     async def receive() -> Any:
         raise AssertionError("must not read")
 
-    router = ModelRouter(make_app("outer"), max_request_bytes=LIMIT)
-    router.add(ModelApp("a", app, "resident"))
-    asyncio.run(router(make_scope(method=method, headers=headers), receive, receive))
+    asyncio.run(serve_raw(app)[0](make_scope(method=method, headers=headers), receive, receive))
 
-    assert [receive] == seen
-
-
-def test_a_get_with_a_body_is_routed_by_it() -> None:
-    """An announced body counts for any method."""
-    assert fetch(make_router(), "GET", "/x", content=b'{"model":"org/b"}').json()["app"] == "org/b"
-
-
-# --- the call ----------------------------------------------------------------------------------------------
-
-
-def serve_raw(app: Any, state: Any = "resident") -> tuple[ModelRouter, ModelApp]:
-    router = ModelRouter(make_app("outer"), max_request_bytes=LIMIT)
-    model = ModelApp("a", app, state)
-    router.add(model)
-    return router, model
+    assert seen == [receive]
 
 
 def test_inflight_counts_the_whole_call() -> None:
-    """A call is in flight until the app returns or raises, also while it streams and if it is cancelled."""
+    """A call is in flight until the app returns, also after the response started, or is cancelled."""
 
     async def main() -> None:
         going_on = asyncio.Event()
 
-        async def stream(request: Request) -> StreamingResponse:
-            async def pieces() -> Any:
-                yield b"1"
-                await going_on.wait()
-                yield b"2"
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send(answer(200)[0])
+            await going_on.wait()
 
-            return StreamingResponse(pieces())
+        async def ignore(message: Any = None) -> None:
+            await asyncio.sleep(0)
 
-        async def crash(scope: Any, receive: Any, send: Any) -> None:
-            raise OSError("gone")
-
-        router, model = serve_raw(Starlette(routes=[Route("/x", stream)]))
-        first = asyncio.Event()
-        sent: list[Any] = []
-
-        async def never() -> Any:
-            await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-            if message.get("body"):
-                first.set()
-
-        scope = make_scope("/x", method="GET")
-        running, cancelled = (asyncio.create_task(router(scope, never, send)) for _ in range(2))
-        await first.wait()
-        await asyncio.sleep(0)
-        assert (model.inflight, len([m for m in sent if m.get("body") == b"1"])) == (2, 2)
+        router, model = serve_raw(app)
+        scope = make_scope(method="GET")
+        running, cancelled = (asyncio.create_task(router(scope, ignore, ignore)) for _ in range(2))
+        while model.inflight < 2:
+            await asyncio.sleep(0)
         cancelled.cancel()
         await asyncio.gather(cancelled, return_exceptions=True)
         assert model.inflight == 1
         going_on.set()
         await running
-        assert (model.inflight, sent[-2]["body"]) == (0, b"2")
-        model.app = crash
-        await call(router, scope)
         assert model.inflight == 0
 
     asyncio.run(main())
 
 
-def answer(status: int, body: bytes = b"own") -> list[dict[str, Any]]:
-    start = {"type": "http.response.start", "status": status, "headers": []}
-    return [start, {"type": "http.response.body", "body": body, "more_body": False}]
-
-
-@pytest.mark.parametrize("before", [[], answer(500)[:1]])
+@pytest.mark.parametrize("before", [[], answer(500)[:1], [{"type": "http.response.debug", "info": {}}]])
 @pytest.mark.parametrize("state", ["resident", "unavailable"])
 def test_an_app_that_raises_before_it_answers_gives_503(before: list[Any], state: Any) -> None:
     """A crash before the response started is answered 503 with Retry-After, and not raised to the server."""
@@ -611,23 +475,10 @@ def test_an_app_that_raises_before_it_answers_gives_503(before: list[Any], state
         raise RuntimeError("engine died")
 
     router, model = serve_raw(app)
-    response = post(router, json={})
+    start, body = (message for message in call(router, make_scope(), chunk(b"{}")) if message not in before)
 
-    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
-    assert "engine died" not in response.text
-
-
-def test_an_app_that_raises_while_it_streams_cuts_the_stream() -> None:
-    """Half an answer is not turned into a whole one: the error goes to the server, which cuts the connection."""
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send(answer(200)[0])
-        model.state = "unavailable"
-        raise RuntimeError("engine died")
-
-    router, model = serve_raw(app)
-    with pytest.raises(RuntimeError, match="engine died"):
-        asyncio.run(call(router, make_scope(method="GET")))
+    assert (start["status"], (b"retry-after", b"1") in start["headers"]) == (503, True)
+    assert b"engine died" not in body["body"]
     assert model.inflight == 0
 
 
@@ -640,7 +491,10 @@ def test_an_app_that_raises_while_it_streams_cuts_the_stream() -> None:
 def test_only_a_500_of_a_model_that_became_unavailable_is_replaced(
     status: int, state: Any, expected: int, reraise: bool
 ) -> None:
-    """The app's answer stands, but for the 500 of a dead engine, also where Starlette raises after it."""
+    """The app's answer stands, but for the 500 of a dead engine; an error after it goes on to the server.
+
+    Raised to the server, an error in mid-stream cuts the connection: half an answer is not a whole one.
+    """
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         model.state = state
@@ -649,50 +503,25 @@ def test_only_a_500_of_a_model_that_became_unavailable_is_replaced(
         if reraise:
             raise RuntimeError("engine died")
 
-    async def main() -> list[Any]:
-        sent: list[Any] = []
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        try:
-            await router(make_scope(method="GET"), send, send)
-        except RuntimeError:
-            assert reraise and expected != 503
-        return sent
-
     router, model = serve_raw(app)
-    sent = asyncio.run(main())
+    sent: list[Any] = []
+    with pytest.raises(RuntimeError) if reraise and expected != 503 else nullcontext():
+        call(router, make_scope(method="GET"), into=sent)
 
     assert expected == sent[0]["status"]
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert (expected != 503) == (sent[1]["body"] == b"own")
 
 
-def test_messages_before_the_response_do_not_start_it() -> None:
-    """An informational message leaves the 503 possible."""
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.debug", "info": {}})
-        raise RuntimeError("engine died")
-
-    sent = asyncio.run(call(serve_raw(app)[0], make_scope(method="GET")))
-
-    assert sent[1]["status"] == 503
-
-
-# --- websockets --------------------------------------------------------------------------------------------
-
-
 def connect(router: ModelRouter, path: str, query: bytes = b"", headers: Any = None) -> dict[str, Any]:
-    scope = make_scope(path, headers, type="websocket", query_string=query, raw_path=path.encode())
+    scope = make_scope(path, headers, type="websocket", query_string=query)
     scope.pop("method")
-    return asyncio.run(call(router, scope, {"type": "websocket.connect"}))[0]
+    return call(router, scope, {"type": "websocket.connect"})[0]
 
 
 def test_a_websocket_is_routed_by_path_query_or_being_the_only_one() -> None:
     """A websocket reaches the model it names, or the only one."""
-    router = make_router()
+    router = two()
 
     assert connect(router, "/v1/realtime", b"model=org/b")["subprotocol"] == "org/b"
     assert connect(router, "/models/a/v1/realtime", b"model=org/b")["subprotocol"] == "a"
@@ -703,18 +532,12 @@ def test_a_websocket_is_routed_by_path_query_or_being_the_only_one() -> None:
 
 @pytest.mark.parametrize(
     ("path", "query", "code"),
-    [
-        ("/v1/realtime", b"", 1008),
-        ("/v1/realtime", b"model=x", 1008),
-        ("/models/x/v1/realtime", b"", 1008),
-        ("/models/a/v1/pool", b"", 1008),
-        ("/docs", b"", 1008),
-        ("/v1/realtime", b"model=org/b", 1013),
-    ],
+    [("/v1/realtime", b"", 1008), ("/v1/realtime", b"model=x", 1008), ("/models/x/v1/realtime", b"", 1008)]
+    + [("/models/a/v1/pool", b"", 1008), ("/docs", b"", 1008), ("/v1/realtime", b"model=org/b", 1013)],
 )
 def test_a_websocket_that_cannot_be_routed_is_closed(path: str, query: bytes, code: int) -> None:
     """It is closed before it is accepted: 1008 if the request is wrong, 1013 (try again later) if not."""
-    router = make_router()
+    router = two()
     router.models["org/b"].state = "unavailable"
     closed = connect(router, path, query)
 
@@ -734,29 +557,17 @@ def test_a_websocket_counts_and_its_errors_are_the_servers() -> None:
     assert model.inflight == 0
 
 
-# --- anything at all ---------------------------------------------------------------------------------------
-
-CONTENT_TYPES = st.one_of(
-    st.sampled_from(
-        ["application/json", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b", ""]
-        + [
-            "multipart/form-data",
-            "multipart/form-data; boundary=b; charset=undefined",
-            "Multipart/Form-Data;boundary=",
-        ]
-    ),
-    st.text(st.characters(max_codepoint=255)),
-    st.text(st.characters(max_codepoint=255)).map(
-        lambda text: f"multipart/form-data; boundary=b; charset={text}"
-    ),
+LATIN_1 = st.text(st.characters(max_codepoint=255))
+FORM = "multipart/form-data"
+CONTENT_TYPES = (
+    st.sampled_from(["application/json", "application/x-www-form-urlencoded", FORM, f"{FORM}; boundary=b"])
+    | LATIN_1.map(f"{FORM}; boundary=b; charset={{}}".format)
+    | LATIN_1.map(f"{FORM}; boundary={{}}".format)
+    | LATIN_1
 )
 PARTS = st.lists(
-    st.sampled_from(
-        [b"--b", b"--b--", b"\r\n", b"model", b"=", b"&", b"{", b"}", b'"', b"%", b"\xff", b"a", b":", b"["]
-    )
-    | st.sampled_from(
-        [b'Content-Disposition: form-data; name="model"', b'"model": ', b'"a"', b"\\ud800", b"NaN"]
-    )
+    st.sampled_from([b"--b", b"--b--", b"\r\n", b"model", b"=", b"&", b"%", b"\xff", b"a", b":", b"[", b"{"])
+    | st.sampled_from([b'Content-Disposition: form-data; name="model"', b'"model": ', b'"a"', b"\\ud800"])
     | st.binary(max_size=8)
 ).map(b"".join)
 
@@ -774,21 +585,13 @@ PARTS = st.lists(
     num_models=st.integers(0, 2),
 )
 def test_no_request_breaks_the_router(
-    method: str,
-    path: str,
-    query: bytes,
-    content_type: str,
-    bodies: list[bytes],
-    hangs_up: bool,
-    num_models: int,
+    method: str, path: str, query: bytes, content_type: str, bodies: Any, hangs_up: bool, num_models: int
 ) -> None:
     """Whatever a client sends, the router answers it, and never with a server error of its own."""
-    router = ModelRouter(make_app("outer"), max_request_bytes=150)
-    for name in ("a", "org/b")[:num_models]:
-        router.add(ModelApp(name, make_app(name), "resident"))
+    router = make_router(*("a", "org/b")[:num_models], max_request_bytes=150)
     headers = {"content-type": content_type, "transfer-encoding": "chunked"}
     messages = [chunk(body, more=True) for body in bodies] + ([] if hangs_up else [chunk(b"")])
-    sent = asyncio.run(call(router, make_scope(path, headers, method=method, query_string=query), *messages))
+    sent = call(router, make_scope(path, headers, method=method, query_string=query), *messages)
 
     assert not sent or sent[0]["status"] in (200, 400, 404, 405, 413)
     assert sent or hangs_up

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law 1: a pooled model's tokens and logprobs equal those of the same model alone in plain vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
+
+pytestmark = pytest.mark.vllm
+
+KINDS = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "deepseek_v2", "embed")
+PAGE = 256 << 10
+ROOMY = 64 << 20
+
+
+def _requests(kind: str, seed: int, lora: str | None) -> list[RequestSpec]:
+    """Greedy and seeded sampling in turns, the adapter on every third request."""
+    prompts = prompts_for(seed, 5)
+    return [
+        RequestSpec(
+            request_id=f"{kind}-{i}",
+            prompt_token_ids=prompt,
+            max_tokens=60,
+            temperature=float(i % 2),
+            seed=i if i % 2 else None,
+            lora=lora if i % 3 == 2 else None,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    from tokenpool.demo.tiny_models import ENGINE_ARGS, make_tiny_lora, make_tiny_model
+
+    folder = tmp_path_factory.mktemp("models")
+    made = {}
+    for index, kind in enumerate(KINDS):
+        model = make_tiny_model(kind, folder / kind)
+        args = {"max_model_len": 512, **ENGINE_ARGS.get(kind, {})}
+        lora = None
+        if kind == "llama":
+            lora = str(make_tiny_lora(model, Path(folder, "lora")))
+            args |= {"enable_lora": True, "max_lora_rank": 8}
+        made[kind] = Case(kind, str(model), args, _requests(kind, index, lora))
+    return made
+
+
+@pytest.fixture(scope="module")
+def reference(cases: dict[str, Case]) -> dict[str, dict[str, object]]:
+    """Every case alone in plain vLLM, with the prefix cache on and off."""
+    with_cache = [
+        Case(f"{c.name}-{on}", c.model, {**c.engine_args, "enable_prefix_caching": on}, c.requests)
+        for c in cases.values()
+        for on in (True, False)
+    ]
+    return run_plain(with_cache)
+
+
+def _assert_equal(pooled, cases, reference, prefix_caching: bool) -> int:
+    """All results equal the reference's; returns how many were compared, preempted ones are exempt."""
+    compared = 0
+    for name, case in cases.items():
+        expected = reference[f"{name}-{prefix_caching}"]
+        actual = pooled.results(name)
+        for request in case.requests:
+            want, got = expected[request.request_id], actual[request.request_id]
+            if got.preempted or want.preempted:
+                assert len(want.tokens) == len(got.tokens)
+                continue
+            assert want.tokens == got.tokens, f"{request.request_id}: tokens differ"
+            assert want.logprobs == got.logprobs, f"{request.request_id}: logprobs differ"
+            assert want.embedding == got.embedding, f"{request.request_id}: embeddings differ"
+            compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_streams_of_all_architectures_in_one_pool_equal_plain_vllm(cases, reference, prefix_caching):
+    """Eight models under concurrent load, a turn per token, give what each gives alone."""
+    from tests.helpers.pooled import PooledModels
+
+    pooled = PooledModels(ROOMY, PAGE)
+    try:
+        for case in cases.values():
+            pooled.add(case, enable_prefix_caching=prefix_caching)
+        for case in cases.values():
+            pooled.submit(case)
+        pooled.run(each_step=lambda step: step % 50 or pooled.check())
+        pooled.check()
+        assert pooled.host.switches > 400
+        assert len(KINDS) * 5 == _assert_equal(pooled, cases, reference, prefix_caching)
+    finally:
+        pooled.close()
+    assert pooled.host.ledger.num_free + pooled.host.ledger.total("null") == pooled.host.ledger.num_pages
+
+
+def test_reclaimed_and_poisoned_slabs_change_no_stream(cases, reference):
+    """In memory so tight that slabs move, filled with NaN between two owners, the streams stay the same."""
+    from tests.helpers.pooled import PooledModels
+    from tokenpool.memory.device_cpu import CpuDevice
+
+    chosen = {kind: cases[kind] for kind in ("llama", "qwen2", "gemma3", "deepseek_v2")}
+    pooled = PooledModels(17 << 20, PAGE, device=CpuDevice(keeps_bytes=True), poison=True)
+    try:
+        for case in chosen.values():
+            pooled.add(case, enable_prefix_caching=True)
+        for first, second in (("llama", "qwen2"), ("gemma3", "deepseek_v2")):
+            pooled.submit(chosen[first])
+            pooled.submit(chosen[second])
+            pooled.run(each_step=lambda step: step % 20 or pooled.check())
+        assert pooled.host.allocator.num_reclaims > 5, "memory was not tight"
+        assert _assert_equal(pooled, chosen, reference, True) >= 10
+    finally:
+        pooled.close()

@@ -18,200 +18,282 @@ import platform
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import aiohttp
 import psutil
 import uvloop
 
-REPO = Path(__file__).resolve().parents[1]
-FIRST_PLAIN_TOKEN, VOCAB_SIZE = 3, 512  # of the tiny models; below 3 are <s>, </s> and <unk>
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
-MODEL_ARGS = {"max_model_len": 512, "enforce_eager": True, "dtype": "bfloat16", "block_size": 32}
-"""Engine arguments of every model on both sides."""
-
-_STOP_LIMIT_S = 60.0
-_PLAIN = ("-m", "vllm.entrypoints.launchers.api_server.entry")  # the `vllm` command needs a distribution named vllm
-_POOL = ("-m", "tokenpool.serve.cli", "serve")
-
-
-# -- servers ---------------------------------------------------------------------------------------------
+MODEL_FLAGS = ("--max-model-len", "512", "--enforce-eager", "--dtype", "bfloat16", "--block-size", "32")
+"""Of every model on both sides."""
+POOL = ("-m", "tokenpool.serve.cli", "serve")
+PLAIN = ("-m", "vllm.entrypoints.launchers.api_server.entry")  # `vllm serve` fails: vllm-cpu is no package "vllm"
+_PLAIN_TOKENS = range(3, 512)  # of the tiny models; below are <s>, </s> and <unk>
+_ports_given: set[int] = set()
 
 
 class Server:
-    """A server process under test; its output goes to a log file. Ends with `stop`."""
+    """A server process under test; its output goes to a log file. `close` must be called.
 
-    def __init__(self, words: Sequence[str], port: int, log: Path, env: Mapping[str, str], probe: str) -> None:
-        self.port, self.log, self._probe = port, log, probe
+    `words` are `POOL` or `PLAIN` and all flags but the address; `models` are the names it will serve.
+    """
+
+    def __init__(self, words: Sequence[str], models: Sequence[str], log: Path, **env: str) -> None:
+        self.port, self.models, self.log = _free_port(), set(models), log
         log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, *words, "--host", "127.0.0.1", "--port", str(self.port)]
         self.started_s = time.monotonic()
-        with log.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, *words, "--host", "127.0.0.1", "--port", str(port)],
-                stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **env},
-                start_new_session=True,
-            )  # fmt: skip
+        with log.open("w") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **env})
 
     def get(self, path: str, *, key: str = "", body: Any = None, limit_s: float = 10.0) -> Any:
-        """GET a path, or POST `body` as JSON; returns the decoded answer, or None when it is empty."""
+        """GET a path, or POST `body` as JSON; returns the decoded answer, None when it is empty."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
         with urllib.request.urlopen(request, timeout=limit_s) as response:
             return json.loads(text) if (text := response.read()) else None
 
-    def is_ready(self, models: Sequence[str]) -> bool:
-        """Whether the probe answers 200 and /v1/models lists `models`; raises RuntimeError when the process ended."""
+    def is_ready(self) -> bool:
+        """Whether it is healthy and all its models can be asked; raises RuntimeError when the process ended."""
         if self.process.poll() is not None:
             tail = self.log.read_text(errors="replace")[-4000:]
             raise RuntimeError(f"the server ended with status {self.process.returncode}:\n{tail}")
         try:
-            self.get(self._probe)
-            return set(models) <= {card["id"] for card in self.get("/v1/models")["data"]}
-        except (urllib.error.URLError, OSError):
+            self.get("/health")
+            cards = self.get("/v1/models")["data"]
+        except OSError:  # also urllib's errors
             return False
+        # A pool lists models while they load, with their state; plain vLLM listens once its model is loaded.
+        resident = {card["id"] for card in cards if card.get("pool", {}).get("state", "resident") == "resident"}
+        return resident >= self.models
 
     def tree(self) -> list[psutil.Process]:
-        """The process and all that descend from it."""
-        try:
+        """The process and all that descend from it; empty when it ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(self.process.pid)
             return [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
+        return []
 
     def cpu_s(self) -> float:
         """CPU seconds that the live processes of the tree have used so far."""
-        total = 0.0
-        for process in self.tree():
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
+        return sum(sum(process.cpu_times()[:2]) for process in self.tree())
 
-    def thread_settings(self) -> list[dict[str, str]]:
-        """OpenMP environment of each process of the tree that has one, for the record."""
-        found = []
-        for process in self.tree():
-            with contextlib.suppress(psutil.Error):
-                env = process.environ()
-                found.append({k: v for k, v in env.items() if k.startswith(("OMP_", "GOMP_", "KMP_", "VLLM_CPU_"))})
-        return [settings for settings in found if settings]
-
-    def stop(self) -> None:
-        """End the tree: politely first, then by force, so that nothing is left behind."""
+    def close(self) -> None:
+        """End the tree: politely, then by force, so that nothing is left behind."""
         tree = self.tree()
         if self.process.poll() is None:
             self.process.terminate()
-        psutil.wait_procs(tree, timeout=_STOP_LIMIT_S)
-        for process in tree:
+        for process in psutil.wait_procs(tree, timeout=60)[1]:
+            progress(f"{self.log.stem}: process {process.pid} had to be killed")
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
 
 
-def start_pool(words: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Server:
-    """Start `tokenpool serve`; `words` are a pool file or models, and flags."""
-    return Server([*_POOL, *words], free_port(), log, env or {}, "/ready")
-
-
-def start_plain(model: Path, name: str, words: Sequence[str], log: Path, env: Mapping[str, str] | None = None) -> Server:
-    """Start vLLM's own OpenAI server with one model."""
-    args = [*_PLAIN, "--model", str(model), "--served-model-name", name, *words]
-    return Server(args, free_port(), log, env or {}, "/health")
-
-
-def wait_until_ready(servers: Mapping[str, tuple[Server, Sequence[str]]], limit_s: float) -> dict[str, float]:
-    """Poll until every server answers for its models; returns the seconds from each server's own start."""
-    ready: dict[str, float] = {}
-    end = time.monotonic() + limit_s
-    while len(ready) < len(servers):
-        for name, (server, models) in servers.items():
-            if name not in ready and server.is_ready(models):
-                ready[name] = time.monotonic() - server.started_s
-        if time.monotonic() > end:
-            raise TimeoutError(f"not ready after {limit_s:g} s: {', '.join(servers.keys() - ready.keys())}")
-        time.sleep(0.1)
-    return ready
-
-
-def free_port() -> int:
-    """A port that is free now; never the same twice in one run."""
+def _free_port() -> int:
     while True:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
-        if port not in _ports_given:
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port: int = sock.getsockname()[1]
+        if port not in _ports_given:  # else its server may not have bound it yet
             _ports_given.add(port)
             return port
 
 
-_ports_given: set[int] = set()
-
-
-def engine_flags(**more: Any) -> list[str]:
-    """`MODEL_ARGS` and `more` as flags of `vllm serve`."""
-    words: list[str] = []
-    for name, value in {**MODEL_ARGS, **more}.items():
-        words += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
-    return words
+def wait_until_ready(servers: Sequence[Server], limit_s: float) -> list[float]:
+    """Poll until every server is ready; returns the seconds each took from its own start."""
+    ready: dict[Server, float] = {}
+    end = time.monotonic() + limit_s
+    while len(ready) < len(servers):
+        for server in servers:
+            if server not in ready and server.is_ready():
+                ready[server] = time.monotonic() - server.started_s
+        if time.monotonic() > end:
+            raise TimeoutError(f"{len(servers) - len(ready)} of {len(servers)} servers not ready after {limit_s:g} s")
+        time.sleep(0.1)
+    return [ready[server] for server in servers]
 
 
 def make_models(folder: Path, kinds: Sequence[str]) -> dict[str, Path]:
-    """Make one tiny model per entry, `kind`-`index` with the index as seed, in a child process (see the module)."""
-    wanted = {f"{kind}-{i}": (kind, str(folder / f"{kind}-{i}"), i + 1) for i, kind in enumerate(kinds)}
+    """Make one tiny model per kind, named KIND-INDEX, seeded by the index; in a child process (see the module)."""
+    paths = {f"{kind}-{i}": folder / f"{kind}-{i}" for i, kind in enumerate(kinds)}
     code = (
-        "import json, sys; from tokenpool.demo.tiny_models import make_tiny_model as make\n"
-        "for kind, path, seed in json.loads(sys.argv[1]): make(kind, path, seed=seed)"
+        "import json, sys; from tokenpool.demo.tiny_models import make_tiny_model\n"
+        "for i, (kind, path) in enumerate(json.loads(sys.argv[1])): make_tiny_model(kind, path, seed=i + 1)"
     )
-    subprocess.run([sys.executable, "-c", code, json.dumps(list(wanted.values()))], check=True)
-    return {name: Path(path) for name, (_, path, _) in wanted.items()}
+    pairs = list(zip(kinds, map(str, paths.values()), strict=True))
+    subprocess.run([sys.executable, "-c", code, json.dumps(pairs)], check=True)
+    return paths
 
 
-def weight_bytes(model: Path) -> int:
-    """Size of a model folder's weights."""
-    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
-
-
-# -- memory ----------------------------------------------------------------------------------------------
+def memory_of(pids: Iterable[int]) -> dict[str, int]:
+    """Bytes resident in processes: `pss`, its part `pss_anon` of no file, and `rss`, where shared pages count often."""
+    total: Counter[str] = Counter(pss=0, pss_anon=0, rss=0)
+    for pid in pids:
+        with contextlib.suppress(OSError):  # ended meanwhile
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+            total.update({line.split(":")[0].lower(): int(line.split()[1]) << 10 for line in lines})
+    return {name: total[name] for name in ("pss", "pss_anon", "rss")}
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Resident memory of some processes, in bytes."""
+class Load:
+    """A closed loop: `concurrency` users take from `prompts` and wait for each answer."""
 
-    pss: int = 0
-    """Each page divided by the number of processes that map it: the only one of the three that may be summed."""
-    pss_anon: int = 0
-    """The part of `pss` that belongs to no file, so not to shared libraries."""
-    rss: int = 0
-
-    def __add__(self, other: Memory) -> Memory:
-        return Memory(self.pss + other.pss, self.pss_anon + other.pss_anon, self.rss + other.rss)
+    port: int
+    model: str
+    prompts: Sequence[Sequence[int]]
+    concurrency: int
+    max_tokens: int
 
 
-def memory_of(pids: Sequence[int]) -> Memory:
-    """Sum over processes, from /proc/PID/smaps_rollup; one that ended meanwhile counts nothing."""
-    total = Memory()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-            kib = {key: int(rest.split()[0]) for key, _, rest in (line.partition(":") for line in lines)}
-            total += Memory(kib["Pss"] << 10, kib.get("Pss_Anon", 0) << 10, kib["Rss"] << 10)
-    return total
+@dataclass(slots=True)
+class LoadResult:
+    """What the users saw. An event is a piece of a stream with one new token, or more when a server is behind."""
+
+    num_tokens: int = 0
+    num_events: int = 0
+    ttft_s: list[float] = field(default_factory=list)  # per request, from the send to the first event
+    itl_s: list[float] = field(default_factory=list)  # between neighbouring events of a request
 
 
-def memory_of_servers(servers: Sequence[Server]) -> Memory:
-    """Resident memory of the process trees of `servers`."""
-    return memory_of([process.pid for server in servers for process in server.tree()])
+def measure(loads: Sequence[Load]) -> tuple[float, list[LoadResult]]:
+    """Run loads side by side; returns the seconds from the first send to the last byte, and what each saw.
+
+    Raises RuntimeError when a request is refused or a token is missing.
+    """
+
+    async def run() -> tuple[float, list[LoadResult]]:
+        limits = aiohttp.ClientTimeout(total=1800)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits) as session:
+            start = time.perf_counter()
+            results = await asyncio.gather(*(_run_load(session, load) for load in loads))
+            return time.perf_counter() - start, results
+
+    return uvloop.run(run())
 
 
-# -- load ------------------------------------------------------------------------------------------------
+async def _run_load(session: aiohttp.ClientSession, load: Load) -> LoadResult:
+    result, prompts = LoadResult(), iter(load.prompts)
+
+    async def user() -> None:
+        for prompt in prompts:
+            await _request(session, load, prompt, result)
+
+    await asyncio.gather(*(user() for _ in range(load.concurrency)))
+    if result.num_tokens != (expected := len(load.prompts) * load.max_tokens):
+        raise RuntimeError(f"{load.model}: {result.num_tokens} tokens instead of {expected}")
+    return result
+
+
+async def _request(session: aiohttp.ClientSession, load: Load, prompt: Sequence[int], result: LoadResult) -> None:
+    fixed = {"temperature": 0, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": load.model, "prompt": prompt, "max_tokens": load.max_tokens, **fixed}
+    previous_s, is_first, rest = time.perf_counter(), True, b""
+    async with session.post(f"http://127.0.0.1:{load.port}/v1/completions", json=body) as response:
+        if response.status != 200:
+            raise RuntimeError(f"{load.model}: status {response.status}: {(await response.text())[:500]}")
+        async for chunk in response.content.iter_any():
+            now_s = time.perf_counter()
+            *events, rest = (rest + chunk).split(b"\n\n")
+            for event in events:
+                # Tokens are not decoded, only the usage at the end: the client shares the cores with the server.
+                if b'"choices":[{' in event:
+                    (result.ttft_s if is_first else result.itl_s).append(now_s - previous_s)
+                    previous_s, is_first = now_s, False
+                    result.num_events += 1
+                elif event != b"data: [DONE]":
+                    usage = json.loads(event.removeprefix(b"data: ")).get("usage")
+                    if usage is None:
+                        raise RuntimeError(f"{load.model}: {event[:500]!r}")
+                    result.num_tokens += usage["completion_tokens"]
+
+
+def random_prompts(seed: int, count: int, num_tokens: int) -> list[list[int]]:
+    """Prompts without a common prefix, so that no prefix cache helps."""
+    rng = random.Random(seed)
+    return [rng.choices(_PLAIN_TOKENS, k=num_tokens) for _ in range(count)]
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The 1st to 99th percentile of at least two values."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the flags of every bench; they end up as arguments of its `run`."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, help="write the result to this file")
+    made.add_argument("--logs", type=Path, help="keep the servers' logs in this folder")
+    made.add_argument("--start-limit-s", type=float, default=900, help="for servers to start (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=1, help="of the prompts (default: %(default)s)")
+    return made
+
+
+def report(name: str, run: Callable[..., Any], flags: argparse.Namespace, keys: Sequence[str]) -> None:
+    """Call `run` with the flags, write what it returns, and print `keys` of it in the result line."""
+    settings = {key: value for key, value in vars(flags).items() if key != "json"}
+    values = asdict(run(**settings))
+    del settings["logs"]
+    if flags.json:
+        write_result(flags.json, name, settings, values)
+    print_result_line({key: values[key] for key in keys})
+
+
+@contextlib.contextmanager
+def scratch(logs: Path | None) -> Iterator[tuple[Path, Path, contextlib.ExitStack]]:
+    """Yield a temporary folder, the folder for logs, and a stack for `Server.close`, unwound on SIGTERM too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="tokenpool-bench-") as folder, contextlib.ExitStack() as stack:
+        yield Path(folder), logs or Path(folder, "logs"), stack
+
+
+def write_result(path: Path, name: str, settings: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Write a run as JSON: its values, how and on what it was made. `settings` holds the seed."""
+    versions = {d.name: d.version for d in importlib.metadata.distributions()}
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    result = {
+        "name": name,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+        "seed": settings["seed"],
+        "settings": dict(settings),
+        "environment": {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")},
+        "machine": {
+            "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_bytes": psutil.virtual_memory().total,
+            "load_average_at_end": os.getloadavg(),
+        },
+        "python": platform.python_version(),
+        "versions": {name: versions.get(name) for name in ("torch", "vllm", "vllm-cpu", "tokenpool")},
+        "values": dict(values),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _git(*words: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def print_result_line(values: Mapping[str, float]) -> None:
+    """Print the line that scripts read: `result: name=value ...`."""
+    print("result: " + " ".join(f"{name}={value:.4g}" for name, value in values.items()), flush=True)
+
+
+def progress(text: str) -> None:
+    """Tell on stderr how far the bench is."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)

@@ -29,7 +29,11 @@ def resolve(target: str) -> Any:
 
 def source_hash(target: str) -> str:
     """SHA-256 of the source text of `target`."""
-    value = resolve(target)
+    return hash_of(resolve(target))
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 of the source text of a function or class."""
     return hashlib.sha256(inspect.getsource(inspect.unwrap(value)).encode()).hexdigest()
 
 
@@ -79,9 +83,13 @@ class PatchSet:
         """Compare every target with what is known for `version`; changes nothing."""
         applied = bool(self._originals)
         return [
-            PatchStatus(p.name, p.target, p.hashes.get(version), source_hash(p.target), applied, p.sites)
+            PatchStatus(p.name, p.target, p.hashes.get(version), self._hash(p.target), applied, p.sites)
             for p in self.patches
         ]
+
+    def _hash(self, target: str) -> str:
+        original = self._originals.get(target)
+        return source_hash(target) if original is None else hash_of(original)
 
     def apply(self, version: str) -> None:
         """Apply all patches once; raises PatchMismatchError and applies none if any source differs."""

@@ -41,7 +41,7 @@ PATCHES = (
         name="engine_step",
         target=f"{_CORE}._process_engine_step",
         hashes=known(v0_32_0="b894c3b32cc020f7c81bf70b7cafecb3d04708e9d8975276170a2da70de2bcb7"),
-        reason="the host calls it once per turn and counts the tokens it puts out",
+        reason="HostedEngineCore.step_once does the same and counts the tokens it puts out",
         removal=_REMOVAL,
     ),
     Patch(

@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from vllm.config import VllmConfig
+
 from tokenpool.config import SLO
 from tokenpool.errors import ConfigError, HostError
 from tokenpool.host.engine_globals import EngineGlobals
@@ -28,7 +30,6 @@ from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.patches import apply_all
 from tokenpool.patches.build_context import building
 from tokenpool.policy.turns import QueueView, load_turn_policy
-from vllm.config import VllmConfig
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -121,6 +122,7 @@ class EngineHost:
         except BaseException:
             if core is not None:
                 core.close()
+            self._relief.forget(spec.name)
             build.undo()
             self.ledger.give(spec.name, PageUse.WEIGHTS, weight_pages)
             self._globals.forget(spec.name)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
-from tokenpool.config import SLO
-from tokenpool.host.token_clock import TokenClock
 from vllm.config import VllmConfig
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import Request, RequestStatus
+
+from tokenpool.config import SLO
+from tokenpool.host.token_clock import TokenClock
 
 
 @dataclass(frozen=True, slots=True)

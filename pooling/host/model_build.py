@@ -5,10 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokenpool.errors import ModelRefusedError
-from tokenpool.host.slab_block_pool import SlabBlockPool
-from tokenpool.memory.arena import ArenaView
-from tokenpool.memory.slab_allocator import SlabAllocator
 from vllm.config import VllmConfig
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import (
@@ -18,10 +14,17 @@ from vllm.v1.kv_cache_interface import (
     create_kv_cache_views,
 )
 
+from tokenpool.errors import ModelRefusedError
+from tokenpool.host.slab_block_pool import SlabBlockPool
+from tokenpool.memory.arena import ArenaView
+from tokenpool.memory.slab_allocator import SlabAllocator
+
 LAYOUT = "BLHNC"
-_LAYOUT_TESTED = frozenset({"CPU_ATTN", "CPU_MLA", "AMX_MLA"})
-"""CPU backends that declare only their default layout but whose kernels take block strides: proven by the exactness
-tests. Their kernels read stride(0), and the other dimensions stay dense inside a block."""
+_LAYOUT_WORKS = frozenset({"CPU_ATTN"})
+"""Backends that declare only their default layout but whose kernels take block strides: proven by the exactness
+tests. CPU_ATTN's kernel reads stride(0), and the other dimensions stay dense inside a block."""
+_LAYOUT_FAILS = frozenset({"CPU_MLA", "AMX_MLA"})
+"""Backends that declare any layout but view their cache as one dense run of tokens."""
 
 
 class ModelBuild:
@@ -98,9 +101,8 @@ class ModelBuild:
                 continue
             backend = layer.get_attn_backend()
             layouts = backend.supported_kv_cache_layouts()
-            if layouts is None or LAYOUT in {layout.name for layout in layouts}:
-                continue
-            if backend.get_name() not in _LAYOUT_TESTED:
+            declared = layouts is None or LAYOUT in {layout.name for layout in layouts}
+            if backend.get_name() in _LAYOUT_FAILS or not (declared or backend.get_name() in _LAYOUT_WORKS):
                 raise ModelRefusedError(
                     self.name,
                     f"attention backend {backend.get_name()} without KV layout {LAYOUT}",

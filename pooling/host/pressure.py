@@ -24,6 +24,7 @@ class PressureRelief:
         self._starved: dict[str, str] = {}  # model -> request it starves for, the longest starved first
         self._seen_version: dict[str, int] = {}
         self._raised: str | None = None
+        self._needs: dict[str, int] = {}  # model -> slabs that one request of its full length needs
 
     def may_step(self, model: str) -> bool:
         """False while a starved model would find the memory as it found it last time."""
@@ -37,6 +38,7 @@ class PressureRelief:
         """The model is gone."""
         self._starved.pop(model, None)
         self._seen_version.pop(model, None)
+        self._needs.pop(model, None)
         if self._raised == model:
             self._raised = None
             self._raise_next_floor({})
@@ -82,7 +84,16 @@ class PressureRelief:
         return -(-blocks // pool.blocks_per_slab)
 
     def check_fits(self, model: str, core: HostedEngineCore, pool: SlabBlockPool | None) -> None:
-        """Raise CapacityError unless one request of the model's full length fits beside the others' floors."""
+        """Raise CapacityError unless one request of full length of each model fits beside the others' floors."""
+        for other, need in self._needs.items():
+            have = self._allocator.most_for(other)
+            if need > have:
+                raise CapacityError(
+                    f"model {model!r} would leave {have} KV pages for model {other!r}, one request of whose "
+                    f"max_model_len needs {need}; raise device_memory or lower its --max-model-len",
+                    needed_pages=need,
+                    free_pages=have,
+                )
         if pool is None:
             return
         length = core.scheduler.max_model_len
@@ -95,3 +106,4 @@ class PressureRelief:
                 needed_pages=need,
                 free_pages=have,
             )
+        self._needs[model] = need

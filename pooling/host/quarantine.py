@@ -12,9 +12,10 @@ import logging
 import time
 from typing import Any
 
+from vllm.v1.request import Request, RequestStatus
+
 from tokenpool.errors import HostError
 from tokenpool.host.hosted_core import HostedEngineCore
-from vllm.v1.request import Request, RequestStatus
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class Quarantine:
         self._model = model
         self._core = core
         self._suspects: list[tuple[str, int]] = []  # request id, output tokens when it became one
-        self._max_running = core.scheduler.max_num_running_reqs
+        self._max_active = core.scheduler.max_num_active_reqs
         self._crashes_in_a_row = 0
 
     @property
@@ -77,9 +78,9 @@ class Quarantine:
         while self._suspects and self._suspects[0][0] not in scheduler.requests:
             del self._suspects[0]
         if not self._suspects:
-            scheduler.max_num_running_reqs = self._max_running
+            scheduler.max_num_active_reqs = self._max_active
             return
-        scheduler.max_num_running_reqs = 1
+        scheduler.max_num_active_reqs = 1
         request = scheduler.requests[self._suspects[0][0]]
         if request in scheduler.waiting:
             scheduler.waiting.remove_request(request)

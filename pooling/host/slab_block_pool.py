@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tokenpool.memory.arena import ArenaView
-from tokenpool.memory.slab_allocator import SlabAllocator
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+
+from tokenpool.memory.arena import ArenaView
+from tokenpool.memory.slab_allocator import SlabAllocator
 
 
 class SlabBlockPool(BlockPool):
@@ -40,7 +41,12 @@ class SlabBlockPool(BlockPool):
     # -- what the scheduler asks ---------------------------------------------------------------------
 
     def get_num_free_blocks(self) -> int:
-        """Blocks that `get_new_blocks` can hand out: free ones plus those of slabs still to be granted."""
+        """Blocks that `get_new_blocks` can hand out: free ones plus those of slabs still to be granted.
+
+        None while the model uses pages that are promised to another: its requests end or are preempted first.
+        """
+        if self._allocator.is_over(self._view.owner):
+            return 0
         grantable = self._allocator.num_grantable(self._view.owner)
         return self.free_block_queue.num_free_blocks + grantable * self.blocks_per_slab
 
@@ -52,6 +58,8 @@ class SlabBlockPool(BlockPool):
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """Hand out blocks, growing by slabs; raises ValueError when more are asked for than there are."""
+        if num_blocks > self.get_num_free_blocks():
+            raise ValueError(f"Cannot get {num_blocks} free blocks from the pool")
         queue = self.free_block_queue
         name = self._view.owner
         while queue.num_free_blocks < num_blocks and self._grow():
@@ -95,6 +103,8 @@ class SlabBlockPool(BlockPool):
             self._maybe_evict_cached_block(block)
         self.cached_block_hash_to_block = BlockHashToBlockMap()
         self.cached_block_hashes_by_block.clear()
+        if self._reuse_watchers:
+            self._notify_reuse([self.blocks[i] for i in list(self._reuse_watchers)])
         if self.metrics_collector:
             self.metrics_collector.reset()
         return True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from vllm.distributed import parallel_state
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -22,7 +23,7 @@ class PooledCPUWorker(CPUWorker):
             parallel_state._EP = parallel_state.init_model_parallel_group(
                 [world.ranks],
                 world.local_rank,
-                world.backend,
+                torch.distributed.get_backend(world.device_group),
                 group_name="ep",
                 use_all2all=self.parallel_config.use_all2all,
             )

@@ -12,6 +12,7 @@ is never used. Granting a slab therefore changes no tensor: it backs a page and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,8 @@ class KVArena:
         self.null_bytes = _MAX_NULL_PAGES * self.slab_bytes
         self.span_bytes = self.null_bytes + self.num_slabs * self.slab_bytes
         """Bytes of a view that starts at offset 0: what an engine is told its KV memory is."""
+        self.make_room: Callable[[int], None] = lambda count: None
+        """Called before pages are taken for null blocks; the allocator frees as many or raises CapacityError."""
         self._reserved_bytes = self.span_bytes + self.null_bytes
         self.base = device.reserve(self._reserved_bytes)
         self._mapped: set[int] = set()
@@ -75,11 +78,18 @@ class KVArena:
                 f"{self.slab_bytes}; raise page_size or lower --block-size"
             )
         offset = self._find_null_gap(block_bytes)
-        while len(self._null_pages) * self.slab_bytes < offset + block_bytes:
-            page = self.ledger.take(NULL_OWNER, PageUse.NULL)[0]
-            self.device.map_zeroed(self.base + len(self._null_pages) * self.slab_bytes, self.slab_bytes)
-            self._null_pages.append(page)
         view = ArenaView(owner, offset, block_bytes)
+        if self.min_blocks_per_slab(view) < 1:
+            raise CapacityError(
+                f"model {owner!r}: one KV block of all layers is {block_bytes} bytes, a page of {self.slab_bytes} "
+                "may hold none of them whole; raise page_size or lower --block-size"
+            )
+        missing = -(-(offset + block_bytes) // self.slab_bytes) - len(self._null_pages)
+        if missing > 0:
+            self.make_room(missing)
+            for page in self.ledger.take(NULL_OWNER, PageUse.NULL, missing):
+                self.device.map_zeroed(self.base + len(self._null_pages) * self.slab_bytes, self.slab_bytes)
+                self._null_pages.append(page)
         self._views[owner] = view
         return view
 

@@ -8,6 +8,8 @@ together always leave for it. With T pages for KV, model h may hold up to
     T - sum over the other models o of max(busy_o, floor_o)
 
 so a model under its floor can always grow to it, and a model over it takes only what nobody uses or is promised.
+An idle slab can become busy again without a grant (a prefix hit), so what a model holds counts as used here: the sum
+of max(held, floor) stays within T, and idle slabs over a floor are taken back as soon as it would not.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ class _Account:
     def committed(self) -> int:
         return max(self.busy, self.floor)
 
+    @property
+    def reserved(self) -> int:
+        return max(self.held, self.floor)
+
 
 class SlabAllocator:
     """Grants and reclaims slabs of one arena; called on the host loop's thread only."""
@@ -48,6 +54,7 @@ class SlabAllocator:
         self._accounts: dict[str, _Account] = {}  # least recently used model first
         self._committed = 0
         self._held = 0
+        arena.make_room = self.free_pages
         self.version = 0
         """Grows whenever a model may be able to get a slab that it could not get before."""
         self.num_grants = 0
@@ -62,6 +69,7 @@ class SlabAllocator:
         self._make_room(name, floor)
         self._accounts[name] = _Account(holder, floor)
         self._committed += floor
+        self._trim()
 
     def unregister(self, name: str) -> None:
         """Take every slab back from `name`, none of which may be busy, and close its account."""
@@ -80,6 +88,7 @@ class SlabAllocator:
         account.floor = floor
         self._committed += account.committed
         self.version += 1
+        self._trim()
 
     def touch(self, name: str) -> None:
         """Mark `name` as the most recently used model: its idle slabs are reclaimed last."""
@@ -88,11 +97,13 @@ class SlabAllocator:
     def set_busy(self, name: str, busy: int) -> None:
         """Tell how many of `name`'s slabs are in use; called when that number changes."""
         account = self._accounts[name]
-        if busy < account.busy:
-            self.version += 1
+        fewer = busy < account.busy
         self._committed -= account.committed
         account.busy = busy
         self._committed += account.committed
+        if fewer:
+            self.version += 1
+            self._trim()
 
     # -- slabs ---------------------------------------------------------------------------------------
 
@@ -116,14 +127,21 @@ class SlabAllocator:
 
     def num_free_for(self, name: str) -> int:
         """Slabs that `grant` would give to `name` without taking one from another model."""
-        return min(self.num_grantable(name), self.ledger.num_free)
+        account = self._accounts[name]
+        mine = max(0, self._spare()) + max(0, account.floor - account.held)
+        return min(self.num_grantable(name), self.ledger.num_free, mine)
+
+    def is_over(self, name: str) -> bool:
+        """Whether `name` uses slabs that are promised to another model by now: it gets nothing more meanwhile."""
+        account = self._accounts[name]
+        return account.held > max(account.floor, self.capacity(name))
 
     def grant(self, name: str) -> int | None:
-        """Give `name` one zeroed slab, from another model's idle ones if none is free; None if it may not."""
+        """Give `name` one zeroed slab, from another model's idle ones if no free one is to spare; None if it may not."""
         account = self._accounts[name]
         if self.num_grantable(name) == 0:
             return None
-        if self.ledger.num_free == 0:
+        if account.held >= account.floor and self._spare() < 1:
             self._reclaim_one(name)
         slab = self.ledger.take(name, PageUse.KV)[0]
         self.arena.map_slab(slab)
@@ -142,8 +160,7 @@ class SlabAllocator:
                 free_pages=self.ledger.num_free,
                 holders={n: a.held for n, a in self._accounts.items()},
             )
-        while self.ledger.num_free < count:
-            self._reclaim_one(None)
+        self._trim(count)
 
     def _make_room(self, name: str, floor: int) -> None:
         if self._committed + floor > self.num_kv_pages:
@@ -155,12 +172,25 @@ class SlabAllocator:
                 holders={n: a.committed for n, a in self._accounts.items()},
             )
 
-    def _reclaim_one(self, for_whom: str | None) -> None:
+    def _spare(self) -> int:
+        """Pages that nobody holds or is promised; negative while more is promised than there is."""
+        return self.num_kv_pages - sum(a.reserved for a in self._accounts.values())
+
+    def _trim(self, spare: int = 0) -> None:
+        """Take idle slabs over the floors until `spare` pages are to spare or no such slab is left."""
+        while self._spare() < spare and self._try_reclaim(None):
+            pass
+
+    def _reclaim_one(self, for_whom: str) -> None:
+        if not self._try_reclaim(for_whom):
+            raise AssertionError("no idle slab although the books say there is one")
+
+    def _try_reclaim(self, for_whom: str | None) -> bool:
         for name, account in self._accounts.items():
-            if name != for_whom and account.held > account.busy:
+            if name != for_whom and account.held > account.committed:
                 self._reclaim_from(name, account)
-                return
-        raise AssertionError("no idle slab although the books say there is one")
+                return True
+        return False
 
     def _reclaim_from(self, name: str, account: _Account) -> None:
         slab = account.holder.give_up_idle_slab()
@@ -184,3 +214,6 @@ class SlabAllocator:
             assert held == account.held, f"{name!r}: {account.held} slabs in the books, {held} in the ledger"
         assert self._held == sum(a.held for a in self._accounts.values()), "held slabs drifted"
         assert self._committed == sum(a.committed for a in self._accounts.values()), "committed pages drifted"
+        if self._committed <= self.num_kv_pages:
+            assert self._spare() >= 0, f"idle slabs stand on {-self._spare()} pages promised to others"
+

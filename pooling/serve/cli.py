@@ -65,6 +65,8 @@ def _prepare_process() -> None:
 def _serve(words: list[str]) -> int:
     from tokenpool.serve.command_line import pool_from_command_line
 
+    if (key := os.environ.pop("VLLM_API_KEY", None)) and not any(w.startswith("--api-key") for w in words):
+        words = [*words, "--api-key", key]  # vLLM's variable; popped so that no model's app asks for it again
     # What needs no vLLM is checked first: a typo in a pool file answers at once.
     pool = pool_from_command_line(words)
     _prepare_process()

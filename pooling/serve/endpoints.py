@@ -13,6 +13,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+from vllm.version import __version__ as VLLM_VERSION
 
 import tokenpool
 from tokenpool.config import PoolConfig
@@ -20,8 +22,6 @@ from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, Mode
 from tokenpool.serve.auth import error_response
 from tokenpool.serve.router import ModelApp
 from tokenpool.units import parse_seconds
-from vllm.v1.metrics.prometheus import get_prometheus_registry
-from vllm.version import __version__ as VLLM_VERSION
 
 
 def build_outer_app(cors: dict[str, Any]) -> Starlette:

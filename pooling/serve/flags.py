@@ -8,9 +8,10 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import NoReturn
 
-from tokenpool.errors import ConfigError
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from tokenpool.errors import ConfigError
 
 
 class _Parser(FlexibleArgumentParser):

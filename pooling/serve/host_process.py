@@ -10,15 +10,17 @@ import secrets
 import shutil
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from tokenpool.errors import HostError
 from tokenpool.host.control import call_host
 from tokenpool.host.engine_host import HostConfig
 from tokenpool.host.hosted_core import EngineAddresses
-from vllm.config import VllmConfig
-from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 _START_LIMIT_S = 120.0
 
@@ -33,14 +35,14 @@ class HostProcess:
         self._next_endpoint = 0
 
     @classmethod
-    async def start(cls, config: HostConfig, first_model: VllmConfig) -> HostProcess:
+    async def start(cls, config: HostConfig, first_model: VllmConfig | None) -> HostProcess:
         """Start a host; `first_model` decides the OpenMP binding, as it does for a vLLM worker.
 
         Raises HostError when the host ends before it answers.
         """
         folder = tempfile.mkdtemp(prefix="tokenpool-")  # mode 0700: only this user reaches the sockets
         key = secrets.token_bytes(32)
-        with OMPProcessManager(first_model).configure_omp_envs(0, 0):
+        with OMPProcessManager(first_model).configure_omp_envs(0, 0) if first_model else nullcontext():
             env = {**os.environ, "TOKENPOOL_CONTROL_KEY": key.hex()}
         process = await asyncio.create_subprocess_exec(
             sys.executable,

@@ -9,17 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, PoolError
 from tokenpool.serve.flags import parse_serve_flags
 from tokenpool.serve.poolability import check_config, check_flags
 from tokenpool.units import format_bytes
-from vllm.config import VllmConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.usage.usage_lib import UsageContext
 
 _AUTO_CPU_FRACTION = 0.5
+_POOL_OWNED = {
+    "--api-key": "api_key",
+    "--host": "host",
+    "--port": "port",
+    "--shutdown-timeout": "shutdown_timeout",
+}
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -37,6 +45,7 @@ class ModelPlan:
         """A fresh engine config, which an engine may change; raises ConfigError of one line."""
         try:
             engine_args = AsyncEngineArgs.from_cli_args(self.args)
+            propagate_flash_late_interaction(self.args, engine_args)
             config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         except PoolError:
             raise
@@ -51,6 +60,9 @@ def plan_model(spec: ModelSpec) -> ModelPlan:
     path = Path(spec.model)
     if spec.model.startswith(("/", "./", "../", "~")) and not path.expanduser().exists():
         raise ConfigError(f"missing path {spec.model}: correct it, or give a Hugging Face id", key="model")
+    for flag, key in _POOL_OWNED.items():
+        if any(word.split("=")[0].replace("_", "-") == flag for word in spec.args):
+            raise ConfigError(f"is a setting of the pool: give {key} for the whole pool", key=flag, source=spec.name)
     words = [spec.model, *spec.args]
     if not any(word.split("=")[0] == "--served-model-name" for word in spec.args):
         words += ["--served-model-name", spec.name]
@@ -65,6 +77,8 @@ def plan_model(spec: ModelSpec) -> ModelPlan:
 
 def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
     """Plan every model and the budget; returns the config with `device_memory` set."""
+    if not current_platform.is_cpu():
+        raise PoolError(f"device {current_platform.device_name} is not supported yet: install tokenpool[cpu]")
     plans = [plan_model(spec) for spec in config.models]
     for plan in plans:
         plan.engine_config()

@@ -8,15 +8,15 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any
 
-from tokenpool.host.engine_host import HostedModelSpec
-from tokenpool.serve.host_process import HostProcess
-from tokenpool.serve.launch_plan import ModelPlan
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
+
+from tokenpool.host.engine_host import HostedModelSpec
+from tokenpool.serve.host_process import HostProcess
+from tokenpool.serve.launch_plan import ModelPlan
 
 
 class ModelClient:

@@ -84,8 +84,9 @@ class PoolServer:
         return not self.stopping and all(m.state == "resident" for m in self.router.models.values())
 
     async def _start_host(self) -> None:
-        first = next(iter(self._plans.values()))
-        self._host = await HostProcess.start(self._host_config, await asyncio.to_thread(first.engine_config))
+        first = next(iter(self._plans.values()), None)
+        config = await asyncio.to_thread(first.engine_config) if first else None
+        self._host = await HostProcess.start(self._host_config, config)
         for plan in list(self._plans.values()):
             await self._start_model(plan)
 
@@ -137,7 +138,7 @@ class PoolServer:
     # -- models at run time --------------------------------------------------------------------------
 
     async def add_model(self, spec: ModelSpec) -> dict[str, Any]:
-        """Load one more model; the others go on. Raises PoolError and changes nothing when it cannot be served."""
+        """Load one more model; the others pause while it is built and lose nothing. Raises PoolError and changes nothing when it cannot be served."""
         self._refuse_while_stopping()
         plan = await asyncio.to_thread(plan_model, spec)
         async with self._changing:

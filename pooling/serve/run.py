@@ -14,6 +14,9 @@ from typing import Any
 
 import uvicorn
 import uvloop
+from vllm.entrypoints.launchers.launcher import NoSignalServer, create_server_socket
+from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+from vllm.utils.system_utils import set_ulimit
 
 from tokenpool.config import PoolConfig
 from tokenpool.errors import ConfigError
@@ -21,9 +24,6 @@ from tokenpool.serve.endpoints import build_outer_app
 from tokenpool.serve.launch_plan import ModelPlan, plan_pool
 from tokenpool.serve.pool_server import PoolServer
 from tokenpool.units import format_bytes
-from vllm.entrypoints.launchers.launcher import NoSignalServer, create_server_socket
-from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
-from vllm.utils.system_utils import set_ulimit
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ def serve(config: PoolConfig) -> int:
     try:
         sock = create_server_socket((config.host or "", config.port), reuse_port=False)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {config.host or '*'}:{config.port}: {error.strerror}", key="port") from None
+        where = f"{config.host or '*'}:{config.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}", key="port") from None
     set_ulimit()
     try:
         uvloop.run(_serve(config, plans, sock))

@@ -115,7 +115,7 @@ def run_plain(cases: list[Case]) -> dict[str, dict[str, Result]]:
                 stderr=subprocess.STDOUT,
                 check=False,
             )
-        output = log_file.read_text(errors="replace")
+        output = log_file.read_text(errors="replace").replace("[rank0]: ", "")  # vLLM adds one more per engine
         if child.returncode != 0:
             raise RuntimeError(f"plain vLLM ended with code {child.returncode}:\n{output[-6000:]}")
         logger.info("plain vLLM:\n%s", "\n".join(x for x in output.splitlines() if x.startswith("case=")))

@@ -13,10 +13,11 @@ from tests.helpers.plain import ENGINE_ARGS, ENV, Case, RequestSpec, Result, _lo
 
 os.environ.update(ENV)
 
-from tokenpool.host.engine_host import EngineHost, HostConfig, HostedModelSpec  # noqa: E402
-from tokenpool.memory.device import Device  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType  # noqa: E402
+
+from tokenpool.host.engine_host import EngineHost, HostConfig, HostedModelSpec  # noqa: E402
+from tokenpool.memory.device import Device  # noqa: E402
 
 
 @dataclass

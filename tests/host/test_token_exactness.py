@@ -11,9 +11,11 @@ from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
 
 pytestmark = pytest.mark.vllm
 
-KINDS = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "deepseek_v2", "embed")
+KINDS = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "embed")
 PAGE = 256 << 10
 ROOMY = 64 << 20
+TIGHT_PAGES = 12
+"""KV pages left for four models whose requests, all together, want about 25."""
 
 
 def _requests(kind: str, seed: int, lora: str | None) -> list[RequestSpec]:
@@ -80,7 +82,7 @@ def _assert_equal(pooled, cases, reference, prefix_caching: bool) -> int:
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_streams_of_all_architectures_in_one_pool_equal_plain_vllm(cases, reference, prefix_caching):
-    """Eight models under concurrent load, a turn per token, give what each gives alone."""
+    """Seven models under concurrent load, a turn per token, give what each gives alone."""
     from tests.helpers.pooled import PooledModels
 
     pooled = PooledModels(ROOMY, PAGE)
@@ -91,7 +93,7 @@ def test_streams_of_all_architectures_in_one_pool_equal_plain_vllm(cases, refere
             pooled.submit(case)
         pooled.run(each_step=lambda step: step % 50 or pooled.check())
         pooled.check()
-        assert pooled.host.switches > 400
+        assert pooled.host.switches > 300
         assert len(KINDS) * 5 == _assert_equal(pooled, cases, reference, prefix_caching)
     finally:
         pooled.close()
@@ -103,16 +105,19 @@ def test_reclaimed_and_poisoned_slabs_change_no_stream(cases, reference):
     from tests.helpers.pooled import PooledModels
     from tokenpool.memory.device_cpu import CpuDevice
 
-    chosen = {kind: cases[kind] for kind in ("llama", "qwen2", "gemma3", "deepseek_v2")}
-    pooled = PooledModels(17 << 20, PAGE, device=CpuDevice(keeps_bytes=True), poison=True)
+    chosen = {kind: cases[kind] for kind in ("llama", "qwen2", "gemma3", "qwen3_moe")}
+    pooled = PooledModels(ROOMY, PAGE, device=CpuDevice(keeps_bytes=True), poison=True)
     try:
         for case in chosen.values():
             pooled.add(case, enable_prefix_caching=True)
-        for first, second in (("llama", "qwen2"), ("gemma3", "deepseek_v2")):
+        ledger = pooled.host.ledger
+        ballast = ledger.take("ballast", "weights", ledger.num_free - TIGHT_PAGES)
+        for first, second in (("llama", "qwen2"), ("gemma3", "qwen3_moe")):
             pooled.submit(chosen[first])
             pooled.submit(chosen[second])
             pooled.run(each_step=lambda step: step % 20 or pooled.check())
         assert pooled.host.allocator.num_reclaims > 5, "memory was not tight"
         assert _assert_equal(pooled, chosen, reference, True) >= 10
+        ledger.give("ballast", "weights", ballast)
     finally:
         pooled.close()

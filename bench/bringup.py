@@ -72,7 +72,8 @@ def run(*, models: int, warm_cache: bool, seed: int, start_limit_s: float, logs:
     """Start a pool with one model and add `models` - 1 more."""
     with common.scratch(logs) as (folder, log_folder, stack):
         paths = common.make_models(folder, [KINDS[i % len(KINDS)] for i in range(models)])
-        entries: list[dict[str, Any]] = [{"name": n, "model": str(p), "args": list(common.MODEL_FLAGS)} for n, p in paths.items()]
+        flags = list(common.MODEL_FLAGS)
+        entries: list[dict[str, Any]] = [{"name": n, "model": str(p), "args": flags} for n, p in paths.items()]
         memory = {"device_memory": f"{PAGES_PER_MODEL_MIB * models}MiB", "page_size": "1MiB"}
         pool_file = folder / "pool.yaml"
         pool_file.write_text(json.dumps({"models": entries[:1], "admin_key": ADMIN_KEY, **memory}))  # JSON is YAML

@@ -18,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,10 +78,8 @@ def run(
         subprocess.run(command, check=True, capture_output=True)
         for number in range(passes):
             for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-                with common.scratch(logs) as (_, _, stack):
-                    servers = _start(side, paths, pool_file, log_folder / f"{side}-{number}")
-                    for server in servers:
-                        stack.callback(server.close)
+                with ExitStack() as stack:
+                    servers = _start(stack, side, paths, pool_file, log_folder / f"{side}-{number}")
                     done.append(_measure(side, servers, list(paths), tokens, requests, seed, start_limit_s))
                 common.progress(str(done[-1]))
     return _summarize(done)
@@ -93,14 +92,16 @@ def _write_pool_file(file: Path, paths: dict[str, Path]) -> Path:
     return file
 
 
-def _start(side: str, paths: dict[str, Path], pool_file: Path, logs: Path) -> list[common.Server]:
-    if side == "pool":
-        return [common.Server([*common.POOL, str(pool_file)], list(paths), logs / "pool.log")]
-    memory = ["--kv-cache-memory-bytes", str(KV_MIB << 20)]
+def _start(stack: ExitStack, side: str, paths: dict[str, Path], pool_file: Path, logs: Path) -> list[common.Server]:
+    commands = {"pool": (list(paths), [*common.POOL, str(pool_file)])}
+    if side == "separate":
+        memory = ["--kv-cache-memory-bytes", str(KV_MIB << 20)]
+        flags = [*common.MODEL_FLAGS, *memory, "--served-model-name"]
+        commands = {n: ([n], [*common.PLAIN, "--model", str(path), *flags, n]) for n, path in paths.items()}
     servers = []
-    for name, path in paths.items():
-        words = [*common.PLAIN, "--model", str(path), "--served-model-name", name, *common.MODEL_FLAGS, *memory]
-        servers.append(common.Server(words, [name], logs / f"{name}.log"))
+    for file_name, (names, words) in commands.items():
+        servers.append(common.Server(words, names, logs / f"{file_name}.log"))
+        stack.callback(servers[-1].close)
     return servers
 
 

@@ -115,11 +115,25 @@ def _qwen3_moe() -> PretrainedConfig:
 
 
 def _deepseek_v2() -> PretrainedConfig:
-    """One dense and one expert layer; the latent size 512 + 64 is the only one vLLM's CPU kernel is built for."""
+    """One dense and one expert layer; the latent size 512 + 64 is the only one vLLM's CPU kernel is built for.
+
+    YaRN as in the published models: vLLM 0.32 on CPU rotates the strided MLA queries of a plain rope wrongly, and its
+    tokens then depend on the other requests of the step.
+    """
     from transformers import DeepseekV2Config
 
     return DeepseekV2Config(
         **_common(2, num_kv_heads=4) | {"head_dim": 64},
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": MAX_POSITION // 4,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.707,
+        },
         q_lora_rank=None,
         kv_lora_rank=512,
         qk_rope_head_dim=64,
@@ -182,7 +196,8 @@ def make_tiny_model(kind: str, directory: Path | str, *, seed: int | None = None
 def make_tiny_lora(base: Path, directory: Path, *, seed: int = 0) -> Path:
     """Write a rank-8 adapter for q_proj and v_proj of the llama-like model in `base`, in PEFT's file format.
 
-    Both factors are non-zero and large enough to change the tokens. Does nothing when it is already there.
+    Both factors are non-zero and large enough to change the tokens. Does nothing when it is already there. Give vLLM
+    on CPU a `max_loras` above the number of adapters: its last slot leaks into requests without an adapter (0.32).
     """
     config = json.loads((base / "config.json").read_text())
     marker = {"format": _FORMAT, "kind": "lora", "seed": seed, "base": json.loads((base / _MARKER).read_text())}
@@ -321,6 +336,9 @@ def main(argv: list[str] | None = None) -> None:
     unknown = [kind for kind in args.kinds if kind not in KINDS]
     if unknown:
         parser.error(f"unknown kind {', '.join(unknown)}; choose from {', '.join(KINDS)}")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     for kind in args.kinds or KINDS:
         print(make_tiny_model(kind, args.directory / kind))
 

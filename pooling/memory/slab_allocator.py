@@ -137,7 +137,7 @@ class SlabAllocator:
         return account.held > max(account.floor, self.capacity(name))
 
     def grant(self, name: str) -> int | None:
-        """Give `name` one zeroed slab, from another model's idle ones if no free one is to spare; None if it may not."""
+        """Give `name` one zeroed slab, from another model's idle ones if none is to spare; None if it may not."""
         account = self._accounts[name]
         if self.num_grantable(name) == 0:
             return None

@@ -50,7 +50,7 @@ class ModelPlan:
         except PoolError:
             raise
         except Exception as error:  # vLLM raises many kinds for a bad model or flag; all mean "does not start"
-            raise ConfigError(_first_line(error), key=f"model {self.spec.name!r}") from error
+            raise ConfigError(first_line(error), key=f"model {self.spec.name!r}") from error
         check_config(self.spec.name, config)
         return config
 
@@ -121,7 +121,8 @@ def _checkpoint_bytes(path: Path) -> int:
     return 0
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # Pydantic's first line only counts the errors; the third says what is wrong.
     if lines and "validation error" in lines[0] and len(lines) > 1:

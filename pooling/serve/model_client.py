@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
 from contextlib import AsyncExitStack
 from typing import Any
@@ -14,9 +16,14 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+logger = logging.getLogger(__name__)
+
+from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
 from tokenpool.host.engine_host import HostedModelSpec
+from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.serve.host_process import HostProcess
-from tokenpool.serve.launch_plan import ModelPlan
+from tokenpool.serve.launch_plan import ModelPlan, first_line
+from vllm.config import VllmConfig
 
 
 class ModelClient:
@@ -44,7 +51,23 @@ class ModelClient:
             weight_bytes=plan.weight_bytes,
             log_stats=not plan.args.disable_log_stats,
         )
-        state = await host.call("add_model", spec)
+        try:
+            state = await host.call("add_model", spec)
+        except Exception as error:
+            raise _as_pool_error(plan, error) from error
+        try:
+            return await cls._connect(plan, config, addresses, state)
+        except BaseException as error:
+            with contextlib.suppress(HostError):  # a host that is gone holds nothing either
+                await host.call("remove_model", plan.spec.name)
+            if not isinstance(error, Exception):
+                raise
+            raise _as_pool_error(plan, error) from error
+
+    @classmethod
+    async def _connect(
+        cls, plan: ModelPlan, config: VllmConfig, addresses: EngineAddresses, state: dict[str, Any]
+    ) -> ModelClient:
         engine = await asyncio.to_thread(
             AsyncLLM.from_vllm_config,
             vllm_config=config,
@@ -53,13 +76,17 @@ class ModelClient:
             disable_log_stats=plan.args.disable_log_stats,
             client_addresses={"input_address": addresses.inputs[0], "output_address": addresses.outputs[0]},
         )
-        tasks = await engine.get_supported_tasks()
-        app = build_app(plan.args, tasks, engine.model_config)
-        await init_app_state(engine, app.state, plan.args, tasks)
-        app.state.server = None  # vLLM's error handler looks it up; the pool never stops because of one model
-        lifespan = AsyncExitStack()
-        await lifespan.enter_async_context(app.router.lifespan_context(app))
-        return cls(plan, engine, app, lifespan, state)
+        client = cls(plan, engine, None, AsyncExitStack(), state)
+        try:
+            tasks = await engine.get_supported_tasks()
+            client.app = app = build_app(plan.args, tasks, engine.model_config)
+            await init_app_state(engine, app.state, plan.args, tasks)
+            app.state.server = None  # vLLM's error handler looks it up; the pool never stops because of one model
+            await client._lifespan.enter_async_context(app.router.lifespan_context(app))
+        except BaseException:
+            await client.close()
+            raise
+        return client
 
     @property
     def num_unfinished(self) -> int:
@@ -94,3 +121,17 @@ class ModelClient:
             await self.engine.engine_core.abort_requests_async(["tokenpool-close"])
         await self._lifespan.aclose()
         await asyncio.to_thread(self.engine.shutdown)
+
+
+def _as_pool_error(plan: ModelPlan, error: Exception) -> PoolError:
+    """What vLLM raises for a model that it cannot build, as an error of one line for whoever asked for the model."""
+    if isinstance(error, PoolError):
+        return error
+    name = plan.spec.name
+    if isinstance(error, ValueError) and "KV cache" in str(error):  # vLLM's text names flags that the pool replaces
+        return CapacityError(
+            f"model {name!r}: one request of its max_model_len needs more KV cache than the whole device_memory "
+            "holds; raise device_memory or lower its --max-model-len"
+        )
+    logger.error("model does not start model=%s", name, exc_info=error)
+    return ConfigError(f"does not start: {first_line(error)}", key=f"model {name!r}")

@@ -142,7 +142,7 @@ class PoolServer:
         self._refuse_while_stopping()
         plan = await asyncio.to_thread(plan_model, spec)
         async with self._changing:
-            if spec.name in self.router.models:
+            if any(spec.name in model.aliases() for model in self.router.models.values()):
                 raise ConfigError(f"model {spec.name!r} is in the pool already: choose another name", key="name")
             self.router.add(ModelApp(spec.name, _no_app, state="loading", retry_after_s=5))
             try:

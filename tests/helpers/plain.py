@@ -36,7 +36,8 @@ ENGINE_ARGS: dict[str, Any] = {
     "dtype": "bfloat16",
     "block_size": 32,
     "kv_cache_memory_bytes": 64 << 20,
-    # vLLM's own defaults differ between LLM and its HTTP server, and step composition moves the last bits.
+    # vLLM's own defaults differ between LLM and its HTTP server. Keep prompts under it: a prefill in several chunks
+    # of a seeded request ends vLLM 0.32 on CPU ("CPU Generator does not use offset").
     "max_num_batched_tokens": 4096,
     "max_num_seqs": 64,
 }
@@ -54,7 +55,11 @@ class RequestSpec:
     temperature: float = 0.0
     seed: int | None = None
     lora: str | None = None
-    """Path of an adapter directory; the case needs `enable_lora` then."""
+    """Path of an adapter directory; the case needs `enable_lora` then.
+
+    Set `max_loras` above the number of adapters: vLLM 0.32 on CPU gives requests without an adapter the weights of
+    the last slot (index -1 in lora/ops/torch_ops), which must therefore stay empty.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class Result:
     logprobs: list[float]
     """Logprob of each token in `tokens`."""
     preempted: int
-    """How often the scheduler preempted the request (recomputation moves the last bits of the logprobs)."""
+    """How often the scheduler preempted the request (recomputation may move the last bits of the logprobs)."""
     embedding: list[float] = field(default_factory=list)
     """Only of a pooling model; the other fields are empty then."""
 
@@ -141,6 +146,7 @@ def _main(cases_file: str, results_file: str) -> None:
 
 
 def _run_case(case: Case) -> dict[str, Result]:
+    """Run one case; the caller collects garbage before the next, as a late finalizer ends the next engine's groups."""
     from vllm import LLM
 
     started_s = time.monotonic()
@@ -194,11 +200,13 @@ def _params(request: RequestSpec, *, pooling: bool) -> Any:
 def _lora_request(adapters: list[str], path: str | None) -> Any:
     from vllm.lora.request import LoRARequest
 
-    return path and LoRARequest(Path(path).name, 1 + adapters.index(path), path)
+    return LoRARequest(path, 1 + adapters.index(path), path) if path else None
 
 
 def _result(output: Any, preempted: int) -> Result:
-    if not hasattr(output.outputs, "__len__"):
+    from vllm import PoolingRequestOutput
+
+    if isinstance(output, PoolingRequestOutput):
         return Result([], [], preempted, output.outputs.data.float().tolist())
     completion = output.outputs[0]
     tokens = list(completion.token_ids)

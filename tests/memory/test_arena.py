@@ -87,16 +87,11 @@ def test_blocks_of_slabs_partition_what_fits_whole(block_bytes, offset, page_siz
 
 @laws
 @given(block_bytes=st.integers(1, PAGE))
-def test_a_slab_of_an_even_stride_holds_no_less_than_the_bound(block_bytes):
-    """min_blocks_per_slab is reached by some slab phase: it is the minimum, no loose bound, over all offsets."""
+def test_the_bound_on_blocks_per_slab_is_tight(block_bytes):
+    """At the worst phase, one byte past a block's start, a slab holds exactly min_blocks_per_slab."""
     with arena_of(1) as arena:
-        fewest = min(
-            len(arena.block_ids(ArenaView("a", offset, block_bytes), 0))
-            for offset in range(arena.null_bytes % block_bytes, arena.null_bytes % block_bytes + 2)
-        )
-        odd = ArenaView("a", (arena.null_bytes - 1) % block_bytes, block_bytes)
-        assert fewest <= arena.min_blocks_per_slab(ArenaView("a", arena.null_bytes % block_bytes, block_bytes))
-        assert arena.min_blocks_per_slab(odd) <= len(arena.block_ids(odd, 0))
+        view = ArenaView("a", (arena.null_bytes - 1) % block_bytes, block_bytes)
+        assert arena.min_blocks_per_slab(view) == len(arena.block_ids(view, 0))
 
 
 # -- null blocks -------------------------------------------------------------------------------------
@@ -232,11 +227,10 @@ def test_mapping_twice_and_unmapping_twice_are_bugs():
 
 
 CHILD = """
-import sys
+import os, resource, sys
 from tokenpool.memory.arena import KVArena
 from tokenpool.memory.device_cpu import CpuDevice
 from tokenpool.memory.ledger import PageLedger, PageUse
-import os, resource
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 arena = KVArena(CpuDevice(keeps_bytes=sys.argv[2] == "keeps"), PageLedger(3, 65536))
 view = arena.open_view("a", 4096)

@@ -63,7 +63,7 @@ class LedgerMachine(RuleBasedStateMachine):
         ledger = self.ledger
         ledger.check()
         assert len(self.held) == ledger.num_pages - ledger.num_free
-        assert [self.held.get(p) for p in range(ledger.num_pages)] == [ledger.holder(p) for p in range(ledger.num_pages)]
+        assert self.held == {p: h for p in range(ledger.num_pages) if (h := ledger.holder(p)) is not None}
         counts = Counter(self.held.values())
         snapshot = ledger.snapshot()
         assert counts == {(o, PageUse(u)): n for u, owners in snapshot.held.items() for o, n in owners.items()}

@@ -215,7 +215,7 @@ def test_adding_and_removing_leaves_no_threads_or_files(
     for _ in range(3):
         cycle()
 
-    poll(count, until=lambda now: all(n <= b for n, b in zip(now, before, strict=True)))
+    poll(lambda: (count(), before), until=lambda seen: all(now <= then for now, then in zip(*seen, strict=True)))
     pool_server.wait_until_idle()
 
 
@@ -246,17 +246,21 @@ def test_a_name_can_be_used_again(pool_server: PoolServerProcess, tiny_models: T
 def test_models_that_cannot_be_added_are_refused(pool_server: PoolServerProcess, tiny_models: TinyModels) -> None:
     """Each bad entry gets a 4xx or 507 that says what is wrong; the pool is as before and goes on."""
     llama = tiny_models.path("llama")
-    million = {"hf_overrides": {"max_position_embeddings": 1_000_000}, "max_model_len": 1_000_000}
+    long = {"hf_overrides": {"max_position_embeddings": 1_000_000}}
     cases: list[tuple[Any, int, list[str]]] = [
         (entry("added", tiny_models.folder / "none"), 400, ["missing path", "none"]),
-        (entry("added", Path("./none")), 400, ["missing path", "none"]),
+        (entry("added", llama) | {"model": "./none"}, 400, ["missing path", "none"]),
         (entry("added", llama, max_modl_len=5), 400, ["--max-modl-len", "--max-model-len"]),
         (entry("added", llama, max_model_len="many"), 400, ["max-model-len", "many"]),
         (entry("added", llama, max_model_len=100_000), 400, ["max_model_len", "100000"]),
         (entry("added", llama, dtype="int3"), 400, ["dtype", "int3"]),
         (entry("added", llama, tensor_parallel_size=2), 400, ["tensor parallelism"]),
         (entry("qwen2", llama), 400, ["'qwen2'", "already"]),
-        (entry("added", llama, **million), 507, ["device_memory"]),
+        # 512 bytes of KV per token: more than the 96 MiB of the pool, and more than any cache vLLM is shown.
+        (entry("added", llama, **long, max_model_len=250_000), 507, ["device_memory", "--max-model-len"]),
+        (entry("added", llama, **long, max_model_len=1_000_000), 507, ["device_memory", "--max-model-len"]),
+        # What fails only behind the engine: in the app of the model.
+        (entry("added", llama, enable_lora=True, lora_modules=["a=/none"]), 400, ["does not start", "/none"]),
         (entry("no name!", llama), 400, ["name", "no name!"]),
         ({"model": str(llama)}, 400, ["name", "missing"]),
         ({"name": "added"}, 400, ["model", "missing"]),
@@ -270,11 +274,10 @@ def test_models_that_cannot_be_added_are_refused(pool_server: PoolServerProcess,
     wrong = []
     for body, status, parts in cases:
         response = pool_server.admin("POST", "/models", body)
-        message = response.json()["error"]["message"] if status != response.status_code else response.text
-        if status != response.status_code or any(part not in message for part in parts) or "Traceback" in message:
-            wrong.append(f"{body!r}: expected {status} {parts}, got {response.status_code} {message[:500]}")
+        if status != response.status_code or any(part not in response.text for part in parts):
+            wrong.append(f"{body!r}: expected {status} {parts}, got {response.status_code} {response.text[:500]}")
 
-    assert wrong == [], "\n".join(wrong)
+    assert wrong == [], "\n".join([*wrong, pool_server.log[-3000:]])
     assert before == books(pool_server.wait_until_idle())
     assert complete(pool_server, "llama")
 

@@ -6,7 +6,10 @@ so that a drift of the machine hits both. Every ratio is tokenpool / plain, the 
 two neighbouring runs:
 
     throughput_ratio_cN  tokens per second at N users; higher is better for the pool
-    itl_p50_ratio_cN     median time between two token events; lower is better (also p99, in the JSON)
+    itl_p50_ratio_cN     median time between two token events; lower is better (p99 and mean are in the JSON)
+
+Events that reach the client in one piece count as 0 apart: where a side sends in bursts (tokens_per_event above 1, or
+a p99 far above the p50), judge by tpot_mean_ratio and the throughput instead.
 
 With --same both sides are plain vLLM: what the ratios then differ from 1 is the noise of the machine.
 """
@@ -43,6 +46,8 @@ class Run:
     tokens_per_s: float
     itl_p50_ms: float
     itl_p99_ms: float
+    tpot_mean_ms: float
+    """Of all tokens but the first of each request. Unlike `itl_*`, the same for a stream that comes in bursts."""
     ttft_p50_ms: float
     tokens_per_event: float
     cpu_ms_per_token: float
@@ -63,6 +68,7 @@ class OneModelTax:
     itl_p50_ratio_c32: float
     better: dict[str, str]
     itl_p99_ratio: dict[str, float]
+    tpot_mean_ratio: dict[str, float]
     cpu_per_token_ratio: dict[str, float]
     throughput_ratio_spread: dict[str, list[float]]
     """The ratio of every round, to judge the median by."""
@@ -132,6 +138,7 @@ def _load(
         tokens_per_s=seen.num_tokens / wall_s,
         itl_p50_ms=common.percentile(seen.itl_s, 50) * 1e3,
         itl_p99_ms=common.percentile(seen.itl_s, 99) * 1e3,
+        tpot_mean_ms=sum(seen.itl_s) / (seen.num_tokens - len(prompts)) * 1e3,
         ttft_p50_ms=statistics.median(seen.ttft_s) * 1e3,
         tokens_per_event=seen.num_tokens / seen.num_events,
         cpu_ms_per_token=used.pop(side) / seen.num_tokens * 1e3,
@@ -174,8 +181,14 @@ def _summarize(runs: Sequence[Run], ready_s: dict[str, float]) -> OneModelTax:
     numbers = [field for field in asdict(runs[0]) if field not in ("round", "side", "concurrency")]
     return OneModelTax(
         **keys,
-        better={"throughput_ratio": "higher", "itl_p50_ratio": "lower", "itl_p99_ratio": "lower"},
+        better={
+            "throughput_ratio": "higher",
+            "itl_p50_ratio": "lower",
+            "itl_p99_ratio": "lower",
+            "tpot_mean_ratio": "lower",
+        },
         itl_p99_ratio=medians("itl_p99_ms"),
+        tpot_mean_ratio=medians("tpot_mean_ms"),
         cpu_per_token_ratio=medians("cpu_ms_per_token"),
         throughput_ratio_spread=ratios("tokens_per_s"),
         plain_median={

@@ -34,7 +34,7 @@ PATCHES = (
         name="output_sockets",
         target=f"{_CORE}.process_output_sockets",
         hashes=known(v0_32_0="507829bea2322b94bd11b7b41fba224372e7d732e35347c8359f3e9efdb28a9e"),
-        reason="HostedEngineCore starts none when it is used in process",
+        reason="HostedEngineCore replaces it: OutputSender sends from the thread that made the output",
         removal=_REMOVAL,
     ),
     Patch(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make tiny checkpoints with random weights, on this machine and without any download.
 
-The tests and the demo need real model directories (config.json, safetensors, tokenizer) of several architectures
-that vLLM loads on a CPU in about a second. Weights are drawn with a wide standard deviation: with the usual 0.02 a
-random model repeats one token for ever, and a token comparison would prove nothing.
+The tests and the demo need real model directories (config.json, safetensors, tokenizer) of several
+architectures that vLLM loads on a CPU in about a second. Weights are drawn with a wide standard deviation:
+with the usual 0.02 a random model repeats one token for ever, and a token comparison would prove nothing.
 
     python -m tokenpool.demo.tiny_models DIR [kind ...]     # makes DIR/<kind> for each kind
 
@@ -42,9 +42,11 @@ _CHAT_TEMPLATE = (
 )
 # Enough distinct pairs for 512 - 256 - 3 merges.
 _CORPUS = """
-The quick brown fox jumps over the lazy dog, and the dog does not mind. Hello world, this is a small language model.
+The quick brown fox jumps over the lazy dog, and the dog does not mind.
+Hello world, this is a small language model.
 A pool of machines serves many models at once: each request waits for its turn, each turn makes a few tokens.
-user: What is the weather like in the mountains today? assistant: It is cold, bright and windy; take a warm coat.
+user: What is the weather like in the mountains today?
+assistant: It is cold, bright and windy; take a warm coat.
 system: You are a helpful assistant. Answer the question with short and simple words, then stop.
 When one model rests, its memory goes to another; when it wakes, the weights come back from the host.
 Numbers such as 1, 2, 3, 10, 42 and 100 appear here too, with a date like 2024 and a price like 19.99 dollars.
@@ -115,10 +117,10 @@ def _qwen3_moe() -> PretrainedConfig:
 
 
 def _deepseek_v2() -> PretrainedConfig:
-    """One dense and one expert layer; the latent size 512 + 64 is the only one vLLM's CPU kernel is built for.
+    """One dense and one expert layer; vLLM's CPU kernel is built for the latent size 512 + 64 only.
 
-    YaRN as in the published models: vLLM 0.32 on CPU rotates the strided MLA queries of a plain rope wrongly, and its
-    tokens then depend on the other requests of the step.
+    YaRN as in the published models: vLLM 0.32 on CPU rotates the strided MLA queries of a plain rope wrongly,
+    and its tokens then depend on the other requests of the step.
     """
     from transformers import DeepseekV2Config
 
@@ -169,10 +171,10 @@ ENGINE_ARGS: dict[str, dict[str, Any]] = {
 
 
 def make_tiny_model(kind: str, directory: Path | str, *, seed: int | None = None) -> Path:
-    """Write a checkpoint of `kind` to `directory` and return it; do nothing when the same one is already there.
+    """Write a checkpoint of `kind` to `directory` and return it; do nothing when the same one is there.
 
-    Without `seed` each kind has its own, so that no two kinds share weights. The directory appears whole or not at
-    all: several processes may ask for it at the same time.
+    Without `seed` each kind has its own, so that no two kinds share weights. The directory appears whole or
+    not at all: several processes may ask for it at the same time.
 
     Raises:
         ValueError: no such kind.
@@ -196,11 +198,13 @@ def make_tiny_model(kind: str, directory: Path | str, *, seed: int | None = None
 def make_tiny_lora(base: Path, directory: Path, *, seed: int = 0) -> Path:
     """Write a rank-8 adapter for q_proj and v_proj of the llama-like model in `base`, in PEFT's file format.
 
-    Both factors are non-zero and large enough to change the tokens. Does nothing when it is already there. Give vLLM
-    on CPU a `max_loras` above the number of adapters: its last slot leaks into requests without an adapter (0.32).
+    Both factors are non-zero and large enough to change the tokens. Does nothing when it is already there.
+    Give vLLM on CPU a `max_loras` above the number of adapters: in 0.32 the last slot leaks into requests
+    without an adapter.
     """
     config = json.loads((base / "config.json").read_text())
-    marker = {"format": _FORMAT, "kind": "lora", "seed": seed, "base": json.loads((base / _MARKER).read_text())}
+    base_marker = json.loads((base / _MARKER).read_text())
+    marker = {"format": _FORMAT, "kind": "lora", "seed": seed, "base": base_marker}
 
     def write(target: Path) -> None:
         from safetensors.torch import save_file
@@ -248,7 +252,7 @@ def _random_model(config: PretrainedConfig, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-        # A zero row gives a special token the logit 0, well under the largest of 512: greedy never ends by accident.
+        # A zero row gives a special token the logit 0, far under the largest: greedy does not end early.
         model.get_output_embeddings().weight[: len(_SPECIAL_TOKENS)] = 0
         _sharpen(model, gemma=config.model_type == "gemma3_text")
     return model
@@ -257,8 +261,9 @@ def _random_model(config: PretrainedConfig, seed: int) -> Any:
 def _sharpen(model: Any, *, gemma: bool) -> None:
     """Make the next token depend on the whole context, in the kinds whose norms flatten the wide weights.
 
-    With unit query and key norms attention is nearly an average, and streams fall into short cycles. Gemma scales by
-    1 + weight, and its head is tied to the embeddings: without heavier layers the token just read wins for ever.
+    With unit query and key norms attention is nearly an average, and streams fall into short cycles. Gemma
+    scales by 1 + weight, and its head is tied to the embeddings: without heavier layers the token just read
+    wins for ever.
     """
     scales = {"q_norm.weight": 1.0 if gemma else 2.0, "k_norm.weight": 1.0 if gemma else 2.0}
     if gemma:
@@ -270,7 +275,7 @@ def _sharpen(model: Any, *, gemma: bool) -> None:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer with exactly VOCAB_SIZE entries, so that every model token has a text."""
+    """Train a byte-level BPE tokenizer of exactly VOCAB_SIZE entries: every model token has a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -294,7 +299,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _write_once(directory: Path, marker: dict[str, Any], write: Callable[[Path], None]) -> None:
-    """Fill a sibling directory, then rename it into place; the marker tells what a present directory holds."""
+    """Fill a sibling directory, then rename it into place; the marker tells what a directory holds."""
     if _is_complete(directory, marker):
         return
     if directory.exists():

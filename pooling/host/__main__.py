@@ -11,6 +11,7 @@ import signal
 import sys
 from typing import Any
 
+from tokenpool.host.affinity import unpinned
 from tokenpool.host.control import ControlServer
 from tokenpool.host.engine_host import EngineHost, HostConfig, HostedModelSpec
 from tokenpool.host.metrics import HostMetrics
@@ -33,14 +34,16 @@ def main(control_path: str, config_json: str) -> None:
         return model_state(host, host.add_model(spec))
 
     key = bytes.fromhex(os.environ.pop(CONTROL_KEY_VARIABLE))
-    ControlServer(control_path, key, host.call).serve(
-        {
-            "add_model": add_model,
-            "remove_model": host.remove_model,
-            "state": lambda: host_state(host),
-            "check": host.check,
-        }
-    )
+    methods = {
+        "add_model": add_model,
+        "remove_model": host.remove_model,
+        "state": lambda: host_state(host),
+        "check": host.check,
+    }
+    with unpinned():
+        ControlServer(control_path, key, host.call).serve(methods)
+    # A socket thread that wants the interpreter waits this long for the loop: 5 ms by default, a step or more.
+    sys.setswitchinterval(0.0005)
     host.run()
     logging.shutdown()
     os._exit(0)  # an orderly interpreter exit takes seconds and prints what Triton leaks

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import time
 from collections.abc import Callable, Generator
@@ -17,6 +18,8 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import Request, RequestStatus
 
 from tokenpool.config import SLO
+from tokenpool.host.affinity import ALL_CPUS
+from tokenpool.host.output_sender import OutputSender
 from tokenpool.host.token_clock import TokenClock
 
 
@@ -98,19 +101,27 @@ class HostedEngineCore(EngineCoreProc):
         vllm_config.__post_init__()
 
     def process_input_sockets(self, *args: Any) -> None:
-        """vLLM's input thread, or nothing without addresses; when it ends, the output thread ends too."""
+        """vLLM's input thread, or nothing without addresses; when it ends, the frontends are told."""
         if self._pool_addresses is None:
             args[-1].set()
             return
+        os.sched_setaffinity(0, ALL_CPUS)
         try:
             super().process_input_sockets(*args)
         finally:
             self.output_queue.put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
 
+    @property
+    def output_queue(self) -> Any:
+        """Where outputs go: to the frontends, or into a plain queue without addresses."""
+        return self._outbox
+
+    @output_queue.setter
+    def output_queue(self, plain: queue.Queue) -> None:
+        self._outbox = plain if self._pool_addresses is None else OutputSender(self._pool_addresses.outputs)
+
     def process_output_sockets(self, *args: Any) -> None:
-        """vLLM's output thread, or nothing without addresses."""
-        if self._pool_addresses is not None:
-            super().process_output_sockets(*args)
+        """Nothing: `output_queue` sends by itself."""
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         """Queue a request in vLLM's scheduler and start its clock."""

@@ -59,7 +59,7 @@ class PageLedger:
 
     def total(self, use: PageUse) -> int:
         """Pages held for `use` by all owners together."""
-        return sum(n for (_, u), n in self._counts.items() if u is use)
+        return sum(n for (_, u), n in self._counts.items() if u == use)
 
     def take(self, owner: str, use: PageUse, count: int = 1) -> list[int]:
         """Hand `count` free pages to `owner`; raises CapacityError and changes nothing if too few are free."""

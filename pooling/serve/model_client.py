@@ -10,20 +10,22 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
-logger = logging.getLogger(__name__)
-
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
 from tokenpool.host.engine_host import HostedModelSpec
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, first_line
-from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_LIMIT_S = 5.0
 
 
 class ModelClient:
@@ -55,11 +57,16 @@ class ModelClient:
             state = await host.call("add_model", spec)
         except Exception as error:
             raise _as_pool_error(plan, error) from error
+        client = None
         try:
-            return await cls._connect(plan, config, addresses, state)
+            client = await cls._connect(plan, config, addresses, state)
+            await client._build_app()
+            return client
         except BaseException as error:
             with contextlib.suppress(HostError):  # a host that is gone holds nothing either
                 await host.call("remove_model", plan.spec.name)
+            if client is not None:
+                await client.close(removed=True)
             if not isinstance(error, Exception):
                 raise
             raise _as_pool_error(plan, error) from error
@@ -76,17 +83,14 @@ class ModelClient:
             disable_log_stats=plan.args.disable_log_stats,
             client_addresses={"input_address": addresses.inputs[0], "output_address": addresses.outputs[0]},
         )
-        client = cls(plan, engine, None, AsyncExitStack(), state)
-        try:
-            tasks = await engine.get_supported_tasks()
-            client.app = app = build_app(plan.args, tasks, engine.model_config)
-            await init_app_state(engine, app.state, plan.args, tasks)
-            app.state.server = None  # vLLM's error handler looks it up; the pool never stops because of one model
-            await client._lifespan.enter_async_context(app.router.lifespan_context(app))
-        except BaseException:
-            await client.close()
-            raise
-        return client
+        return cls(plan, engine, None, AsyncExitStack(), state)
+
+    async def _build_app(self) -> None:
+        tasks = await self.engine.get_supported_tasks()
+        self.app = app = build_app(self.plan.args, tasks, self.engine.model_config)
+        await init_app_state(self.engine, app.state, self.plan.args, tasks)
+        app.state.server = None  # vLLM's error handler looks it up; the pool never stops because of one model
+        await self._lifespan.enter_async_context(app.router.lifespan_context(app))
 
     @property
     def num_unfinished(self) -> int:
@@ -112,13 +116,23 @@ class ModelClient:
         core.resources.engine_dead = True
         core.outputs_queue.put_nowait(EngineDeadError())
 
-    async def close(self) -> None:
-        """Free the client; its engine in the host is closed before or gone."""
+    async def close(self, *, removed: bool = False) -> None:
+        """Free the client. Its engine is gone, or `removed` from the host, or ends together with the host."""
         if self.engine.output_handler is not None:
             self.engine.output_handler.cancel()
-        if not self.engine.engine_core.resources.engine_dead:
-            # The host ends a closed engine's threads when a message comes in: send one.
+        resources = self.engine.engine_core.resources
+        if removed and not resources.engine_dead:
+            # The host ends a removed engine's threads when a message comes in. Closing the socket would drop one that
+            # is still on its way: wait for the threads' last word, which vLLM takes for the engine's death.
             await self.engine.engine_core.abort_requests_async(["tokenpool-close"])
+            deadline = time.monotonic() + _CLOSE_LIMIT_S
+            while not resources.engine_dead and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+        # What killed the engine is in the queue and refers to it: a cycle that would hold the sockets until the next
+        # full garbage collection.
+        outputs = self.engine.engine_core.outputs_queue
+        while not outputs.empty():
+            outputs.get_nowait()
         await self._lifespan.aclose()
         await asyncio.to_thread(self.engine.shutdown)
 

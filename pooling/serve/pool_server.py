@@ -138,7 +138,10 @@ class PoolServer:
     # -- models at run time --------------------------------------------------------------------------
 
     async def add_model(self, spec: ModelSpec) -> dict[str, Any]:
-        """Load one more model; the others pause while it is built and lose nothing. Raises PoolError and changes nothing when it cannot be served."""
+        """Load one more model; the others pause while it is built and lose nothing.
+
+        Raises PoolError and changes nothing when it cannot be served.
+        """
         self._refuse_while_stopping()
         plan = await asyncio.to_thread(plan_model, spec)
         async with self._changing:
@@ -176,7 +179,7 @@ class PoolServer:
                     await asyncio.sleep(0.05)
             self.router.remove(name)
             del self._plans[name], self._clients[name]
-            await client.close()
+            await client.close(removed=True)
 
     async def state(self) -> dict[str, Any]:
         """The pool's state: models, host memory map, restarts."""

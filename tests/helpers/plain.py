@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference side of the token-exactness tests: each model alone, in plain vLLM, in a process of its own.
 
-The parent never imports vllm here, and the child never imports tokenpool and loads no vLLM plugin, so nothing of ours
-can touch the reference. Both sides must use the same engine arguments and threads: take ENGINE_ARGS and ENV from here.
+The parent never imports vllm here, and the child never imports tokenpool and loads no vLLM plugin, so nothing
+of ours can touch the reference. Both sides must use the same engine arguments and threads: take ENGINE_ARGS
+and ENV from here.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ ENGINE_ARGS: dict[str, Any] = {
     "dtype": "bfloat16",
     "block_size": 32,
     "kv_cache_memory_bytes": 64 << 20,
-    # vLLM's own defaults differ between LLM and its HTTP server. Keep prompts under it: a prefill in several chunks
-    # of a seeded request ends vLLM 0.32 on CPU ("CPU Generator does not use offset").
+    # vLLM's own defaults differ between LLM and its HTTP server. Keep the prompts of a step under it: a
+    # chunked prefill of a seeded request ends vLLM 0.32 on CPU ("CPU Generator does not use offset").
     "max_num_batched_tokens": 4096,
     "max_num_seqs": 64,
 }
@@ -57,8 +58,8 @@ class RequestSpec:
     lora: str | None = None
     """Path of an adapter directory; the case needs `enable_lora` then.
 
-    Set `max_loras` above the number of adapters: vLLM 0.32 on CPU gives requests without an adapter the weights of
-    the last slot (index -1 in lora/ops/torch_ops), which must therefore stay empty.
+    Set `max_loras` above the number of adapters: vLLM 0.32 on CPU gives requests without an adapter the
+    weights of the last slot (index -1 in lora/ops/torch_ops), which must therefore stay empty.
     """
 
 
@@ -76,7 +77,7 @@ class Result:
     logprobs: list[float]
     """Logprob of each token in `tokens`."""
     preempted: int
-    """How often the scheduler preempted the request (recomputation may move the last bits of the logprobs)."""
+    """How often the scheduler preempted the request; recomputation may move the last bits of the logprobs."""
     embedding: list[float] = field(default_factory=list)
     """Only of a pooling model; the other fields are empty then."""
 
@@ -120,7 +121,7 @@ def run_plain(cases: list[Case]) -> dict[str, dict[str, Result]]:
                 stderr=subprocess.STDOUT,
                 check=False,
             )
-        output = log_file.read_text(errors="replace").replace("[rank0]: ", "")  # vLLM adds one more per engine
+        output = log_file.read_text(errors="replace").replace("[rank0]: ", "")  # vLLM adds one per engine
         if child.returncode != 0:
             raise RuntimeError(f"plain vLLM ended with code {child.returncode}:\n{output[-6000:]}")
         logger.info("plain vLLM:\n%s", "\n".join(x for x in output.splitlines() if x.startswith("case=")))
@@ -146,7 +147,10 @@ def _main(cases_file: str, results_file: str) -> None:
 
 
 def _run_case(case: Case) -> dict[str, Result]:
-    """Run one case; the caller collects garbage before the next, as a late finalizer ends the next engine's groups."""
+    """Run one case.
+
+    The caller collects garbage before the next one: a late finalizer would end the next engine's groups.
+    """
     from vllm import LLM
 
     started_s = time.monotonic()
@@ -162,7 +166,7 @@ def _run_case(case: Case) -> dict[str, Result]:
 
 
 def _generate(llm: Any, case: Case) -> dict[str, Result]:
-    """Step the engine here instead of calling `generate`: it drops the scheduler's requests, which count preemptions."""
+    """Step the engine here: `generate` drops the scheduler's requests, which count the preemptions."""
     from vllm import TokensPrompt
 
     engine = llm.llm_engine

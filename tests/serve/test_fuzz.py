@@ -244,9 +244,9 @@ def wrong_content_type(rng: random.Random) -> Case:
 
 
 def unknown_route(rng: random.Random) -> Case:
-    paths = ["/v1/chat", "/v1/", "/v2/chat/completions", "/v1/completion", "/V1/COMPLETIONS", "/%00", "/..%2f..%2fetc"]
-    paths += ["/models/none/v1/completions", "/models/llama/v1/pool/state", "/models//v1/completions"]
-    paths += ["/v1//completions", f"/{rng.getrandbits(64):x}", "/" + "a/" * 1000, "/v1/responses/none", "/models/llama/none"]
+    paths = ["/v1/chat", "/v1/", "/v2/chat/completions", "/v1/completion", "/V1/COMPLETIONS", "/%00", "/..%2f"]
+    paths += ["/models/none/v1/completions", "/models/llama/v1/pool/state", "/models//v1", "/v1/responses/none"]
+    paths += ["/models/llama/none", "/v1//completions", f"/{rng.getrandbits(64):x}", "/" + "a/" * 1000]
     method = rng.choice(["POST", "PUT", "DELETE", "PATCH"])
     return Case("unknown route", method, rng.choice(paths), json.dumps(GOOD[COMPLETIONS]).encode())
 

@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make bench: each creates .venv first if it is not there.
+# make demo | make test | make test-fast | make lint: each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
@@ -6,7 +6,7 @@ TORCH = 2.13.0
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup demo test test-fast test-compat lint clean
+.PHONY: setup demo test test-fast lint clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 

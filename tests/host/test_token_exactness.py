@@ -14,8 +14,8 @@ pytestmark = pytest.mark.vllm
 KINDS = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "embed")
 PAGE = 256 << 10
 ROOMY = 64 << 20
-TIGHT_PAGES = 12
-"""KV pages left for four models whose requests, all together, want about 25."""
+TIGHT_PAGES = 8
+"""KV pages left for four models whose requests, all together, want about 16."""
 
 
 def _requests(kind: str, seed: int, lora: str | None) -> list[RequestSpec]:
@@ -116,7 +116,7 @@ def test_reclaimed_and_poisoned_slabs_change_no_stream(cases, reference):
             pooled.submit(chosen[first])
             pooled.submit(chosen[second])
             pooled.run(each_step=lambda step: step % 20 or pooled.check())
-        assert pooled.host.allocator.num_reclaims > 5, "memory was not tight"
+        assert pooled.host.allocator.num_reclaims >= 4, "memory was not tight"
         assert _assert_equal(pooled, chosen, reference, True) >= 10
         ledger.give("ballast", "weights", ballast)
     finally:

@@ -102,11 +102,16 @@ class PatchSet:
                 f"vLLM {version} is not the source tokenpool was written against ({', '.join(known)}): "
                 f"{', '.join(s.target for s in bad)} differ; install a known vLLM version"
             )
-        for patch in self.patches:
-            for site in patch.sites:
-                assert patch.replacement is not None
-                self._originals[site] = resolve(site)
-                _set(site, patch.replacement(self._originals[site]))
+        try:
+            for patch in self.patches:
+                for site in patch.sites:
+                    assert patch.replacement is not None
+                    original = resolve(site)
+                    _set(site, patch.replacement(original))
+                    self._originals[site] = original
+        except BaseException:
+            self.undo()
+            raise
 
     def undo(self) -> None:
         """Put every original back."""

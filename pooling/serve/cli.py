@@ -52,16 +52,6 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _prepare_process() -> None:
-    """Set what vLLM and prometheus_client read once, at import."""
-    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", tempfile.mkdtemp(prefix="tokenpool-metrics-"))
-    # An engine that dies must not end the server: the supervisor restarts the host.
-    os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
-    from tokenpool.patches import apply_all
-
-    apply_all()
-
-
 def _serve(words: list[str]) -> int:
     from tokenpool.serve.command_line import pool_from_command_line
 
@@ -69,9 +59,14 @@ def _serve(words: list[str]) -> int:
         words = [*words, "--api-key", key]  # vLLM's variable; popped so that no model's app asks for it again
     # What needs no vLLM is checked first: a typo in a pool file answers at once.
     pool = pool_from_command_line(words)
-    _prepare_process()
+    # vLLM and prometheus_client read these once, at import. A second engine's client erases the metrics of the first
+    # unless they live in files, and an engine that dies must not end the server: the supervisor restarts the host.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokenpool-metrics-")
+    os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
+    from tokenpool.patches import apply_all
     from tokenpool.serve.run import serve
 
+    apply_all()
     status = serve(pool)
     logging.shutdown()
     sys.stdout.flush()
@@ -82,10 +77,11 @@ def _validate(words: list[str]) -> int:
     from tokenpool.serve.command_line import pool_from_command_line
 
     pool = pool_from_command_line(words)
-    _prepare_process()
+    from tokenpool.patches import apply_all
     from tokenpool.serve.launch_plan import plan_pool
     from tokenpool.serve.run import describe_plan
 
+    apply_all()
     print(describe_plan(*plan_pool(pool)))
     return 0
 

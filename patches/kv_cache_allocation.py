@@ -24,7 +24,10 @@ def _replacement(original: Any) -> Any:
 PATCH = Patch(
     name="kv_cache_allocation",
     target="vllm.v1.worker.utils:allocate_kv_cache",
-    hashes=known(v0_32_0="b1f3e24311485a090404f9ca264b1325cc0a965023221a46c18f45acf3c0ddfd"),
+    hashes=known(
+        v0_32_0="b1f3e24311485a090404f9ca264b1325cc0a965023221a46c18f45acf3c0ddfd",
+        v0_29_0="567365d6ba1f8cfbf8e87d070e116d81984bc4a03ab7bd50517345e4e16363a2",
+    ),
     reason="all models of a device view one arena instead of owning a KV tensor each",
     removal="vLLM accepts an external KV allocator",
     sites=(

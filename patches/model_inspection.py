@@ -22,7 +22,10 @@ def _replacement(original: Any) -> Any:
 PATCH = Patch(
     name="model_inspection",
     target="vllm.model_executor.models.registry:_run_in_subprocess",
-    hashes=known(v0_32_0="9aeff7e83e939d8dde3f731f34d79bf5e89c5c61b614e60dbb1ba1c7c5ebabc7"),
+    hashes=known(
+        v0_32_0="9aeff7e83e939d8dde3f731f34d79bf5e89c5c61b614e60dbb1ba1c7c5ebabc7",
+        v0_29_0="9aeff7e83e939d8dde3f731f34d79bf5e89c5c61b614e60dbb1ba1c7c5ebabc7",
+    ),
     reason="an architecture seen for the first time costs about 10 s in a subprocess, about 1 s in process",
     removal="vLLM ships its model-info cache",
     sites=("vllm.model_executor.models.registry:_run_in_subprocess",),

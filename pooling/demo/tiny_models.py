@@ -34,7 +34,7 @@ LORA_RANK = 8
 LORA_ALPHA = 16
 
 _MARKER = "tokenpool_tiny.json"
-_FORMAT = 1  # raise when a change of this file changes the bytes written: old directories are then made anew
+_FORMAT = 2  # raise when a change of this file changes the bytes written: old directories are then made anew
 _SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

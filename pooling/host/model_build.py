@@ -90,7 +90,7 @@ class ModelBuild:
                     spec = spec.kv_cache_specs[layer]
                 if isinstance(spec, MambaSpec):
                     raise ModelRefusedError(self.name, "state-space (Mamba) layers", "serve it outside the pool")
-                if not spec.has_layer_views:
+                if not getattr(spec, "has_layer_views", True):  # vLLM 0.29 has no other kind
                     raise ModelRefusedError(self.name, f"KV cache kind {type(spec).__name__}", "")
                 return group_id, spec
         raise AssertionError(f"layer {layer} is in no KV cache group")

@@ -29,7 +29,10 @@ class Quarantine:
         self._model = model
         self._core = core
         self._suspects: list[tuple[str, int]] = []  # request id, output tokens when it became one
-        self._max_active = core.scheduler.max_num_active_reqs
+        # The scheduler's limit on admission; vLLM 0.29 has one limit for admission and for slots.
+        separate = hasattr(core.scheduler, "max_num_active_reqs")
+        self._limit = "max_num_active_reqs" if separate else "max_num_running_reqs"
+        self._max_active = getattr(core.scheduler, self._limit)
         self._crashes_in_a_row = 0
 
     @property
@@ -78,9 +81,9 @@ class Quarantine:
         while self._suspects and self._suspects[0][0] not in scheduler.requests:
             del self._suspects[0]
         if not self._suspects:
-            scheduler.max_num_active_reqs = self._max_active
+            setattr(scheduler, self._limit, self._max_active)
             return
-        scheduler.max_num_active_reqs = 1
+        setattr(scheduler, self._limit, 1)
         request = scheduler.requests[self._suspects[0][0]]
         if request in scheduler.waiting:
             scheduler.waiting.remove_request(request)

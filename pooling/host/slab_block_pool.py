@@ -16,6 +16,9 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from tokenpool.memory.arena import ArenaView
 from tokenpool.memory.slab_allocator import SlabAllocator
 
+_BLOCK_KNOWS_POOL = "pool" in KVCacheBlock.__dataclass_fields__
+"""False in vLLM 0.29, where all blocks that a pool is asked to free are its own."""
+
 
 class SlabBlockPool(BlockPool):
     """Blocks of one pooled model; called on the host loop's thread only.
@@ -34,6 +37,8 @@ class SlabBlockPool(BlockPool):
         self._view = view
         self._arena = allocator.arena
         self.blocks_per_slab = self._arena.min_blocks_per_slab(view)
+        if not hasattr(self, "_reuse_watchers"):  # vLLM 0.29
+            self._reuse_watchers = {}
         self._used: dict[int, int] = {}  # slab -> blocks of it with a reference
         self._idle: dict[int, None] = {}  # slabs without one, the longest idle first
         allocator.register(view.owner, self, floor)
@@ -137,12 +142,18 @@ class SlabBlockPool(BlockPool):
         slab = self._allocator.grant(self._view.owner)
         if slab is None:
             return False
-        blocks = [KVCacheBlock(i, pool=self) for i in self._arena.block_ids(self._view, slab)]
+        blocks = [self._new_block(i) for i in self._arena.block_ids(self._view, slab)]
         self.blocks.update((block.block_id, block) for block in blocks)
         (self.free_block_queue.prepend_n if front else self.free_block_queue.append_n)(blocks)
         self._used[slab] = 0
         self._idle[slab] = None
         return True
+
+    def _new_block(self, block_id: int) -> KVCacheBlock:
+        return KVCacheBlock(block_id, pool=self) if _BLOCK_KNOWS_POOL else KVCacheBlock(block_id)
+
+    def _is_mine(self, block: KVCacheBlock) -> bool:
+        return not _BLOCK_KNOWS_POOL or block.pool is self
 
     def _head_is_cached(self) -> bool:
         queue = self.free_block_queue
@@ -159,7 +170,7 @@ class SlabBlockPool(BlockPool):
             self._allocator.set_busy(self._view.owner, len(self._used) - len(self._idle))
 
     def _mark_freed(self, blocks: list[KVCacheBlock]) -> None:
-        freed = {b.block_id: b for b in blocks if b.ref_cnt == 0 and not b.is_null and b.pool is self}
+        freed = {b.block_id: b for b in blocks if b.ref_cnt == 0 and not b.is_null and self._is_mine(b)}
         for block_id in freed:
             slab = self._arena.slab_of(self._view, block_id)
             self._used[slab] -= 1

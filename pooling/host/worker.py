@@ -34,8 +34,12 @@ class PooledCPUWorker(CPUWorker):
         The arena is address range, its pages are counted by the ledger; with several models the original
         check would refuse the later ones because the earlier ones use the memory that all of them share.
         """
-        if self._should_warm_up_model():
-            self.model_runner.warming_up_model()
-        nbytes = self.cache_config.kv_cache_memory_bytes
+        cache = self.cache_config
+        nbytes = cache.kv_cache_memory_bytes
         assert nbytes is not None, "the host sets the size of the view before it builds an engine"
+        cache.kv_cache_memory_bytes = 1  # passes the check; the rest of the original, the warm-up, is wanted
+        try:
+            super().determine_available_memory()
+        finally:
+            cache.kv_cache_memory_bytes = nbytes
         return nbytes

@@ -72,8 +72,8 @@ def test_only_the_request_that_crashes_the_step_fails(cases, first_crash_at_step
     counters = pooled.host.models["llama"].core.counters
     assert counters.failed_requests == 1
     assert not pooled.host.models["llama"].quarantine.active
-    core = pooled.host.models["llama"].core
-    assert core.scheduler.max_num_active_reqs == core.vllm_config.scheduler_config.max_num_seqs
+    core, quarantine = pooled.host.models["llama"].core, pooled.host.models["llama"].quarantine
+    assert getattr(core.scheduler, quarantine._limit) == core.vllm_config.scheduler_config.max_num_seqs
     pooled.close()
 
 

@@ -78,7 +78,12 @@ class HostedEngineCore(EngineCoreProc):
         self._notify = notify
         self.token_clock = TokenClock(slo)
         self.counters = CoreCounters()
-        super().__init__(vllm_config, True, "", UniProcExecutor, log_stats)
+        try:
+            super().__init__(vllm_config, True, "", UniProcExecutor, log_stats)
+        except BaseException:
+            if isinstance(self._outbox, OutputSender):
+                self._outbox.close()
+            raise
         self.process_input_queue_block = False
 
     # -- overrides of EngineCoreProc -----------------------------------------------------------------

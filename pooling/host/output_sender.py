@@ -37,10 +37,19 @@ class OutputSender:
             if item == EngineCoreProc.ENGINE_CORE_DEAD:
                 for socket in self._sockets:
                     socket.send(item)
-                    socket.close()
-                self._sockets = []
-                self._context.term()
+                self._close(_LINGER_MS)
             elif self._sockets:
                 client_index, outputs = item
                 outputs.engine_index = 0
                 self._sockets[client_index].send_multipart(self._encoder.encode(outputs), copy=False)
+
+    def close(self) -> None:
+        """Close without a word, for an engine that nobody knows; a context left to the collector blocks for ever."""
+        with self._lock:
+            self._close(0)
+
+    def _close(self, linger_ms: int) -> None:
+        for socket in self._sockets:
+            socket.close(linger_ms)
+        self._sockets = []
+        self._context.term()

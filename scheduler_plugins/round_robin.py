@@ -3,18 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from tokenpool.policy.turns import QueueView
+from tokenpool.policy.turns import Decision, PoolView
 
 
 class RoundRobin:
-    """A `TurnPolicy` under which a model with work waits at most one step of every other model."""
+    """A `TurnPolicy` under which a model with work waits at most one step of every other model.
 
-    def next_turn(self, ready: Sequence[QueueView], current: int | None) -> str:
-        """The first ready model after the one that stepped last, in the order of their indices."""
-        if current is not None:
-            for view in ready:
-                if view.index > current:
-                    return view.model
-        return ready[0].model
+    The naive baseline: it looks at no due time and at no residency. As long as all models are resident a turn costs
+    nothing and it is a good policy; with more models than fit it switches for every token.
+    """
+
+    def __init__(self) -> None:
+        self._last = -1
+
+    def decide(self, pool: PoolView) -> Decision:
+        """The first model after the one that stepped last, in the order of their indices."""
+        for view in pool.models:
+            if view.index > self._last:
+                break
+        else:
+            view = pool.models[0]
+        self._last = view.index
+        return Decision(view.model)

@@ -29,7 +29,7 @@ from tokenpool.memory.ledger import PageLedger, PageUse
 from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.patches import apply_all
 from tokenpool.patches.build_context import building
-from tokenpool.policy.turns import QueueView, load_turn_policy
+from tokenpool.policy.turns import ModelView, PoolView, load_turn_policy
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -253,12 +253,13 @@ class EngineHost:
         if not views:
             return None
         views.sort(key=lambda view: view.index)
-        return active[self._policy.next_turn(views, self._current.index if self._current else None)]
+        current = self._current.name if self._current else None
+        return active[self._policy.decide(PoolView(time.monotonic(), current, views)).run]
 
-    def _view(self, hosted: HostedModel) -> QueueView:
+    def _view(self, hosted: HostedModel) -> ModelView:
         scheduler = hosted.core.scheduler
-        return QueueView(
-            hosted.name, hosted.index, len(scheduler.running), len(scheduler.waiting), hosted.spec.priority
+        return ModelView(
+            hosted.name, hosted.index, hosted.spec.priority, len(scheduler.running), len(scheduler.waiting)
         )
 
     def _switch_to(self, hosted: HostedModel) -> None:

@@ -30,3 +30,12 @@ class Device(Protocol):
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
         """An int8 tensor of shape (nbytes,) over the range, its own storage, no copy."""
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """A uint8 tensor of shape (nbytes,) in host memory from and to which this device copies fast."""
+
+    def copy_in(self, address: int, source: torch.Tensor) -> None:
+        """Copy a host buffer, or a slice of one, to a mapped range; any thread, returns when it is there."""
+
+    def copy_out(self, target: torch.Tensor, address: int) -> None:
+        """Copy `target.numel()` bytes of a mapped range into a host buffer; any thread, returns when done."""

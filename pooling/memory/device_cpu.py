@@ -76,3 +76,15 @@ class CpuDevice:
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
         """An int8 tensor of shape (nbytes,) over the range; it does not keep the range reserved."""
         return torch.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype=torch.int8)
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """Ordinary memory; large buffers go back to the kernel when they are freed."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def copy_in(self, address: int, source: torch.Tensor) -> None:
+        """A memmove, during which other Python threads run."""
+        ctypes.memmove(address, source.data_ptr(), source.numel())
+
+    def copy_out(self, target: torch.Tensor, address: int) -> None:
+        """A memmove, during which other Python threads run."""
+        ctypes.memmove(target.data_ptr(), address, target.numel())

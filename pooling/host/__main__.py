@@ -13,7 +13,8 @@ from typing import Any
 
 from tokenpool.host.affinity import unpinned
 from tokenpool.host.control import ControlServer
-from tokenpool.host.engine_host import EngineHost, HostConfig, HostedModelSpec
+from tokenpool.host.engine_host import EngineHost
+from tokenpool.host.hosted_model import HostConfig, HostedModelSpec
 from tokenpool.host.metrics import HostMetrics
 from tokenpool.host.state import host_state, model_state
 

@@ -10,15 +10,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from vllm.config import VllmConfig
-
-from tokenpool.config import SLO
 from tokenpool.errors import ConfigError, HostError
 from tokenpool.host.engine_globals import EngineGlobals
-from tokenpool.host.hosted_core import EngineAddresses, HostedEngineCore
+from tokenpool.host.hosted_core import HostedEngineCore
+from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
 from tokenpool.host.model_build import LAYOUT, ModelBuild, weight_bytes_of
 from tokenpool.host.pressure import PressureRelief
 from tokenpool.host.quarantine import Quarantine
@@ -33,48 +30,6 @@ from tokenpool.policy.turns import ModelView, PoolView, load_turn_policy
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class HostConfig:
-    """What one host is given; sizes are bytes."""
-
-    device_memory: int
-    page_size: int
-    kv_floor_pages: int = 1
-    policy: str = "round_robin"
-
-
-@dataclass(frozen=True, slots=True)
-class HostedModelSpec:
-    """One model for a host."""
-
-    name: str
-    vllm_config: VllmConfig
-    addresses: EngineAddresses | None = None
-    slo: SLO | None = None
-    priority: int = 0
-    weight_bytes: int = 0
-    """Size of the checkpoint, reserved before loading; the larger of this and what was loaded is accounted."""
-    log_stats: bool = True
-
-
-@dataclass(slots=True)
-class HostedModel:
-    """An engine of the host and its books."""
-
-    spec: HostedModelSpec
-    index: int
-    core: HostedEngineCore
-    build: ModelBuild
-    quarantine: Quarantine
-    weight_pages: list[int]
-    build_s: float
-
-    @property
-    def name(self) -> str:
-        """The model's name in the pool."""
-        return self.spec.name
 
 
 class EngineHost:

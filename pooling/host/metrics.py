@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from prometheus_client import Counter, Gauge
 
-from tokenpool.host.engine_host import EngineHost, HostedModel
+from tokenpool.host.engine_host import EngineHost
+from tokenpool.host.hosted_model import HostedModel
 
 _COUNTERS = {
     "steps": "Engine steps run.",

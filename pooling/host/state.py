@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tokenpool.host.engine_host import EngineHost, HostedModel
+from tokenpool.host.engine_host import EngineHost
+from tokenpool.host.hosted_model import HostedModel
 from tokenpool.memory.ledger import PageUse
 
 

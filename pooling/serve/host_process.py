@@ -19,8 +19,8 @@ from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from tokenpool.errors import HostError
 from tokenpool.host.control import call_host
-from tokenpool.host.engine_host import HostConfig
 from tokenpool.host.hosted_core import EngineAddresses
+from tokenpool.host.hosted_model import HostConfig
 
 _START_LIMIT_S = 120.0
 

@@ -18,8 +18,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
-from tokenpool.host.engine_host import HostedModelSpec
 from tokenpool.host.hosted_core import EngineAddresses
+from tokenpool.host.hosted_model import HostedModelSpec
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, first_line
 

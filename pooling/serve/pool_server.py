@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, HostError, ModelUnavailableError, PoolError
-from tokenpool.host.engine_host import HostConfig
+from tokenpool.host.hosted_model import HostConfig
 from tokenpool.serve.auth import ApiKeyAuth
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, plan_model

@@ -16,7 +16,8 @@ os.environ.update(ENV)
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType  # noqa: E402
 
-from tokenpool.host.engine_host import EngineHost, HostConfig, HostedModelSpec  # noqa: E402
+from tokenpool.host.engine_host import EngineHost  # noqa: E402
+from tokenpool.host.hosted_model import HostConfig, HostedModelSpec  # noqa: E402
 from tokenpool.memory.device import Device  # noqa: E402
 
 

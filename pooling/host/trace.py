@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the device did when: turns, switches and copies of the recent past, as a Chrome/Perfetto trace."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NamedTuple
+
+_HOST_TRACK = 0
+
+
+class Event(NamedTuple):
+    """One span on a model's track; times are wall-clock seconds."""
+
+    start_s: float
+    duration_s: float
+    kind: str
+    """`turn`, `switch`, or a kind of copy or eviction, such as `weights_in`."""
+    model: str
+    details: dict[str, Any]
+
+
+class TraceLog:
+    """The last `capacity` events; written on the host loop's thread, a few per switch, none per step."""
+
+    def __init__(self, capacity: int = 20_000) -> None:
+        self._events: deque[Event] = deque(maxlen=capacity)
+
+    def record(self, kind: str, model: str, start_s: float, end_s: float, **details: Any) -> None:
+        """Add one span."""
+        self._events.append(Event(start_s, max(0.0, end_s - start_s), kind, model, details))
+
+    def events(self, since_s: float = 0.0) -> list[Event]:
+        """The kept events that ended at `since_s` or later, in the order in which they were recorded."""
+        return [event for event in self._events if event.start_s + event.duration_s >= since_s]
+
+    def chrome(self, since_s: float = 0.0) -> dict[str, Any]:
+        """The events in the Trace Event Format of chrome://tracing and Perfetto, one track per model.
+
+        Source: "Trace Event Format", complete events (`ph: X`), times in microseconds.
+        """
+        events = self.events(since_s)
+        tracks: dict[str, int] = {}
+        for event in events:
+            tracks.setdefault(event.model, len(tracks) + _HOST_TRACK + 1)
+        named = [_metadata("process_name", _HOST_TRACK, "tokenpool host")]
+        named += [_metadata("thread_name", track, model) for model, track in tracks.items()]
+        spans = [
+            {
+                "name": event.kind,
+                "cat": "turn" if event.kind == "turn" else "switch",
+                "ph": "X",
+                "ts": round(event.start_s * 1e6, 1),
+                "dur": round(event.duration_s * 1e6, 1),
+                "pid": 1,
+                "tid": tracks[event.model],
+                "args": {"model": event.model, **event.details},
+            }
+            for event in events
+        ]
+        return {"traceEvents": named + spans, "displayTimeUnit": "ms"}
+
+
+def _metadata(name: str, track: int, value: str) -> dict[str, Any]:
+    return {"name": name, "ph": "M", "pid": 1, "tid": track, "args": {"name": value}}

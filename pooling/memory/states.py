@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model is: one table of legal transitions for its weights and for its KV, checked on every change."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class WeightState(StrEnum):
+    """Where a model's weights are."""
+
+    COLD = "cold"
+    """On disk only."""
+    FETCHING = "fetching"
+    """Being read from disk into host memory."""
+    WARM = "warm"
+    """In host memory."""
+    LOADING = "loading"
+    """Pages are mapped on the device and being filled from host memory."""
+    RESIDENT = "resident"
+    """On the device; the host copy stays."""
+
+
+class KVState(StrEnum):
+    """Where the KV of a model's unfinished requests is."""
+
+    IN = "in"
+    """On the device; also a model that has none."""
+    MOVING = "moving"
+    """On its way between device and host: nobody may use it."""
+    OUT = "out"
+    """In host memory; the model holds no slab."""
+
+
+TRANSITIONS: dict[StrEnum, frozenset[StrEnum]] = {
+    WeightState.COLD: frozenset({WeightState.FETCHING}),
+    WeightState.FETCHING: frozenset({WeightState.WARM, WeightState.COLD}),
+    WeightState.WARM: frozenset({WeightState.LOADING, WeightState.COLD}),
+    WeightState.LOADING: frozenset({WeightState.RESIDENT, WeightState.WARM}),
+    WeightState.RESIDENT: frozenset({WeightState.WARM}),
+    KVState.IN: frozenset({KVState.MOVING}),
+    KVState.MOVING: frozenset({KVState.IN, KVState.OUT}),
+    KVState.OUT: frozenset({KVState.MOVING}),
+}
+
+
+def check_transition(old: StrEnum, new: StrEnum) -> None:
+    """Raise AssertionError unless the table allows this change."""
+    assert new in TRANSITIONS[old], f"illegal change from {old} to {new}"

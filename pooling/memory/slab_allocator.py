@@ -10,6 +10,9 @@ together always leave for it. With T pages for KV, model h may hold up to
 so a model under its floor can always grow to it, and a model over it takes only what nobody uses or is promised.
 An idle slab can become busy again without a grant (a prefix hit), so what a model holds counts as used here: the sum
 of max(held, floor) stays within T, and idle slabs over a floor are taken back as soon as it would not.
+
+A model can be away: its requests are paused, their blocks lie in host memory, and it holds no slab. Its floor then
+counts as 0, so the others may use those pages too.
 """
 
 from __future__ import annotations
@@ -35,14 +38,20 @@ class _Account:
     floor: int
     held: int = 0
     busy: int = 0
+    away: bool = False
+    keeps_floor: bool = False
+
+    @property
+    def promised(self) -> int:
+        return 0 if self.away and not self.keeps_floor else self.floor
 
     @property
     def committed(self) -> int:
-        return max(self.busy, self.floor)
+        return max(self.busy, self.promised)
 
     @property
     def reserved(self) -> int:
-        return max(self.held, self.floor)
+        return max(self.held, self.promised)
 
 
 class SlabAllocator:
@@ -97,6 +106,8 @@ class SlabAllocator:
     def set_busy(self, name: str, busy: int) -> None:
         """Tell how many of `name`'s slabs are in use; called when that number changes."""
         account = self._accounts[name]
+        if account.away:
+            raise AssertionError(f"{name!r} is away and cannot use {busy} slabs")
         fewer = busy < account.busy
         self._committed -= account.committed
         account.busy = busy
@@ -118,12 +129,13 @@ class SlabAllocator:
         return self.num_kv_pages - (self._committed - account.committed)
 
     def most_for(self, name: str) -> int:
-        """Slabs that `name` could hold if no other model used more than its floor."""
+        """Slabs that `name` could hold if no other model, away or not, used more than its floor."""
         return self.num_kv_pages - sum(a.floor for other, a in self._accounts.items() if other != name)
 
     def num_grantable(self, name: str) -> int:
-        """Slabs that `grant` would give to `name` one after another."""
-        return max(0, self.capacity(name) - self._accounts[name].held)
+        """Slabs that `grant` would give to `name` one after another; 0 while it is away."""
+        account = self._accounts[name]
+        return 0 if account.away else max(0, self.capacity(name) - account.held)
 
     def num_free_for(self, name: str) -> int:
         """Slabs that `grant` would give to `name` without taking one from another model."""
@@ -149,6 +161,61 @@ class SlabAllocator:
         self._held += 1
         self.num_grants += 1
         return slab
+
+    def reclaim(self, name: str, count: int) -> int:
+        """Take up to `count` idle slabs back from `name`, under its floor too; returns how many it had."""
+        account = self._accounts[name]
+        taken = min(count, account.held - account.busy)
+        for _ in range(taken):
+            self._reclaim_from(name, account)
+        if taken:
+            self.version += 1
+        return taken
+
+    def detach(self, name: str, slabs: list[int], *, keep_floor: bool = False) -> None:
+        """Take all of `name`'s slabs back, busy ones included: it is away until `attach`.
+
+        `slabs` are all that it holds; whoever calls has saved what is in them. With `keep_floor` its floor stays
+        promised to it meanwhile.
+        """
+        account = self._accounts[name]
+        if account.away or len(slabs) != account.held:
+            raise AssertionError(f"{name!r} gives {len(slabs)} slabs, holds {account.held}, away: {account.away}")
+        for slab in slabs:
+            self.arena.unmap_slab(slab)
+        self.ledger.give(name, PageUse.KV, slabs)
+        self._held -= account.held
+        self._committed -= account.committed
+        account.held = account.busy = 0
+        account.away, account.keeps_floor = True, keep_floor
+        self._committed += account.committed
+        self.version += 1
+
+    def attach(self, name: str, count: int) -> None:
+        """Let `name` come back: its floor counts again, and the next `count` grants succeed.
+
+        Raises CapacityError and changes nothing if it may not have `count` slabs now.
+        """
+        account = self._accounts[name]
+        if not account.away:
+            raise AssertionError(f"{name!r} is not away")
+        if count > max(0, self.capacity(name)):
+            raise CapacityError(
+                f"model {name!r} needs {count} KV pages to come back, it may have {max(0, self.capacity(name))} now: "
+                "let others finish or move them out first",
+                needed_pages=count,
+                free_pages=self.ledger.num_free,
+                holders={n: a.held for n, a in self._accounts.items()},
+            )
+        self._committed -= account.committed
+        account.away = account.keeps_floor = False
+        self._committed += account.committed
+        self.version += 1
+        self._trim()
+
+    def is_away(self, name: str) -> bool:
+        """Whether `name` is between `detach` and `attach`."""
+        return self._accounts[name].away
 
     def free_pages(self, count: int) -> None:
         """Make `count` pages free for another use, at the expense of idle slabs; raises CapacityError if it cannot."""
@@ -212,6 +279,7 @@ class SlabAllocator:
             assert 0 <= account.busy <= account.held, f"{name!r}: busy {account.busy}, held {account.held}"
             held = self.ledger.held(name, PageUse.KV)
             assert held == account.held, f"{name!r}: {account.held} slabs in the books, {held} in the ledger"
+            assert not (account.away and held), f"{name!r} is away and holds {held} slabs"
         assert self._held == sum(a.held for a in self._accounts.values()), "held slabs drifted"
         assert self._committed == sum(a.committed for a in self._accounts.values()), "committed pages drifted"
         if self._committed <= self.num_kv_pages:

@@ -83,6 +83,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.arena, self.ledger = self.allocator.arena, self.allocator.ledger
         self.holders: dict[str, SlabHolder] = {}
         self.floors: dict[str, int] = {}
+        self.away: dict[str, bool] = {}  # model -> whether its floor is kept for it
         self.weights: list[int] = []
         self.views = 0
 
@@ -92,10 +93,15 @@ class AllocatorMachine(RuleBasedStateMachine):
     def kv_pages(self) -> int:
         return self.num_pages - len(self.weights) - len(self.arena._null_pages)
 
+    def promised(self, name: str) -> int:
+        return self.floors[name] if self.away.get(name, True) else 0
+
     def committed(self, *, but: str | None = None) -> int:
-        return sum(max(len(h.busy), self.floors[n]) for n, h in self.holders.items() if n != but)
+        return sum(max(len(h.busy), self.promised(n)) for n, h in self.holders.items() if n != but)
 
     def grantable(self, name: str) -> int:
+        if name in self.away:
+            return 0
         return max(0, self.kv_pages - self.committed(but=name) - self.holders[name].held)
 
     def some(self, data: st.DataObject) -> SlabHolder:
@@ -130,6 +136,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator.unregister(holder.name)
         assert not holder.idle
         del self.holders[holder.name], self.floors[holder.name]
+        self.away.pop(holder.name, None)
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data(), floor=FLOORS)
@@ -194,6 +201,47 @@ class AllocatorMachine(RuleBasedStateMachine):
         next(h for h in self.holders.values() if slab in h.busy).release(slab)
         assert self.allocator.version > version
 
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data(), count=st.integers(0, 4))
+    def reclaim(self, data: st.DataObject, count: int) -> None:
+        holder = self.some(data)
+        left = holder.held - min(count, len(holder.idle))
+        assert holder.held - left == self.allocator.reclaim(holder.name, count)
+        assert left == holder.held
+
+    # -- away and back -------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.away) < len(self.holders))
+    @rule(data=st.data(), keep_floor=st.booleans())
+    def detach(self, data: st.DataObject, keep_floor: bool) -> None:
+        holder = self.holders[data.draw(st.sampled_from(sorted(self.holders.keys() - self.away.keys())))]
+        version = self.allocator.version
+        slabs, holder.idle, holder.busy = holder.idle + holder.busy, [], []
+        self.allocator.detach(holder.name, slabs, keep_floor=keep_floor)
+        self.away[holder.name] = keep_floor
+        assert self.allocator.version > version
+        assert 0 == self.allocator.num_grantable(holder.name)
+        assert self.allocator.grant(holder.name) is None
+
+    @precondition(lambda self: self.away)
+    @rule(data=st.data(), count=st.integers(0, 8))
+    def attach(self, data: st.DataObject, count: int) -> None:
+        """All that was asked for can be granted, or the model stays away and nothing moved."""
+        holder = self.holders[data.draw(st.sampled_from(sorted(self.away)))]
+        can = max(0, self.kv_pages - self.committed(but=holder.name))
+        if count > can:
+            before = (self.ledger.snapshot(), self.allocator.num_reclaims)
+            with pytest.raises(CapacityError, match=f"needs {count} KV pages to come back, it may have {can} now"):
+                self.allocator.attach(holder.name, count)
+            assert before == (self.ledger.snapshot(), self.allocator.num_reclaims)
+            return
+        self.allocator.attach(holder.name, count)
+        del self.away[holder.name]
+        assert all(holder.grow() for _ in range(count))
+        for slab in list(holder.idle):
+            bytes_of(self.arena, slab).fill_(slab + 1)
+            holder.use(slab)
+
     # -- other uses of pages -------------------------------------------------------------------------
 
     @rule(count=st.integers(1, 4))
@@ -234,6 +282,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         for name, holder in self.holders.items():
             assert holder.held == self.allocator.held(name)
             assert all(self.ledger.holder(s) == (name, PageUse.KV) for s in holder.idle + holder.busy)
+            assert self.allocator.is_away(name) == (name in self.away)
 
     @invariant()
     def busy_slabs_keep_their_bytes(self) -> None:
@@ -245,6 +294,9 @@ class AllocatorMachine(RuleBasedStateMachine):
     def floors_are_reachable(self) -> None:
         over = self.committed() > self.kv_pages
         for name, holder in self.holders.items():
+            if name in self.away:
+                assert not self.allocator.is_over(name)
+                continue
             reach = holder.held + self.allocator.num_grantable(name)
             if not over:
                 assert reach >= self.floors[name], "a promise that fitted cannot be kept"
@@ -252,7 +304,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             elif len(holder.busy) > self.floors[name]:
                 assert self.allocator.is_over(name), "it gets more although others are below their floors"
         if over:
-            assert all(h.held <= max(len(h.busy), self.floors[n]) for n, h in self.holders.items())
+            assert all(h.held <= max(len(h.busy), self.promised(n)) for n, h in self.holders.items())
 
 
 class TestAllocator(AllocatorMachine.TestCase):
@@ -318,6 +370,52 @@ def test_null_pages_come_from_idle_slabs():
     allocator.arena.open_view("c", 32 << 10)  # beside b's null block: no further page
     with pytest.raises(CapacityError, match="1 pages are needed, 0 can be freed"):
         allocator.arena.open_view("d", 30 << 10)
+    allocator.check()
+
+
+def test_a_floor_lends_its_pages_while_its_model_is_away():
+    """Others use what was promised to a model that is away, unless it was kept for it."""
+    allocator = make_allocator(6)
+    a, b = add(allocator, "a", 3, busy=3), add(allocator, "b", 0)
+    allocator.detach("a", a.busy, keep_floor=True)
+    assert (3, 3) == (allocator.num_grantable("b"), allocator.most_for("b"))
+    allocator.attach("a", 3)
+    allocator.detach("a", [])
+    assert (6, 3) == (allocator.num_grantable("b"), allocator.most_for("b"))
+    for _ in range(4):
+        assert b.grow()
+        b.use(b.idle[0])
+    with pytest.raises(CapacityError, match="'a' needs 3 KV pages to come back, it may have 2 now: let others"):
+        allocator.attach("a", 3)
+    allocator.attach("a", 2)
+    assert allocator.is_over("b")
+    allocator.check()
+
+
+def test_a_returning_model_takes_idle_slabs_of_others():
+    """Prefix caches of others give way to requests that come back."""
+    allocator = make_allocator(5)
+    a = add(allocator, "a", 0, busy=4)
+    allocator.detach("a", a.busy)
+    a.busy = []
+    b = add(allocator, "b", 0, idle=4, busy=1)
+    allocator.attach("a", 4)
+    assert [True] * 4 + [False] == [a.grow() for _ in range(5)]
+    assert (0, 1) == (len(b.idle), len(b.busy))
+
+
+def test_a_model_leaves_and_returns_once():
+    """Leaving twice, coming back twice, or using slabs while away would be bugs of ours."""
+    allocator = make_allocator(4)
+    add(allocator, "a", 1)
+    with pytest.raises(AssertionError, match="'a' is not away"):
+        allocator.attach("a", 0)
+    allocator.detach("a", [])
+    with pytest.raises(AssertionError, match="gives 0 slabs, holds 0, away: True"):
+        allocator.detach("a", [])
+    with pytest.raises(AssertionError, match="is away and cannot use 1 slabs"):
+        allocator.set_busy("a", 1)
+    allocator.unregister("a")
     allocator.check()
 
 

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV blocks in host memory: images of paused requests, and cached blocks by content.
+
+An image holds the blocks of one model's paused requests until they come back; it is never dropped. A cached block is
+found by model and content key, least recently used ones go first, and all of them go when host memory is needed.
+Imports no vllm: a key is any bytes that name a block's content.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tokenpool.memory.device import Device
+from tokenpool.memory.host_ledger import HostLedger, HostUse
+from tokenpool.memory.host_slots import FREE_SLOTS, Slot, SlotPool
+
+
+@dataclass(slots=True)
+class TierCounters:
+    """Running totals; bytes are those copied between device and host."""
+
+    paused_out_bytes: int = 0
+    paused_in_bytes: int = 0
+    cached_out_bytes: int = 0
+    cached_in_bytes: int = 0
+    copies: int = 0
+    """Calls to the device; neighbouring blocks go in one."""
+    hits: int = 0
+    """Cached blocks copied back to the device."""
+    misses: int = 0
+    """Lookups of models that have cached blocks here which found nothing."""
+    evictions: int = 0
+    """Cached blocks dropped for want of memory."""
+    refusals: int = 0
+    """Cached blocks not taken for want of memory."""
+
+
+@dataclass(slots=True, eq=False)
+class KVImage:
+    """Blocks of one model's paused requests; `slots[i]` holds the i-th one, None after it was dropped."""
+
+    model: str
+    block_bytes: int
+    slots: list[Slot | None]
+
+
+@dataclass(slots=True)
+class CachedBlock:
+    """One cached block; `tag` is given back with it and means nothing to the tier."""
+
+    model: str
+    key: bytes
+    slot: Slot
+    tag: int | None
+    used: int
+    """Tick of the last use."""
+
+
+@dataclass(slots=True)
+class _SizeClass:
+    """All that is stored in blocks of one size."""
+
+    paused: SlotPool
+    cached: SlotPool
+    lru: OrderedDict[tuple[str, bytes], CachedBlock] = field(default_factory=OrderedDict)
+
+
+class HostKVTier:
+    """Stores KV blocks in host memory that it accounts in `host`. Called on the host loop's thread only.
+
+    `buffer_bytes` is the most that one host buffer holds. Empty buffers of images are kept up to `spare_bytes`,
+    because pinning memory anew is slow; they and cached blocks are what `drop_cached` gives up.
+    """
+
+    def __init__(
+        self, host: HostLedger, device: Device, *, buffer_bytes: int = 32 << 20, spare_bytes: int = 0
+    ) -> None:
+        self.host = host
+        self.device = device
+        self.counters = TierCounters()
+        self._buffer_bytes = buffer_bytes
+        self._spare_bytes = spare_bytes
+        self._classes: dict[int, _SizeClass] = {}  # by block_bytes
+        self._entries: dict[str, dict[bytes, CachedBlock]] = {}  # by model, then by key
+        self._images: list[KVImage] = []
+        self._tick = 0
+
+    # -- images --------------------------------------------------------------------------------------
+
+    def new_image(self, model: str, block_bytes: int, num_blocks: int) -> KVImage:
+        """Make room for `num_blocks` blocks; raises CapacityError and changes no image if there is none."""
+        pool = self._class(block_bytes).paused
+        missing = pool.missing_bytes(num_blocks)
+        if missing > self.host.free_bytes:
+            self.drop_cached(missing - self.host.free_bytes)
+        image = KVImage(model, block_bytes, list(pool.take(model, num_blocks)))
+        self._images.append(image)
+        return image
+
+    def copy_out(self, image: KVImage, addresses: Sequence[int]) -> None:
+        """Copy one device block per slot into the image; `addresses[i]` is where the i-th one starts."""
+        for buffer, first, address, count in self._runs(image, addresses):
+            self.device.copy_out(buffer.view(first, count), address)
+            self.counters.paused_out_bytes += count * image.block_bytes
+            self.counters.copies += 1
+
+    def copy_in(self, image: KVImage, addresses: Sequence[int | None]) -> None:
+        """Copy the blocks back to `addresses`; None leaves one out. The image keeps them."""
+        for buffer, first, address, count in self._runs(image, addresses):
+            self.device.copy_in(address, buffer.view(first, count))
+            self.counters.paused_in_bytes += count * image.block_bytes
+            self.counters.copies += 1
+
+    def drop_block(self, image: KVImage, index: int) -> None:
+        """Forget one block of an image, whose request ended."""
+        slot = image.slots[index]
+        assert slot is not None, "dropped twice"
+        image.slots[index] = None
+        self._class(image.block_bytes).paused.give(image.model, slot)
+
+    def free_image(self, image: KVImage) -> None:
+        """Forget an image and what is left in it."""
+        self._images.remove(image)
+        for index, slot in enumerate(image.slots):
+            if slot is not None:
+                self.drop_block(image, index)
+
+    def _runs(
+        self, image: KVImage, addresses: Sequence[int | None]
+    ) -> Iterator[tuple[Any, int, int, int]]:
+        """(buffer, first slot, address, count) of neighbours both on the device and in the host buffer."""
+        assert len(addresses) == len(image.slots)
+        run: tuple[Any, int, int, int] | None = None
+        for slot, address in zip(image.slots, addresses, strict=True):
+            if slot is None or address is None:
+                continue
+            if run is not None:
+                buffer, first, start, count = run
+                if (slot.buffer, slot.index) == (buffer, first + count) and (
+                    address == start + count * image.block_bytes
+                ):
+                    run = (buffer, first, start, count + 1)
+                    continue
+                yield run
+            run = (slot.buffer, slot.index, address, 1)
+        if run is not None:
+            yield run
+
+    # -- cached blocks -------------------------------------------------------------------------------
+
+    def entries_of(self, model: str) -> Mapping[bytes, CachedBlock]:
+        """What is cached for `model`, by key; a live view, the same object as long as the tier lives."""
+        return self._entries.setdefault(model, {})
+
+    def offer(self, model: str, key: bytes, tag: int | None, address: int, block_bytes: int) -> bool:
+        """Copy a device block whose bytes are complete into the tier; False if there is no memory for it."""
+        if self._refresh(model, key):
+            return True
+        slot = self._cached_slot(model, block_bytes)
+        if slot is None:
+            return False
+        self.device.copy_out(slot.view(), address)
+        self.counters.cached_out_bytes += block_bytes
+        self.counters.copies += 1
+        self._insert(model, key, tag, slot)
+        return True
+
+    def offer_from_image(self, image: KVImage, index: int, key: bytes, tag: int | None) -> bool:
+        """Copy a block of an image among the cached ones; the image keeps its own."""
+        source = image.slots[index]
+        assert source is not None
+        if self._refresh(image.model, key):
+            return True
+        slot = self._cached_slot(image.model, image.block_bytes)
+        if slot is None:
+            return False
+        slot.view().copy_(source.view())
+        self._insert(image.model, key, tag, slot)
+        return True
+
+    def load(self, model: str, key: bytes, address: int) -> int | None:
+        """Copy a cached block, which must be here, to the device; returns its tag. The tier keeps it."""
+        entry = self._entries[model][key]
+        block_bytes = entry.slot.buffer.block_bytes
+        self.device.copy_in(address, entry.slot.view())
+        self._refresh(model, key)
+        self.counters.hits += 1
+        self.counters.cached_in_bytes += block_bytes
+        self.counters.copies += 1
+        return entry.tag
+
+    def discard(self, model: str, key: bytes) -> None:
+        """Forget one cached block, if it is here: what it names is no longer what it was."""
+        entry = self._entries.get(model, {}).get(key)
+        if entry is not None:
+            self._remove(entry)
+
+    def forget(self, model: str) -> None:
+        """Forget all cached blocks of `model`: it is removed, or its weights changed."""
+        for entry in list(self._entries.get(model, {}).values()):
+            self._remove(entry)
+
+    def drop_cached(self, nbytes: int) -> int:
+        """Give at least `nbytes` of host memory back if cached blocks hold as much; returns how much it was.
+
+        Whole buffers go, the one with the least recently used block first, and with it younger neighbours.
+        """
+        before = self.host.free_bytes
+        for size_class in self._classes.values():
+            size_class.paused.drop_empty()
+        while self.host.free_bytes - before < nbytes:
+            oldest = [next(iter(c.lru.values())) for c in self._classes.values() if c.lru]
+            if not oldest:
+                break
+            buffer = min(oldest, key=lambda entry: entry.used).slot.buffer
+            for entry in [e for e in buffer.occupants.values() if isinstance(e, CachedBlock)]:
+                self._remove(entry)
+                self.counters.evictions += 1
+        return self.host.free_bytes - before
+
+    def _refresh(self, model: str, key: bytes) -> bool:
+        entry = self._entries.get(model, {}).get(key)
+        if entry is None:
+            return False
+        self._tick += 1
+        entry.used = self._tick
+        self._class(entry.slot.buffer.block_bytes).lru.move_to_end((model, key))
+        return True
+
+    def _cached_slot(self, model: str, block_bytes: int) -> Slot | None:
+        """A free slot, one of new memory, or that of the least recently used block of this size."""
+        size_class = self._class(block_bytes)
+        slots = size_class.cached
+        if not slots.num_free and not slots.try_grow():
+            if size_class.lru:
+                self._remove(next(iter(size_class.lru.values())), keep_buffer=True)
+                self.counters.evictions += 1
+            elif not self.drop_cached(block_bytes) or not slots.try_grow():
+                self.counters.refusals += 1
+                return None
+        return slots.take(model, 1)[0]
+
+    def _insert(self, model: str, key: bytes, tag: int | None, slot: Slot) -> None:
+        self._tick += 1
+        entry = CachedBlock(model, key, slot, tag, self._tick)
+        slot.buffer.occupants[slot.index] = entry
+        self._class(slot.buffer.block_bytes).lru[model, key] = entry
+        self._entries.setdefault(model, {})[key] = entry
+
+    def _remove(self, entry: CachedBlock, *, keep_buffer: bool = False) -> None:
+        size_class = self._class(entry.slot.buffer.block_bytes)
+        del size_class.lru[entry.model, entry.key]
+        del self._entries[entry.model][entry.key]
+        size_class.cached.give(entry.model, entry.slot, keep_buffer=keep_buffer)
+
+    def _class(self, block_bytes: int) -> _SizeClass:
+        found = self._classes.get(block_bytes)
+        if found is None:
+            paused, cached = (
+                SlotPool(self.host, self.device, use, block_bytes, self._buffer_bytes, spare)
+                for use, spare in ((HostUse.PAUSED_KV, self._spare_bytes), (HostUse.CACHED_KV, 0))
+            )
+            found = self._classes[block_bytes] = _SizeClass(paused, cached)
+        return found
+
+    # -- state ---------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError unless slots, entries, images and the host ledger agree."""
+        self.host.check()
+        held: Counter[tuple[str, HostUse]] = Counter()
+        for block_bytes, c in self._classes.items():
+            for pool in (c.paused, c.cached):
+                pool.check()
+                held[FREE_SLOTS, pool.use] += pool.num_free * block_bytes
+                for buffer in pool.buffers:
+                    for occupant in buffer.occupants.values():
+                        owner = occupant.model if isinstance(occupant, CachedBlock) else occupant
+                        held[owner, pool.use] += block_bytes
+        for (owner, use), nbytes in held.items():
+            assert nbytes == self.host.held(owner, use), f"{owner!r} holds {nbytes} bytes of {use} here"
+        for use in (HostUse.PAUSED_KV, HostUse.CACHED_KV):
+            nbytes = sum(n for (_, u), n in held.items() if u is use)
+            assert nbytes == self.host.total(use), f"{nbytes} bytes of {use} here, {self.host.total(use)} in the books"
+        in_lru = {key: entry for c in self._classes.values() for key, entry in c.lru.items()}
+        listed = {(model, key): e for model, keys in self._entries.items() for key, e in keys.items()}
+        assert in_lru == listed, "cached blocks and their order differ"
+        for c in self._classes.values():
+            ticks = [entry.used for entry in c.lru.values()]
+            assert ticks == sorted(ticks), "not in the order of use"
+            stored = {id(e) for b in c.cached.buffers for e in b.occupants.values()}
+            assert stored == {id(e) for e in c.lru.values()}, "a slot is lost"
+        for bb, c in self._classes.items():
+            used = sum(len(b.occupants) for b in c.paused.buffers)
+            mine = [s for i in self._images if i.block_bytes == bb for s in i.slots if s is not None]
+            assert used == len({(id(s.buffer), s.index) for s in mine}) == len(mine), "images share or lost slots"
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain values for state and metrics."""
+        return {
+            "paused_bytes": self.host.total(HostUse.PAUSED_KV),
+            "cached_bytes": self.host.total(HostUse.CACHED_KV),
+            "cached_blocks": {model: len(entries) for model, entries in self._entries.items() if entries},
+            **asdict(self.counters),
+        }
+

@@ -108,6 +108,9 @@ class Decision(NamedTuple):
     """Which of its requests take part."""
     prefetch: str | None = None
     """Model whose weights should be brought in while `run` runs; the host may refuse."""
+    evict: str | None = None
+    """Busy model that the policy can spare longest: its weights go first if room is needed and no idle model's
+    weights give it. None = the host's choice."""
 
 
 class TurnPolicy(Protocol):

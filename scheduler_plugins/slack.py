@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Deadline slack: the model whose tokens are due next runs, and weights come in behind the steps of others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tokenpool.errors import check_setting
+from tokenpool.policy.turns import Decision, ModelView, Phase, PoolView, Residency
+
+_INF = math.inf
+_OVERDUE, _URGENT, _REST, _GIVEN_UP = -1e9, 0.0, 1e9, 2e9
+"""Offsets of the tiers in a rank: further apart than any slack or wait."""
+_OVERDUE_BELOW = -5e8
+_OUT = (Residency.WARM, Residency.COLD)
+_SELECT_EVERY_S = 0.1
+"""Age at which the choice of who is given up is made anew."""
+_URGENT_ROUNDS = 3
+"""Tokens due within so many rounds of the pool are urgent."""
+
+
+class _Ranked(NamedTuple):
+    rank: float
+    """Seconds of slack, or less wait, plus the offset of the tier; the lowest comes first."""
+    index: int
+    view: ModelView
+
+
+class Slack:
+    """A `TurnPolicy` for several resident models: least slack first, no waiting for weights, losses cut early.
+
+    Slack. Seconds that model i can wait until its next token comes late. Tokens ahead of schedule count: their
+    requests' next due times lie far off.
+
+        slack_i = min(first_due_i - prefill_i, next_due_i - step_i) - ready_in_i - now
+
+    Tiers, the first with a model that can run decides:
+
+        overdue   waited longer than max_wait_s. Longest wait first. These turns take at most `overdue_frac` of the
+                  time, so k models wait at most about max_wait_s + k * turn / overdue_frac.
+        urgent    slack_i < 3 * sum over models (min_turn_s + ready_in). Least slack first.
+        rest      without an SLO, or far ahead of schedule. Longest wait first.
+        given up  longest wait first.
+
+    Giving up. Earliest deadline first makes everything late once there is too much to do. To keep model i on time over
+    the next H = horizon_s costs, and yields at most,
+
+        load_i = step_i / tpot_i
+        cost_i = (H - slack_i) * load_i + ready_in_i + prefill_i                    seconds of the device
+        gain_i = (running_i + waiting_i) / tpot_i
+                 * (H - max(0, slack_i) - max(0, -slack_i) * load_i / (1 - load_i)) tokens on time
+
+    where the last term is the time to catch up. If the costs exceed H, models are given up for now, lowest priority
+    first and then lowest gain/cost, until they do not. A model that is given up gathers requests, its gain rises, and
+    it is taken in again.
+
+    Copies. Only resident models run; of the others the first in rank is prefetched if a resident one ranks behind it,
+    and that one is offered for eviction. Waiting for weights would leave the device idle without making the copy
+    faster. Copies take at most `copy_frac` of the time. Where nothing can be prefetched, a switch that must be waited
+    for comes only after a turn of ready_in / overhead_frac, unless the present model has no work left.
+
+    Turns last at least min_turn_s. A step is PREFILL if a first token must come before anything else of its model,
+    DECODE if admitting the waiting would make a running token late, else MIXED.
+
+    Source: own. The parts are known: least slack first and moments of overload from real-time scheduling, choice by
+    gain per cost from the knapsack problem.
+    """
+
+    def __init__(
+        self,
+        *,
+        min_turn_s: float = 0.05,
+        overhead_frac: float = 0.25,
+        copy_frac: float = 0.8,
+        horizon_s: float = 15.0,
+        max_wait_s: float = 30.0,
+        overdue_frac: float = 0.1,
+    ) -> None:
+        check_setting(min_turn_s >= 0, "min_turn_s", "must be 0 or more")
+        check_setting(horizon_s > 0, "horizon_s", "must be above 0")
+        check_setting(max_wait_s > 0, "max_wait_s", "must be above 0")
+        fractions = dict(overhead_frac=overhead_frac, copy_frac=copy_frac, overdue_frac=overdue_frac)
+        for key, value in fractions.items():
+            check_setting(0 < value <= 1, key, "must be above 0 and at most 1")
+        self._min_turn_s = min_turn_s
+        self._overhead_frac = overhead_frac
+        self._copy_frac = copy_frac
+        self._horizon_s = horizon_s
+        self._max_wait_s = max_wait_s
+        self._overdue_frac = overdue_frac
+        self._since_s: dict[str, float] = {}  # when each model with work stepped last, or got work
+        self._given_up: frozenset[str] = frozenset()
+        self._select_at_s = -_INF
+        self._next_copy_s = -_INF
+        self._next_overdue_s = -_INF
+        self._copied_s: dict[str, float] = {}  # what bringing in a model took that has not had a turn since
+        self._turn_s = min_turn_s
+
+    def decide(self, pool: PoolView) -> Decision:
+        """Rank the models; run the first that can run, bring in the first that cannot."""
+        now_s = pool.now_s
+        self._note_waits(pool)
+        if now_s >= self._select_at_s:
+            self._select_at_s = now_s + _SELECT_EVERY_S
+            self._given_up = _give_up(pool.models, now_s, self._horizon_s)
+        ranked = self._ranked(pool.models, now_s)
+        ready = [item for item in ranked if item.view.residency is Residency.RESIDENT]
+        out = next((item for item in ranked if item.view.residency in _OUT), None)
+        run = self._choose(pool, ranked, ready, out)
+        if run.view.model != pool.current:
+            self._begin_turn(run, now_s)
+        spare = next((item for item in reversed(ready) if item is not run), None)
+        prefetch = None
+        pays = out is not None and out is not run and (spare is None or out.rank < spare.rank)
+        if pays and pool.can_prefetch and now_s >= self._next_copy_s:
+            prefetch, copy_s = out.view.model, out.view.ready_in_s
+            self._copied_s[prefetch] = copy_s
+            self._next_copy_s = now_s + copy_s / self._copy_frac
+        makes_room = prefetch is not None or run.view.residency is not Residency.RESIDENT
+        evict = spare.view.model if spare is not None and makes_room else None
+        return Decision(run.view.model, _phase(run.view, now_s), prefetch, evict)
+
+    def _note_waits(self, pool: PoolView) -> None:
+        since_s = self._since_s
+        for view in pool.models:
+            if view.model not in since_s:
+                since_s[view.model] = pool.now_s
+        if pool.current in since_s:
+            since_s[pool.current] = pool.now_s
+        if len(since_s) > len(pool.models):  # a model has no work any more: its next wait starts anew
+            self._since_s = {view.model: since_s[view.model] for view in pool.models}
+
+    def _ranked(self, models: Sequence[ModelView], now_s: float) -> list[_Ranked]:
+        urgent_s = _URGENT_ROUNDS * sum([self._min_turn_s + view.ready_in_s for view in models])
+        overdue_s = self._max_wait_s if now_s >= self._next_overdue_s else _INF
+        ranked = []
+        for view in models:
+            wait_s = now_s - self._since_s[view.model]
+            slack_s = _slack_s(view, now_s)
+            if wait_s + view.ready_in_s > overdue_s:
+                rank = _OVERDUE - wait_s
+            elif view.model in self._given_up:
+                rank = _GIVEN_UP - wait_s
+            elif slack_s < urgent_s:
+                rank = _URGENT + slack_s
+            else:
+                rank = _REST - wait_s
+            ranked.append(_Ranked(rank, view.index, view))
+        ranked.sort()
+        return ranked
+
+    def _choose(self, pool: PoolView, ranked: list[_Ranked], ready: list[_Ranked], out: _Ranked | None) -> _Ranked:
+        mine = next((item for item in ready if item.view.model == pool.current), None)
+        if mine is None:
+            return ready[0] if ready else _loading(ranked) or ranked[0]
+        if ready[0].rank < mine.rank:
+            other = ready[0]
+        elif out is not None and out.rank < mine.rank and not pool.can_prefetch and _loading(ranked) is None:
+            other = out
+        else:
+            return mine
+        hold_s = max(self._turn_s, other.view.ready_in_s / self._overhead_frac)
+        return other if pool.now_s - pool.turn_started_s >= hold_s else mine
+
+    def _begin_turn(self, run: _Ranked, now_s: float) -> None:
+        copied_s = max(self._copied_s.pop(run.view.model, 0.0), run.view.ready_in_s)
+        self._turn_s = self._min_turn_s
+        if run.rank < _OVERDUE_BELOW:
+            self._turn_s = max(self._turn_s, copied_s)  # worth its copy, whoever is urgent
+            self._next_overdue_s = now_s + self._turn_s / self._overdue_frac
+
+
+def _loading(ranked: list[_Ranked]) -> _Ranked | None:
+    return next((item for item in ranked if item.view.residency is Residency.LOADING), None)
+
+
+def _slack_s(view: ModelView, now_s: float) -> float:
+    first_s = view.first_due_s - view.prefill_s
+    next_s = view.next_due_s - view.step_s
+    return (first_s if first_s < next_s else next_s) - view.ready_in_s - now_s
+
+
+def _phase(view: ModelView, now_s: float) -> Phase:
+    if not (view.num_waiting and view.num_running):
+        return Phase.MIXED
+    first_s = view.first_due_s - view.prefill_s - now_s
+    next_s = view.next_due_s - view.step_s - now_s
+    # Requests that are late anyway hold up nobody.
+    if 0 <= next_s < view.prefill_s and next_s < first_s:
+        return Phase.DECODE
+    if 0 <= first_s < view.step_s and first_s < next_s:
+        return Phase.PREFILL
+    return Phase.MIXED
+
+
+def _give_up(models: Sequence[ModelView], now_s: float, horizon_s: float) -> frozenset[str]:
+    """The models to leave aside so that the others can be kept on time; empty unless there is too much to do."""
+    needed_s = 0.0
+    offers = []
+    for view in models:
+        slack_s = _slack_s(view, now_s)
+        if slack_s >= horizon_s:  # also all without an SLO
+            continue
+        load = min(view.step_s / view.tpot_s, 0.99)
+        cost_s = (horizon_s - slack_s) * load + view.ready_in_s + view.prefill_s
+        late_s = max(0.0, -slack_s) * load / (1 - load)
+        on_time_s = max(0.0, horizon_s - max(0.0, slack_s) - late_s)
+        gain = (view.num_running + view.num_waiting) * on_time_s / view.tpot_s
+        offers.append((view.priority, gain / max(cost_s, 1e-9), -view.index, cost_s, view.model))
+        needed_s += cost_s
+    if needed_s <= horizon_s:
+        return frozenset()
+    given_up = []
+    for _, _, _, cost_s, model in sorted(offers):
+        if needed_s <= horizon_s:
+            break
+        needed_s -= cost_s
+        given_up.append(model)
+    return frozenset(given_up)

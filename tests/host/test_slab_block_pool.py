@@ -156,7 +156,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), floor=st.integers(0, 4))
     def set_floor(self, data: st.DataObject, floor: int) -> None:
         pool, _ = self.pick(data)
-        self.allocator.set_floor(pool._view.owner, floor)
+        self.allocator.set_floor(pool.view.owner, floor)
 
     @rule(count=st.integers(1, 2))
     def take_weights(self, count: int) -> None:
@@ -188,7 +188,7 @@ class PoolMachine(RuleBasedStateMachine):
     def no_bytes_are_shared(self) -> None:
         arena = self.allocator.arena
         spans = sorted(
-            (pool._view.offset + i * pool._view.block_bytes, pool._view.block_bytes)
+            (pool.view.offset + i * pool.view.block_bytes, pool.view.block_bytes)
             for pool in self.pools
             for i in pool.blocks
         )
@@ -204,7 +204,7 @@ class PoolMachine(RuleBasedStateMachine):
                 block = hit(pool, index)
                 if block is not None:
                     assert pool.blocks[block.block_id] is block
-                    assert arena.slab_of(pool._view, block.block_id) in arena._mapped
+                    assert arena.slab_of(pool.view, block.block_id) in arena._mapped
 
 
 class TestPools(PoolMachine.TestCase):
@@ -225,7 +225,7 @@ def test_a_pool_takes_back_cached_slabs_of_another_but_none_in_use():
     used = a.get_new_blocks(a.get_num_free_blocks())
     for index, block in enumerate(used[:8]):
         cache(a, block, index)
-    slabs = {allocator.arena.slab_of(a._view, block.block_id) for block in used[:8]}
+    slabs = {allocator.arena.slab_of(a.view, block.block_id) for block in used[:8]}
     assert 0 == b.get_num_free_blocks()
     a.free_blocks(used[16:])
     assert 3 * b.blocks_per_slab == b.get_num_free_blocks()

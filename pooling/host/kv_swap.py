@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes the KV of a model's running requests off the device at a token boundary and brings it back.
+
+    resident ── begin_out ──► leaving ── finish_out ──► out ── begin_in ──► returning ── finish_in ──► resident
+                copies start             slabs go             slabs come,               worker's ids mapped,
+                                                              copies start              image freed
+
+Only blocks in use move. They come back into any slabs under other ids; their objects stay, so the scheduler's lists
+stay right, and the runner adapter maps the ids that the worker keeps. Blocks that are only cached go to the host tier
+by content, or are forgotten.
+
+A token boundary is a moment at which no step of the model is under way: with async scheduling the engine's batch
+queue is drained first. A model must not be stepped unless it is resident. Requests may arrive and end at any time:
+new ones wait in the scheduler; a block whose last request ends while it is out leaves the image.
+
+What else names KV blocks: the scheduler's deferred frees and the managers' partial hits hold block objects, which
+stay. Lists of new blocks to zero, copies on write and hand-overs to connectors are drained by each step; `begin_out`
+checks that. Encoder caches, structured outputs and samplers know no block. KV connectors keep ids of their own: a
+model with one must not be moved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from tokenpool.host.pool_relabel import IdMap
+from tokenpool.host.runner_adapter import RunnerAdapter, make_runner_adapter
+from tokenpool.memory.kv_tier import HostKVTier, KVImage
+
+
+class SwappableModel(Protocol):
+    """The part of a HostedModel that is used here."""
+
+    core: Any
+    build: Any
+    """`build.pool` is a SlabBlockPool, or None of a model that keeps no KV."""
+
+    @property
+    def name(self) -> str:
+        """The model's name in the pool."""
+
+
+class SwapState(StrEnum):
+    """Where a model's KV is on its way out and back; a resident model has no state."""
+
+    LEAVING = "leaving"
+    OUT = "out"
+    RETURNING = "returning"
+
+
+@dataclass(slots=True)
+class SwapCounters:
+    """Running totals of one host."""
+
+    outs: int = 0
+    ins: int = 0
+    blocks_out: int = 0
+    blocks_in: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    seconds_out: float = 0.0
+    seconds_in: float = 0.0
+    refusals: int = 0
+    """Moves that found no memory where they went."""
+
+
+@dataclass(slots=True, eq=False)
+class _Swap:
+    """One model that is not resident."""
+
+    state: SwapState
+    image: KVImage
+    blocks: list[KVCacheBlock]
+    """What `image.slots` holds, in its order."""
+    slot_of: dict[int, int] = field(default_factory=dict)
+    """id() of a block that still has a reference -> its slot."""
+    ids: IdMap | None = None
+
+
+class KVSwapper:
+    """Moves models' KV between device and host; one per host, called on the host loop's thread only."""
+
+    def __init__(self, tier: HostKVTier) -> None:
+        self.tier = tier
+        self.counters = SwapCounters()
+        self._adapters: dict[str, RunnerAdapter] = {}
+        self._swaps: dict[str, _Swap] = {}
+
+    # -- models --------------------------------------------------------------------------------------
+
+    def add(self, hosted: SwappableModel) -> None:
+        """Take a freshly built model in; raises ModelRefusedError if its model runner is not known."""
+        runner = hosted.core.model_executor.driver_worker.worker.model_runner
+        if hosted.build.pool is not None:
+            self._adapters[hosted.name] = make_runner_adapter(hosted.name, runner)
+            hosted.build.pool.use_tier(self.tier)
+
+    def forget(self, model: str) -> None:
+        """The model is removed, resident or not: drop all that host memory has of it."""
+        self._adapters.pop(model, None)
+        swap = self._swaps.pop(model, None)
+        if swap is not None:
+            self.tier.free_image(swap.image)
+        self.tier.forget(model)
+
+    def after_step(self, hosted: SwappableModel) -> None:
+        """A step of the model ended: its cached blocks may go to the host tier, unless another is under way."""
+        pool = hosted.build.pool
+        if pool is not None and pool.link is not None and not hosted.core.batch_queue:
+            pool.link.mark_computed()
+
+    def is_out(self, model: str) -> bool:
+        """Whether the model's KV is not, or not wholly, on the device: it must not be stepped."""
+        return model in self._swaps
+
+    def state(self, model: str) -> SwapState | None:
+        """Where the model's KV is; None = on the device."""
+        swap = self._swaps.get(model)
+        return None if swap is None else swap.state
+
+    def bytes_out(self, hosted: SwappableModel) -> int:
+        """Bytes that `out` would copy now, or that `into` would copy back; cached blocks not counted."""
+        pool = hosted.build.pool
+        return 0 if pool is None else pool.num_used_blocks * pool.view.block_bytes
+
+    def slabs_needed(self, hosted: SwappableModel) -> int:
+        """Slabs that `into` asks for."""
+        return 0 if hosted.build.pool is None else hosted.build.pool.slabs_needed()
+
+    def drop_cached(self, hosted: SwappableModel, n_slabs: int) -> int:
+        """Take up to `n_slabs` slabs without a block in use from a resident model; returns how many."""
+        pool = hosted.build.pool
+        return 0 if pool is None or pool.is_detached else pool.give_back_idle(n_slabs)
+
+    # -- out -----------------------------------------------------------------------------------------
+
+    def out(self, hosted: SwappableModel) -> None:
+        """Move the model's used blocks to the host and give all its slabs back.
+
+        Raises CapacityError and changes nothing if host memory does not hold them. A model that keeps no KV has
+        nothing to move and stays resident.
+        """
+        if hosted.build.pool is None:
+            return
+        self.begin_out(hosted)
+        self.finish_out(hosted)
+
+    def begin_out(self, hosted: SwappableModel) -> None:
+        """Reserve host memory and copy; from here on the model must not be stepped. Raises CapacityError."""
+        start = time.perf_counter()
+        pool, name = hosted.build.pool, hosted.name
+        assert name in self._adapters and name not in self._swaps, f"{name!r} is not resident"
+        _check_token_boundary(hosted.core)
+        blocks = pool.used_blocks()
+        image = self._or_count_refusal(lambda: self.tier.new_image(name, pool.view.block_bytes, len(blocks)))
+        self.tier.copy_out(image, [pool.address_of(block.block_id) for block in blocks])
+        slot_of = {id(block): slot for slot, block in enumerate(blocks)}
+        self._swaps[name] = _Swap(SwapState.LEAVING, image, blocks, slot_of)
+        self.counters.blocks_out += len(blocks)
+        self.counters.bytes_out += len(blocks) * image.block_bytes
+        self.counters.seconds_out += time.perf_counter() - start
+
+    def finish_out(self, hosted: SwappableModel) -> None:
+        """Give the slabs back; all copies of `begin_out` are done by now."""
+        start = time.perf_counter()
+        pool, name = hosted.build.pool, hosted.name
+        swap = self._swaps[name]
+        assert swap.state is SwapState.LEAVING
+        alive = {id(block) for block in pool.used_blocks()}
+        for block in swap.blocks:  # of requests that ended since begin_out
+            if id(block) not in alive:
+                self.tier.drop_block(swap.image, swap.slot_of.pop(id(block)))
+        assert alive == swap.slot_of.keys(), f"{name!r} was stepped while leaving"
+        pool.detach(lambda block: self._left(name, block))
+        swap.state = SwapState.OUT
+        self.counters.outs += 1
+        self.counters.seconds_out += time.perf_counter() - start
+
+    def _left(self, name: str, block: KVCacheBlock) -> None:
+        """The last reference to a block that is out is gone."""
+        swap = self._swaps.get(name)
+        if swap is None:  # forgotten
+            return
+        slot = swap.slot_of.pop(id(block))
+        if block.block_hash is not None:
+            self.tier.offer_from_image(swap.image, slot, block.block_hash, block.block_hash_num_tokens)
+        self.tier.drop_block(swap.image, slot)
+
+    # -- in ------------------------------------------------------------------------------------------
+
+    def into(self, hosted: SwappableModel) -> None:
+        """Bring the model's blocks back; it may be stepped again.
+
+        Raises CapacityError and changes nothing if the allocator may not grant `slabs_needed` slabs.
+        """
+        if hosted.name not in self._swaps:
+            return
+        self.begin_in(hosted)
+        self.finish_in(hosted)
+
+    def begin_in(self, hosted: SwappableModel) -> None:
+        """Get slabs, give the blocks their new ids and copy. Raises CapacityError.
+
+        Until `finish_in` the model's inputs are not drained: an abort would free slabs under a copy.
+        """
+        start = time.perf_counter()
+        pool = hosted.build.pool
+        swap = self._swaps[hosted.name]
+        assert swap.state is SwapState.OUT, f"{hosted.name!r} is {swap.state}"
+        swap.ids = self._or_count_refusal(pool.attach)
+        swap.state = SwapState.RETURNING
+        addresses = [pool.address_of(b.block_id) if id(b) in swap.slot_of else None for b in swap.blocks]
+        self.tier.copy_in(swap.image, addresses)
+        self.counters.blocks_in += len(swap.slot_of)
+        self.counters.bytes_in += len(swap.slot_of) * swap.image.block_bytes
+        self.counters.seconds_in += time.perf_counter() - start
+
+    def finish_in(self, hosted: SwappableModel) -> None:
+        """Map the worker's ids and free the image; all copies of `begin_in` are done by now."""
+        start = time.perf_counter()
+        swap = self._swaps[hosted.name]
+        assert swap.state is SwapState.RETURNING and swap.ids is not None
+        self._adapters[hosted.name].remap(swap.ids)
+        self.tier.free_image(swap.image)
+        del self._swaps[hosted.name]
+        self.counters.ins += 1
+        self.counters.seconds_in += time.perf_counter() - start
+
+    def _or_count_refusal(self, move: Callable[[], Any]) -> Any:
+        try:
+            return move()
+        except BaseException:
+            self.counters.refusals += 1
+            raise
+
+    def check(self) -> None:
+        """Raise AssertionError unless images hold the blocks that are out, and the tier's books agree."""
+        self.tier.check()
+        for name, swap in self._swaps.items():
+            kept = {slot for slot, place in enumerate(swap.image.slots) if place is not None}
+            assert kept == set(swap.slot_of.values()), f"the image of {name!r} differs from its blocks"
+            if swap.state is SwapState.OUT:
+                alive = {id(block) for block in swap.blocks if block.ref_cnt}
+                assert alive == swap.slot_of.keys(), f"blocks of {name!r} left unnoticed"
+
+
+def _check_token_boundary(core: Any) -> None:
+    """Raise AssertionError if a step of the engine is under way or left block ids for the next one."""
+    assert not core.batch_queue, "steps are in flight: drain the engine's batch queue first"
+    runner = core.model_executor.driver_worker.worker.model_runner
+    assert getattr(runner, "execute_model_state", None) is None, "a step was executed but not sampled"
+    for manager in core.scheduler.kv_cache_manager.coordinator.single_type_managers:
+        assert not manager.new_block_ids and not manager._pending_cow_copies, "block ids wait for the next step"

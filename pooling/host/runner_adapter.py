@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps the block ids that a model runner keeps between steps, for the two model runners of vLLM.
+
+A runner keeps ids in its table of requests and in the block tables of its batch. All else that it derives from them
+(slot mappings, attention metadata, CUDA graph inputs, block tables of drafters) it computes anew in each step. Ids of
+blocks that a request no longer has, such as those behind a sliding window or of an aborted request, become 0, the
+null block: no kernel reads them, and they must not name another request's block.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tokenpool.errors import ModelRefusedError
+from tokenpool.host.pool_relabel import IdMap
+
+
+class RunnerAdapter(Protocol):
+    """The one thing that moving KV blocks asks of a runner."""
+
+    def remap(self, ids: IdMap) -> None:
+        """Rewrite every block id; called between two steps, on the thread that steps."""
+
+
+class RunnerAdapterV1:
+    """vLLM's first model runner (the CPU's): lists per request, and tables in host memory copied in each step."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.remap(IdMap(np.empty(0, np.int64), np.empty(0, np.int64)))  # fails here rather than in the first swap
+
+    def remap(self, ids: IdMap) -> None:
+        """Rewrite the ids of running and preempted requests, and the valid part of each row of the tables."""
+        for request in self._runner.requests.values():
+            for block_ids in request.block_ids:
+                block_ids[:] = ids.translate(np.array(block_ids, dtype=np.int64)).tolist()
+        for table in self._runner.input_batch.block_table.block_tables:
+            rows = table.block_table.np
+            valid = np.arange(rows.shape[1]) < table.num_blocks_per_row[:, None]
+            # vLLM 0.29 may keep ids of kernel blocks, of which one KV block has several.
+            rows[valid] = ids.translate(rows[valid], getattr(table, "blocks_per_kv_block", 1))
+
+
+class RunnerAdapterV2:
+    """vLLM's second model runner (CUDA's): tables on the device, gathered in each step."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.remap(IdMap(np.empty(0, np.int64), np.empty(0, np.int64)))
+
+    def remap(self, ids: IdMap) -> None:
+        """Rewrite the tables in place, in stream order, and ids that are staged for them.
+
+        Rows are mapped whole: what lies behind a request's last block is rewritten before it is read.
+        """
+        tables = self._runner.block_tables
+        splits = getattr(tables, "blocks_per_kv_block", [1] * len(tables.block_tables))
+        for table, split in zip(tables.block_tables, splits, strict=True):
+            staged = table._staged_write_contents
+            staged[:] = ids.translate(np.array(staged, dtype=np.int64), split).tolist()
+            _translate_tensor(table.gpu, ids, split)
+
+
+def _translate_tensor(table: torch.Tensor, ids: IdMap, split: int) -> None:
+    """`IdMap.translate` on the device that holds `table`, in place."""
+    blocks = torch.div(table, split, rounding_mode="floor")
+    parts = table - blocks * split
+    if not len(ids.old):
+        table.copy_(parts)
+        return
+    old = torch.from_numpy(ids.old).to(table.device, table.dtype)
+    new = torch.from_numpy(ids.new).to(table.device, table.dtype)
+    places = torch.searchsorted(old, blocks).clamp_(max=len(ids.old) - 1)
+    table.copy_(torch.where(old[places] == blocks, new[places], 0) * split + parts)
+
+
+_ADAPTERS = {
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"): RunnerAdapterV1,
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"): RunnerAdapterV2,
+}
+"""By the class that a runner is derived from, named so that neither runner is imported for nothing."""
+
+
+def make_runner_adapter(model: str, runner: Any) -> RunnerAdapter:
+    """The adapter for a freshly built runner, which has no requests; raises ModelRefusedError if none fits."""
+    for base in type(runner).__mro__:
+        adapter = _ADAPTERS.get((base.__module__, base.__qualname__))
+        if adapter is None:
+            continue
+        try:
+            return adapter(runner)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ModelRefusedError(
+                model, f"model runner {type(runner).__qualname__} keeps its block tables otherwise: {error}",
+                "install a vLLM version that `tokenpool doctor` knows",
+            ) from error
+    raise ModelRefusedError(
+        model,
+        f"model runner {type(runner).__module__}.{type(runner).__qualname__}, whose block tables are not known",
+        "serve it outside the pool",
+    )

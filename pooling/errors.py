@@ -7,6 +7,7 @@
     ├── PatchMismatchError      a patch does not fit the installed vLLM
     ├── ModelRefusedError       this model, or a feature it asks for, cannot be pooled
     ├── ModelUnavailableError   the model cannot serve now; it says when to come back
+    ├── SwitchError             weights or KV could not be moved; it says in which phase
     └── HostError               an engine host died, hangs or answers nonsense
 
     try:
@@ -128,6 +129,17 @@ class ModelUnavailableError(PoolError):
         super().__init__(f"{message}; retry after {retry_after_s:g} s")
         self.retry_after_s = retry_after_s
         """When a new attempt makes sense, in seconds from now (the Retry-After header)."""
+
+
+class SwitchError(PoolError):
+    """Weights or KV of a model could not be moved; the model is in a legal state, mostly the one before."""
+
+    def __init__(self, model: str, phase: str, problem: str) -> None:
+        super().__init__(f"model {model!r}: {phase} failed: {problem}")
+        self.model = model
+        """Name of the model in the pool."""
+        self.phase = phase
+        """The step that failed, such as `map`, `copy`, `verify`, `drop` or `fetch`."""
 
 
 class HostError(PoolError):

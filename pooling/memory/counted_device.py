@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device that counts what is copied through it, so that nobody has to believe a comment about it."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from tokenpool.memory.device import Device
+
+
+class CountedDevice:
+    """Passes every call on to `device` and adds up the bytes of both directions; see `Device` for the contract."""
+
+    def __init__(self, device: Device) -> None:
+        self.granularity = device.granularity
+        self.reserve = device.reserve
+        self.release = device.release
+        self.map_zeroed = device.map_zeroed
+        self.unmap = device.unmap
+        self.fill = device.fill
+        self.tensor = device.tensor
+        self.host_buffer = device.host_buffer
+        self.bytes_to_device = 0
+        """Bytes that `copy_in` moved from host memory to the device."""
+        self.bytes_to_host = 0
+        """Bytes that `copy_out` moved from the device to host memory."""
+        self._device = device
+        self._lock = threading.Lock()  # both the loop's thread and the side thread copy
+
+    def copy_in(self, address: int, source: torch.Tensor) -> None:
+        """Copy a host buffer to a mapped range, and count it when it is there."""
+        self._device.copy_in(address, source)
+        with self._lock:
+            self.bytes_to_device += source.numel()
+
+    def copy_out(self, target: torch.Tensor, address: int) -> None:
+        """Copy a mapped range into a host buffer, and count it when it is there."""
+        self._device.copy_out(target, address)
+        with self._lock:
+            self.bytes_to_host += target.numel()

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model's fixed address range on the device: pages come and go under it, the tensors over it stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tokenpool.errors import SwitchError
+from tokenpool.memory.counted_device import CountedDevice
+from tokenpool.memory.ledger import PageLedger, PageUse
+from tokenpool.memory.weight_layout import WeightLayout
+
+
+class WeightRange:
+    """The range of one owner; `copy_in` may run on another thread, all else is the loop's.
+
+    Reserved when it is made; `release` ends it, and no tensor over it may be used any more.
+    """
+
+    def __init__(
+        self, owner: str, layout: WeightLayout, device: CountedDevice, ledger: PageLedger, *, poison: bool
+    ) -> None:
+        self.owner = owner
+        self.layout = layout
+        self.num_pages = -(-layout.nbytes // ledger.page_size)
+        """Pages it needs, mapped or not."""
+        self.pages: list[int] = []
+        """The pages under it: all or none."""
+        self._device = device
+        self._ledger = ledger
+        self._poison = poison
+        self._page_size = ledger.page_size
+        self.address = device.reserve(self.num_pages * self._page_size) if self.num_pages else 0
+
+    def release(self) -> None:
+        """Give the range back, with the pages under it if there are any."""
+        if self.pages:
+            self.unmap()
+        if self.num_pages:
+            self._device.release(self.address, self.num_pages * self._page_size)
+
+    def map(self) -> None:
+        """Put free pages under the range; CapacityError or SwitchError change nothing."""
+        assert not self.pages, f"the range of {self.owner!r} is mapped already"
+        pages = self._ledger.take(self.owner, PageUse.WEIGHTS, self.num_pages)
+        mapped = 0
+        try:
+            for _ in pages:  # one by one, as a device that recycles physical pages gives them
+                self._device.map_zeroed(self._page(mapped), self._page_size)
+                mapped += 1
+        except Exception as error:
+            for index in range(mapped):
+                self._device.unmap(self._page(index), self._page_size)
+            self._ledger.give(self.owner, PageUse.WEIGHTS, pages)
+            raise SwitchError(self.owner, "map", f"the device gives no memory: {error}") from error
+        self.pages = pages
+
+    def unmap(self) -> None:
+        """Take the pages away, with `poison` filled with 0xFF before; later accesses fault."""
+        for index in range(len(self.pages)):
+            if self._poison:
+                self._device.fill(self._page(index), self._page_size, 0xFF)
+            self._device.unmap(self._page(index), self._page_size)
+        self._ledger.give(self.owner, PageUse.WEIGHTS, self.pages)
+        self.pages = []
+
+    def copy_in(self, host: torch.Tensor, chunk_bytes: int, advance: Callable[[int], None]) -> None:
+        """Fill the mapped range from the host copy, chunk by chunk; `advance` gets the bytes of each."""
+        for start in range(0, self.layout.nbytes, chunk_bytes):
+            chunk = host[start : min(start + chunk_bytes, self.layout.nbytes)]
+            self._device.copy_in(self.address + start, chunk)
+            advance(chunk.numel())
+
+    def point_tensors_here(self) -> None:
+        """Let every tensor view its place in the range, mapped or not."""
+        self.layout.point_at(lambda span: self._device.tensor(self.address + span.offset, span.nbytes))
+
+    def check_bytes(self, host: torch.Tensor) -> None:
+        """Raise SwitchError unless the mapped range holds the bytes of the host copy; reads all of them."""
+        for span in self.layout.spans:
+            here = self._device.tensor(self.address + span.offset, span.nbytes).view(torch.uint8)
+            if not torch.equal(here.cpu(), self.layout.slice_of(span, host)):
+                member = span.members[0]
+                what = f"a tensor of shape {member.size} and {member.tensor.dtype}"
+                raise SwitchError(self.owner, "verify", f"{what} has changed since it was adopted: it must not move")
+
+    def check(self) -> None:
+        """Raise AssertionError unless the ledger knows the pages and every tensor is where it was put."""
+        held = self._ledger.held(self.owner, PageUse.WEIGHTS)
+        assert held == len(self.pages), f"{self.owner!r} has {len(self.pages)} pages, {held} in the ledger"
+        assert len(self.pages) in (0, self.num_pages), f"{self.owner!r} is mapped in part"
+        for span in self.layout.spans:
+            for member in span.members:
+                expected = self.address + span.offset + member.storage_offset * member.tensor.element_size()
+                place = member.tensor.data_ptr() if member.tensor.numel() else expected
+                assert place == expected, f"{self.owner!r}: a tensor has left its place in the range"
+
+    def _page(self, index: int) -> int:
+        return self.address + index * self._page_size

@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Movable weights: each model's tensors live in one fixed address range whose pages come and go.
+
+    COLD ──load_host──► FETCHING ──finish──► WARM ──map──► LOADING ──copy, finish──► RESIDENT
+      ▲                     │                │  ▲             │                          │
+      └──────drop_host──────┴────────────────┘  └────evict────┴──────────evict───────────┘
+
+The host copy is permanent and the only truth: weights do not change, so eviction unmaps pages and copies nothing.
+The range stays reserved as long as the engine lives, so no tensor is touched after adoption, except while a
+checkpoint is read again, when nothing computes with them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+
+import torch
+
+from tokenpool.errors import CapacityError, SwitchError
+from tokenpool.memory.copy_engine import CopyEngine, CopyJob, Work
+from tokenpool.memory.counted_device import CountedDevice
+from tokenpool.memory.device import Device
+from tokenpool.memory.host_ledger import HostLedger, HostUse
+from tokenpool.memory.ledger import PageLedger
+from tokenpool.memory.model_weights import ModelWeights, WeightsView
+from tokenpool.memory.states import WeightState, check_transition
+from tokenpool.memory.weight_layout import WeightLayout
+from tokenpool.memory.weight_range import WeightRange
+from tokenpool.memory.weight_reload import Advance, Reload, ReloadProof, complete, try_reload
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 8 << 20
+"""Bytes copied between two looks at whether a job was cancelled: under 1 ms over PCIe 4, a few ms in host memory."""
+
+
+class WeightStore:
+    """All movable weights of one device; called on the host loop's thread only.
+
+    The copies run on the side thread of `copier`; what a job did counts once `finish` is called for its owner.
+    With `poison` (for tests) evicted bytes are compared with the host copy, then filled with 0xFF.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        ledger: PageLedger,
+        host: HostLedger,
+        *,
+        poison: bool = False,
+        chunk_bytes: int = CHUNK_BYTES,
+        copier: CopyEngine | None = None,
+    ) -> None:
+        self.device = CountedDevice(device)
+        """Counts the bytes of all switches: `bytes_to_device`, and `bytes_to_host`, which stays 0."""
+        self.ledger = ledger
+        self.host = host
+        self.poison = poison
+        self.chunk_bytes = chunk_bytes
+        self.copier = copier or CopyEngine()
+        self.make_room: Callable[[int], None] = lambda pages: None
+        """Called before `adopt` takes pages; frees as many or raises CapacityError."""
+        self._models: dict[str, ModelWeights] = {}  # least recently used first
+
+    def __contains__(self, owner: str) -> bool:
+        return owner in self._models
+
+    # -- coming and going ----------------------------------------------------------------------------
+
+    def adopt(
+        self, owner: str, tensors: Iterable[torch.Tensor], reload: Reload | None = None, *, verify_reload: bool = False
+    ) -> ModelWeights:
+        """Move `tensors` into a range of their own; they are RESIDENT afterwards, at addresses that stay.
+
+        `reload` reads the checkpoint again, see `Reload`; without it the host copy is never dropped. With
+        `verify_reload` it is tried at once, on this thread: that reads the checkpoint once more and takes no memory.
+
+        Raises CapacityError when device pages or host memory do not suffice, ValueError for tensors that cannot
+        be moved. On any failure the tensors are where they were and nothing is held.
+        """
+        assert owner not in self._models, f"{owner!r} has weights in the store already"
+        layout = WeightLayout(tensors)
+        with ExitStack() as undo:
+            self.host.take(owner, HostUse.WEIGHTS, layout.nbytes)
+            undo.callback(self._give_host_memory, owner)
+            self.make_room(-(-layout.nbytes // self.ledger.page_size))
+            place = WeightRange(owner, layout, self.device, self.ledger, poison=self.poison)
+            undo.callback(place.release)
+            place.map()
+            host = self.device.host_buffer(layout.nbytes)
+            layout.copy_to(host)
+            entry = ModelWeights(owner, layout, place, reload, host, WeightState.RESIDENT)
+            if verify_reload and reload is not None:
+                undo.callback(layout.fill_from, host)
+                self._accept(entry, try_reload(layout, host, layout.bytes_of, lambda: reload(_ignore), _ignore))
+            place.copy_in(host, self.chunk_bytes, _ignore)
+            undo.callback(layout.restore, layout.save())
+            place.point_tensors_here()
+            self._models[owner] = entry
+            undo.pop_all()
+        return entry
+
+    def remove(self, owner: str) -> None:
+        """Give everything of `owner` back, in whatever state; its tensors must not be used any more."""
+        entry = self._models[owner]
+        self._drop_job(entry)
+        entry.range.release()
+        self._give_host_memory(owner)
+        del self._models[owner]
+
+    def close(self) -> None:
+        """Remove all owners and end the side thread."""
+        for owner in list(self._models):
+            self.remove(owner)
+        self.copier.close()
+
+    # -- host to device ------------------------------------------------------------------------------
+
+    def map(self, owner: str) -> None:
+        """Put free pages under `owner`'s range: WARM → LOADING; a trial of its reload is given up for it.
+
+        Raises CapacityError if too few pages are free and SwitchError if the device refuses; then it stays WARM.
+        """
+        entry = self._in_state(owner, WeightState.WARM)
+        self._drop_job(entry)
+        entry.range.map()
+        self._become(entry, WeightState.LOADING)
+
+    def copy(self, owner: str) -> CopyJob:
+        """Start to copy the weights into the mapped range, on the side thread; `finish` when the job is done."""
+        entry = self._in_state(owner, WeightState.LOADING)
+        host = entry.host
+        assert entry.job is None and host is not None, f"{owner!r} is being copied already"
+
+        def work(job: CopyJob) -> None:
+            entry.range.copy_in(host, self.chunk_bytes, job.advance)
+
+        entry.job = self.copier.submit(f"load {owner}", entry.nbytes, work)
+        return entry.job
+
+    def finish(self, owner: str) -> None:
+        """Take over what a job that is done has achieved: LOADING → RESIDENT, FETCHING → WARM.
+
+        Raises SwitchError if it failed or was cancelled: LOADING stays, for `evict` or another `copy`; FETCHING
+        becomes COLD again.
+        """
+        entry = self._models[owner]
+        job, entry.job = entry.job, None
+        assert job is not None and job.done(), f"{owner!r} has no job that is done"
+        if entry.state is WeightState.FETCHING:
+            self._finish_fetch(entry, job)
+        elif entry.state is WeightState.WARM:
+            self._finish_trial(entry, job)
+        elif job.succeeded:
+            entry.loads += 1
+            self._become(entry, WeightState.RESIDENT)
+        else:
+            raise SwitchError(owner, "copy", job.problem) from job.error
+
+    def evict(self, owner: str) -> None:
+        """Take the pages away: RESIDENT or LOADING → WARM; a copy in flight is cancelled, within one chunk.
+
+        Nothing is copied. Raises SwitchError with `poison` if the bytes on the device are not those of the host
+        copy any more, that is if a tensor was adopted that changes; the weights stay resident then.
+        """
+        entry = self._in_state(owner, WeightState.RESIDENT, WeightState.LOADING)
+        self._drop_job(entry)
+        if self.poison and entry.state is WeightState.RESIDENT:
+            self.verify(owner)
+        entry.range.unmap()
+        self._become(entry, WeightState.WARM)
+
+    def verify(self, owner: str) -> None:
+        """Raise SwitchError unless the resident bytes are those of the host copy; reads all of them, for tests."""
+        entry = self._in_state(owner, WeightState.RESIDENT)
+        assert entry.host is not None
+        entry.range.check_bytes(entry.host)
+
+    # -- host copy and checkpoint --------------------------------------------------------------------
+
+    def prove_reload(self, owner: str) -> CopyJob:
+        """Try `reload` on the side thread while `owner` is WARM; needs its bytes in host memory once more.
+
+        `finish` takes the result over; `map` gives the trial up. Raises CapacityError.
+        """
+        entry = self._in_state(owner, WeightState.WARM)
+        assert entry.reload is not None and entry.job is None, f"{owner!r} cannot be tried now"
+        self._take_for_trial(entry)
+        entry.job = self.copier.submit(f"try {owner}", entry.nbytes, self._trial(entry))
+        return entry.job
+
+    def drop_host(self, owner: str) -> None:
+        """Give the host copy up: WARM → COLD, or stop reading it: FETCHING → COLD.
+
+        The first time, unless it was tried before, reads the checkpoint once on this thread, to prove that it gives
+        the same bytes. Raises SwitchError if it does not, or cannot be read: such a model stays WARM for good. Raises
+        CapacityError if the trial finds no room.
+        """
+        entry = self._in_state(owner, WeightState.WARM, WeightState.FETCHING)
+        self._drop_job(entry)
+        if entry.state is WeightState.COLD:
+            return
+        if entry.reload is not None and entry.proof is None:
+            self._take_for_trial(entry)
+            job = self.copier.job(f"try {owner}", entry.nbytes, self._trial(entry))
+            job.run()
+            self._finish_trial(entry, job)
+        if entry.proof is None or not entry.proof.droppable:
+            reason = "there is no way to read them again" if entry.proof is None else entry.proof.problem
+            raise SwitchError(owner, "drop", f"the weights must stay in host memory, {reason}")
+        entry.host = None
+        self.host.give(owner, HostUse.WEIGHTS, entry.nbytes)
+        self._become(entry, WeightState.COLD)
+
+    def load_host(self, owner: str) -> CopyJob:
+        """Start to read the checkpoint into a new host copy, on the side thread: COLD → FETCHING.
+
+        `finish` when the job is done. Raises CapacityError when host memory does not suffice.
+        """
+        entry = self._in_state(owner, WeightState.COLD)
+        self.host.take(owner, HostUse.WEIGHTS, entry.nbytes)
+        self._become(entry, WeightState.FETCHING)
+
+        def work(job: CopyJob) -> torch.Tensor:
+            assert entry.proof is not None
+            buffer = self.device.host_buffer(entry.nbytes)
+            self._read_into(entry, buffer, job.advance)
+            if not complete(entry.layout, buffer, entry.proof, job.advance):
+                raise ValueError("the checkpoint is not the one that the model was added with: remove and add it")
+            return buffer
+
+        entry.job = self.copier.submit(f"fetch {owner}", entry.nbytes, work)
+        return entry.job
+
+    def try_make_host_room(self, nbytes: int) -> bool:
+        """Drop host copies of WARM models that are proven droppable until `nbytes` are free; least recent first."""
+        for owner, entry in self._models.items():
+            if self.host.free_bytes >= nbytes:
+                break
+            if entry.state is WeightState.WARM and entry.proof is not None and entry.proof.droppable:
+                self.drop_host(owner)
+        return self.host.free_bytes >= nbytes
+
+    # -- state ---------------------------------------------------------------------------------------
+
+    def touch(self, owner: str) -> None:
+        """Mark `owner` as the most recently used."""
+        self._models[owner] = self._models.pop(owner)
+
+    @property
+    def owners(self) -> list[str]:
+        """All owners, least recently used first."""
+        return list(self._models)
+
+    def state(self, owner: str) -> WeightState:
+        """Where `owner`'s weights are."""
+        return self._models[owner].state
+
+    def job(self, owner: str) -> CopyJob | None:
+        """The job of `owner` that is in flight, or done and not finished yet."""
+        return self._models[owner].job
+
+    def pages_of(self, owner: str) -> int:
+        """Pages that `owner`'s range needs when it is resident."""
+        return self._models[owner].range.num_pages
+
+    def bytes_of(self, owner: str) -> int:
+        """Bytes that `owner`'s host copy has, or would have."""
+        return self._models[owner].nbytes
+
+    def snapshot(self) -> dict[str, WeightsView]:
+        """Plain values for state, metrics and tests; least recently used owner first."""
+        return {owner: entry.view() for owner, entry in self._models.items()}
+
+    def check(self) -> None:
+        """Raise AssertionError unless books, ledgers and tensors agree."""
+        for owner, entry in self._models.items():
+            entry.check(self.host.held(owner, HostUse.WEIGHTS))
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _read_into(self, entry: ModelWeights, buffer: torch.Tensor, advance: Advance) -> None:
+        assert entry.reload is not None
+        entry.layout.point_into(buffer)
+        try:
+            entry.reload(advance)
+        finally:
+            entry.range.point_tensors_here()
+
+    def _trial(self, entry: ModelWeights) -> Work:
+        def work(job: CopyJob) -> ReloadProof:
+            layout, host = entry.layout, entry.host
+            assert host is not None
+            buffer = self.device.host_buffer(entry.nbytes)
+
+            def read() -> None:
+                self._read_into(entry, buffer, job.advance)
+
+            return try_reload(layout, host, lambda span: layout.slice_of(span, buffer), read, job.advance)
+
+        return work
+
+    def _take_for_trial(self, entry: ModelWeights) -> None:
+        # Without the ledger's make_room: a trial is worth nothing that somebody else would have to give up for it.
+        if self.host.free_bytes < entry.nbytes:
+            raise CapacityError(
+                f"to try whether the weights of {entry.owner!r} can be read again takes {entry.nbytes} bytes of host "
+                f"memory, {self.host.free_bytes} are free: raise host_memory"
+            )
+        self.host.take(entry.owner, HostUse.WEIGHTS, entry.nbytes)
+
+    def _finish_trial(self, entry: ModelWeights, job: CopyJob) -> None:
+        self.host.give(entry.owner, HostUse.WEIGHTS, entry.nbytes)
+        if not job.succeeded:
+            raise SwitchError(entry.owner, "prove", job.problem) from job.error
+        self._accept(entry, job.result)
+
+    def _accept(self, entry: ModelWeights, proof: ReloadProof) -> None:
+        self.host.take(entry.owner, HostUse.WEIGHTS, proof.kept_bytes)
+        entry.proof = proof
+        if not proof.droppable:
+            logger.info("weights stay in host memory model=%s reason=%s", entry.owner, proof.problem)
+
+    def _finish_fetch(self, entry: ModelWeights, job: CopyJob) -> None:
+        if job.succeeded:
+            entry.host = job.result
+            self._become(entry, WeightState.WARM)
+            return
+        self.host.give(entry.owner, HostUse.WEIGHTS, entry.nbytes)
+        self._become(entry, WeightState.COLD)
+        raise SwitchError(entry.owner, "fetch", job.problem) from job.error
+
+    def _drop_job(self, entry: ModelWeights) -> None:
+        """Cancel the job of `entry`, if there is one, wait for its thread to let go, and undo what it had begun."""
+        job, entry.job = entry.job, None
+        if job is None:
+            return
+        job.cancel()
+        job.wait()
+        if entry.state is not WeightState.LOADING:  # of a fetch or of a trial: the buffer goes
+            self.host.give(entry.owner, HostUse.WEIGHTS, entry.nbytes)
+        if entry.state is WeightState.FETCHING:
+            self._become(entry, WeightState.COLD)
+
+    def _give_host_memory(self, owner: str) -> None:
+        self.host.give(owner, HostUse.WEIGHTS, self.host.held(owner, HostUse.WEIGHTS))
+
+    def _in_state(self, owner: str, *states: WeightState) -> ModelWeights:
+        entry = self._models[owner]
+        if entry.state not in states:
+            raise AssertionError(f"weights of {owner!r} are {entry.state}, not {' or '.join(states)}")
+        return entry
+
+    def _become(self, entry: ModelWeights, state: WeightState) -> None:
+        check_transition(entry.state, state)
+        entry.state = state
+
+
+def _ignore(nbytes: int) -> None:
+    """Progress of work that nobody watches or cancels."""

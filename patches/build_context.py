@@ -10,13 +10,19 @@ from typing import Any, Protocol
 
 
 class BuildContext(Protocol):
-    """What the patched names of vLLM call while an engine is built."""
+    """What the patched names of vLLM, and our workers, call while an engine is built."""
+
+    movable_weights: bool
+    """Whether `adopt_weights` will move the model's weights: they must be loaded so that they can be."""
 
     def make_block_pool(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for `vllm.v1.core.block_pool.BlockPool(...)`."""
 
     def allocate_kv_cache(self, kv_cache_config: Any, layout: Any, kernel_block_sizes: Any) -> dict[str, Any]:
         """Stand in for `vllm.v1.worker.utils.allocate_kv_cache`: layer name -> view of the arena."""
+
+    def adopt_weights(self, model_runner: Any) -> None:
+        """Take over the weights of a model just loaded, before anything is computed with them."""
 
 
 _current: ContextVar[BuildContext | None] = ContextVar("tokenpool_build_context", default=None)

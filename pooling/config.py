@@ -34,6 +34,8 @@ _NAME = re.compile(r"[A-Za-z0-9._:/-]+")
 _FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
 _UNIT_SUFFIX = re.compile(r"_(s|bytes)$")
 
+WEIGHTS = ("auto", "movable", "fixed")
+
 _T = TypeVar("_T")
 _Parsers = Mapping[str, Callable[[Any], Any]]
 
@@ -78,6 +80,8 @@ class Scheduling:
 
     policy: str = "round_robin"
     """Name of an entry point in the group `tokenpool.turn_policies`; round_robin needs no tuning."""
+    options: tuple[tuple[str, float], ...] = ()
+    """The policy's options by name; the policy judges them. YAML: `options: {max_turn_s: 0.5}`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,9 @@ class PoolConfig:
     """Bytes of device memory the pool may use; None (YAML: auto) = found out when the host starts."""
     host_memory: int | None = None
     """Bytes of host memory the pool may use; None (YAML: auto) = found out when the host starts."""
+    weights: str = "auto"
+    """Whether weights may leave the device while their model rests: `movable`, `fixed`, or `auto` = movable if the
+    weights of all models do not fit together."""
     page_size: int = 32 << 20
     """Bytes of the unit in which memory moves between models: a power of two, 64 KiB or more. 32 MiB holds a
     KV block of most models and keeps map calls few; small CPU pools want less."""
@@ -126,6 +133,8 @@ class PoolConfig:
             problem = f"{units.format_bytes(self.device_memory)} is {pages} pages, the models need "
             problem += f"{show(floors)}: raise it, or lower page_size or kv_floor_pages"
             check_setting(pages >= floors, "device_memory", problem)
+        problem = f"must be one of {', '.join(WEIGHTS)}, got {show(self.weights)}"
+        check_setting(self.weights in WEIGHTS, "weights", problem)
         check_setting(self.host_memory != 0, "host_memory", "is 0: give a size such as 64GiB, or auto")
         check_setting(self.host is None or self.host.split() == [self.host], "host", "must be one address")
         check_setting(0 <= self.port <= 65535, "port", f"{show(self.port)} is out of range: give 0 to 65535")
@@ -230,6 +239,15 @@ def _slo(value: object) -> SLO | None:
     return None if value is None else _build(SLO, value, parsers)
 
 
+def _options(value: object) -> tuple[tuple[str, float], ...]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"expected a mapping of option names to numbers, got {show(value)}")
+    for key, number in value.items():
+        good = isinstance(number, int | float) and not isinstance(number, bool)
+        check_setting(good, key, f"expected a number, got {show(number)}")
+    return tuple(value.items())
+
+
 def _args(value: object) -> tuple[str, ...]:
     args: list[str] = []
     if isinstance(value, str):
@@ -292,7 +310,8 @@ _POOL_PARSERS: _Parsers = {
     "port": units.parse_int,
     "api_key": _keys,
     "admin_key": _keys,
-    "scheduling": lambda value: _build(Scheduling, value, {"policy": units.parse_text}),
+    "weights": units.parse_text,
+    "scheduling": lambda value: _build(Scheduling, value, {"policy": units.parse_text, "options": _options}),
     "shutdown_timeout": units.parse_seconds,
     "max_request": units.parse_bytes,
 }

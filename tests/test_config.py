@@ -67,7 +67,8 @@ host: ${TOKENPOOL_TEST_IP}
 port: 9000
 api_key: [k-1, "${TOKENPOOL_TEST_KEY}"]
 admin_key: root
-scheduling: {policy: aegaeon}
+scheduling: {policy: aegaeon, options: {qmax_s: 2}}
+weights: movable
 shutdown_timeout: 2m
 max_request: 1MiB
 """,
@@ -83,7 +84,8 @@ max_request: 1MiB
         port=9000,
         api_key=("k-1", "k-2"),
         admin_key=("root",),
-        scheduling=Scheduling("aegaeon"),
+        scheduling=Scheduling("aegaeon", (("qmax_s", 2),)),
+        weights="movable",
         shutdown_timeout_s=120.0,
         max_request_bytes=MIB,
     )
@@ -218,6 +220,9 @@ MODEL = {"name": "a", "model": "org/a"}
         ({**one_model(), "host": "a b"}, "pool.yaml: host: must be one address"),
         ({**one_model(), "host": "${TOKENPOOL_NOT_SET}"}, "pool.yaml: host: environment variable TOKENPOOL_NOT_SET"),
         ({**one_model(), "scheduling": "aegaeon"}, "pool.yaml: scheduling: expected a mapping with the keys policy"),
+        ({**one_model(), "scheduling": {"options": {"x": True}}}, "pool.yaml: scheduling.options.x: expected a number"),
+        ({**one_model(), "scheduling": {"options": [1]}}, "pool.yaml: scheduling.options: expected a mapping"),
+        ({**one_model(), "weights": "away"}, "pool.yaml: weights: must be one of auto, movable, fixed"),
         ({**one_model(), "scheduling": {"policy": 1}}, "pool.yaml: scheduling.policy: expected a text"),
         ({**one_model(), "scheduling": {"polcy": "a"}}, "pool.yaml: scheduling: unknown key 'polcy', did you mean "),
         ({**one_model(), "shutdown_timeout": "-1s"}, "pool.yaml: shutdown_timeout: '-1s' is no time"),
@@ -414,7 +419,8 @@ pools = mapping_of(
         "port": likely,
         "api_key": likely,
         "admin_key": st.lists(likely, max_size=2),
-        "scheduling": mapping_of({}, {"policy": likely}),
+        "weights": likely,
+        "scheduling": mapping_of({}, {"policy": likely, "options": st.dictionaries(st.text(max_size=5), likely)}),
         "shutdown_timeout": likely,
         "max_request": likely,
         "prot": anything,

@@ -15,6 +15,11 @@ ALL_CPUS = frozenset(os.sched_getaffinity(0))
 """The cores of this process before anything was bound."""
 
 
+def use_all_cpus() -> None:
+    """Let the calling thread run on all cores of the process."""
+    os.sched_setaffinity(0, ALL_CPUS)
+
+
 @contextmanager
 def unpinned() -> Iterator[None]:
     """Let threads started inside the block run on all cores of the process."""

@@ -12,23 +12,35 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from tokenpool.errors import ConfigError, HostError
+from tokenpool.errors import ConfigError, HostError, PoolError
+from tokenpool.host.affinity import use_all_cpus
 from tokenpool.host.engine_globals import EngineGlobals
 from tokenpool.host.hosted_core import HostedEngineCore
 from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
+from tokenpool.host.kv_swap import KVSwapper
 from tokenpool.host.model_build import LAYOUT, ModelBuild, weight_bytes_of
 from tokenpool.host.pressure import PressureRelief
 from tokenpool.host.quarantine import Quarantine
+from tokenpool.host.residency import ResidencyManager
+from tokenpool.host.room_maker import RoomMaker
+from tokenpool.host.trace import TraceLog
+from tokenpool.host.turn_chooser import TurnChooser
 from tokenpool.memory.arena import KVArena
+from tokenpool.memory.copy_engine import CopyEngine
 from tokenpool.memory.device import Device
 from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.host_ledger import HostLedger
+from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.memory.ledger import PageLedger, PageUse
 from tokenpool.memory.slab_allocator import SlabAllocator
+from tokenpool.memory.weights import WeightStore
 from tokenpool.patches import apply_all
 from tokenpool.patches.build_context import building
-from tokenpool.policy.turns import ModelView, PoolView, load_turn_policy
+from tokenpool.policy.cost_model import CopyModel, CostModel
+from tokenpool.policy.turns import Phase, load_turn_policy
 
 logger = logging.getLogger(__name__)
+_MAX_SWITCH_FAILURES = 8
 _T = TypeVar("_T")
 
 
@@ -47,9 +59,22 @@ class EngineHost:
         self.switches = 0
         self.loops = 0
         self.overhead_seconds = 0.0
-        self._policy = load_turn_policy(config.policy)
+        self.host_ledger = HostLedger(config.host_memory)
+        copier = CopyEngine(on_start=use_all_cpus, notify=lambda job: self._wake.set())
+        self.weights = WeightStore(self.arena.device, self.ledger, self.host_ledger, poison=poison, copier=copier)
+        self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device))
+        self.trace = TraceLog()
+        copies = CopyModel()
+        room = RoomMaker(
+            self.models, self.allocator, self.weights, self.swapper, self.host_ledger, copies, self.trace
+        )
+        self.residency = ResidencyManager(room, self.weights, self.swapper, copies, self.trace)
+        policy = load_turn_policy(config.policy, dict(config.policy_options))
+        self._turns = TurnChooser(policy, self.residency, self.trace)
         self._globals = EngineGlobals()
-        self._relief = PressureRelief(self.allocator, config.kv_floor_pages)
+        self._relief = PressureRelief(
+            self.allocator, config.kv_floor_pages, self._most_slabs_for, room.keep_promises
+        )
         self._wake = threading.Event()
         self._inputs: set[str] = set()  # models with new input; set operations are atomic under the GIL
         self._active: dict[str, HostedModel] = {}
@@ -65,32 +90,40 @@ class EngineHost:
         if spec.name in self.models:
             raise ConfigError(f"model {spec.name!r} is in the pool already: give the new one another name")
         start = time.perf_counter()
-        weight_pages = self._take_weight_pages(spec.name, spec.weight_bytes)
-        build = ModelBuild(spec.name, spec.vllm_config, self.allocator, self.config.kv_floor_pages)
+        movable = self.config.movable_weights
+        weight_pages = [] if movable else self._take_weight_pages(spec.name, spec.weight_bytes)
+        store = self.weights if movable else None
+        build = ModelBuild(spec.name, spec.vllm_config, self.allocator, self.config.kv_floor_pages, store)
         core = None
         try:
             core = self._build_core(spec, build)
-            model = core.model_executor.driver_worker.worker.model_runner.get_model()
-            extra = weight_bytes_of(model) - len(weight_pages) * self.config.page_size
-            weight_pages += self._take_weight_pages(spec.name, max(0, extra))
+            if not movable:
+                model = core.model_executor.driver_worker.worker.model_runner.get_model()
+                extra = weight_bytes_of(model) - len(weight_pages) * self.config.page_size
+                weight_pages += self._take_weight_pages(spec.name, max(0, extra))
             self._relief.check_fits(spec.name, core, build.pool)
+            hosted = HostedModel(
+                spec=spec,
+                index=self._next_index,
+                core=core,
+                build=build,
+                quarantine=Quarantine(spec.name, core),
+                weight_pages=weight_pages,
+                build_s=time.perf_counter() - start,
+                cost=CostModel(copies=self.residency.copies),
+            )
+            self.swapper.add(hosted)
         except BaseException:
             if core is not None:
-                core.close()
+                core.close(tell=False)
+            if spec.name in self.weights:
+                self.weights.remove(spec.name)
             self._relief.forget(spec.name)
             build.undo()
             self.ledger.give(spec.name, PageUse.WEIGHTS, weight_pages)
             self._globals.forget(spec.name)
             raise
-        hosted = HostedModel(
-            spec=spec,
-            index=self._next_index,
-            core=core,
-            build=build,
-            quarantine=Quarantine(spec.name, core),
-            weight_pages=weight_pages,
-            build_s=time.perf_counter() - start,
-        )
+        core.is_away = lambda: not self.residency.is_ready(hosted)
         self._next_index += 1
         self.models[spec.name] = hosted
         self._notify(spec.name)
@@ -109,9 +142,14 @@ class EngineHost:
         del self.models[name]
         self._active.pop(name, None)
         self._relief.forget(name)
+        self.residency.forget(name)
+        self._turns.changed(name)
         if self._current is hosted:
             self._current = None
         hosted.core.close()
+        self.swapper.forget(name)
+        if name in self.weights:
+            self.weights.remove(name)
         hosted.build.undo()
         self.ledger.give(name, PageUse.WEIGHTS, hosted.weight_pages)
         self._globals.forget(name)
@@ -136,6 +174,12 @@ class EngineHost:
                 notify=lambda: self._notify(spec.name),
             )
 
+    def _most_slabs_for(self, name: str) -> int:
+        if not self.config.movable_weights:
+            return self.allocator.most_for(name)
+        taken = self.ledger.total(PageUse.NULL) + self.weights.pages_of(name)
+        return self.ledger.num_pages - taken
+
     def _take_weight_pages(self, name: str, nbytes: int) -> list[int]:
         count = -(-nbytes // self.config.page_size)
         if count:
@@ -157,8 +201,9 @@ class EngineHost:
                 continue
             if self._stopping and not self._active:
                 return
-            # Models that wait for memory have work but no turn: look again soon. Otherwise sleep until input.
-            self._wake.wait(timeout=0.001 if self._active else None)
+            # Models that wait for memory have work but no turn: look again soon. Otherwise sleep until input, or
+            # until a copy ends.
+            self._wake.wait(timeout=0.001 if self._active and not self.residency.busy() else None)
             self._wake.clear()
 
     def run_once(self) -> bool:
@@ -166,23 +211,30 @@ class EngineHost:
         start = time.perf_counter()
         self._run_calls()
         self._drain_inputs()
-        hosted = self._choose()
-        if hosted is None:
+        if self.residency.busy():
+            self._note_failures(self.residency.poll())
+        chosen = self._choose()
+        if chosen is None or not self._make_ready(chosen[0]):
             return False
+        hosted, admit = chosen
         if hosted is not self._current:
             self._switch_to(hosted)
+        hosted.core.run_deferred()
         self.loops += 1
         step_start = time.perf_counter()
         self.overhead_seconds += step_start - start
         try:
-            executed = hosted.core.step_once()
+            executed = hosted.core.step_once(admit=admit)
         except Exception as error:  # any exception of a model's code ends in quarantine or in HostError
             hosted.quarantine.step_crashed(error)
             executed = True
         else:
             hosted.quarantine.step_done(executed)
+            self._turns.observe_step(hosted, time.perf_counter() - step_start, executed)
+        self.swapper.after_step(hosted)
         if not hosted.core.has_work():
             self._active.pop(hosted.name, None)
+            self.residency.room.changed()
         self._relief.after_step(hosted.name, hosted.core, executed)
         return executed
 
@@ -192,37 +244,69 @@ class EngineHost:
             hosted = self.models.get(name)
             if hosted is None:
                 continue
-            hosted.core._process_input_queue()
-            if hosted.core.has_work():
+            core = hosted.core
+            core._process_input_queue()
+            if core.has_work() and not core.scheduler.has_unfinished_requests() and core.is_away():
+                core.step_once()  # lets the worker forget aborted requests; touches no weights and no KV
+            self._turns.changed(name)
+            self.residency.room.changed()
+            if core.has_work() or core.deferred:
                 self._active[name] = hosted
                 self._relief.wake(name)
+                self.residency.room.reuse.observe_arrival(name, time.time())
             else:
                 self._active.pop(name, None)
 
-    def _choose(self) -> HostedModel | None:
-        active = self._active
-        if len(active) == 1:
-            (hosted,) = active.values()
-            return hosted if self._relief.may_step(hosted.name) else None
-        views = [self._view(hosted) for name, hosted in active.items() if self._relief.may_step(name)]
-        if not views:
-            return None
-        views.sort(key=lambda view: view.index)
-        current = self._current.name if self._current else None
-        return active[self._policy.decide(PoolView(time.monotonic(), current, views)).run]
+    def _choose(self) -> tuple[HostedModel, bool] | None:
+        """The model to step next and whether it may admit waiting requests; None if none can step."""
+        now = time.monotonic()
+        ready = [h for name, h in self._active.items() if self._relief.may_step(name) and h.retry_at_s <= now]
+        for hosted in ready:
+            self.residency.fetch(hosted)
+        ready = [hosted for hosted in ready if self.residency.can_come(hosted)]
+        if len(ready) < 2:
+            return (ready[0], True) if ready else None
+        decision = self._turns.choose(ready, self._current)
+        if decision.prefetch is not None:
+            self.residency.prefetch(self.models[decision.prefetch], spare=decision.evict)
+        return self.models[decision.run], decision.phase is not Phase.DECODE
 
-    def _view(self, hosted: HostedModel) -> ModelView:
-        scheduler = hosted.core.scheduler
-        return ModelView(
-            hosted.name, hosted.index, hosted.spec.priority, len(scheduler.running), len(scheduler.waiting)
-        )
+    def _make_ready(self, hosted: HostedModel) -> bool:
+        """Bring a model in that is not; False if that failed, to be tried again soon."""
+        if self.residency.is_ready(hosted):
+            return True
+        if self._current is not None and hosted is not self._current:
+            self._turns.end_turn(self._current)
+        try:
+            self.residency.bring_in(hosted)
+        except PoolError as error:
+            self._note_failures([(hosted.name, error)])
+            return False
+        hosted.failures = 0
+        return True
+
+    def _note_failures(self, failed: list[tuple[str, PoolError]]) -> None:
+        """Try a model again later whose switch failed; after several failures its requests end with an error."""
+        for name, error in failed:
+            hosted = self.models[name]
+            hosted.failures += 1
+            hosted.retry_at_s = time.monotonic() + min(0.01 * 2**hosted.failures, 1.0)
+            logger.error("model cannot come in model=%s failures=%d reason=%s", name, hosted.failures, error)
+            if hosted.failures >= _MAX_SWITCH_FAILURES:
+                hosted.failures = 0
+                for request_id in list(hosted.core.scheduler.requests):
+                    hosted.core.fail_request(request_id)
+                self._notify(name)
 
     def _switch_to(self, hosted: HostedModel) -> None:
+        if self._current is not None:
+            self.switches += 1
+            self._turns.end_turn(self._current)
         self._globals.enter(hosted.name)
         if hosted.build.pool is not None:
             self.allocator.touch(hosted.name)
-        if self._current is not None:
-            self.switches += 1
+        self.residency.enter(hosted)
+        self._turns.begin_turn()
         self._current = hosted
         hosted.core.counters.turns += 1
 
@@ -257,6 +341,9 @@ class EngineHost:
     def check(self) -> None:
         """Raise AssertionError unless ledger, arena, allocator and all pools agree."""
         self.allocator.check()
+        self.host_ledger.check()
+        self.weights.check()
+        self.swapper.check()
         for hosted in self.models.values():
             if hosted.build.pool is not None:
                 hosted.build.pool.check()
@@ -265,4 +352,5 @@ class EngineHost:
         """Unload all models, which must be idle, and release the arena."""
         for name in list(self.models):
             self.remove_model(name)
+        self.weights.close()
         self.arena.close()

@@ -6,12 +6,15 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -19,8 +22,14 @@ from vllm.v1.request import Request, RequestStatus
 
 from tokenpool.config import SLO
 from tokenpool.host.affinity import ALL_CPUS
+from tokenpool.host.input_receiver import InputReceiver
 from tokenpool.host.output_sender import OutputSender
 from tokenpool.host.token_clock import TokenClock
+
+_NEED_NO_WEIGHTS = frozenset(
+    {"get_supported_tasks", "is_scheduler_paused", "is_sleeping", "list_loras", "reset_mm_cache"}
+)
+"""Utility calls that are answered although the model is not on the device; all others wait until it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +41,14 @@ class EngineAddresses:
 
 
 class Inbox(queue.Queue):
-    """An engine's input queue that tells the host when something arrives and can be closed for good."""
+    """An engine's input queue that tells the host when something arrives."""
 
     def __init__(self, notify: Callable[[], None]) -> None:
         super().__init__()
         self._notify = notify
-        self.closed = False
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
-        """Queue `item`; on a closed inbox ends the calling thread, which is the engine's input thread."""
-        if self.closed:
-            raise SystemExit
+        """Queue `item` and wake the host's loop."""
         super().put(item, block, timeout)
         self._notify()
 
@@ -75,16 +81,29 @@ class HostedEngineCore(EngineCoreProc):
         notify: Callable[[], None],
     ) -> None:
         self._pool_addresses = addresses
+        self._receiver: InputReceiver | None = None
         self._notify = notify
         self.token_clock = TokenClock(slo)
         self.counters = CoreCounters()
+        self.is_away: Callable[[], bool] = lambda: False
+        """Whether the weights or the KV are off the device; set by a host that moves them."""
+        self.deferred: list[tuple[EngineCoreRequestType, Any]] = []
+        """Utility calls that wait until the model is back."""
+        self.last_scheduled: Any = None
+        """The SchedulerOutput of the last step."""
         try:
             super().__init__(vllm_config, True, "", UniProcExecutor, log_stats)
         except BaseException:
-            if isinstance(self._outbox, OutputSender):
-                self._outbox.close()
+            self._close_sockets(tell=False)
             raise
         self.process_input_queue_block = False
+        schedule = self.scheduler.schedule
+
+        def schedule_and_keep(*args: Any) -> Any:
+            self.last_scheduled = schedule(*args)
+            return self.last_scheduled
+
+        self.scheduler.schedule = schedule_and_keep
 
     # -- overrides of EngineCoreProc -----------------------------------------------------------------
 
@@ -105,14 +124,17 @@ class HostedEngineCore(EngineCoreProc):
         yield EngineZmqAddresses(inputs=list(given.inputs), outputs=list(given.outputs))
         vllm_config.__post_init__()
 
-    def process_input_sockets(self, *args: Any) -> None:
-        """vLLM's input thread, or nothing without addresses; when it ends, the frontends are told."""
+    def process_input_sockets(
+        self, input_addresses: list[str], coord_input_address: str | None, identity: bytes, ready_event: threading.Event
+    ) -> None:
+        """The input thread, or nothing without addresses; when it ends, the frontends are told."""
         if self._pool_addresses is None:
-            args[-1].set()
+            ready_event.set()
             return
         os.sched_setaffinity(0, ALL_CPUS)
+        self._receiver = InputReceiver(self)
         try:
-            super().process_input_sockets(*args)
+            self._receiver.run(input_addresses, identity, ready_event)
         finally:
             self.output_queue.put_nowait(EngineCoreProc.ENGINE_CORE_DEAD)
 
@@ -139,6 +161,12 @@ class HostedEngineCore(EngineCoreProc):
             self.token_clock.forget(request_id)
         super().abort_requests(request_ids)
 
+    def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
+        if request_type == EngineCoreRequestType.UTILITY and request[2] not in _NEED_NO_WEIGHTS and self.is_away():
+            self.deferred.append((request_type, request))
+            return
+        super()._handle_client_request(request_type, request)
+
     def shutdown(self) -> None:
         """Free this engine only; the process groups stay, for the other engines use them."""
         self.structured_output_manager.clear_backend()
@@ -147,10 +175,21 @@ class HostedEngineCore(EngineCoreProc):
 
     # -- what the host calls -------------------------------------------------------------------------
 
-    def step_once(self) -> bool:
-        """Run one engine step and send its outputs; returns whether the model ran."""
+    def step_once(self, *, admit: bool = True) -> bool:
+        """Run one engine step and send its outputs; returns whether the model ran.
+
+        With `admit` false no waiting request is scheduled: a decode step.
+        """
         start = time.perf_counter()
-        outputs, executed = self.step_fn()
+        if admit or self.scheduler._pause_state != PauseState.UNPAUSED:
+            outputs, executed = self.step_fn()
+        else:
+            # The attribute and not its setter, which logs each change.
+            self.scheduler._pause_state = PauseState.PAUSED_NEW
+            try:
+                outputs, executed = self.step_fn()
+            finally:
+                self.scheduler._pause_state = PauseState.UNPAUSED
         for client_outputs in (outputs or {}).items():
             self.output_queue.put_nowait(client_outputs)
             self.token_clock.count(client_outputs[1].outputs)
@@ -158,6 +197,25 @@ class HostedEngineCore(EngineCoreProc):
         self.counters.steps += 1
         self.counters.step_seconds += time.perf_counter() - start
         return executed
+
+    def run_deferred(self) -> None:
+        """Answer the utility calls that waited for the model."""
+        while self.deferred:
+            self._handle_client_request(*self.deferred.pop(0))
+
+    def drain_batches(self) -> None:
+        """Wait for the steps in flight, with async scheduling one, so that nothing reads or writes KV any more.
+
+        Nothing new is scheduled meanwhile. Not yet run on hardware: without async scheduling there is no queue.
+        """
+        if not self.batch_queue:
+            return
+        before, self.scheduler._pause_state = self.scheduler._pause_state, PauseState.PAUSED_ALL
+        try:
+            while self.batch_queue:
+                self.step_once()
+        finally:
+            self.scheduler._pause_state = before
 
     def fail_request(self, request_id: str) -> None:
         """Finish a request with an error, which its client sees as an internal server error."""
@@ -170,7 +228,15 @@ class HostedEngineCore(EngineCoreProc):
         self.token_clock.forget(request_id)
         self.counters.failed_requests += 1
 
-    def close(self) -> None:
-        """End this engine; its threads end on the next message from a frontend."""
-        self.input_queue.closed = True
-        self.shutdown()
+    def close(self, *, tell: bool = True) -> None:
+        """Free this engine and end its threads; `tell` its frontends, unless they never knew of it."""
+        try:
+            self.shutdown()
+        finally:
+            self._close_sockets(tell)
+
+    def _close_sockets(self, tell: bool) -> None:
+        if not tell and isinstance(self._outbox, OutputSender):
+            self._outbox.close()
+        if self._receiver is not None:
+            self._receiver.stop()

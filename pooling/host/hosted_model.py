@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm.config import VllmConfig
 
@@ -11,6 +11,7 @@ from tokenpool.config import SLO
 from tokenpool.host.hosted_core import EngineAddresses, HostedEngineCore
 from tokenpool.host.model_build import ModelBuild
 from tokenpool.host.quarantine import Quarantine
+from tokenpool.policy.cost_model import CostModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,11 @@ class HostConfig:
     page_size: int
     kv_floor_pages: int = 1
     policy: str = "round_robin"
+    policy_options: tuple[tuple[str, float], ...] = ()
+    movable_weights: bool = False
+    """Whether weights may leave the device while their model rests."""
+    host_memory: int = 8 << 30
+    """Host memory for copies of movable weights and for KV that is off the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,14 @@ class HostedModel:
     build: ModelBuild
     quarantine: Quarantine
     weight_pages: list[int]
+    """Pages accounted to weights that do not move."""
     build_s: float
+    cost: CostModel = field(default_factory=CostModel)
+    """What this model's steps cost."""
+    failures: int = 0
+    """Switches to it that failed in a row."""
+    retry_at_s: float = 0.0
+    """Not brought in before this moment of the monotonic clock."""
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.config import VllmConfig
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import (
@@ -15,9 +16,12 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from tokenpool.errors import ModelRefusedError
+from tokenpool.host.checkpoint_reload import checkpoint_reload
+from tokenpool.host.model_tensors import fixed_bytes, movable_tensors
 from tokenpool.host.slab_block_pool import SlabBlockPool
 from tokenpool.memory.arena import ArenaView
 from tokenpool.memory.slab_allocator import SlabAllocator
+from tokenpool.memory.weights import WeightStore
 
 LAYOUT = "BLHNC"
 _LAYOUT_WORKS = frozenset({"CPU_ATTN"})
@@ -28,15 +32,30 @@ _LAYOUT_FAILS = frozenset({"CPU_MLA", "AMX_MLA"})
 
 
 class ModelBuild:
-    """The `BuildContext` of one model; also undoes what was done when the build fails."""
+    """The `BuildContext` of one model; also undoes what was done when the build fails.
 
-    def __init__(self, name: str, vllm_config: VllmConfig, allocator: SlabAllocator, floor: int) -> None:
+    What the weight store was given, whoever owns the store takes out of it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        vllm_config: VllmConfig,
+        allocator: SlabAllocator,
+        floor: int,
+        store: WeightStore | None = None,
+    ) -> None:
         self.name = name
         self.view: ArenaView | None = None
         self.pool: SlabBlockPool | None = None
+        self.movable_weights = store is not None
+        self.fixed_bytes = 0
+        """Bytes of the model that stay where vLLM put them although its weights are movable."""
         self._config = vllm_config
         self._allocator = allocator
         self._floor = floor
+        self._store = store
+        """Where the weights go after loading; None = they stay where the loader puts them."""
 
     def make_block_pool(self, num_gpu_blocks: int, *args: Any, **kwargs: Any) -> BlockPool:
         """A pool on slabs, or vLLM's own for a model that keeps no KV cache."""
@@ -73,6 +92,21 @@ class ModelBuild:
             )
             caches.update(zip(tensor.layers, views, strict=True))
         return caches
+
+    def adopt_weights(self, model_runner: Any) -> None:
+        """Move the weights of the model, and of its draft model, into the store; nothing without one."""
+        if self._store is None:
+            return
+        if self._config.parallel_config.enable_eplb:
+            raise ModelRefusedError(self.name, "experts that are rearranged at run time", "drop --enable-eplb")
+        model = model_runner.get_model()
+        draft = getattr(getattr(model_runner, "drafter", None), "model", None)
+        models = [model, draft] if isinstance(draft, torch.nn.Module) else [model]
+        # Tried now and not when host memory is short: here it needs no second copy, and nobody waits for a token.
+        self._store.adopt(
+            self.name, movable_tensors(*models), checkpoint_reload(model, self._config), verify_reload=True
+        )
+        self.fixed_bytes = fixed_bytes(*models)
 
     def undo(self) -> None:
         """Give back what a failed build, or a model that is removed, holds of the arena."""

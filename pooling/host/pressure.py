@@ -9,6 +9,8 @@ itself when it needs another slab, it is met. One model at a time has a raised f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tokenpool.errors import CapacityError
 from tokenpool.host.hosted_core import HostedEngineCore
 from tokenpool.host.slab_block_pool import SlabBlockPool
@@ -18,9 +20,19 @@ from tokenpool.memory.slab_allocator import SlabAllocator
 class PressureRelief:
     """Tracks starved models; called on the host loop's thread only."""
 
-    def __init__(self, allocator: SlabAllocator, floor: int) -> None:
+    def __init__(
+        self,
+        allocator: SlabAllocator,
+        floor: int,
+        most_for: Callable[[str], int],
+        on_raised: Callable[[str], None] = lambda model: None,
+    ) -> None:
         self._allocator = allocator
         self._floor = floor
+        self._most_for = most_for
+        """Slabs that a model could have if all others gave up what they can."""
+        self._on_raised = on_raised
+        """Called when a model's floor was raised; may move other models off the device."""
         self._starved: dict[str, str] = {}  # model -> request it starves for, the longest starved first
         self._seen_version: dict[str, int] = {}
         self._raised: str | None = None
@@ -76,6 +88,7 @@ class PressureRelief:
         length = min(request.num_prompt_tokens + (request.max_tokens or 0), core.scheduler.max_model_len)
         self._allocator.set_floor(model, max(self._floor, self.slabs_for(core, pool, length)))
         self._raised = model
+        self._on_raised(model)
 
     def slabs_for(self, core: HostedEngineCore, pool: SlabBlockPool, num_tokens: int) -> int:
         """Slabs that hold one request of `num_tokens`, an upper bound."""
@@ -86,7 +99,7 @@ class PressureRelief:
     def check_fits(self, model: str, core: HostedEngineCore, pool: SlabBlockPool | None) -> None:
         """Raise CapacityError unless one request of full length of each model fits beside the others' floors."""
         for other, need in self._needs.items():
-            have = self._allocator.most_for(other)
+            have = self._most_for(other)
             if need > have:
                 raise CapacityError(
                     f"model {model!r} would leave {have} KV pages for model {other!r}, one request of whose "
@@ -97,7 +110,7 @@ class PressureRelief:
         if pool is None:
             return
         length = core.scheduler.max_model_len
-        need, have = self.slabs_for(core, pool, length), self._allocator.most_for(model)
+        need, have = self.slabs_for(core, pool, length), self._most_for(model)
         if need > have:
             page = self._allocator.ledger.page_size
             raise CapacityError(

@@ -7,6 +7,9 @@ import torch
 from vllm.distributed import parallel_state
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from tokenpool.patches.build_context import current_build
+from tokenpool.patches.cpu_gemm import use_plain_gemm
+
 
 class PooledCPUWorker(CPUWorker):
     """A CPUWorker that shares process groups and KV memory with the other engines of its host."""
@@ -27,6 +30,16 @@ class PooledCPUWorker(CPUWorker):
                 group_name="ep",
                 use_all2all=self.parallel_config.use_all2all,
             )
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the weights and, if they are to be movable, move them before anything is computed with them."""
+        build = current_build()
+        if build is None or not build.movable_weights:
+            super().load_model(load_dummy_weights=load_dummy_weights)
+            return
+        with use_plain_gemm():
+            super().load_model(load_dummy_weights=load_dummy_weights)
+        build.adopt_weights(self.model_runner)
 
     def determine_available_memory(self) -> int:
         """Bytes of the arena that this model's view spans.

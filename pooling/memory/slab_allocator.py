@@ -25,6 +25,16 @@ from tokenpool.memory.arena import KVArena
 from tokenpool.memory.ledger import PageLedger, PageUse
 
 
+class Lender(Protocol):
+    """Who else holds pages that KV may have for the asking, such as weights that nobody needs now."""
+
+    def lendable(self) -> int:
+        """Pages that `lend` can free at most."""
+
+    def lend(self, pages: int) -> None:
+        """Free `pages` pages of the ledger, or more; raises CapacityError if it cannot."""
+
+
 class SlabHolder(Protocol):
     """A model's block pool as the allocator sees it."""
 
@@ -63,6 +73,7 @@ class SlabAllocator:
         self._accounts: dict[str, _Account] = {}  # least recently used model first
         self._committed = 0
         self._held = 0
+        self.lender: Lender | None = None
         arena.make_room = self.free_pages
         self.version = 0
         """Grows whenever a model may be able to get a slab that it could not get before."""
@@ -120,8 +131,26 @@ class SlabAllocator:
 
     @property
     def num_kv_pages(self) -> int:
-        """Pages that KV may use: the free ones and those held as slabs."""
+        """Pages that KV may use: the free ones, those held as slabs, and those that can be borrowed."""
+        lendable = self.lender.lendable() if self.lender is not None else 0
+        return self._num_own_pages + lendable
+
+    @property
+    def _num_own_pages(self) -> int:
         return self.ledger.num_free + self._held
+
+    @property
+    def num_unpromised(self) -> int:
+        """Pages that `free_pages` could free now without the lender; negative while more is promised than there is."""
+        return self._num_own_pages - self._committed
+
+    def committed(self, name: str) -> int:
+        """Slabs that `name` uses or is promised."""
+        return self._accounts[name].committed
+
+    def floor(self, name: str) -> int:
+        """Slabs that `name` is promised when it is not away."""
+        return self._accounts[name].floor
 
     def capacity(self, name: str) -> int:
         """Slabs that `name` could hold now, what it has included."""
@@ -153,8 +182,8 @@ class SlabAllocator:
         account = self._accounts[name]
         if self.num_grantable(name) == 0:
             return None
-        if account.held >= account.floor and self._spare() < 1:
-            self._reclaim_one(name)
+        if self._spare() < 1 and (account.held >= account.floor or not self.ledger.num_free):
+            self._reclaim_or_borrow(name)
         slab = self.ledger.take(name, PageUse.KV)[0]
         self.arena.map_slab(slab)
         account.held += 1
@@ -219,9 +248,9 @@ class SlabAllocator:
 
     def free_pages(self, count: int) -> None:
         """Make `count` pages free for another use, at the expense of idle slabs; raises CapacityError if it cannot."""
-        if count > self.num_kv_pages - self._committed:
+        if count > self.num_unpromised:
             raise CapacityError(
-                f"{count} pages are needed, {max(0, self.num_kv_pages - self._committed)} can be freed: "
+                f"{count} pages are needed, {max(0, self.num_unpromised)} can be freed: "
                 "raise device_memory or remove a model",
                 needed_pages=count,
                 free_pages=self.ledger.num_free,
@@ -230,10 +259,13 @@ class SlabAllocator:
         self._trim(count)
 
     def _make_room(self, name: str, floor: int) -> None:
-        if self._committed + floor > self.num_kv_pages:
+        missing = floor - self.num_unpromised
+        if self.lender is not None and 0 < missing <= self.lender.lendable():
+            self.lender.lend(missing)
+        if floor > self.num_unpromised:
             raise CapacityError(
                 f"model {name!r} cannot be promised {floor} KV pages: {self._committed} of "
-                f"{self.num_kv_pages} are used or promised; raise device_memory or lower kv_floor_pages",
+                f"{self._num_own_pages} are used or promised; raise device_memory or lower kv_floor_pages",
                 needed_pages=floor,
                 free_pages=self.ledger.num_free,
                 holders={n: a.committed for n, a in self._accounts.items()},
@@ -241,16 +273,19 @@ class SlabAllocator:
 
     def _spare(self) -> int:
         """Pages that nobody holds or is promised; negative while more is promised than there is."""
-        return self.num_kv_pages - sum(a.reserved for a in self._accounts.values())
+        return self._num_own_pages - sum(a.reserved for a in self._accounts.values())
 
     def _trim(self, spare: int = 0) -> None:
         """Take idle slabs over the floors until `spare` pages are to spare or no such slab is left."""
         while self._spare() < spare and self._try_reclaim(None):
             pass
 
-    def _reclaim_one(self, for_whom: str) -> None:
-        if not self._try_reclaim(for_whom):
+    def _reclaim_or_borrow(self, for_whom: str) -> None:
+        if self._try_reclaim(for_whom):
+            return
+        if self.lender is None or not self.lender.lendable():
             raise AssertionError("no idle slab although the books say there is one")
+        self.lender.lend(1)
 
     def _try_reclaim(self, for_whom: str | None) -> bool:
         for name, account in self._accounts.items():
@@ -282,6 +317,6 @@ class SlabAllocator:
             assert not (account.away and held), f"{name!r} is away and holds {held} slabs"
         assert self._held == sum(a.held for a in self._accounts.values()), "held slabs drifted"
         assert self._committed == sum(a.committed for a in self._accounts.values()), "committed pages drifted"
-        if self._committed <= self.num_kv_pages:
+        if self._committed <= self._num_own_pages:
             assert self._spare() >= 0, f"idle slabs stand on {-self._spare()} pages promised to others"
 

@@ -1,88 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What leaves the device when pages are needed: whatever is cheapest to miss, by cost to bring it back and by use."""
+"""What leaves the device when pages are needed: the cheapest to miss, by expected cost per page.
+
+Pure: reads no clock. Imports neither vllm nor ray.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import NamedTuple
 
 
 class EvictionKind(StrEnum):
-    """What a victim gives up."""
+    """What the pages hold; the order is that of preference between equal costs."""
 
     CACHED_KV = "cached_kv"
-    """Cached blocks that no request uses."""
+    """Prefix-cached blocks that no request uses."""
     IDLE_KV = "idle_kv"
-    """Slabs promised to a model without requests."""
+    """Free blocks of a model: empty slabs above its floor."""
     WEIGHTS = "weights"
-    """A model's weights, with the KV that goes for free."""
+    """Weights of a model; the host has a copy, nothing is moved."""
     PAUSED_KV = "paused_kv"
-    """KV of requests that are not finished; it is copied to the host."""
+    """KV of requests that wait for their model's turn; it moves to the host."""
+
+
+_KINDS = list(EvictionKind)
+_LEAST_P = 1e-3
 
 
 class Candidate(NamedTuple):
-    """Something that may leave the device."""
+    """Something that can leave as a whole."""
 
     kind: EvictionKind
     owner: str
+    """Model."""
     pages: int
-    """Pages that it frees."""
-    cost_s: float
-    """Seconds of copying, out and back, if it is needed again."""
-    p_reuse: float
-    """Probability that it is needed again soon, 0 to 1."""
-
-    @property
-    def regret_s(self) -> float:
-        """Expected seconds lost per page freed."""
-        return self.cost_s * self.p_reuse / max(1, self.pages)
+    """Pages that it frees; with 0 it is never chosen."""
+    cost_s: float = 0.0
+    """Seconds to bring it back, or to recompute it."""
+    p_reuse: float = 1.0
+    """Probability that it is needed again soon; 1 for a model with work."""
+    needed_in_s: float = math.inf
+    """Seconds until it is needed, if that is known: between equal costs, the later leaves first."""
 
 
-def choose_victims(candidates: Sequence[Candidate], need_pages: int) -> list[Candidate] | None:
-    """The cheapest candidates that together free `need_pages`; None if all together do not.
+def choose_evictions(candidates: Iterable[Candidate], need_pages: int) -> list[Candidate] | None:
+    """The candidates that leave so that `need_pages` come free; None if all together do not suffice.
 
-    Greedy by regret per page, then those are dropped again that the others make superfluous, the dearest first.
-    O(n log n). The optimum is a knapsack problem; greedy is at most one candidate worse.
+    They are taken in order of cost_s * p_reuse / pages until there are enough. Then those that turn out superfluous
+    stay, the most expensive first, which keeps the overshoot small. Ties go to the one needed later, then by kind and
+    owner, so the answer depends only on the values. O(n log n).
     """
+    if need_pages <= 0:
+        return []
     chosen: list[Candidate] = []
     freed = 0
-    for candidate in sorted(candidates, key=lambda c: (c.regret_s, -c.pages, c.owner, c.kind)):
+    for candidate in sorted([c for c in candidates if c.pages > 0], key=_order):
         if freed >= need_pages:
             break
-        if candidate.pages > 0:
-            chosen.append(candidate)
-            freed += candidate.pages
+        chosen.append(candidate)
+        freed += candidate.pages
     if freed < need_pages:
         return None
-    for candidate in sorted(chosen, key=lambda c: (-c.cost_s * c.p_reuse, c.owner, c.kind)):
+    for candidate in sorted(chosen, key=lambda c: (-c.cost_s * c.p_reuse, -c.pages, _order(c))):
         if freed - candidate.pages >= need_pages:
             chosen.remove(candidate)
             freed -= candidate.pages
     return chosen
 
 
-class ReuseEstimator:
-    """How likely a model is asked again soon, from a fading average of its request rate."""
+def _order(candidate: Candidate) -> tuple[float, float, int, str, int]:
+    expected_s = candidate.cost_s * candidate.p_reuse / candidate.pages
+    return expected_s, -candidate.needed_in_s, _KINDS.index(candidate.kind), candidate.owner, candidate.pages
 
-    def __init__(self, half_life_s: float = 300.0) -> None:
-        self._decay_per_s = math.log(2) / half_life_s
-        self._seen: dict[str, tuple[float, float]] = {}  # model -> (weight of arrivals, time of the last)
+
+class ReuseEstimator:
+    """How likely a model gets a request soon, from an average of its arrivals that fades with time.
+
+    Arrivals are taken as a Poisson process of rate r: P(one within h) = 1 - exp(-r * h). Each arrival adds 1/memory to
+    r, and r falls by the factor exp(-t / memory) in t seconds. P is never below 0.001, so that of two models that
+    nobody asks for the one that is cheaper to bring back leaves first.
+    """
+
+    def __init__(self, memory_s: float = 300.0) -> None:
+        self._memory_s = memory_s
+        self._rates: dict[str, tuple[float, float]] = {}  # model -> (arrivals per second, as of)
 
     def observe_arrival(self, model: str, now_s: float) -> None:
-        """A request for the model came in."""
-        self._seen[model] = (self._weight(model, now_s) + 1.0, now_s)
+        """A request of the model came in now; time must not go back."""
+        self._rates[model] = self.rate_per_s(model, now_s) + 1 / self._memory_s, now_s
+
+    def rate_per_s(self, model: str, now_s: float) -> float:
+        """Arrivals per second as estimated now; 0 for a model that never had one."""
+        rate, since_s = self._rates.get(model, (0.0, now_s))
+        return rate * math.exp(-max(0.0, now_s - since_s) / self._memory_s)
 
     def probability(self, model: str, now_s: float, horizon_s: float) -> float:
-        """Probability of a request within `horizon_s`, arrivals taken as Poisson; small but above 0 for a new one."""
-        rate_per_s = self._weight(model, now_s) * self._decay_per_s
-        return max(1e-3, -math.expm1(-rate_per_s * horizon_s))
+        """Probability of an arrival within `horizon_s` seconds from now."""
+        return max(_LEAST_P, -math.expm1(-self.rate_per_s(model, now_s) * horizon_s))
 
     def forget(self, model: str) -> None:
-        """The model is gone."""
-        self._seen.pop(model, None)
-
-    def _weight(self, model: str, now_s: float) -> float:
-        weight, last_s = self._seen.get(model, (0.0, now_s))
-        return weight * math.exp(-self._decay_per_s * max(0.0, now_s - last_s))
+        """The model left the pool."""
+        self._rates.pop(model, None)

@@ -27,6 +27,7 @@ _POOL_FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--device-memory": ("device_memory", _size),
     "--host-memory": ("host_memory", _size),
     "--page-size": ("page_size", _size),
+    "--weights": ("weights", str),
     "--kv-floor-pages": ("kv_floor_pages", _integer),
     "--admin-key": ("admin_key", lambda text: (text,)),
     "--turn-policy": ("scheduling", Scheduling),

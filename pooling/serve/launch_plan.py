@@ -17,11 +17,13 @@ from vllm.usage.usage_lib import UsageContext
 
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, PoolError
+from tokenpool.host.hosted_model import HostConfig
 from tokenpool.serve.flags import parse_serve_flags
 from tokenpool.serve.poolability import check_config, check_flags
 from tokenpool.units import format_bytes
 
 _AUTO_CPU_FRACTION = 0.5
+_AUTO_HOST_FRACTION = 0.25
 _POOL_OWNED = {
     "--api-key": "api_key",
     "--host": "host",
@@ -84,8 +86,26 @@ def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
         plan.engine_config()
     if config.device_memory is None:
         config = replace(config, device_memory=_auto_device_memory(config, plans))
+    if config.host_memory is None:
+        config = replace(config, host_memory=int(psutil.virtual_memory().available * _AUTO_HOST_FRACTION))
+    if config.weights == "auto":
+        config = replace(config, weights="fixed" if _pages_for_all(config, plans) <= _pages(config) else "movable")
     _check_budget(config, plans)
     return config, plans
+
+
+def host_config(config: PoolConfig) -> HostConfig:
+    """What the host is given of a planned pool."""
+    assert config.device_memory is not None and config.host_memory is not None
+    return HostConfig(
+        device_memory=config.device_memory,
+        page_size=config.page_size,
+        kv_floor_pages=config.kv_floor_pages,
+        policy=config.scheduling.policy,
+        policy_options=config.scheduling.options,
+        movable_weights=config.weights == "movable",
+        host_memory=config.host_memory,
+    )
 
 
 def _auto_device_memory(config: PoolConfig, plans: list[ModelPlan]) -> int:
@@ -99,15 +119,34 @@ def _needed_pages(config: PoolConfig, plan: ModelPlan) -> int:
     return -(-plan.weight_bytes // config.page_size) + config.kv_floor_pages
 
 
-def _check_budget(config: PoolConfig, plans: list[ModelPlan]) -> None:
+def _pages(config: PoolConfig) -> int:
     assert config.device_memory is not None
-    pages = config.device_memory // config.page_size
-    needed = sum(_needed_pages(config, plan) for plan in plans) + 1  # one page for null blocks
-    if needed > pages:
+    return config.device_memory // config.page_size
+
+
+def _pages_for_all(config: PoolConfig, plans: list[ModelPlan]) -> int:
+    return sum(_needed_pages(config, plan) for plan in plans) + 1  # one page for null blocks
+
+
+def _check_budget(config: PoolConfig, plans: list[ModelPlan]) -> None:
+    assert config.device_memory is not None and config.host_memory is not None
+    if config.weights == "fixed":
+        needed, what = _pages_for_all(config, plans), f"the weights of {len(plans)} model{'s' * (len(plans) != 1)}"
+        fix = "raise it, lower page_size, serve fewer models, or let weights move (weights: movable)"
+    else:
+        largest = max(plans, key=lambda plan: plan.weight_bytes)
+        needed, what = _needed_pages(config, largest) + 1, f"the weights of model {largest.spec.name!r}"
+        fix = "raise it, or lower page_size"
+        if largest.weight_bytes > config.host_memory:
+            raise ConfigError(
+                f"{format_bytes(config.host_memory)} is too little: {what} take "
+                f"{format_bytes(largest.weight_bytes)} of it; raise it",
+                key="host_memory",
+            )
+    if needed > _pages(config):
         raise ConfigError(
-            f"{format_bytes(config.device_memory)} is too little: the weights of {len(plans)} models and "
-            f"{config.kv_floor_pages} KV page each need {format_bytes(needed * config.page_size)}; raise it, "
-            "lower page_size or serve fewer models",
+            f"{format_bytes(config.device_memory)} is too little: {what} and {config.kv_floor_pages} KV page each "
+            f"need {format_bytes(needed * config.page_size)}; {fix}",
             key="device_memory",
         )
 

@@ -14,10 +14,9 @@ from starlette.applications import Starlette
 
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, HostError, ModelUnavailableError, PoolError
-from tokenpool.host.hosted_model import HostConfig
 from tokenpool.serve.auth import ApiKeyAuth
 from tokenpool.serve.host_process import HostProcess
-from tokenpool.serve.launch_plan import ModelPlan, plan_model
+from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_model
 from tokenpool.serve.model_client import ModelClient
 from tokenpool.serve.router import ModelApp, ModelRouter
 
@@ -31,7 +30,6 @@ class PoolServer:
     """One host and the models on it. Lives on one event loop."""
 
     def __init__(self, config: PoolConfig, plans: list[ModelPlan], outer: Starlette) -> None:
-        assert config.device_memory is not None
         self.config = config
         self.router = ModelRouter(outer, max_request_bytes=config.max_request_bytes)
         self.app = ApiKeyAuth(self.router, api_keys=config.api_key, admin_keys=config.admin_key)
@@ -42,9 +40,7 @@ class PoolServer:
         self._host: HostProcess | None = None
         self._changing = asyncio.Lock()  # one model is added or removed at a time
         self._supervisor: asyncio.Task | None = None
-        self._host_config = HostConfig(
-            config.device_memory, config.page_size, config.kv_floor_pages, config.scheduling.policy
-        )
+        self._host_config = host_config(config)
         outer.state.pool = self
 
     # -- life ----------------------------------------------------------------------------------------

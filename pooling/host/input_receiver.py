@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine's input thread that can be told to end: vLLM's own ends with its process only.
+
+vLLM's thread sleeps until a frontend sends something, and its sockets wait for ever for a frontend that never came to
+take the engine's greeting. In the host an engine may be refused after it was built, or removed when its frontend is
+gone already, and the process goes on.
+
+Source: vllm/v1/engine/core.py, EngineCoreProc.process_input_sockets. It differs in the end, and leaves out the
+data-parallel coordinator, which the pool refuses.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+from vllm.utils.network_utils import make_zmq_socket
+from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine.core import FT_UTILITY_METHOD, MultiModalCacheMissError
+from vllm.v1.serial_utils import MsgpackDecoder
+
+if TYPE_CHECKING:
+    from tokenpool.host.hosted_core import HostedEngineCore
+
+
+class InputReceiver:
+    """Puts what the frontends send into the engine's inbox; `run` is the thread, `stop` may be called from any."""
+
+    def __init__(self, core: HostedEngineCore) -> None:
+        self._core = core
+        oob = core.tensor_ipc_receiver
+        self._decode_add = MsgpackDecoder(EngineCoreRequest, oob_tensor_provider=oob).decode
+        self._decode = MsgpackDecoder(oob_tensor_provider=oob).decode
+        self._bell, self._rope = socket.socketpair()  # closing the rope wakes whoever polls the bell
+
+    def stop(self) -> None:
+        """Let `run` return soon; what frontends send from now on is lost."""
+        self._rope.close()
+
+    def run(self, addresses: list[str], identity: bytes, ready: threading.Event) -> None:
+        """Greet the frontends at `addresses` and receive until `stop`."""
+        with self._bell, zmq.Context() as context, ExitStack() as stack:
+            poller = zmq.Poller()
+            poller.register(self._bell, zmq.POLLIN)
+            greeting = msgspec.msgpack.encode(self._core._make_ready_response())
+            for address in addresses:
+                made = make_zmq_socket(context, address, zmq.DEALER, identity=identity, bind=False, linger=0)
+                stack.enter_context(made)
+                made.send(greeting)  # a frontend cannot send before it has heard from us
+                poller.register(made, zmq.POLLIN)
+            ready.set()
+            while True:
+                for source, _ in poller.poll():
+                    if source == self._bell.fileno():
+                        return
+                    self._receive(*source.recv_multipart(copy=False))
+
+    def _receive(self, kind: zmq.Frame, *frames: Any) -> None:
+        core, request_type = self._core, EngineCoreRequestType(bytes(kind.buffer))
+        if request_type == EngineCoreRequestType.ADD:
+            message = self._decode_add(frames)
+            try:
+                request: Any = core.preprocess_add_request(message)
+            except MultiModalCacheMissError as error:
+                core._handle_mm_cache_miss(message, error)
+                return
+            except Exception:  # the client is told and the exception logged
+                core._handle_request_preproc_error(message)
+                return
+        else:
+            request = self._decode(frames)
+        if request_type == EngineCoreRequestType.UTILITY and request[2] == FT_UTILITY_METHOD:
+            client_index, call_id, _, args = request
+            core.ft_sentinel.handle_command(client_index, call_id, args[0])
+            return
+        if request_type == EngineCoreRequestType.ABORT:
+            core.aborts_queue.put_nowait(request)  # in both queues, as in vLLM: seen early, and in order
+        core.input_queue.put_nowait((request_type, request))

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a turn policy is shown of an engine: queue lengths and due times, counted from vLLM's scheduler."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from tokenpool.config import SLO
+
+
+class QueueStats(NamedTuple):
+    """One engine's unfinished requests; times are wall-clock seconds, as vLLM's arrival times are."""
+
+    num_running: int
+    """Requests that decode."""
+    num_waiting: int
+    """Requests that need a prefill or the rest of one, preempted ones included."""
+    waiting_tokens: int
+    """Tokens that the waiting ones have still to compute."""
+    context_tokens: int
+    """Tokens whose KV the running ones read in one decode step."""
+    arrival_s: float
+    """Arrival of the oldest waiting request; inf without one."""
+    first_due_s: float
+    """When the next token of a waiting request is due, the earliest; inf without an SLO or without one."""
+    next_due_s: float
+    """When the next token of a running request is due, the earliest; inf without an SLO or without one."""
+
+
+def queue_stats(scheduler: Any, slo: SLO | None) -> QueueStats:
+    """Count a vLLM scheduler's requests; O(requests), about 0.5 us each.
+
+    The request's own numbers are used and not the scheduler's queues, whose names differ between vLLM versions.
+    """
+    num_running = num_waiting = waiting_tokens = context_tokens = 0
+    arrival_s = first_due_s = next_due_s = math.inf
+    for request in scheduler.requests.values():
+        computed = request.num_computed_tokens
+        due_s = math.inf
+        if slo is not None:
+            due_s = request.arrival_time + slo.ttft_s + request.num_output_tokens * slo.tpot_s
+        if computed < request.num_prompt_tokens:
+            num_waiting += 1
+            waiting_tokens += request.num_tokens - computed
+            arrival_s = min(arrival_s, request.arrival_time)
+            first_due_s = min(first_due_s, due_s)
+        else:
+            num_running += 1
+            context_tokens += computed
+            next_due_s = min(next_due_s, due_s)
+    return QueueStats(
+        num_running, num_waiting, waiting_tokens, context_tokens, arrival_s, first_due_s, next_due_s
+    )

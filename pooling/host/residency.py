@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models are on the device: brings one in, takes others out for it, and undoes what fails half-way.
+
+A model is ready when its weights are resident and its KV is in. To make it so, the manager frees pages (cheapest
+victims first, see policy/eviction.py), maps and fills the weights on the side thread and, meanwhile, brings the KV
+back on this thread. Every step leaves a legal state: whatever fails, the other models are as they were or merely out,
+and the target can be tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from tokenpool.errors import PoolError, SwitchError
+from tokenpool.host.hosted_model import HostedModel
+from tokenpool.host.kv_swap import KVSwapper
+from tokenpool.host.room_maker import RoomMaker
+from tokenpool.host.trace import TraceLog
+from tokenpool.memory.states import WeightState
+from tokenpool.memory.weights import WeightStore
+from tokenpool.policy.cost_model import CopyKind, CopyModel
+from tokenpool.policy.turns import Residency
+
+logger = logging.getLogger(__name__)
+
+_JOB_LIMIT_S = 600.0
+
+
+class ResidencyManager:
+    """Moves models between device, host memory and disk; called on the host loop's thread only."""
+
+    def __init__(self, room: RoomMaker, weights: WeightStore, swapper: KVSwapper, copies: CopyModel, trace: TraceLog,
+                 now: Callable[[], float] = time.time) -> None:
+        self.room = room
+        self.counters = room.counters
+        self.copies = copies
+        """What copies cost on this device."""
+        self._weights = weights
+        self._swapper = swapper
+        self._trace = trace
+        self._now = now
+        self._job_started: dict[str, float] = {}
+
+    # -- what the loop and the policy ask ------------------------------------------------------------
+
+    def is_ready(self, hosted: HostedModel) -> bool:
+        """Whether the model can step now."""
+        return self._state(hosted.name) is WeightState.RESIDENT and not self._swapper.is_out(hosted.name)
+
+    def is_kv_out(self, hosted: HostedModel) -> bool:
+        """Whether KV of paused requests lies in host memory."""
+        return self._swapper.is_out(hosted.name)
+
+    def residency(self, hosted: HostedModel) -> Residency:
+        """Where the weights are, in the policy's words; FETCHING is COLD."""
+        state = self._state(hosted.name)
+        return Residency.COLD if state is WeightState.FETCHING else Residency(state.value)
+
+    def weight_bytes(self, hosted: HostedModel) -> int:
+        """Bytes of the weights that move; 0 for a model whose weights stay."""
+        return self._weights.bytes_of(hosted.name) if hosted.name in self._weights else 0
+
+    def ready_in_s(self, hosted: HostedModel) -> float:
+        """Predicted seconds until the model could step if it were brought in now; 0 when it is ready."""
+        seconds, state = 0.0, self._state(hosted.name)
+        if state is not WeightState.RESIDENT:
+            nbytes = self._weights.bytes_of(hosted.name)
+            job = self._weights.job(hosted.name) if state is WeightState.LOADING else None
+            seconds += self.copies.predict(CopyKind.TO_DEVICE, nbytes - (job.progress if job else 0))
+        if self._swapper.is_out(hosted.name):
+            seconds += self.copies.predict(CopyKind.TO_DEVICE, self._swapper.bytes_out(hosted))
+        return seconds
+
+    def can_prefetch(self) -> bool:
+        """Whether the side thread is free for another model's weights."""
+        return not self._job_started
+
+    def busy(self) -> bool:
+        """Whether a copy is under way whose end the loop should look at."""
+        return bool(self._job_started)
+
+    def enter(self, hosted: HostedModel) -> None:
+        """The model takes its turn: it is not evicted for another's growth, and its copies go last."""
+        self.room.current = hosted.name
+        if hosted.name in self._weights:
+            self._weights.touch(hosted.name)
+        self.room.changed()
+
+    def _state(self, name: str) -> WeightState:
+        return self._weights.state(name) if name in self._weights else WeightState.RESIDENT
+
+    # -- bringing in ---------------------------------------------------------------------------------
+
+    def can_come(self, hosted: HostedModel) -> bool:
+        """Whether `bring_in` may be called: the weights are in host memory or on the device."""
+        return self._state(hosted.name) not in (WeightState.COLD, WeightState.FETCHING)
+
+    def bring_in(self, hosted: HostedModel) -> None:
+        """Make the model, which can come, ready and wait for it.
+
+        Raises PoolError when a phase fails; the state is legal and the call can be repeated.
+        """
+        start = self._now()
+        self._start_load(hosted, keep=frozenset())
+        if self._swapper.is_out(hosted.name):
+            self._kv_in(hosted)
+        if self._state(hosted.name) is WeightState.LOADING:
+            job = self._weights.job(hosted.name)
+            if job is None or not job.wait(_JOB_LIMIT_S):
+                self._give_up_load(hosted.name)
+                limit = f"{_JOB_LIMIT_S:.0f} s"
+                raise SwitchError(f"weights of {hosted.name!r} did not arrive in {limit}", phase="copy")
+            self._finish_job(hosted.name)
+        end = self._now()
+        self.counters.switches += 1
+        self.counters.visible_seconds += end - start
+        self._trace.record("switch", hosted.name, start, end)
+
+    def prefetch(self, hosted: HostedModel, *, spare: str | None = None) -> bool:
+        """Start to bring weights in beside the current turn; False when that cannot start now.
+
+        `spare` is the busy model that goes first if idle ones are not enough.
+        """
+        if not self.can_prefetch() or self._state(hosted.name) is not WeightState.WARM:
+            return False
+        keep = frozenset({self.room.current} if self.room.current else ())
+        try:
+            self._start_load(hosted, keep=keep, spare=spare)
+        except PoolError as error:
+            logger.debug("no prefetch model=%s reason=%s", hosted.name, error)
+            return False
+        self.counters.prefetches += 1
+        return True
+
+    def fetch(self, hosted: HostedModel) -> None:
+        """Start to read a cold model's weights from disk, if host memory allows; nothing in any other state."""
+        if self._state(hosted.name) is not WeightState.COLD:
+            return
+        try:
+            self._weights.load_host(hosted.name)
+        except PoolError as error:  # tried again when the loop looks next
+            logger.debug("no fetch model=%s reason=%s", hosted.name, error)
+        else:
+            self._job_started[hosted.name] = self._now()
+
+    def poll(self) -> list[tuple[str, PoolError]]:
+        """Take over copies that have ended; returns the models whose copy failed, with the reason."""
+        failed = []
+        for name in list(self._job_started):
+            job = self._weights.job(name)
+            if job is None or job.done():
+                try:
+                    self._finish_job(name)
+                except PoolError as error:
+                    failed.append((name, error))
+        return failed
+
+    def _start_load(self, hosted: HostedModel, *, keep: frozenset[str], spare: str | None = None) -> None:
+        """Get weights into LOADING or beyond, with room for the KV that must come back."""
+        name = hosted.name
+        state = self._state(name)
+        self.room.free_for(hosted, weights=state is WeightState.WARM, keep=keep, spare=spare)
+        if state is WeightState.WARM:
+            self._weights.map(name)
+            self._weights.copy(name)
+            self._job_started[name] = self._now()
+            self.room.changed()
+
+    def _finish_job(self, name: str) -> None:
+        start = self._job_started.pop(name, self._now())
+        job, before = self._weights.job(name), self._weights.state(name)
+        if job is None:  # cancelled meanwhile
+            return
+        kind = "weights_in" if before is WeightState.LOADING else "weights_from_disk"
+        try:
+            self._weights.finish(name)
+        except SwitchError:
+            self.counters.failures += 1
+            if before is WeightState.LOADING:
+                self.room.evict(name)
+            raise
+        direction = CopyKind.TO_DEVICE if before is WeightState.LOADING else CopyKind.FROM_DISK
+        self.copies.observe(direction, self._weights.bytes_of(name), job.seconds)
+        self._trace.record(kind, name, start, start + job.seconds, bytes=self._weights.bytes_of(name))
+
+    def _give_up_load(self, name: str) -> None:
+        self._job_started.pop(name, None)
+        self.room.evict(name)
+
+    def _kv_in(self, hosted: HostedModel) -> None:
+        start, nbytes = self._now(), self._swapper.bytes_out(hosted)
+        try:
+            self._swapper.into(hosted)
+        except PoolError:
+            self.counters.failures += 1
+            raise
+        end = self._now()
+        self.copies.observe(CopyKind.TO_DEVICE, nbytes, end - start)
+        self._trace.record("kv_in", hosted.name, start, end, bytes=nbytes)
+
+    # -- models --------------------------------------------------------------------------------------
+
+    def forget(self, name: str) -> None:
+        """The model is being removed: end its copy."""
+        self._job_started.pop(name, None)
+        if self.room.current == name:
+            self.room.current = None
+        self.room.reuse.forget(name)
+        self.room.changed()

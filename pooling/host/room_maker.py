@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frees pages of the device, and host memory, at the expense of models that can do without them for a while."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from tokenpool.errors import CapacityError, PoolError
+from tokenpool.host.hosted_model import HostedModel
+from tokenpool.host.kv_swap import KVSwapper
+from tokenpool.host.trace import TraceLog
+from tokenpool.memory.host_ledger import HostLedger
+from tokenpool.memory.slab_allocator import SlabAllocator
+from tokenpool.memory.states import WeightState
+from tokenpool.memory.weights import WeightStore
+from tokenpool.policy.cost_model import CopyKind, CopyModel
+from tokenpool.policy.eviction import Candidate, EvictionKind, ReuseEstimator, choose_evictions
+
+logger = logging.getLogger(__name__)
+
+_REUSE_HORIZON_S = 10.0
+_SPARE_REUSE = 0.5
+"""Rank of the busy model that the policy can spare: behind models without work, before other busy ones."""
+
+
+@dataclass(slots=True)
+class SwitchCounters:
+    """Running totals of the device's switches."""
+
+    switches: int = 0
+    """Times a model was brought in that was not ready."""
+    visible_seconds: float = 0.0
+    """Time the loop waited for that."""
+    prefetches: int = 0
+    failures: int = 0
+    weight_evictions: int = 0
+    kv_evictions: int = 0
+
+
+class RoomMaker:
+    """Chooses victims and takes them out; called on the host loop's thread only."""
+
+    def __init__(
+        self,
+        models: Mapping[str, HostedModel],
+        allocator: SlabAllocator,
+        weights: WeightStore,
+        swapper: KVSwapper,
+        host: HostLedger,
+        copies: CopyModel,
+        trace: TraceLog,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.counters = SwitchCounters()
+        self.reuse = ReuseEstimator()
+        self.current: str | None = None
+        """Whose turn it is: its weights are not lent to KV."""
+        self._models = models
+        self._allocator = allocator
+        self._weights = weights
+        self._swapper = swapper
+        self._host = host
+        self._copies = copies
+        self._trace = trace
+        self._now = now
+        self._lendable = 0
+        self._lendable_is_stale = True
+        weights.make_room = lambda pages: self._free_pages(pages)
+        host.make_room = self._free_host_memory
+        allocator.lender = self
+
+    def changed(self) -> None:
+        """A model got work, or has none any more, or moved: what can be lent to KV is another number."""
+        self._lendable_is_stale = True
+
+    def evict(self, name: str) -> None:
+        """Take a model's weights off the device; a copy in flight is cancelled."""
+        self._weights.evict(name)
+        self._allocator.version += 1
+        self.changed()
+
+    # -- making room on the device -------------------------------------------------------------------
+
+    def keep_promises(self, name: str) -> None:
+        """Take other models out until what is promised to all, `name`'s raised floor included, is there."""
+        missing = -self._allocator.num_unpromised
+        if missing > 0:
+            try:
+                self._evict_until(missing, name, keep=frozenset())
+            except PoolError as error:  # the promise is kept when others finish
+                logger.debug("no room model=%s reason=%s", name, error)
+
+    def lendable(self) -> int:
+        """Pages of weights of models without work: KV may have them (the allocator's `Lender`)."""
+        if self._lendable_is_stale:
+            self._lendable_is_stale = False
+            before = self._lendable
+            self._lendable = sum(self._weights.pages_of(h.name) for h in self._models.values() if self._is_idle(h))
+            if self._lendable > before:
+                self._allocator.version += 1
+        return self._lendable
+
+    def lend(self, pages: int) -> None:
+        """Evict weights of models without work until `pages` more pages are free."""
+        self._evict_until(pages, None, keep=frozenset(self._busy_names()), free_now=True)
+
+    def _busy_names(self) -> Iterable[str]:
+        return (name for name, hosted in self._models.items() if not self._is_idle(hosted))
+
+    def _is_idle(self, hosted: HostedModel) -> bool:
+        name = hosted.name
+        return (
+            name != self.current
+            and name in self._weights
+            and self._weights.state(name) is WeightState.RESIDENT
+            and not hosted.core.scheduler.has_unfinished_requests()
+        )
+
+    def free_for(self, hosted: HostedModel, *, weights: bool, keep: frozenset[str], spare: str | None) -> None:
+        """Free what `hosted` needs to step: pages of its weights and slabs of its KV."""
+        name, allocator = hosted.name, self._allocator
+        pages = self._weights.pages_of(name) if weights else 0
+        slabs = 0
+        if hosted.build.pool is not None and self._swapper.is_out(name):
+            slabs = max(self._swapper.slabs_needed(hosted), allocator.floor(name))
+        missing = pages + slabs - allocator.num_unpromised
+        if missing > 0:
+            self._evict_until(missing, name, keep=keep, spare=spare)
+        if pages:
+            allocator.free_pages(pages)
+
+    def _free_pages(self, pages: int) -> None:
+        missing = pages - self._allocator.num_unpromised
+        if missing > 0:
+            self._evict_until(missing, None, keep=frozenset())
+        self._allocator.free_pages(pages)
+
+    def _evict_until(
+        self, pages: int, target: str | None, *, keep: frozenset[str], spare: str | None = None, free_now: bool = False
+    ) -> None:
+        """Take victims out until `pages` more pages are nobody's promise; raises CapacityError if they are too few."""
+        goal = self._allocator.num_unpromised + pages
+        spared: set[str] = set()
+        while (missing := goal - self._allocator.num_unpromised) > 0:
+            candidates = self._candidates(target, keep, spare, spared)
+            victims = choose_evictions(candidates, missing)
+            if victims is None:
+                raise CapacityError(
+                    f"{missing} more pages are needed{f' for model {target!r}' if target else ''} and all that may "
+                    "leave the device is out: raise device_memory",
+                    needed_pages=missing,
+                    free_pages=self._allocator.ledger.num_free,
+                )
+            for victim in victims:
+                self._take_out(victim, spared)
+        if free_now:
+            self._allocator.free_pages(pages)
+
+    def _take_out(self, victim: Candidate, spared: set[str]) -> None:
+        hosted = self._models[victim.owner]
+        if victim.kind is not EvictionKind.WEIGHTS or self._swapper_can_empty(hosted):
+            try:
+                self._kv_out(hosted)
+            except PoolError as error:  # the host tier is full: keep this KV, look for others
+                logger.warning("KV stays on the device model=%s reason=%s", victim.owner, error)
+                self.counters.failures += 1
+                spared.add(victim.owner)
+                return
+        if victim.kind is EvictionKind.WEIGHTS:
+            start = self._now()
+            self.evict(victim.owner)
+            self.counters.weight_evictions += 1
+            self._trace.record("weights_out", victim.owner, start, self._now())
+
+    def _swapper_can_empty(self, hosted: HostedModel) -> bool:
+        """Whether the victim's pool is in and holds nothing that a request uses: it goes out for free."""
+        pool = hosted.build.pool
+        return pool is not None and not self._swapper.is_out(hosted.name) and pool.num_slabs == pool.num_idle_slabs
+
+    def _kv_out(self, hosted: HostedModel) -> None:
+        start, nbytes = self._now(), self._swapper.bytes_out(hosted)
+        hosted.core.drain_batches()
+        self._swapper.out(hosted)
+        end = self._now()
+        if nbytes:
+            self._copies.observe(CopyKind.TO_HOST, nbytes, end - start)
+            self._trace.record("kv_out", hosted.name, start, end, bytes=nbytes)
+        self.counters.kv_evictions += 1
+
+    def _candidates(
+        self, target: str | None, keep: frozenset[str], spare: str | None, spared: set[str]
+    ) -> list[Candidate]:
+        """All that may leave: for each other model its weights, with what KV goes for free, and its used KV."""
+        found = []
+        for name, hosted in self._models.items():
+            if name == target or name in keep:
+                continue
+            pool, is_out = hosted.build.pool, self._swapper.is_out(name)
+            promised = 0 if pool is None or is_out else self._allocator.committed(name)
+            used = promised > 0 and pool.num_slabs > pool.num_idle_slabs
+            p_reuse = 1.0
+            if not hosted.core.scheduler.has_unfinished_requests():
+                p_reuse = self.reuse.probability(name, self._now(), _REUSE_HORIZON_S)
+            elif name == spare:
+                p_reuse = _SPARE_REUSE
+            if name in self._weights and self._weights.state(name) in (WeightState.RESIDENT, WeightState.LOADING):
+                pages = self._weights.pages_of(name) + (0 if used else promised)
+                cost_s = self._copies.predict(CopyKind.TO_DEVICE, self._weights.bytes_of(name))
+                found.append(Candidate(EvictionKind.WEIGHTS, name, pages, cost_s, p_reuse))
+            if used and name not in spared:
+                nbytes = self._swapper.bytes_out(hosted)
+                cost_s = sum(self._copies.predict(kind, nbytes) for kind in (CopyKind.TO_HOST, CopyKind.TO_DEVICE))
+                found.append(Candidate(EvictionKind.PAUSED_KV, name, promised, cost_s, p_reuse))
+        return found
+
+    # -- host memory ---------------------------------------------------------------------------------
+
+    def _free_host_memory(self, nbytes: int) -> None:
+        """Give cached KV up, then host copies of warm models without work that can be read again."""
+        goal = self._host.free_bytes + nbytes
+        self._swapper.tier.drop_cached(nbytes)
+        if self._host.free_bytes >= goal or self._weights.try_make_host_room(goal):
+            return
+        for name in self._weights.owners:
+            hosted = self._models.get(name)
+            if self._host.free_bytes >= goal:
+                return
+            if hosted is None or hosted.core.scheduler.has_unfinished_requests():
+                continue
+            with suppress(PoolError):  # one that must stay in host memory; the next may go
+                if self._weights.state(name) is WeightState.RESIDENT and name != self.current:
+                    self.evict(name)
+                if self._weights.state(name) is WeightState.WARM:
+                    self._weights.drop_host(name)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks the turn policy: shows it the models with work, and learns from each step what steps cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from tokenpool.host.hosted_model import HostedModel
+from tokenpool.host.pool_view import QueueStats, queue_stats
+from tokenpool.host.residency import ResidencyManager
+from tokenpool.host.trace import TraceLog
+from tokenpool.policy.turns import Decision, ModelView, PoolView, TurnPolicy
+
+
+class TurnChooser:
+    """Whose turn it is, and the books of the present turn; called on the host loop's thread only."""
+
+    def __init__(self, policy: TurnPolicy, residency: ResidencyManager, trace: TraceLog) -> None:
+        self._policy = policy
+        self._residency = residency
+        self._trace = trace
+        self._stats: dict[str, QueueStats] = {}
+        self._turn_started_s = 0.0
+        self._turn_steps = 0
+
+    def choose(self, models: Iterable[HostedModel], current: HostedModel | None) -> Decision:
+        """Ask the policy; `models` have work and can step or be brought in, at least one."""
+        views = sorted((self._view(hosted) for hosted in models), key=lambda view: view.index)
+        name = current.name if current else None
+        pool = PoolView(time.time(), name, views, self._turn_started_s, self._residency.can_prefetch())
+        return self._policy.decide(pool)
+
+    def changed(self, name: str) -> None:
+        """The model's requests changed: count them again when they are needed."""
+        self._stats.pop(name, None)
+
+    def begin_turn(self) -> None:
+        """Another model has the device from now on."""
+        self._turn_started_s = time.time()
+        self._turn_steps = 0
+
+    def end_turn(self, hosted: HostedModel) -> None:
+        """The model's turn is over: note it in the trace."""
+        if self._turn_steps:
+            self._trace.record("turn", hosted.name, self._turn_started_s, time.time(), steps=self._turn_steps)
+        self._turn_steps = 0
+
+    def observe_step(self, hosted: HostedModel, seconds: float, executed: bool) -> None:
+        """A step of the model took `seconds`: learn its costs."""
+        self._turn_steps += 1
+        stats = self._stats.pop(hosted.name, None)
+        if not executed or stats is None:
+            return  # with one busy model nobody asks what a step costs
+        scheduled = hosted.core.last_scheduled.num_scheduled_tokens
+        num_decodes = sum(count == 1 for count in scheduled.values())
+        num_prefill = sum(scheduled.values()) - num_decodes
+        hosted.cost.observe_step(num_decodes, stats.context_tokens, num_prefill, seconds)
+
+    def _view(self, hosted: HostedModel) -> ModelView:
+        stats = self._stats.get(hosted.name)
+        if stats is None:
+            stats = self._stats[hosted.name] = queue_stats(hosted.core.scheduler, hosted.spec.slo)
+        slo, residency = hosted.spec.slo, self._residency
+        due = {} if slo is None else {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}
+        return ModelView(
+            model=hosted.name,
+            index=hosted.index,
+            priority=hosted.spec.priority,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            waiting_tokens=stats.waiting_tokens,
+            arrival_s=stats.arrival_s,
+            first_due_s=stats.first_due_s,
+            next_due_s=stats.next_due_s,
+            residency=residency.residency(hosted),
+            kv_out=residency.is_kv_out(hosted),
+            ready_in_s=residency.ready_in_s(hosted),
+            step_s=hosted.cost.predict_step(stats.num_running, stats.context_tokens),
+            prefill_s=hosted.cost.predict_prefill(stats.waiting_tokens),
+            weight_bytes=residency.weight_bytes(hosted),
+            **due,
+        )

@@ -70,9 +70,9 @@ def choose_evictions(candidates: Iterable[Candidate], need_pages: int) -> list[C
     return chosen
 
 
-def _order(candidate: Candidate) -> tuple[float, float, int, str, int]:
-    expected_s = candidate.cost_s * candidate.p_reuse / candidate.pages
-    return expected_s, -candidate.needed_in_s, _KINDS.index(candidate.kind), candidate.owner, candidate.pages
+def _order(candidate: Candidate) -> tuple[float | str, ...]:
+    kind, owner, pages, cost_s, p_reuse, needed_in_s = candidate
+    return cost_s * p_reuse / pages, -needed_in_s, _KINDS.index(kind), owner, pages, cost_s
 
 
 class ReuseEstimator:

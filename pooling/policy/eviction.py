@@ -72,7 +72,7 @@ def choose_evictions(candidates: Iterable[Candidate], need_pages: int) -> list[C
 
 def _order(candidate: Candidate) -> tuple[float | str, ...]:
     kind, owner, pages, cost_s, p_reuse, needed_in_s = candidate
-    return cost_s * p_reuse / pages, -needed_in_s, _KINDS.index(kind), owner, pages, cost_s
+    return cost_s * p_reuse / pages, -needed_in_s, _KINDS.index(kind), owner, pages, cost_s, p_reuse
 
 
 class ReuseEstimator:

@@ -91,6 +91,7 @@ class Slack:
         self._max_wait_s = max_wait_s
         self._overdue_frac = overdue_frac
         self._since_s: dict[str, float] = {}  # when each model with work stepped last, or got work
+        self._now_s = -_INF
         self._given_up: frozenset[str] = frozenset()
         self._select_at_s = -_INF
         self._next_copy_s = -_INF
@@ -123,6 +124,10 @@ class Slack:
         return Decision(run.view.model, _phase(run.view, now_s), prefetch, evict)
 
     def _note_waits(self, pool: PoolView) -> None:
+        if pool.now_s < self._now_s:  # the host's clock was set back: waits and pauses begin again
+            self._since_s = {}
+            self._select_at_s = self._next_copy_s = self._next_overdue_s = -_INF
+        self._now_s = pool.now_s
         since_s = self._since_s
         for view in pool.models:
             if view.model not in since_s:
@@ -154,15 +159,21 @@ class Slack:
     def _choose(self, pool: PoolView, ranked: list[_Ranked], ready: list[_Ranked], out: _Ranked | None) -> _Ranked:
         mine = next((item for item in ready if item.view.model == pool.current), None)
         if mine is None:
-            return ready[0] if ready else _loading(ranked) or ranked[0]
+            return ready[0] if ready else min(ranked, key=_soonest)
         if ready[0].rank < mine.rank:
             other = ready[0]
-        elif out is not None and out.rank < mine.rank and not pool.can_prefetch and _loading(ranked) is None:
+        elif out is not None and out.rank < mine.rank and not self._comes_by_prefetch(pool, ranked, out):
             other = out
         else:
             return mine
         hold_s = max(self._turn_s, other.view.ready_in_s / self._overhead_frac)
         return other if pool.now_s - pool.turn_started_s >= hold_s else mine
+
+    def _comes_by_prefetch(self, pool: PoolView, ranked: list[_Ranked], out: _Ranked) -> bool:
+        if any(item.view.residency is Residency.LOADING for item in ranked):
+            return True
+        # The host may refuse every prefetch, for want of pages: nobody waits for that for ever.
+        return pool.can_prefetch and _OVERDUE - out.rank < 2 * self._max_wait_s
 
     def _begin_turn(self, run: _Ranked, now_s: float) -> None:
         copied_s = max(self._copied_s.pop(run.view.model, 0.0), run.view.ready_in_s)
@@ -172,8 +183,9 @@ class Slack:
             self._next_overdue_s = now_s + self._turn_s / self._overdue_frac
 
 
-def _loading(ranked: list[_Ranked]) -> _Ranked | None:
-    return next((item for item in ranked if item.view.residency is Residency.LOADING), None)
+def _soonest(item: _Ranked) -> tuple[bool, float, float]:
+    """Order in which to wait for a model when none can run: overdue ones, then by time to a tenth of a second."""
+    return item.rank >= _OVERDUE_BELOW, round(item.view.ready_in_s, 1), item.rank
 
 
 def _slack_s(view: ModelView, now_s: float) -> float:

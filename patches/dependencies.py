@@ -36,7 +36,7 @@ PATCHES = (
         v0_32_0="64f70593d3c2b16c5d4a0b2c3d866385c1e98cfccedc7be21d9941660c0db3c0",
         v0_29_0="75740eff4768573c9b2f6b50ff0374505aa51e3272d57de889ab7aa50a5455cb",
     ),
-        reason="HostedEngineCore ends this thread by raising SystemExit from its queue, or starts none",
+        reason="HostedEngineCore replaces it: InputReceiver does the same and can be told to end",
         removal=_REMOVAL,
     ),
     Patch(

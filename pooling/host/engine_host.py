@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from tokenpool.errors import ConfigError, HostError, PoolError
 from tokenpool.host.affinity import use_all_cpus
 from tokenpool.host.engine_globals import EngineGlobals
+from tokenpool.host.heap import release_engine
 from tokenpool.host.hosted_core import HostedEngineCore
 from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
 from tokenpool.host.kv_swap import KVSwapper
@@ -113,15 +113,17 @@ class EngineHost:
                 cost=CostModel(copies=self.residency.copies),
             )
             self.swapper.add(hosted)
-        except BaseException:
+        except BaseException as error:
             if core is not None:
                 core.close(tell=False)
+            core = model = hosted = None
             if spec.name in self.weights:
                 self.weights.remove(spec.name)
             self._relief.forget(spec.name)
             build.undo()
             self.ledger.give(spec.name, PageUse.WEIGHTS, weight_pages)
             self._globals.forget(spec.name)
+            release_engine(error)
             raise
         core.is_away = lambda: not self.residency.is_ready(hosted)
         self._next_index += 1
@@ -154,9 +156,7 @@ class EngineHost:
         self.ledger.give(name, PageUse.WEIGHTS, hosted.weight_pages)
         self._globals.forget(name)
         del hosted
-        gc.unfreeze()  # vLLM freezes the heap after each build; the engine must become collectable
-        gc.collect()
-        gc.freeze()
+        release_engine()
         logger.info("model removed model=%s", name)
 
     def _build_core(self, spec: HostedModelSpec, build: ModelBuild) -> HostedEngineCore:

@@ -26,9 +26,11 @@ from vllm.v1.serial_utils import MsgpackDecoder
 if TYPE_CHECKING:
     from tokenpool.host.hosted_core import HostedEngineCore
 
+_JOIN_LIMIT_S = 1.0
+
 
 class InputReceiver:
-    """Puts what the frontends send into the engine's inbox; `run` is the thread, `stop` may be called from any."""
+    """Puts what the frontends send into the engine's inbox; made and run on that thread, stopped from another."""
 
     def __init__(self, core: HostedEngineCore) -> None:
         self._core = core
@@ -36,10 +38,15 @@ class InputReceiver:
         self._decode_add = MsgpackDecoder(EngineCoreRequest, oob_tensor_provider=oob).decode
         self._decode = MsgpackDecoder(oob_tensor_provider=oob).decode
         self._bell, self._rope = socket.socketpair()  # closing the rope wakes whoever polls the bell
+        self._thread = threading.current_thread()
 
     def stop(self) -> None:
-        """Let `run` return soon; what frontends send from now on is lost."""
+        """End the thread; what frontends send from now on is lost.
+
+        Waits for it, because it refers to the engine, but not for one that still says good-bye to a frontend.
+        """
         self._rope.close()
+        self._thread.join(_JOIN_LIMIT_S)
 
     def run(self, addresses: list[str], identity: bytes, ready: threading.Event) -> None:
         """Greet the frontends at `addresses` and receive until `stop`."""

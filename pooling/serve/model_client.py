@@ -122,9 +122,7 @@ class ModelClient:
             self.engine.output_handler.cancel()
         resources = self.engine.engine_core.resources
         if removed and not resources.engine_dead:
-            # The host ends a removed engine's threads when a message comes in. Closing the socket would drop one that
-            # is still on its way: wait for the threads' last word, which vLLM takes for the engine's death.
-            await self.engine.engine_core.abort_requests_async(["tokenpool-close"])
+            # The last word of a removed engine, which vLLM takes for its death: nothing comes after it.
             deadline = time.monotonic() + _CLOSE_LIMIT_S
             while not resources.engine_dead and time.monotonic() < deadline:
                 await asyncio.sleep(0.01)

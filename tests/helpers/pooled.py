@@ -17,6 +17,7 @@ from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType  # noqa: E402
 
 from tokenpool.host.engine_host import EngineHost  # noqa: E402
+from tokenpool.host.hosted_core import EngineAddresses  # noqa: E402
 from tokenpool.host.hosted_model import HostConfig, HostedModelSpec  # noqa: E402
 from tokenpool.memory.device import Device  # noqa: E402
 
@@ -30,6 +31,13 @@ class _Collected:
     request: Any = None
 
 
+def make_spec(case: Case, addresses: EngineAddresses | None = None, **engine_args: Any) -> HostedModelSpec:
+    """A fresh model for `EngineHost.add_model`, with the engine arguments of the reference."""
+    args = ENGINE_ARGS | case.engine_args | engine_args
+    config = EngineArgs(model=case.model, **args).create_engine_config()
+    return HostedModelSpec(case.name, config, addresses)
+
+
 class PooledModels:
     """An EngineHost without frontends; `run` steps it to the end and returns what each request got."""
 
@@ -40,9 +48,7 @@ class PooledModels:
         self._collected: dict[tuple[str, str], _Collected] = {}
 
     def add(self, case: Case, **engine_args: Any) -> None:
-        args = ENGINE_ARGS | case.engine_args | engine_args
-        config = EngineArgs(model=case.model, **args).create_engine_config()
-        self.host.add_model(HostedModelSpec(case.name, config))
+        self.host.add_model(make_spec(case, **engine_args))
 
     def submit(self, case: Case) -> None:
         """Queue all requests of a case; none is scheduled before the next step."""

@@ -73,7 +73,7 @@ class EngineHost:
         self._turns = TurnChooser(policy, self.residency, self.trace)
         self._globals = EngineGlobals()
         self._relief = PressureRelief(
-            self.allocator, config.kv_floor_pages, self._most_slabs_for, room.keep_promises
+            self.allocator, config.kv_floor_pages, room.most_slabs_for, room.keep_promises
         )
         self._wake = threading.Event()
         self._inputs: set[str] = set()  # models with new input; set operations are atomic under the GIL
@@ -149,10 +149,10 @@ class EngineHost:
         if self._current is hosted:
             self._current = None
         hosted.core.close()
-        self.swapper.forget(name)
         if name in self.weights:
             self.weights.remove(name)
         hosted.build.undo()
+        self.swapper.forget(name)  # last: slabs that were given up offered their cached blocks to the host tier
         self.ledger.give(name, PageUse.WEIGHTS, hosted.weight_pages)
         self._globals.forget(name)
         del hosted
@@ -173,12 +173,6 @@ class EngineHost:
                 log_stats=spec.log_stats,
                 notify=lambda: self._notify(spec.name),
             )
-
-    def _most_slabs_for(self, name: str) -> int:
-        if not self.config.movable_weights:
-            return self.allocator.most_for(name)
-        taken = self.ledger.total(PageUse.NULL) + self.weights.pages_of(name)
-        return self.ledger.num_pages - taken
 
     def _take_weight_pages(self, name: str, nbytes: int) -> list[int]:
         count = -(-nbytes // self.config.page_size)

@@ -217,6 +217,13 @@ class HostedEngineCore(EngineCoreProc):
         finally:
             self.scheduler._pause_state = before
 
+    def preempt_newest(self) -> bool:
+        """Preempt the request that runs shortest, as vLLM does when blocks run out; False if none runs."""
+        if not self.scheduler.running:
+            return False
+        self.scheduler._preempt_request(self.scheduler.running.pop(), time.monotonic())
+        return True
+
     def fail_request(self, request_id: str) -> None:
         """Finish a request with an error, which its client sees as an internal server error."""
         request = self.scheduler.requests.get(request_id)

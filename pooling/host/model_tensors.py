@@ -37,7 +37,7 @@ _KV_CACHES = frozenset({"kv_cache"})
 _OPAQUE = ("vllm.config", "vllm.distributed", "transformers.", "torch.", "torch_")
 """Modules whose objects are not searched: they lead to the whole process. Modules and tensors are, whatever theirs."""
 
-_LEAVES = (str, bytes, int, float, complex, type(None), type, types.ModuleType, types.BuiltinFunctionType)
+_LEAVES = (str, bytes, int, float, complex, type(None), type, types.ModuleType)
 
 
 def movable_tensors(*models: torch.nn.Module) -> list[torch.Tensor]:
@@ -106,6 +106,8 @@ def _children(value: Any) -> Iterable[tuple[str, Any]]:
         return [("()", item) for item in (*cells, *(value.__defaults__ or ()), value.__kwdefaults__)]
     if isinstance(value, types.MethodType):
         return [("", value.__self__), ("", value.__func__)]
+    if isinstance(value, types.BuiltinFunctionType):
+        return [("", value.__self__)]
     if isinstance(value, functools.partial):
         return [("()", item) for item in (value.func, value.args, value.keywords)]
     slots = [name for kind in type(value).__mro__ for name in _slots_of(kind) if hasattr(value, name)]

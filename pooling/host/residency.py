@@ -161,6 +161,10 @@ class ResidencyManager:
         """Get weights into LOADING or beyond, with room for the KV that must come back."""
         name = hosted.name
         state = self._state(name)
+        if self._swapper.is_out(name):
+            # Blocks come back packed by the worst slab's measure and may need one slab more than they had.
+            while self._swapper.slabs_needed(hosted) > self.room.most_slabs_for(name) and hosted.core.preempt_newest():
+                logger.info("request preempted, its KV does not fit any more model=%s", name)
         self.room.free_for(hosted, weights=state is WeightState.WARM, keep=keep, spare=spare)
         if state is WeightState.WARM:
             self._weights.map(name)

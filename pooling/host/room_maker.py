@@ -14,6 +14,7 @@ from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.kv_swap import KVSwapper
 from tokenpool.host.trace import TraceLog
 from tokenpool.memory.host_ledger import HostLedger
+from tokenpool.memory.ledger import PageUse
 from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.memory.states import WeightState
 from tokenpool.memory.weights import WeightStore
@@ -76,6 +77,13 @@ class RoomMaker:
     def changed(self) -> None:
         """A model got work, or has none any more, or moved: what can be lent to KV is another number."""
         self._lendable_is_stale = True
+
+    def most_slabs_for(self, name: str) -> int:
+        """Slabs that a model could have if all others gave up what they can."""
+        if name not in self._weights:
+            return self._allocator.most_for(name)
+        ledger = self._allocator.ledger
+        return ledger.num_pages - ledger.total(PageUse.NULL) - self._weights.pages_of(name)
 
     def evict(self, name: str) -> None:
         """Take a model's weights off the device; a copy in flight is cancelled."""

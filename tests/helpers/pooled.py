@@ -42,9 +42,15 @@ class PooledModels:
     """An EngineHost without frontends; `run` steps it to the end and returns what each request got."""
 
     def __init__(
-        self, device_memory: int, page_size: int, *, device: Device | None = None, poison: bool = False
+        self,
+        device_memory: int,
+        page_size: int,
+        *,
+        device: Device | None = None,
+        poison: bool = False,
+        **host_config: Any,
     ) -> None:
-        self.host = EngineHost(HostConfig(device_memory, page_size), device=device, poison=poison)
+        self.host = EngineHost(HostConfig(device_memory, page_size, **host_config), device=device, poison=poison)
         self._collected: dict[tuple[str, str], _Collected] = {}
 
     def add(self, case: Case, **engine_args: Any) -> None:

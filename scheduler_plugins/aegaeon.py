@@ -101,7 +101,7 @@ class Aegaeon:
     # -- prefill -------------------------------------------------------------------------------------
 
     def _regroup(self, views: dict[str, ModelView]) -> None:
-        """Bring the groups up to what waits: executed and aborted requests leave, new ones join."""
+        """Bring the groups up to what waits: new requests join, then executed and aborted ones leave."""
         left = self._left()
         gone = {}
         for name, known in left.items():
@@ -109,16 +109,17 @@ class Aegaeon:
             gone[name] = max(0, known - (self._num_waiting(view) if view else 0))
             if view and name == self._ran_prefill and not gone[name] and view.arrival_s != self._oldest.get(name):
                 gone[name] = 1  # as many came as were executed
-        for group in self._groups:
-            taken = min(gone[group.model], group.left)
-            group.left -= taken
-            gone[group.model] -= taken
-        self._groups = [group for group in self._groups if group.left]
-        left = self._left()
-        grown = [view for view in views.values() if self._num_waiting(view) > left.get(view.model, 0)]
+        come = {name: self._num_waiting(v) - left.get(name, 0) + gone.get(name, 0) for name, v in views.items()}
+        grown = [view for view in views.values() if come[view.model]]
         for view in sorted(grown, key=lambda view: (view.arrival_s, view.index)):
-            for _ in range(self._num_waiting(view) - left.get(view.model, 0)):
+            for _ in range(come[view.model]):
                 self._put(view.model)
+        for group in self._groups:
+            taken = min(gone.get(group.model, 0), group.left)
+            if taken:
+                group.left -= taken
+                gone[group.model] -= taken
+        self._groups = [group for group in self._groups if group.left]
         self._oldest = {name: view.arrival_s for name, view in views.items()}
 
     def _left(self) -> dict[str, int]:

@@ -17,13 +17,14 @@ _OVERDUE_BELOW = -5e8
 _OUT = (Residency.WARM, Residency.COLD)
 _SELECT_EVERY_S = 0.1
 """Age at which the choice of who is given up is made anew."""
-_URGENT_ROUNDS = 3
-"""Tokens due within so many rounds of the pool are urgent."""
+_URGENT_ROUNDS, _URGENT_S = 3, 1.0
+"""Tokens due within so many rounds of the pool, or so many seconds, are urgent."""
 
 
 class _Ranked(NamedTuple):
     rank: float
     """Seconds of slack, or less wait, plus the offset of the tier; the lowest comes first."""
+    slack_s: float
     index: int
     view: ModelView
 
@@ -40,8 +41,8 @@ class Slack:
 
         overdue   waited longer than max_wait_s. Longest wait first. These turns take at most `overdue_frac` of the
                   time, so k models wait at most about max_wait_s + k * turn / overdue_frac.
-        urgent    slack_i < 3 * sum over models (min_turn_s + ready_in). Least slack first.
-        rest      without an SLO, or far ahead of schedule. Longest wait first.
+        urgent    slack_i < max(1 s, 3 * sum over models (min_turn_s + ready_in)). Least slack first.
+        rest      without an SLO, or far ahead of schedule. Longest wait first, then least slack.
         given up  longest wait first.
 
     Giving up. Earliest deadline first makes everything late once there is too much to do. To keep model i on time over
@@ -138,7 +139,7 @@ class Slack:
             self._since_s = {view.model: since_s[view.model] for view in pool.models}
 
     def _ranked(self, models: Sequence[ModelView], now_s: float) -> list[_Ranked]:
-        urgent_s = _URGENT_ROUNDS * sum([self._min_turn_s + view.ready_in_s for view in models])
+        urgent_s = max(_URGENT_S, _URGENT_ROUNDS * sum([self._min_turn_s + view.ready_in_s for view in models]))
         overdue_s = self._max_wait_s if now_s >= self._next_overdue_s else _INF
         ranked = []
         for view in models:
@@ -152,7 +153,7 @@ class Slack:
                 rank = _URGENT + slack_s
             else:
                 rank = _REST - wait_s
-            ranked.append(_Ranked(rank, view.index, view))
+            ranked.append(_Ranked(rank, slack_s, view.index, view))
         ranked.sort()
         return ranked
 

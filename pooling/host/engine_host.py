@@ -138,9 +138,7 @@ class EngineHost:
         hosted.core._process_input_queue()
         if hosted.core.scheduler.has_unfinished_requests():
             raise HostError(f"model {name!r} still has requests: drain or abort them first")
-        if hosted.core.has_work():
-            self._globals.enter(name)
-            hosted.core.step_once()  # lets the worker forget the finished ones
+        hosted.core.forget_finished()
         del self.models[name]
         self._active.pop(name, None)
         self._relief.forget(name)
@@ -226,6 +224,7 @@ class EngineHost:
             hosted.quarantine.step_done(executed)
             self._turns.observe_step(hosted, time.perf_counter() - step_start, executed)
         self.swapper.after_step(hosted)
+        hosted.core.forget_finished()
         if not hosted.core.has_work():
             self._active.pop(hosted.name, None)
             self.residency.room.changed()
@@ -240,8 +239,7 @@ class EngineHost:
                 continue
             core = hosted.core
             core._process_input_queue()
-            if core.has_work() and not core.scheduler.has_unfinished_requests() and core.is_away():
-                core.step_once()  # lets the worker forget aborted requests; touches no weights and no KV
+            core.forget_finished()
             self._turns.changed(name)
             self.residency.room.changed()
             if core.has_work() or core.deferred:

@@ -198,6 +198,11 @@ class HostedEngineCore(EngineCoreProc):
         self.counters.step_seconds += time.perf_counter() - start
         return executed
 
+    def forget_finished(self) -> None:
+        """Let the worker forget requests that ended, when no others would make it step; computes nothing."""
+        if self.has_work() and not self.scheduler.has_unfinished_requests():
+            self.step_once()
+
     def run_deferred(self) -> None:
         """Answer the utility calls that waited for the model."""
         while self.deferred:

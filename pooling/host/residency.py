@@ -42,6 +42,7 @@ class ResidencyManager:
         self._trace = trace
         self._now = now
         self._job_started: dict[str, float] = {}
+        self._refused: tuple[str, str | None, int] | None = None  # the prefetch that failed last, and when
 
     # -- what the loop and the policy ask ------------------------------------------------------------
 
@@ -125,11 +126,15 @@ class ResidencyManager:
         """
         if not self.can_prefetch() or self._state(hosted.name) is not WeightState.WARM:
             return False
+        attempt = (hosted.name, self.room.current, self.room.version)
+        if attempt == self._refused:
+            return False
         keep = frozenset({self.room.current} if self.room.current else ())
         try:
             self._start_load(hosted, keep=keep, spare=spare)
         except PoolError as error:
             logger.debug("no prefetch model=%s reason=%s", hosted.name, error)
+            self._refused = attempt
             return False
         self.counters.prefetches += 1
         return True

@@ -74,6 +74,11 @@ class RoomMaker:
         host.make_room = self._free_host_memory
         allocator.lender = self
 
+    @property
+    def version(self) -> int:
+        """Grows whenever pages may have come free."""
+        return self._allocator.version
+
     def changed(self) -> None:
         """A model got work, or has none any more, or moved: what can be lent to KV is another number."""
         self._lendable_is_stale = True

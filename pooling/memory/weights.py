@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
 
@@ -94,7 +94,9 @@ class WeightStore:
             entry = ModelWeights(owner, layout, place, reload, host, WeightState.RESIDENT)
             if verify_reload and reload is not None:
                 undo.callback(layout.fill_from, host)
-                self._accept(entry, try_reload(layout, host, layout.bytes_of, lambda: reload(_ignore), _ignore))
+                proof = try_reload(layout, host, layout.bytes_of, lambda: reload(_ignore), _ignore)
+                with suppress(CapacityError):  # no room for what a cold model keeps: then it is not cold for now
+                    self._accept(entry, proof)
             place.copy_in(host, self.chunk_bytes, _ignore)
             undo.callback(layout.restore, layout.save())
             place.point_tensors_here()

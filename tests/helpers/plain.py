@@ -103,8 +103,11 @@ def prompts_for(
     return prompts
 
 
-def run_plain(cases: list[Case]) -> dict[str, dict[str, Result]]:
+def run_plain(cases: list[Case], *, plain_gemm: bool = False) -> dict[str, dict[str, Result]]:
     """Run the cases one after another in one child process: case name -> request id -> result.
+
+    With `plain_gemm` linear layers compute with torch's own kernel, as they do where weights are movable: packed
+    kernels round otherwise, and only equal kernels give equal logprobs.
 
     Raises RuntimeError with the end of the child's output when any case fails.
     """
@@ -114,7 +117,7 @@ def run_plain(cases: list[Case]) -> dict[str, dict[str, Result]]:
         cases_file.write_text(json.dumps([asdict(case) for case in cases]))
         with log_file.open("w") as log:
             child = subprocess.run(
-                [sys.executable, "-m", "tests.helpers.plain", str(cases_file), str(results_file)],
+                [sys.executable, "-m", "tests.helpers.plain", str(cases_file), str(results_file), str(int(plain_gemm))],
                 cwd=Path(__file__).parents[2],
                 env=os.environ | ENV | {"VLLM_PLUGINS": ""},
                 stdout=log,
@@ -132,9 +135,11 @@ def run_plain(cases: list[Case]) -> dict[str, dict[str, Result]]:
     }
 
 
-def _main(cases_file: str, results_file: str) -> None:
+def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
     from vllm.model_executor.models import registry
 
+    if plain_gemm == "1":
+        _use_plain_gemm()
     # Inspecting an architecture in a further process costs 10 s each; it protects only CUDA initialisation.
     registry._run_in_subprocess = lambda inspect: inspect()
     results = {}
@@ -144,6 +149,22 @@ def _main(cases_file: str, results_file: str) -> None:
         results[case.name] = {key: asdict(result) for key, result in _run_case(case).items()}
         gc.collect()
     Path(results_file).write_text(json.dumps(results))
+
+
+def _use_plain_gemm() -> None:
+    """Let every linear layer loaded from here on keep its weight and use torch's kernel."""
+    from torch.nn.functional import linear
+    from vllm.model_executor.layers import utils
+
+    original = utils.dispatch_cpu_unquantized_gemm
+
+    def dispatch(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.ndim == 2:
+            layer.cpu_linear = linear
+        else:
+            original(layer, remove_weight)
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch
 
 
 def _run_case(case: Case) -> dict[str, Result]:

@@ -254,6 +254,17 @@ def test_a_proof_at_adoption_needs_no_memory():
     rig.assert_empty()
 
 
+def test_without_room_for_what_it_keeps_a_model_is_adopted_unproven():
+    """The budget holds the host copy but not the storages that a cold model keeps beside it."""
+    tensors = parts()
+    rig = Rig(host_bytes=6 * PAGE)
+    rig.store.adopt("a", tensors, Checkpoint(tensors, skip={1}).reload, verify_reload=True)
+    rig.check()
+    assert (RESIDENT, None) == (rig.store.state("a"), rig.store.snapshot()["a"].droppable)
+    rig.store.close()
+    rig.assert_empty()
+
+
 def test_an_adoption_that_fails_after_its_proof_puts_the_bytes_back(rig):
     """The proof scribbles over the loader's tensors; they are whole again after a failure."""
     tensors = parts()

@@ -77,6 +77,11 @@ def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes}B"
 
 
+def format_count(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural unless it is one: ``1 model``, ``2 models``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def parse_seconds(value: object, key: str | None = None) -> float:
     """Return a time in seconds: a number as it is, or ``250us``, ``400ms``, ``10s``, ``2m``, ``1.5h``.
 

@@ -148,6 +148,12 @@ def test_written_bytes_read_back(num_bytes: int) -> None:
     assert abs(num_bytes - actual) <= 0.005 * num_bytes + 1
 
 
+@pytest.mark.parametrize(("count", "expected"), [(0, "0 models"), (1, "1 model"), (2, "2 models")])
+def test_counts_have_the_right_number(count: int, expected: str) -> None:
+    """Only one is singular."""
+    assert expected == units.format_count(count, "model")
+
+
 @given(st.floats(0, 0.999e9))
 def test_written_seconds_read_back(seconds: float) -> None:
     """A written time reads back within its three decimals: 0.05 percent, or half a nanosecond."""

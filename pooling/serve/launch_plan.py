@@ -19,8 +19,9 @@ from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, PoolError
 from tokenpool.host.hosted_model import HostConfig
 from tokenpool.serve.flags import parse_serve_flags
+from tokenpool.serve.names import check_names
 from tokenpool.serve.poolability import check_config, check_flags
-from tokenpool.units import format_bytes
+from tokenpool.units import format_bytes, format_count
 
 _AUTO_CPU_FRACTION = 0.5
 _AUTO_HOST_FRACTION = 0.25
@@ -42,6 +43,8 @@ class ModelPlan:
     """vLLM's parsed serve flags; its app is built from them."""
     weight_bytes: int
     """Size of a local checkpoint's weights; 0 when the model is not a local folder."""
+    checked: VllmConfig | None = None
+    """The engine config that was checked, to be read and not changed; None for a model added at run time."""
 
     def engine_config(self) -> VllmConfig:
         """A fresh engine config, which an engine may change; raises ConfigError of one line."""
@@ -66,7 +69,7 @@ def plan_model(spec: ModelSpec) -> ModelPlan:
         if any(word.split("=")[0].replace("_", "-") == flag for word in spec.args):
             raise ConfigError(f"is a setting of the pool: give {key} for the whole pool", key=flag, source=spec.name)
     words = [spec.model, *spec.args]
-    if not any(word.split("=")[0] == "--served-model-name" for word in spec.args):
+    if not any(word.split("=")[0].replace("_", "-") == "--served-model-name" for word in spec.args):
         words += ["--served-model-name", spec.name]
     try:
         args = parse_serve_flags(words)
@@ -82,8 +85,9 @@ def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
     if not current_platform.is_cpu():
         raise PoolError(f"device {current_platform.device_name} is not supported yet: install tokenpool[cpu]")
     plans = [plan_model(spec) for spec in config.models]
+    check_names(plans)
     for plan in plans:
-        plan.engine_config()
+        plan.checked = plan.engine_config()
     if config.device_memory is None:
         config = replace(config, device_memory=_auto_device_memory(config, plans))
     if config.host_memory is None:
@@ -131,7 +135,7 @@ def _pages_for_all(config: PoolConfig, plans: list[ModelPlan]) -> int:
 def _check_budget(config: PoolConfig, plans: list[ModelPlan]) -> None:
     assert config.device_memory is not None and config.host_memory is not None
     if config.weights == "fixed":
-        needed, what = _pages_for_all(config, plans), f"the weights of {len(plans)} model{'s' * (len(plans) != 1)}"
+        needed, what = _pages_for_all(config, plans), f"the weights of {format_count(len(plans), 'model')}"
         fix = "raise it, lower page_size, serve fewer models, or let weights move (weights: movable)"
     else:
         largest = max(plans, key=lambda plan: plan.weight_bytes)

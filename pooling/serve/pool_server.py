@@ -18,6 +18,7 @@ from tokenpool.serve.auth import ApiKeyAuth
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_model
 from tokenpool.serve.model_client import ModelClient
+from tokenpool.serve.names import check_names, names_of
 from tokenpool.serve.router import ModelApp, ModelRouter
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class PoolServer:
 
     async def _start_host(self) -> None:
         first = next(iter(self._plans.values()), None)
-        config = await asyncio.to_thread(first.engine_config) if first else None
+        config = (first.checked or await asyncio.to_thread(first.engine_config)) if first else None
         self._host = await HostProcess.start(self._host_config, config)
         for plan in list(self._plans.values()):
             await self._start_model(plan)
@@ -143,6 +144,8 @@ class PoolServer:
         async with self._changing:
             if any(spec.name in model.aliases() for model in self.router.models.values()):
                 raise ConfigError(f"model {spec.name!r} is in the pool already: choose another name", key="name")
+            taken = {alias: f"model {m.name!r}" for m in self.router.models.values() for alias in m.aliases()}
+            check_names([plan], {name: owner for p in self._plans.values() for name, owner in names_of(p)} | taken)
             self.router.add(ModelApp(spec.name, _no_app, state="loading", retry_after_s=5))
             try:
                 client = await self._start_model(plan)

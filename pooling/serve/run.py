@@ -23,7 +23,7 @@ from tokenpool.errors import ConfigError
 from tokenpool.serve.endpoints import build_outer_app
 from tokenpool.serve.launch_plan import ModelPlan, plan_pool
 from tokenpool.serve.pool_server import PoolServer
-from tokenpool.units import format_bytes
+from tokenpool.units import format_bytes, format_count
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ async def _serve(config: PoolConfig, plans: list[ModelPlan], sock: socket.socket
         if starting.done():
             starting.result()
             address = sock.getsockname()
-            logger.info("serving %d models on http://%s:%d", len(plans), address[0], address[1])
+            logger.info("serving %s on http://%s:%d", format_count(len(plans), "model"), address[0], address[1])
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         else:
             starting.cancel()

@@ -126,6 +126,15 @@ def test_an_unknown_flag_of_a_model(pool_file: PoolFile) -> None:
     assert "model 'llama': --max-modl-len: unknown flag --max-modl-len: did you mean --max-model-len?" in line
 
 
+def test_a_name_that_two_models_claim(pool_file: PoolFile) -> None:
+    """The line names both places, before anything is loaded."""
+    model = pool_file.model | {"name": "other", "args": {**TINY_ARGS, "served_model_name": ["llama"]}}
+    line = refusal("serve", pool_file.write(models=[pool_file.model, model]))
+
+    expected = "the name 'llama' is claimed twice, by model 'llama' and by --served-model-name of model 'other': rename"
+    assert expected in line
+
+
 def test_a_budget_no_model_fits_in(pool_file: PoolFile) -> None:
     """The line names the key and what is needed."""
     line = refusal("validate", pool_file.write(device_memory="1MiB"))

@@ -256,6 +256,8 @@ def test_models_that_cannot_be_added_are_refused(pool_server: PoolServerProcess,
         (entry("added", llama, dtype="int3"), 400, ["dtype", "int3"]),
         (entry("added", llama, tensor_parallel_size=2), 400, ["tensor parallelism"]),
         (entry("qwen2", llama), 400, ["'qwen2'", "already"]),
+        (entry("added", llama, served_model_name=["qwen2"]), 400, ["'qwen2'", "claimed twice", "--served-model-name"]),
+        (entry("added", llama, lora_modules=[f"{LORA_NAME}=/l"]), 400, [f"'{LORA_NAME}'", "claimed twice", "'llama'"]),
         # 512 bytes of KV per token: more than the 96 MiB of the pool, and more than any cache vLLM is shown.
         (entry("added", llama, **long, max_model_len=250_000), 507, ["device_memory", "--max-model-len"]),
         (entry("added", llama, **long, max_model_len=1_000_000), 507, ["device_memory", "--max-model-len"]),

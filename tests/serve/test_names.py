@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A name that clients may send belongs to one model of the pool."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenpool.config import ModelSpec
+from tokenpool.errors import ConfigError
+from tokenpool.serve.launch_plan import plan_model
+from tokenpool.serve.names import check_names, names_of
+
+pytestmark = pytest.mark.vllm
+
+LORA = ("--enable-lora", "--lora-modules")
+
+
+def plans(**args: tuple[str, ...]) -> list:
+    """Plans of models with these flags; nothing is loaded, so none of the files need to exist."""
+    return [plan_model(ModelSpec(name, f"org/{name}", flags)) for name, flags in args.items()]
+
+
+def test_a_models_names_are_its_own_its_served_ones_and_its_adapters() -> None:
+    """Every source of names is seen, in either spelling of the flag."""
+    (plan,) = plans(a=("--served_model_name", "x", "y", *LORA, "l=/l", '{"name": "m", "path": "/m"}'))
+    model, served, adapters = "model 'a'", "--served-model-name of model 'a'", "--lora-modules of model 'a'"
+
+    assert [("a", model), ("x", served), ("y", served), ("l", adapters), ("m", adapters)] == list(names_of(plan))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "name", "owners"),
+    [
+        ((), ("--served-model-name", "a"), "a", "model 'a' and by --served-model-name of model 'b'"),
+        (("--served-model-name", "b"), (), "b", "--served-model-name of model 'a' and by model 'b'"),
+        (("--served-model-name", "x"), ("--served-model-name", "y", "x"), "x", "model 'a' and by --served-model-name"),
+        ((), (*LORA, "a=/l"), "a", "model 'a' and by --lora-modules of model 'b'"),
+        ((*LORA, "l=/1"), (*LORA, "l=/2"), "l", "--lora-modules of model 'a' and by --lora-modules of model 'b'"),
+        (("--served-model-name=l",), (*LORA, "l=/2"), "l", "--served-model-name of model 'a' and by --lora-modules of"),
+        ((), (*LORA, "b=/l"), "b", "model 'b' and by --lora-modules of model 'b'"),
+        ((), (*LORA, "l=/1", "l=/2"), "l", "--lora-modules of model 'b' and by --lora-modules of model 'b'"),
+    ],
+)
+def test_a_name_claimed_twice_is_refused(
+    first: tuple[str, ...], second: tuple[str, ...], name: str, owners: str
+) -> None:
+    """The line names the name, both who claim it and the fix."""
+    with pytest.raises(ConfigError) as caught:
+        check_names(plans(a=first, b=second))
+
+    message = str(caught.value)
+    assert f"the name '{name}' is claimed twice, by " in message
+    assert owners in message
+    assert message.endswith(": rename one of them")
+    assert "\n" not in message
+
+
+def test_a_name_of_a_model_that_is_served_already_is_refused() -> None:
+    """A model that is added later is held against all that is there."""
+    with pytest.raises(ConfigError, match="'l' is claimed twice, by model 'c' and by --lora-modules of model 'a'"):
+        check_names(plans(a=(*LORA, "l=/l")), {"l": "model 'c'"})
+
+
+def test_names_that_differ_are_not_refused() -> None:
+    """A model may serve its own name again, and others under as many names as it likes."""
+    check_names(plans(a=("--served-model-name", "a", "x", "x"), b=(*LORA, "l=/l", "m=/m"), c=()))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenpool.errors import ConfigError
@@ -77,6 +77,7 @@ def test_limits_are_checked():
         AdmissionLimits(max_waiting=0)
 
 
+@settings(deadline=None)
 @given(
     others=st.lists(st.tuples(st.floats(-5, 20), st.floats(0, 1.5), st.floats(0, 2)), max_size=6),
     tokens=st.integers(1, 5000),

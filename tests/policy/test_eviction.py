@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenpool.policy.eviction import Candidate, EvictionKind, ReuseEstimator, choose_evictions
@@ -55,6 +55,7 @@ def test_between_equals_the_one_needed_later_leaves():
     assert [EvictionKind.CACHED_KV] == [c.kind for c in choose_evictions([weights("a", 4), cached], 4)]
 
 
+@settings(deadline=None)
 @given(CANDIDATES, st.integers(0, 80))
 def test_enough_and_nothing_superfluous(candidates, need_pages):
     """The answer reaches the need, and none of it could stay; None only if all together fall short."""

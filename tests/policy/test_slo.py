@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenpool.config import SLO
@@ -116,6 +116,7 @@ def test_rates_are_over_whole_seconds():
     assert 0.0 == window.per_s(1000.0, 60)
 
 
+@settings(deadline=None)
 @given(
     events=st.lists(st.tuples(st.floats(0, 3), st.integers(1, 9)), max_size=60),
     window_s=st.integers(1, 60),
@@ -133,6 +134,7 @@ def test_windows_count_what_a_list_would(events, window_s, later_s):
     assert pytest.approx(expected / window_s) == window.per_s(now_s + later_s, window_s)
 
 
+@settings(deadline=None)
 @given(gaps=st.lists(st.floats(0, 5), min_size=1, max_size=40), ttft=st.floats(0.1, 9), tpot=st.floats(0.01, 2))
 def test_counts_follow_the_definition(gaps, ttft, tpot):
     """Online counts equal the definition applied to the list, and all shares lie between 0 and 1."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenpool.policy.cost_model import CopyKind, CopyModel, CostModel
@@ -58,6 +58,7 @@ def test_a_resident_target_needs_nothing():
     assert ((), 0.0, {}) == (plan.steps, plan.predicted_s, plan.bytes_by_kind)
 
 
+@settings(deadline=None)
 @given(
     missing=st.integers(0, 10**9),
     kv=st.integers(0, 10**9),

@@ -93,6 +93,8 @@ class Aegaeon:
             name = self._ran_prefill = self._groups[0].model
             return Decision(name, Phase.MIXED if self._join else Phase.PREFILL, self._prefetch(pool, views, name))
         self._ran_prefill = None
+        if not self._in_turn and not any(view.num_running for view in pool.models):
+            return Decision(pool.models[0].model)  # only finished requests to clear away
         if not self._in_turn:
             self._begin_turn(views, pool.now_s)
         name = self._round[0]

@@ -13,11 +13,14 @@ pytestmark = pytest.mark.cpu
 POLICIES = ["aegaeon", "request_level", "round_robin", "slack"]
 
 
+@pytest.mark.parametrize("queues", [dict(num_waiting=1, arrival_s=0.0), dict(num_running=1), {}])
 @pytest.mark.parametrize("name", POLICIES)
-def test_policies_are_registered(name):
-    """Every policy of the project has an entry point, and runs a model that is the only one."""
-    decision = load_turn_policy(name).decide(PoolView(0.0, None, [ModelView("m", 3, num_waiting=1, arrival_s=0.0)]))
-    assert ("m", None) == (decision.run, decision.prefetch)
+def test_policies_are_registered(name, queues):
+    """Every policy of the project has an entry point, and runs a model that is the only one, whatever its work."""
+    policy = load_turn_policy(name)
+    for now_s in (0.0, 0.1, 99.0):
+        decision = policy.decide(PoolView(now_s, None, [ModelView("m", 3, **queues)], can_prefetch=True))
+        assert ("m", None) == (decision.run, decision.prefetch)
 
 
 def test_an_unknown_policy_is_refused():

@@ -8,13 +8,13 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.engine import EngineCoreRequestType
+from vllm.v1.engine import EngineCoreRequestType, FinishReason
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -24,12 +24,13 @@ from tokenpool.config import SLO
 from tokenpool.host.affinity import ALL_CPUS
 from tokenpool.host.input_receiver import InputReceiver
 from tokenpool.host.output_sender import OutputSender
-from tokenpool.host.token_clock import TokenClock
+from tokenpool.policy.slo import SloAccount, SloBook
 
 _NEED_NO_WEIGHTS = frozenset(
     {"get_supported_tasks", "is_scheduler_paused", "is_sleeping", "list_loras", "reset_mm_cache"}
 )
 """Utility calls that are answered although the model is not on the device; all others wait until it is."""
+_CLASS = ""  # all requests of an engine are of one class
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ class HostedEngineCore(EngineCoreProc):
         self._pool_addresses = addresses
         self._receiver: InputReceiver | None = None
         self._notify = notify
-        self.token_clock = TokenClock(slo)
+        self._slo = slo
+        self._book = SloBook()
         self.counters = CoreCounters()
         self.is_away: Callable[[], bool] = lambda: False
         """Whether the weights or the KV are off the device; set by a host that moves them."""
@@ -152,13 +154,13 @@ class HostedEngineCore(EngineCoreProc):
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         """Queue a request in vLLM's scheduler and start its clock."""
-        self.token_clock.start(request.request_id, request.arrival_time)
+        self._book.start(request.request_id, _CLASS, self._slo, request.arrival_time)
         super().add_request(request, request_wave)
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Drop requests, running or waiting."""
         for request_id in request_ids:
-            self.token_clock.forget(request_id)
+            self._book.abort(request_id, time.time())
         super().abort_requests(request_ids)
 
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
@@ -172,6 +174,26 @@ class HostedEngineCore(EngineCoreProc):
         self.structured_output_manager.clear_backend()
         self.model_executor.shutdown()
         self.scheduler.shutdown()
+
+    # -- books -------------------------------------------------------------------------------------------
+
+    @property
+    def slo_account(self) -> SloAccount:
+        """Tokens and requests so far, on time or not; without an SLO every token is on time."""
+        return self._book.account(_CLASS)
+
+    def _count(self, outputs: Iterable[Any]) -> None:
+        """Book the `EngineCoreOutput`s of one step, delivered now; times are wall time, as vLLM's arrivals are."""
+        now_s = time.time()
+        for output in outputs:
+            if output.new_token_ids:
+                self._book.deliver(output.request_id, len(output.new_token_ids), now_s)
+            if output.finish_reason is None:
+                continue
+            if output.finish_reason is FinishReason.ERROR:
+                self._book.fail(output.request_id, now_s)
+            else:
+                self._book.finish(output.request_id)
 
     # -- what the host calls -------------------------------------------------------------------------
 
@@ -192,7 +214,7 @@ class HostedEngineCore(EngineCoreProc):
                 self.scheduler._pause_state = PauseState.UNPAUSED
         for client_outputs in (outputs or {}).items():
             self.output_queue.put_nowait(client_outputs)
-            self.token_clock.count(client_outputs[1].outputs)
+            self._count(client_outputs[1].outputs)
         self.post_step(executed)
         self.counters.steps += 1
         self.counters.step_seconds += time.perf_counter() - start
@@ -237,7 +259,7 @@ class HostedEngineCore(EngineCoreProc):
         client = request.client_index
         self.scheduler.finish_requests([request_id], RequestStatus.FINISHED_ERROR)
         self._send_error_outputs_to_client([request_id], client)
-        self.token_clock.forget(request_id)
+        self._book.fail(request_id, time.time())
         self.counters.failed_requests += 1
 
     def close(self, *, tell: bool = True) -> None:

@@ -17,8 +17,8 @@ _COUNTERS = {
 }
 _TOKENS = {
     "tokens": "Tokens put out.",
-    "on_time": "Tokens of models with an SLO put out by their due time.",
-    "late": "Tokens of models with an SLO put out after their due time.",
+    "on_time": "Tokens put out by their due time; all of a model without an SLO.",
+    "late": "Tokens put out after their due time.",
 }
 
 
@@ -59,9 +59,10 @@ class HostMetrics:
         self._update_pages()
 
     def _update_model(self, hosted: HostedModel) -> None:
-        clock, scheduler = hosted.core.token_clock, hosted.core.scheduler
+        account, scheduler = hosted.core.slo_account, hosted.core.scheduler
         values = {name: getattr(hosted.core.counters, name) for name in _COUNTERS}
-        values |= {name: getattr(clock, name) for name in _TOKENS}
+        late = account.tokens - account.tokens_on_time
+        values |= {"tokens": account.tokens, "on_time": account.tokens_on_time, "late": late}
         for name, value in values.items():
             # The index tells a model that was removed and added again, whose counters start anew.
             self._advance((name, hosted.index), self._per_model[name].labels(hosted.name), value)

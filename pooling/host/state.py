@@ -13,7 +13,7 @@ from tokenpool.memory.ledger import PageUse
 
 def model_state(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
     """One model: memory, queue and running totals."""
-    pool, scheduler, clock = hosted.build.pool, hosted.core.scheduler, hosted.core.token_clock
+    pool, scheduler, account = hosted.build.pool, hosted.core.scheduler, hosted.core.slo_account
     return {
         "model": hosted.spec.vllm_config.model_config.model,
         "state": "resident",
@@ -24,9 +24,9 @@ def model_state(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
         "kv_block_bytes": hosted.build.view.block_bytes if hosted.build.view else 0,
         "running": len(scheduler.running),
         "waiting": len(scheduler.waiting),
-        "tokens": clock.tokens,
-        "tokens_on_time": clock.on_time,
-        "tokens_late": clock.late,
+        "tokens": account.tokens,
+        "tokens_on_time": account.tokens_on_time,
+        "tokens_late": account.tokens - account.tokens_on_time,
         **dataclasses.asdict(hosted.core.counters),
     }
 

@@ -214,15 +214,17 @@ class SloBook:
 
     def __init__(self) -> None:
         self.accounts: dict[str, SloAccount] = {}
-        """By class name; an account appears with its first request."""
+        """By class name; see `account`."""
         self._requests: dict[str, tuple[SloAccount, RequestTimeline]] = {}
 
     def start(self, request_id: str, name: str, slo: SLO | None, arrival_s: float) -> None:
         """A request of class `name` comes in; the class is the model's name unless there are finer ones."""
-        account = self.accounts.get(name)
-        if account is None:
-            account = self.accounts[name] = SloAccount()
+        account = self.account(name)
         self._requests[request_id] = account, account.start(slo, arrival_s)
+
+    def account(self, name: str) -> SloAccount:
+        """The account of a class, empty if it had no request yet."""
+        return self.accounts.setdefault(name, SloAccount())
 
     def deliver(self, request_id: str, num_tokens: int, now_s: float) -> int:
         """Tokens go out now; returns how many of them are on time. An unknown request counts nowhere."""

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More models than the device holds: weights and KV come and go at token boundaries and no stream changes."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
+
+pytestmark = pytest.mark.vllm
+
+KINDS = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
+PAGE = 256 << 10
+PAGES = 16
+"""For the weights of one model, at most 9 pages, and the KV of one or two; all weights together are 33 pages."""
+
+
+def _requests(kind: str, seed: int, lora: str | None) -> list[RequestSpec]:
+    prompts = prompts_for(seed, 5)
+    return [
+        RequestSpec(
+            request_id=f"{kind}-{i}",
+            prompt_token_ids=prompt,
+            max_tokens=48,
+            temperature=float(i % 2),
+            seed=i if i % 2 else None,
+            lora=lora if i % 3 == 2 else None,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    from tokenpool.demo.tiny_models import ENGINE_ARGS, make_tiny_lora, make_tiny_model
+
+    folder = tmp_path_factory.mktemp("models")
+    made = {}
+    for index, kind in enumerate(KINDS):
+        model = make_tiny_model(kind, folder / kind)
+        args = {"max_model_len": 512, **ENGINE_ARGS.get(kind, {})}
+        lora = None
+        if kind == "llama":
+            lora = str(make_tiny_lora(model, Path(folder, "lora")))
+            args |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
+        made[kind] = Case(kind, str(model), args, _requests(kind, index, lora))
+    return made
+
+
+@pytest.fixture(scope="module")
+def reference(cases: dict[str, Case]) -> dict[str, dict[str, object]]:
+    return run_plain(list(cases.values()), plain_gemm=True)
+
+
+class RandomTurns:
+    """A turn policy that lets a random model run for a random number of steps, and prefetches another now and then."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._left = 0
+
+    def decide(self, pool):
+        from tokenpool.policy.turns import Decision, Phase
+
+        names = [view.model for view in pool.models]
+        self._left -= 1
+        run = pool.current
+        if self._left <= 0 or run not in names:
+            run, self._left = self._random.choice(names), self._random.randrange(1, 6)
+        phase = self._random.choice(list(Phase)) if len(names) > 1 else Phase.MIXED
+        running = next(view for view in pool.models if view.model == run).num_running
+        prefetch = self._random.choice(names) if pool.can_prefetch and self._random.random() < 0.3 else None
+        return Decision(run, phase if running else Phase.MIXED, None if prefetch == run else prefetch)
+
+
+@pytest.fixture
+def pool(request):
+    from tests.helpers.pooled import PooledModels
+    from tokenpool.memory.device_cpu import CpuDevice
+
+    options = {"movable_weights": True, "host_memory": 256 << 20} | getattr(request, "param", {})
+    pages = options.pop("pages", PAGES)
+    keeps_bytes = options.pop("keeps_bytes", True)
+    pooled = PooledModels(pages * PAGE, PAGE, device=CpuDevice(keeps_bytes=keeps_bytes), poison=True, **options)
+    yield pooled
+    pooled.check()
+    pooled.close()
+    assert pooled.host.ledger.num_free + pooled.host.ledger.total("null") == pooled.host.ledger.num_pages
+    assert set(pooled.host.host_ledger.snapshot()) <= {"cached_kv"}, "host memory of a removed model is still held"
+
+
+def _use(pooled, policy) -> None:
+    pooled.host._turns._policy = policy
+
+
+def _assert_equal(pooled, reference, kinds, least: int) -> None:
+    compared = 0
+    for kind in kinds:
+        for request_id, got in pooled.results(kind).items():
+            want = reference[kind][request_id]
+            if got.preempted or want.preempted:
+                assert len(want.tokens) == len(got.tokens)
+                continue
+            assert want.tokens == got.tokens, f"{request_id}: tokens differ"
+            assert want.logprobs == got.logprobs, f"{request_id}: logprobs differ"
+            compared += 1
+    assert compared >= least, f"only {compared} streams were compared"
+
+
+@pytest.mark.parametrize(("pool", "seed"), [({}, 1), ({"keeps_bytes": False}, 2)], indirect=["pool"])
+def test_switches_at_random_token_boundaries_change_no_stream(pool, cases, reference, seed):
+    """Six models on memory for two, weights and KV poisoned when they leave: each gives what it gives alone."""
+    _use(pool, RandomTurns(seed))
+    for case in cases.values():
+        pool.add(case)
+    for case in cases.values():
+        pool.submit(case)
+    pool.run(each_step=lambda step: step % 25 or pool.check())
+
+    counters, swaps = pool.host.residency.counters, pool.host.swapper.counters
+    assert counters.weight_evictions > 50
+    assert swaps.blocks_in > 100
+    assert pool.host.weights.device.bytes_to_host == 0
+    _assert_equal(pool, reference, KINDS, least=20)
+
+
+@pytest.mark.parametrize("pool", [{"policy": name} for name in ("round_robin", "request_level", "aegaeon", "slack")],
+                         indirect=True, ids=lambda options: options["policy"])
+def test_every_policy_serves_more_models_than_fit(pool, cases, reference):
+    """Whatever the policy decides, all requests end and no stream changes."""
+    kinds = ("llama", "gemma3", "qwen3_moe")
+    for kind in kinds:
+        pool.add(cases[kind])
+    for kind in kinds:
+        pool.submit(cases[kind])
+    pool.run(each_step=lambda step: step % 25 or pool.check())
+
+    _assert_equal(pool, reference, kinds, least=10)
+
+
+def test_requests_that_come_and_go_while_their_model_is_away(pool, cases, reference):
+    """Aborts and new requests reach a model that is off the device; the others' streams and its own are right."""
+    kinds = ("llama", "qwen2", "gemma3")
+    _use(pool, RandomTurns(3))
+    for kind in kinds:
+        pool.add(cases[kind])
+    for kind in kinds:
+        for request in cases[kind].requests[:4]:
+            pool.submit_one(kind, request, sorted({r.lora for r in cases[kind].requests if r.lora}))
+    aborted = set()
+
+    def disturb(step: int) -> None:
+        away = [k for k in kinds if not pool.host.residency.is_ready(pool.host.models[k])]
+        if step in (20, 40) and away:
+            pool.abort(away[0], f"{away[0]}-3")
+            aborted.add(f"{away[0]}-3")
+        if step % 25 == 0:
+            pool.check()
+
+    pool.run(each_step=disturb)
+
+    assert aborted
+    for kind in kinds:
+        results = pool.results(kind)
+        for request in cases[kind].requests[:3]:
+            assert len(results[request.request_id].tokens) == request.max_tokens

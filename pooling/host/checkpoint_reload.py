@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.model_loader import get_model_loader
 
 from tokenpool.memory.weight_reload import Advance, Reload
+from tokenpool.patches.cpu_gemm import pack_weight, packed_linear
 
 
 def checkpoint_reload(model: torch.nn.Module, vllm_config: VllmConfig) -> Reload | None:
@@ -32,9 +33,11 @@ def checkpoint_reload(model: torch.nn.Module, vllm_config: VllmConfig) -> Reload
         with torch.no_grad():
             model.load_weights(_counted(loader.get_all_weights(vllm_config.model_config, model), advance))
             for layer in model.modules():
+                advance(0)
                 if isinstance(getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
-                    advance(0)
                     _pack_experts(layer)
+                elif layer.__dict__.get("cpu_linear") is packed_linear:
+                    pack_weight(layer)
 
     return reload
 

@@ -21,6 +21,7 @@ from tokenpool.host.trace import TraceLog
 from tokenpool.memory.states import WeightState
 from tokenpool.memory.weights import WeightStore
 from tokenpool.policy.cost_model import CopyKind, CopyModel
+from tokenpool.policy.switch_plan import SwitchPlan
 from tokenpool.policy.turns import Residency
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class ResidencyManager:
         self._trace = trace
         self._now = now
         self._job_started: dict[str, float] = {}
+        self.last_plan: SwitchPlan | None = None
+        """What the last switch that was waited for had to do."""
         self._refused: tuple[str, str | None, int] | None = None  # the prefetch that failed last, and when
 
     # -- what the loop and the policy ask ------------------------------------------------------------
@@ -104,7 +107,7 @@ class ResidencyManager:
         Raises PoolError when a phase fails; the state is legal and the call can be repeated.
         """
         start = self._now()
-        self._start_load(hosted, keep=frozenset())
+        plan = self._start_load(hosted)
         if self._swapper.is_out(hosted.name):
             self._kv_in(hosted)
         if self._state(hosted.name) is WeightState.LOADING:
@@ -117,7 +120,9 @@ class ResidencyManager:
         end = self._now()
         self.counters.switches += 1
         self.counters.visible_seconds += end - start
-        self._trace.record("switch", hosted.name, start, end)
+        moved = {kind.value: nbytes for kind, nbytes in plan.bytes_by_kind.items() if nbytes}
+        self._trace.record("switch", hosted.name, start, end, predicted_s=plan.predicted_s, bytes=moved)
+        self.last_plan = plan
 
     def prefetch(self, hosted: HostedModel, *, spare: str | None = None) -> bool:
         """Start to bring weights in beside the current turn; False when that cannot start now.
@@ -162,20 +167,22 @@ class ResidencyManager:
                     failed.append((name, error))
         return failed
 
-    def _start_load(self, hosted: HostedModel, *, keep: frozenset[str], spare: str | None = None) -> None:
+    def _start_load(
+        self, hosted: HostedModel, *, keep: frozenset[str] = frozenset(), spare: str | None = None
+    ) -> SwitchPlan:
         """Get weights into LOADING or beyond, with room for the KV that must come back."""
         name = hosted.name
-        state = self._state(name)
         if self._swapper.is_out(name):
             # Blocks come back packed by the worst slab's measure and may need one slab more than they had.
             while self._swapper.slabs_needed(hosted) > self.room.most_slabs_for(name) and hosted.core.preempt_newest():
                 logger.info("request preempted, its KV does not fit any more model=%s", name)
-        self.room.free_for(hosted, weights=state is WeightState.WARM, keep=keep, spare=spare)
-        if state is WeightState.WARM:
+        plan = self.room.make_room(hosted, keep=keep, spare=spare)
+        if self._state(name) is WeightState.WARM:
             self._weights.map(name)
             self._weights.copy(name)
             self._job_started[name] = self._now()
             self.room.changed()
+        return plan
 
     def _finish_job(self, name: str) -> None:
         start = self._job_started.pop(name, self._now())

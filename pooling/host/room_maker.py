@@ -18,8 +18,9 @@ from tokenpool.memory.ledger import PageUse
 from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.memory.states import WeightState
 from tokenpool.memory.weights import WeightStore
-from tokenpool.policy.cost_model import CopyKind, CopyModel
+from tokenpool.policy.cost_model import CopyKind, CopyModel, CostModel
 from tokenpool.policy.eviction import Candidate, EvictionKind, ReuseEstimator, choose_evictions
+from tokenpool.policy.switch_plan import SwitchPlan, Victim, plan_switch
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class RoomMaker:
         self._swapper = swapper
         self._host = host
         self._copies = copies
+        self._cost = CostModel(copies=copies)
         self._trace = trace
         self._now = now
         self._lendable = 0
@@ -103,7 +105,7 @@ class RoomMaker:
         missing = -self._allocator.num_unpromised
         if missing > 0:
             try:
-                self._evict_until(missing, name, keep=frozenset())
+                self._evict_until(missing, name)
             except PoolError as error:  # the promise is kept when others finish
                 logger.debug("no room model=%s reason=%s", name, error)
 
@@ -119,7 +121,8 @@ class RoomMaker:
 
     def lend(self, pages: int) -> None:
         """Evict weights of models without work until `pages` more pages are free."""
-        self._evict_until(pages, None, keep=frozenset(self._busy_names()), free_now=True)
+        self._evict_until(pages, None, keep=frozenset(self._busy_names()))
+        self._allocator.free_pages(pages)
 
     def _busy_names(self) -> Iterable[str]:
         return (name for name, hosted in self._models.items() if not self._is_idle(hosted))
@@ -133,69 +136,92 @@ class RoomMaker:
             and not hosted.core.scheduler.has_unfinished_requests()
         )
 
-    def free_for(self, hosted: HostedModel, *, weights: bool, keep: frozenset[str], spare: str | None) -> None:
-        """Free what `hosted` needs to step: pages of its weights and slabs of its KV."""
+    def make_room(
+        self, hosted: HostedModel, *, keep: frozenset[str] = frozenset(), spare: str | None = None
+    ) -> SwitchPlan:
+        """Free what `hosted` needs to step, pages of its weights and slabs of its KV; returns the plan of the switch.
+
+        Of the plan the victims' part is done. Models in `keep` stay; `spare` goes before other busy ones. Raises
+        CapacityError when too little can be freed; what went out meanwhile is out.
+        """
         name, allocator = hosted.name, self._allocator
-        pages = self._weights.pages_of(name) if weights else 0
-        slabs = 0
-        if hosted.build.pool is not None and self._swapper.is_out(name):
+        missing_bytes = pages = 0
+        if name in self._weights and self._weights.state(name) is WeightState.WARM:
+            missing_bytes, pages = self._weights.bytes_of(name), self._weights.pages_of(name)
+        slabs = kv_bytes = 0
+        if self._swapper.is_out(name):
             slabs = max(self._swapper.slabs_needed(hosted), allocator.floor(name))
-        missing = pages + slabs - allocator.num_unpromised
-        if missing > 0:
-            self._evict_until(missing, name, keep=keep, spare=spare)
+            kv_bytes = self._swapper.bytes_out(hosted)
+        victims = self._evict_until(pages + slabs - allocator.num_unpromised, name, keep=keep, spare=spare)
         if pages:
             allocator.free_pages(pages)
+        return plan_switch(
+            name,
+            weights_bytes_missing=missing_bytes,
+            kv_bytes_out_at_host=kv_bytes,
+            victims=victims,
+            cost=self._cost,
+            page_size=allocator.ledger.page_size,
+        )
 
     def _free_pages(self, pages: int) -> None:
-        missing = pages - self._allocator.num_unpromised
-        if missing > 0:
-            self._evict_until(missing, None, keep=frozenset())
+        self._evict_until(pages - self._allocator.num_unpromised, None)
         self._allocator.free_pages(pages)
 
     def _evict_until(
-        self, pages: int, target: str | None, *, keep: frozenset[str], spare: str | None = None, free_now: bool = False
-    ) -> None:
-        """Take victims out until `pages` more pages are nobody's promise; raises CapacityError if they are too few."""
+        self, pages: int, target: str | None, *, keep: frozenset[str] = frozenset(), spare: str | None = None
+    ) -> list[Victim]:
+        """Take victims out until `pages` more pages are nobody's promise; returns them.
+
+        A victim that cannot leave, for want of host memory, is spared and others are chosen. Raises CapacityError if
+        all others together are too few.
+        """
         goal = self._allocator.num_unpromised + pages
         spared: set[str] = set()
+        gone: list[Victim] = []
         while (missing := goal - self._allocator.num_unpromised) > 0:
-            candidates = self._candidates(target, keep, spare, spared)
-            victims = choose_evictions(candidates, missing)
-            if victims is None:
+            chosen = choose_evictions(self._candidates(target, keep, spare, spared), missing)
+            if chosen is None:
                 raise CapacityError(
                     f"{missing} more pages are needed{f' for model {target!r}' if target else ''} and all that may "
                     "leave the device is out: raise device_memory",
                     needed_pages=missing,
                     free_pages=self._allocator.ledger.num_free,
                 )
-            for victim in victims:
-                self._take_out(victim, spared)
-        if free_now:
-            self._allocator.free_pages(pages)
+            for candidate in chosen:
+                gone += self._take_out(candidate, spared)
+        return gone
 
-    def _take_out(self, victim: Candidate, spared: set[str]) -> None:
-        hosted = self._models[victim.owner]
-        if victim.kind is not EvictionKind.WEIGHTS or self._swapper_can_empty(hosted):
+    def _take_out(self, candidate: Candidate, spared: set[str]) -> list[Victim]:
+        """Take one candidate out, a model's unused KV with its weights; an empty list if it cannot leave."""
+        name, kind = candidate.owner, candidate.kind
+        hosted, gone = self._models[name], []
+        if kind is not EvictionKind.WEIGHTS or self._can_leave_for_free(hosted):
+            promised, nbytes = self._allocator.committed(name), self._swapper.bytes_out(hosted)
             try:
-                self._kv_out(hosted)
+                self._kv_out(hosted, nbytes)
             except PoolError as error:  # the host tier is full: keep this KV, look for others
-                logger.warning("KV stays on the device model=%s reason=%s", victim.owner, error)
+                logger.warning("KV stays on the device model=%s reason=%s", name, error)
                 self.counters.failures += 1
-                spared.add(victim.owner)
-                return
-        if victim.kind is EvictionKind.WEIGHTS:
+                spared.add(name)
+                return []
+            kv_kind = EvictionKind.PAUSED_KV if nbytes else EvictionKind.IDLE_KV
+            gone.append(Victim(name, kv_kind, promised, nbytes))
+        if kind is EvictionKind.WEIGHTS:
             start = self._now()
-            self.evict(victim.owner)
+            self.evict(name)
             self.counters.weight_evictions += 1
-            self._trace.record("weights_out", victim.owner, start, self._now())
+            self._trace.record("weights_out", name, start, self._now())
+            gone.append(Victim(name, kind, self._weights.pages_of(name)))
+        return gone
 
-    def _swapper_can_empty(self, hosted: HostedModel) -> bool:
-        """Whether the victim's pool is in and holds nothing that a request uses: it goes out for free."""
+    def _can_leave_for_free(self, hosted: HostedModel) -> bool:
+        """Whether the model's KV is in and no request uses a block: it leaves without a copy."""
         pool = hosted.build.pool
         return pool is not None and not self._swapper.is_out(hosted.name) and pool.num_slabs == pool.num_idle_slabs
 
-    def _kv_out(self, hosted: HostedModel) -> None:
-        start, nbytes = self._now(), self._swapper.bytes_out(hosted)
+    def _kv_out(self, hosted: HostedModel, nbytes: int) -> None:
+        start = self._now()
         hosted.core.drain_batches()
         self._swapper.out(hosted)
         end = self._now()
@@ -224,6 +250,8 @@ class RoomMaker:
                 pages = self._weights.pages_of(name) + (0 if used else promised)
                 cost_s = self._copies.predict(CopyKind.TO_DEVICE, self._weights.bytes_of(name))
                 found.append(Candidate(EvictionKind.WEIGHTS, name, pages, cost_s, p_reuse))
+            elif promised and not used and name in self._weights:
+                found.append(Candidate(EvictionKind.IDLE_KV, name, promised, 0.0, p_reuse))
             if used and name not in spared:
                 nbytes = self._swapper.bytes_out(hosted)
                 cost_s = sum(self._copies.predict(kind, nbytes) for kind in (CopyKind.TO_HOST, CopyKind.TO_DEVICE))

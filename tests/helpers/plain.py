@@ -106,8 +106,8 @@ def prompts_for(
 def run_plain(cases: list[Case], *, plain_gemm: bool = False) -> dict[str, dict[str, Result]]:
     """Run the cases one after another in one child process: case name -> request id -> result.
 
-    With `plain_gemm` linear layers compute with torch's own kernel, as they do where weights are movable: packed
-    kernels round otherwise, and only equal kernels give equal logprobs.
+    With `plain_gemm` linear layers compute with the kernels that they have where weights are movable: others round
+    otherwise, and only equal kernels give equal logprobs.
 
     Raises RuntimeError with the end of the child's output when any case fails.
     """
@@ -152,17 +152,26 @@ def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
 
 
 def _use_plain_gemm() -> None:
-    """Let every linear layer loaded from here on keep its weight and use torch's kernel."""
-    from torch.nn.functional import linear
+    """Let every linear layer loaded from here on use the kernel that takes its weight as a plain tensor."""
+    import torch
+    from vllm import _custom_ops as ops
     from vllm.model_executor.layers import utils
 
     original = utils.dispatch_cpu_unquantized_gemm
 
     def dispatch(layer: Any, remove_weight: bool) -> None:
-        if layer.weight.ndim == 2:
-            layer.cpu_linear = linear
-        else:
+        if layer.weight.ndim != 2:
             original(layer, remove_weight)
+            return
+        n, k = layer.weight.shape
+        whole_tiles = n % 16 == 0 and k % 32 == 0 and layer.weight.dtype is torch.bfloat16
+        if not (remove_weight and whole_tiles and torch.cpu._is_avx512_bf16_supported()):
+            layer.cpu_linear = torch.nn.functional.linear
+            return
+        packed = torch.ops._C.convert_weight_packed(layer.weight)
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.data = layer.bias.to(torch.float32)
+        layer.cpu_linear = lambda x, weight, bias: ops.weight_packed_linear_cpu(x, packed, n, bias)
 
     utils.dispatch_cpu_unquantized_gemm = dispatch
 

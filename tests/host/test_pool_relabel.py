@@ -386,6 +386,22 @@ def test_a_hit_never_evicts_what_was_found_before():
     swapper.check()
 
 
+def test_blocks_said_to_be_wrong_are_wrong_on_the_host_too():
+    """Evicting a block because its bytes are not valid forgets the copy that was made of it."""
+    allocator = make_allocator(4)
+    a = FakeModel(allocator, "a", PAGE // 4)
+    swapper = make_swapper(allocator, [a])
+    blocks = a.pool.get_new_blocks(1)
+    a.cache(blocks[0], 0)
+    a.mark_computed()
+    a.pool.free_blocks(blocks)
+    a.pool.give_back_idle(1)
+    (found,) = a.pool.get_cached_block(HASHES[0], [0])
+    a.pool.evict_blocks({found.block_id})
+    assert a.pool.get_cached_block(HASHES[0], [0]) is None
+    swapper.check()
+
+
 def test_a_block_of_an_aborted_request_stays_cached_on_the_host():
     """Its request ends while the model is out: the next request with the same prefix still finds it."""
     allocator = make_allocator(4)

@@ -18,6 +18,8 @@ from tokenpool.memory.slab_allocator import SlabAllocator
 
 pytestmark = pytest.mark.vllm
 
+BLOCKS_KNOW_THEIR_POOL = "pool" in KVCacheBlock.__dataclass_fields__
+"""False in vLLM 0.29."""
 PAGE = 64 << 10
 HASHES = [BlockHash(bytes([n]) * 32) for n in range(8)]
 
@@ -111,6 +113,8 @@ class PoolMachine(RuleBasedStateMachine):
     def free_through_another_pool(self, data: st.DataObject) -> None:
         """Deferred frees may name blocks of several pools; each goes to its own."""
         pool, _ = self.pick(data)
+        if not BLOCKS_KNOW_THEIR_POOL:
+            return
         going = [refs.pop() for refs in self.refs if refs]
         pool.free_blocks(going)
 
@@ -286,6 +290,7 @@ def test_without_caching_blocks_carry_no_hash():
     close(allocator)
 
 
+@pytest.mark.skipif(not hasattr(BlockPool, "unpin_blocks"), reason="vLLM 0.29 has no such readers")
 @pytest.mark.parametrize("how", ["handed out", "reset", "slab given up"])
 def test_a_watcher_hears_of_reuse(how):
     """Blocks unpinned for reading are announced before their bytes change, by whatever way."""

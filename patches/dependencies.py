@@ -100,6 +100,16 @@ PATCHES = (
         removal="vLLM makes the group when the first mixture of experts asks for it",
     ),
     Patch(
+        name="cpu_mla",
+        target="vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl",
+        hashes=known(
+        v0_32_0="ea66123ad6b81ac29bb7a3e74448d22dd8e8aba90850bebc35318abd073bd7de",
+        v0_29_0="ea66123ad6b81ac29bb7a3e74448d22dd8e8aba90850bebc35318abd073bd7de",
+    ),
+        reason="PooledCPUMLAImpl overrides it: in the arena the blocks of one layer are not one dense run",
+        removal="vLLM's CPU MLA backend writes its cache by block stride",
+    ),
+    Patch(
         name="cpu_memory_check",
         target="vllm.v1.worker.cpu_worker:CPUWorker.determine_available_memory",
         hashes=known(

@@ -27,8 +27,9 @@ LAYOUT = "BLHNC"
 _LAYOUT_WORKS = frozenset({"CPU_ATTN"})
 """Backends that declare only their default layout but whose kernels take block strides: proven by the exactness
 tests. CPU_ATTN's kernel reads stride(0), and the other dimensions stay dense inside a block."""
-_LAYOUT_FAILS = frozenset({"CPU_MLA", "AMX_MLA"})
-"""Backends that declare any layout but view their cache as one dense run of tokens."""
+_LAYOUT_FAILS = {"AMX_MLA": "choose --attention-backend CPU_MLA"}
+"""Backends that declare any layout but view their cache as one dense run of tokens, and what to do instead. CPU_MLA
+does so too and is replaced: see cpu_mla.py."""
 
 
 class ModelBuild:
@@ -136,12 +137,10 @@ class ModelBuild:
             backend = layer.get_attn_backend()
             layouts = backend.supported_kv_cache_layouts()
             declared = layouts is None or LAYOUT in {layout.name for layout in layouts}
-            if backend.get_name() in _LAYOUT_FAILS or not (declared or backend.get_name() in _LAYOUT_WORKS):
-                raise ModelRefusedError(
-                    self.name,
-                    f"attention backend {backend.get_name()} without KV layout {LAYOUT}",
-                    "choose another --attention-backend or serve it outside the pool",
-                )
+            name = backend.get_name()
+            if name in _LAYOUT_FAILS or not (declared or name in _LAYOUT_WORKS):
+                hint = _LAYOUT_FAILS.get(name, "choose another --attention-backend or serve it outside the pool")
+                raise ModelRefusedError(self.name, f"attention backend {name} without KV layout {LAYOUT}", hint)
 
 
 def weight_bytes_of(model: Any) -> int:

@@ -7,6 +7,7 @@ import torch
 from vllm.distributed import parallel_state
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from tokenpool.host import cpu_mla
 from tokenpool.patches.build_context import current_build
 from tokenpool.patches.cpu_gemm import use_plain_gemm
 
@@ -20,6 +21,7 @@ class PooledCPUWorker(CPUWorker):
         vLLM makes the expert-parallel group together with the others, and only for a mixture of experts: when
         the first model of the process was dense, the first MoE model finds the groups made and this one missing.
         """
+        cpu_mla.register()
         super().init_device()
         if self.model_config.is_moe and parallel_state._EP is None:
             world = parallel_state.get_world_group()

@@ -11,11 +11,11 @@ from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
 
 pytestmark = pytest.mark.vllm
 
-KINDS = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "embed")
+KINDS = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe", "deepseek_v2", "embed")
 PAGE = 256 << 10
 ROOMY = 64 << 20
-TIGHT_PAGES = 8
-"""KV pages left for four models whose requests, all together, want about 16."""
+TIGHT_PAGES = 9
+"""KV pages left for five models whose requests, all together, want about 20."""
 
 
 def _requests(kind: str, seed: int, lora: str | None) -> list[RequestSpec]:
@@ -82,7 +82,7 @@ def _assert_equal(pooled, cases, reference, prefix_caching: bool) -> int:
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_streams_of_all_architectures_in_one_pool_equal_plain_vllm(cases, reference, prefix_caching):
-    """Seven models under concurrent load, a turn per token, give what each gives alone."""
+    """Eight models under concurrent load, a turn per token, give what each gives alone."""
     from tests.helpers.pooled import PooledModels
 
     pooled = PooledModels(ROOMY, PAGE)
@@ -105,16 +105,16 @@ def test_reclaimed_and_poisoned_slabs_change_no_stream(cases, reference):
     from tests.helpers.pooled import PooledModels
     from tokenpool.memory.device_cpu import CpuDevice
 
-    chosen = {kind: cases[kind] for kind in ("llama", "qwen2", "gemma3", "qwen3_moe")}
+    chosen = {kind: cases[kind] for kind in ("llama", "qwen2", "gemma3", "qwen3_moe", "deepseek_v2")}
     pooled = PooledModels(ROOMY, PAGE, device=CpuDevice(keeps_bytes=True), poison=True)
     try:
         for case in chosen.values():
             pooled.add(case, enable_prefix_caching=True)
         ledger = pooled.host.ledger
         ballast = ledger.take("ballast", "weights", ledger.num_free - TIGHT_PAGES)
-        for first, second in (("llama", "qwen2"), ("gemma3", "qwen3_moe")):
-            pooled.submit(chosen[first])
-            pooled.submit(chosen[second])
+        for together in (("llama", "qwen2"), ("gemma3", "qwen3_moe"), ("deepseek_v2",)):
+            for kind in together:
+                pooled.submit(chosen[kind])
             pooled.run(each_step=lambda step: step % 20 or pooled.check())
         assert pooled.host.allocator.num_reclaims >= 4, "memory was not tight"
         assert _assert_equal(pooled, chosen, reference, True) >= 10

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -100,6 +101,7 @@ def test_an_unknown_runner_is_refused():
         make_runner_adapter("m", changed())
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the second runner needs Triton")
 def test_moved_requests_on_the_second_runner(tmp_path):
     """On vLLM's second model runner, one group and several: moved requests give what they give without moves."""
     from tokenpool.demo.tiny_models import make_tiny_model

@@ -6,6 +6,7 @@
         model: Qwen/Qwen3-4B
         args: {max_model_len: 8192}     # or a list, or one string, of vLLM's command-line flags
         slo: {ttft: 10s, tpot: 100ms}
+        admission: {on_miss: reject}
       - name: code
         model: ./checkpoints/code       # relative to the pool file
     device_memory: 60GiB
@@ -21,7 +22,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ _FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
 _UNIT_SUFFIX = re.compile(r"_(s|bytes)$")
 
 WEIGHTS = ("auto", "movable", "fixed")
+ON_MISS = ("queue", "reject")
 
 _T = TypeVar("_T")
 _Parsers = Mapping[str, Callable[[Any], Any]]
@@ -55,6 +57,26 @@ class SLO:
 
 
 @dataclass(frozen=True, slots=True)
+class Admission:
+    """Which new requests of a model are taken in."""
+
+    max_waiting: int | None = 1024
+    """Requests that may wait for their first token; 1024 is some minutes of work for one model. YAML null = no bound.
+    """
+    max_waiting_tokens: int | None = None
+    """Prompt tokens that may wait; None = no bound."""
+    on_miss: str = "queue"
+    """What becomes of a request whose first token is predicted to come after its due time: `queue` = it waits,
+    `reject` = 503 at once. Means nothing without an `slo`."""
+
+    def __post_init__(self) -> None:
+        for key, value in (("max_waiting", self.max_waiting), ("max_waiting_tokens", self.max_waiting_tokens)):
+            check_setting(value is None or value >= 1, key, "must be 1 or more, or null for no bound")
+        problem = f"must be one of {', '.join(ON_MISS)}, got {show(self.on_miss)}"
+        check_setting(self.on_miss in ON_MISS, "on_miss", problem)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One model of the pool."""
 
@@ -68,6 +90,8 @@ class ModelSpec:
     """When its tokens are due; None = no due times, the model is served as turns allow."""
     priority: int = 0
     """Larger is more important to a turn policy that looks at it; 0 = all models are equal."""
+    admission: tuple[tuple[str, Any], ...] = ()
+    """Settings of the pool's `admission` that differ for this model. YAML: `admission: {max_waiting: 8}`."""
 
     def __post_init__(self) -> None:
         problem = f"{show(self.name)} is no model name: use letters, digits and . _ : / - only"
@@ -112,6 +136,8 @@ class PoolConfig:
     """Keys for the pool API; empty = that API is off. `${NAME}` as in `host`."""
     scheduling: Scheduling = Scheduling()
     """How the models take turns."""
+    admission: Admission = Admission()
+    """Which new requests are taken in, of each model alone; a model's own `admission` overrides it."""
     shutdown_timeout_s: float = 60.0
     """Longest wait for running requests after SIGTERM; 60 covers most. YAML: `shutdown_timeout: 60s`."""
     max_request_bytes: int = 256 << 20
@@ -143,6 +169,10 @@ class PoolConfig:
             check_setting(good, setting, "a key is empty, unprintable or has spaces at an end: correct it")
         check_setting(self.shutdown_timeout_s >= 0, "shutdown_timeout", "must be 0s or more")
         check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 256MiB")
+
+    def admission_of(self, spec: ModelSpec) -> Admission:
+        """The pool's admission settings with the model's own in their place."""
+        return replace(self.admission, **dict(spec.admission))
 
     @classmethod
     def from_dict(cls, data: object, source: str = "pool.yaml") -> PoolConfig:
@@ -216,7 +246,12 @@ def _models(value: object, folder: str) -> tuple[ModelSpec, ...]:
     if not isinstance(value, list):
         raise ConfigError(f"expected a list of models, each with name and model, got {show(value)}")
     parsers: _Parsers = dict(
-        name=units.parse_text, model=partial(_model, folder=folder), args=_args, slo=_slo, priority=units.parse_int
+        name=units.parse_text,
+        model=partial(_model, folder=folder),
+        args=_args,
+        slo=_slo,
+        priority=units.parse_int,
+        admission=_admission_changes,
     )
     specs = []
     for i, item in enumerate(value):
@@ -237,6 +272,27 @@ def _model(value: object, folder: str) -> str:
 def _slo(value: object) -> SLO | None:
     parsers = dict(ttft=units.parse_seconds, tpot=units.parse_seconds)
     return None if value is None else _build(SLO, value, parsers)
+
+
+def _bound(value: object) -> int | None:
+    return None if value is None else units.parse_int(value)
+
+
+_ADMISSION_PARSERS: _Parsers = {
+    "max_waiting": _bound,
+    "max_waiting_tokens": _bound,
+    "on_miss": units.parse_text,
+}
+
+
+def _admission(value: object) -> Admission:
+    return _build(Admission, value, _ADMISSION_PARSERS)
+
+
+def _admission_changes(value: object) -> tuple[tuple[str, Any], ...]:
+    checked = _admission(value)
+    assert isinstance(value, dict)
+    return tuple((key, getattr(checked, key)) for key in value)
 
 
 def _options(value: object) -> tuple[tuple[str, float], ...]:
@@ -312,6 +368,7 @@ _POOL_PARSERS: _Parsers = {
     "admin_key": _keys,
     "weights": units.parse_text,
     "scheduling": lambda value: _build(Scheduling, value, {"policy": units.parse_text, "options": _options}),
+    "admission": _admission,
     "shutdown_timeout": units.parse_seconds,
     "max_request": units.parse_bytes,
 }

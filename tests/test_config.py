@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenpool import errors
-from tokenpool.config import SLO, ModelSpec, PoolConfig, Scheduling, load_pool_file
+from tokenpool.config import SLO, Admission, ModelSpec, PoolConfig, Scheduling, load_pool_file
 from tokenpool.errors import ConfigError
 
 pytestmark = pytest.mark.cpu
@@ -58,6 +58,7 @@ models:
     args: {max_model_len: 512}
     slo: {ttft: 10s, tpot: 100ms}
     priority: 3
+    admission: {max_waiting: null, on_miss: reject}
   - {name: code, model: org/code}
 device_memory: 24GiB
 host_memory: 64 GB
@@ -69,11 +70,13 @@ api_key: [k-1, "${TOKENPOOL_TEST_KEY}"]
 admin_key: root
 scheduling: {policy: aegaeon, options: {qmax_s: 2}}
 weights: movable
+admission: {max_waiting: 50, max_waiting_tokens: 100000}
 shutdown_timeout: 2m
 max_request: 1MiB
 """,
     )
-    chat = ModelSpec("chat", "Qwen/Qwen3-4B", ("--max-model-len", "512"), SLO(10.0, 0.1), 3)
+    overrides = (("max_waiting", None), ("on_miss", "reject"))
+    chat = ModelSpec("chat", "Qwen/Qwen3-4B", ("--max-model-len", "512"), SLO(10.0, 0.1), 3, overrides)
     expected = PoolConfig(
         models=(chat, ModelSpec("code", "org/code")),
         device_memory=24 * GIB,
@@ -86,6 +89,7 @@ max_request: 1MiB
         admin_key=("root",),
         scheduling=Scheduling("aegaeon", (("qmax_s", 2),)),
         weights="movable",
+        admission=Admission(50, 100_000),
         shutdown_timeout_s=120.0,
         max_request_bytes=MIB,
     )
@@ -105,6 +109,18 @@ def test_only_models_are_needed() -> None:
     assert (Scheduling("round_robin"), 60.0, 256 * MIB) == (
         config.scheduling, config.shutdown_timeout_s, config.max_request_bytes,
     )  # fmt: skip
+
+
+def test_a_models_admission_overrides_the_pools() -> None:
+    """What a model sets counts for it, `null` included; the rest is the pool's, and at last the default."""
+    pool = {**one_model(admission={"max_waiting": None}), "admission": {"max_waiting": 5, "on_miss": "reject"}}
+    pool["models"].append({"name": "b", "model": "org/b"})
+    config = PoolConfig.from_dict(pool)
+    plain = PoolConfig.from_dict(one_model())
+
+    assert Admission(None, None, "reject") == config.admission_of(config.models[0])
+    assert Admission(5, None, "reject") == config.admission_of(config.models[1])
+    assert Admission(1024, None, "queue") == plain.admission_of(plain.models[0])
 
 
 def test_auto_memory_is_none() -> None:
@@ -226,6 +242,12 @@ MODEL = {"name": "a", "model": "org/a"}
         ({**one_model(), "scheduling": {"policy": 1}}, "pool.yaml: scheduling.policy: expected a text"),
         ({**one_model(), "scheduling": {"polcy": "a"}}, "pool.yaml: scheduling: unknown key 'polcy', did you mean "),
         ({**one_model(), "shutdown_timeout": "-1s"}, "pool.yaml: shutdown_timeout: '-1s' is no time"),
+        ({**one_model(), "admission": None}, "pool.yaml: admission: expected a mapping with the keys max_waiting, "),
+        ({**one_model(), "admission": {"max_waiting": 0}}, "pool.yaml: admission.max_waiting: must be 1 or more"),
+        ({**one_model(), "admission": {"max_wait": 1}}, "pool.yaml: admission: unknown key 'max_wait', did you mean "),
+        (one_model(admission={"max_waiting": "8"}), "pool.yaml: models[0].admission.max_waiting: expected a whole"),
+        (one_model(admission={"max_waiting_tokens": -1}), "pool.yaml: models[0].admission.max_waiting_tokens: must be"),
+        (one_model(admission={"on_miss": "drop"}), "pool.yaml: models[0].admission.on_miss: must be one of queue, rej"),
         ({**one_model(), "max_request": 0}, "pool.yaml: max_request: must be above 0"),
     ],
 )  # fmt: skip
@@ -404,9 +426,11 @@ def mapping_of(required: dict[str, Any], optional: dict[str, Any]) -> st.SearchS
 
 
 slos = mapping_of({}, {"ttft": st.just("10s"), "tpot": st.floats(0, 1)})
+admissions = mapping_of({}, {"max_waiting": likely, "max_waiting_tokens": likely, "on_miss": st.just("reject")})
 models = mapping_of(
     {"name": st.sampled_from("abcd")},
-    {"model": st.just("org/a"), "args": anything, "slo": slos, "priority": st.integers(), "modle": anything},
+    {"model": st.just("org/a"), "args": anything, "slo": slos, "priority": st.integers(), "modle": anything}
+    | {"admission": admissions},
 )
 pools = mapping_of(
     {"models": st.lists(models, min_size=1, max_size=3)},
@@ -420,6 +444,7 @@ pools = mapping_of(
         "api_key": likely,
         "admin_key": st.lists(likely, max_size=2),
         "weights": likely,
+        "admission": admissions,
         "scheduling": mapping_of({}, {"policy": likely, "options": st.dictionaries(st.text(max_size=5), likely)}),
         "shutdown_timeout": likely,
         "max_request": likely,

@@ -112,20 +112,50 @@ class AdmissionPolicy:
 
     def decide(self, view: ModelView, prompt_tokens: int, pool: PoolView, cost: CostModel) -> Admit | Reject:
         """Admit or refuse a request of `view`'s model; arguments as for `first_token_in_s`."""
-        limits = self._limits.get(view.model, self._default)
-        wait_s = first_token_in_s(view, prompt_tokens, pool, cost)
-        if limits.max_waiting is not None and view.num_waiting >= limits.max_waiting:
-            reason = f"{view.num_waiting} requests wait for model {view.model!r}, its bound is {limits.max_waiting}"
-            return Reject(429, _retry_after_s(wait_s), reason)
-        total = view.waiting_tokens + prompt_tokens
-        if limits.max_waiting_tokens is not None and view.num_waiting and total > limits.max_waiting_tokens:
-            reason = f"{total} prompt tokens would wait for model {view.model!r}, its bound is "
-            return Reject(429, _retry_after_s(wait_s), f"{reason}{limits.max_waiting_tokens}")
-        if limits.mode is AdmissionMode.REJECT and wait_s > view.ttft_s:
-            when = f"in {wait_s:.1f} s" if wait_s < math.inf else "at no foreseeable time"
-            reason = f"the first token would come {when}, it is due in {view.ttft_s:g} s"
-            return Reject(503, _retry_after_s(wait_s - view.ttft_s), reason)
-        return Admit(wait_s)
+        return judge(
+            view.model,
+            self._limits.get(view.model, self._default),
+            num_waiting=view.num_waiting,
+            waiting_tokens=view.waiting_tokens,
+            prompt_tokens=prompt_tokens,
+            wait_s=first_token_in_s(view, prompt_tokens, pool, cost),
+            ttft_s=view.ttft_s,
+        )
+
+
+def judge(
+    model: str,
+    limits: AdmissionLimits,
+    *,
+    num_waiting: int,
+    waiting_tokens: int,
+    prompt_tokens: int,
+    wait_s: float,
+    ttft_s: float,
+) -> Admit | Reject:
+    """Admit or refuse a new request of `model` by what is known about it.
+
+    Args:
+        model: its name, for the reason.
+        limits: the model's settings.
+        num_waiting: requests of the model that wait for their first token.
+        waiting_tokens: prompt tokens of those.
+        prompt_tokens: of the new request; 0 where they are not known yet.
+        wait_s: predicted seconds to its first token; inf if no end is in sight.
+        ttft_s: seconds in which that token is due; inf without an SLO.
+    """
+    if limits.max_waiting is not None and num_waiting >= limits.max_waiting:
+        reason = f"{num_waiting} requests wait for model {model!r}, its bound is {limits.max_waiting}"
+        return Reject(429, _retry_after_s(wait_s), reason)
+    total = waiting_tokens + prompt_tokens
+    if limits.max_waiting_tokens is not None and num_waiting and total > limits.max_waiting_tokens:
+        reason = f"{total} prompt tokens would wait for model {model!r}, its bound is {limits.max_waiting_tokens}"
+        return Reject(429, _retry_after_s(wait_s), reason)
+    if limits.mode is AdmissionMode.REJECT and wait_s > ttft_s:
+        when = f"in {wait_s:.1f} s" if wait_s < math.inf else "at no foreseeable time"
+        reason = f"the first token would come {when}, it is due in {ttft_s:g} s"
+        return Reject(503, _retry_after_s(wait_s - ttft_s), reason)
+    return Admit(wait_s)
 
 
 def _retry_after_s(seconds: float) -> int:

@@ -93,8 +93,10 @@ class WeightStore:
             layout.copy_to(host)
             entry = ModelWeights(owner, layout, place, reload, host, WeightState.RESIDENT)
             if verify_reload and reload is not None:
-                undo.callback(layout.fill_from, host)
-                proof = try_reload(layout, host, layout.bytes_of, lambda: reload(_ignore), _ignore)
+                try:
+                    proof = try_reload(layout, host, layout.bytes_of, lambda: reload(_ignore), _ignore)
+                finally:
+                    layout.fill_from(host)  # for what else may look at the loader's memory, and for a failure below
                 with suppress(CapacityError):  # no room for what a cold model keeps: then it is not cold for now
                     self._accept(entry, proof)
             place.copy_in(host, self.chunk_bytes, _ignore)

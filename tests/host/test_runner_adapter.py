@@ -116,6 +116,8 @@ def test_moved_requests_on_the_second_runner(tmp_path):
         check=False,
     )
     assert child.returncode == 0, (child.stdout + child.stderr)[-4000:]
+    if "this vLLM finds no Triton" in child.stdout:
+        pytest.skip("this vLLM finds no Triton")
     found = json.loads(next(line for line in child.stdout.splitlines() if line.startswith('{"moved_ids"')))
     assert found["moved_ids"] > 50
     for results in found["results"].values():

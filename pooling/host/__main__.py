@@ -16,7 +16,7 @@ from tokenpool.host.control import ControlServer
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_model import HostConfig, HostedModelSpec
 from tokenpool.host.metrics import HostMetrics
-from tokenpool.host.state import host_state, model_state
+from tokenpool.host.state import host_load, host_state, host_trace, model_state
 
 CONTROL_KEY_VARIABLE = "TOKENPOOL_CONTROL_KEY"
 _PR_SET_PDEATHSIG = 1
@@ -39,6 +39,8 @@ def main(control_path: str, config_json: str) -> None:
         "add_model": add_model,
         "remove_model": host.remove_model,
         "state": lambda: host_state(host),
+        "load": lambda: host_load(host),
+        "trace": lambda last_s: host_trace(host, last_s),
         "check": host.check,
     }
     with unpinned():

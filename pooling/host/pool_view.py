@@ -7,6 +7,9 @@ import math
 from typing import Any, NamedTuple
 
 from tokenpool.config import SLO
+from tokenpool.host.hosted_model import HostedModel
+from tokenpool.host.residency import ResidencyManager
+from tokenpool.policy.turns import ModelView
 
 
 class QueueStats(NamedTuple):
@@ -51,4 +54,28 @@ def queue_stats(scheduler: Any, slo: SLO | None) -> QueueStats:
             next_due_s = min(next_due_s, due_s)
     return QueueStats(
         num_running, num_waiting, waiting_tokens, context_tokens, arrival_s, first_due_s, next_due_s
+    )
+
+
+def model_view(hosted: HostedModel, stats: QueueStats, residency: ResidencyManager) -> ModelView:
+    """One model as a turn policy sees it; `stats` are its requests as counted."""
+    slo = hosted.spec.slo
+    due = {} if slo is None else {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}
+    return ModelView(
+        model=hosted.name,
+        index=hosted.index,
+        priority=hosted.spec.priority,
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        waiting_tokens=stats.waiting_tokens,
+        arrival_s=stats.arrival_s,
+        first_due_s=stats.first_due_s,
+        next_due_s=stats.next_due_s,
+        residency=residency.residency(hosted),
+        kv_out=residency.is_kv_out(hosted),
+        ready_in_s=residency.ready_in_s(hosted),
+        step_s=hosted.cost.predict_step(stats.num_running, stats.context_tokens),
+        prefill_s=hosted.cost.predict_prefill(stats.waiting_tokens),
+        weight_bytes=residency.weight_bytes(hosted),
+        **due,
     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 
 from tokenpool.host.hosted_model import HostedModel
-from tokenpool.host.pool_view import QueueStats, queue_stats
+from tokenpool.host.pool_view import QueueStats, model_view, queue_stats
 from tokenpool.host.residency import ResidencyManager
 from tokenpool.host.trace import TraceLog
 from tokenpool.policy.turns import Decision, ModelView, PoolView, TurnPolicy
@@ -61,23 +61,4 @@ class TurnChooser:
         stats = self._stats.get(hosted.name)
         if stats is None:
             stats = self._stats[hosted.name] = queue_stats(hosted.core.scheduler, hosted.spec.slo)
-        slo, residency = hosted.spec.slo, self._residency
-        due = {} if slo is None else {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s}
-        return ModelView(
-            model=hosted.name,
-            index=hosted.index,
-            priority=hosted.spec.priority,
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            waiting_tokens=stats.waiting_tokens,
-            arrival_s=stats.arrival_s,
-            first_due_s=stats.first_due_s,
-            next_due_s=stats.next_due_s,
-            residency=residency.residency(hosted),
-            kv_out=residency.is_kv_out(hosted),
-            ready_in_s=residency.ready_in_s(hosted),
-            step_s=hosted.cost.predict_step(stats.num_running, stats.context_tokens),
-            prefill_s=hosted.cost.predict_prefill(stats.waiting_tokens),
-            weight_bytes=residency.weight_bytes(hosted),
-            **due,
-        )
+        return model_view(hosted, stats, self._residency)

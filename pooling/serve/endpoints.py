@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Counter, generate_latest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -23,6 +23,8 @@ from tokenpool.serve.auth import error_response
 from tokenpool.serve.router import ModelApp
 from tokenpool.units import parse_seconds
 
+_REFUSED = Counter("tokenpool:refused_requests", "Requests not taken in, by HTTP status.", ["model_name", "status"])
+
 
 def build_outer_app(cors: dict[str, Any]) -> Starlette:
     """The app for pool-level paths; `PoolServer` puts itself into its state as `pool`."""
@@ -38,6 +40,7 @@ def build_outer_app(cors: dict[str, Any]) -> Starlette:
         Route("/v1/models", list_models, **get),
         Route("/v1/models/{name:path}", show_model, **get),
         Route("/v1/pool/state", pool_state, **get),
+        Route("/v1/pool/trace", pool_trace, **get),
         Route("/v1/pool/check", pool_check, methods=["POST"]),
         Route("/v1/pool/models", add_model, methods=["POST"]),
         Route("/v1/pool/models/{name:path}", remove_model, methods=["DELETE"]),
@@ -72,6 +75,9 @@ async def version(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """Prometheus metrics of this process and the host, all models."""
+    for name, model in request.app.state.pool.router.models.items():
+        for status, count in model.gate.take_refused().items():
+            _REFUSED.labels(name, str(status)).inc(count)
     return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -103,6 +109,13 @@ async def _cards(model: ModelApp) -> list[dict[str, Any]]:
 async def pool_state(request: Request) -> Response:
     """Memory map, queues and totals."""
     return JSONResponse(await request.app.state.pool.state())
+
+
+async def pool_trace(request: Request) -> Response:
+    """Turns, switches and copies as a Chrome/Perfetto trace; `?seconds=30` limits it to the last 30 s."""
+    last = request.query_params.get("seconds")
+    last_s = None if last is None else parse_seconds(last, "seconds")
+    return JSONResponse(await request.app.state.pool.trace(last_s))
 
 
 async def pool_check(request: Request) -> Response:

@@ -13,6 +13,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -20,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostedModelSpec
+from tokenpool.serve.admission import EngineQueue
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, first_line
 
@@ -96,6 +98,16 @@ class ModelClient:
     def num_unfinished(self) -> int:
         """Requests accepted and not yet finished."""
         return self.engine.output_processor.get_num_unfinished_requests()
+
+    def queue(self) -> EngineQueue:
+        """What waits and what runs, by AsyncLLM's own books; O(requests)."""
+        begun = waiting_tokens = 0
+        for state in self.engine.output_processor.request_states.values():
+            if state.is_prefilling:
+                waiting_tokens += state.prompt_len
+            elif state.output_kind is RequestOutputKind.FINAL_ONLY and state.request_index == 0:  # of n > 1 the first
+                begun += 1
+        return EngineQueue(begun, waiting_tokens)
 
     async def drain(self, limit_s: float) -> bool:
         """Wait until nothing is unfinished, at most `limit_s`; returns whether that came about."""

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, HostError, ModelUnavailableError, PoolError
+from tokenpool.serve.admission import FORECAST_PERIOD_S, Gate
 from tokenpool.serve.auth import ApiKeyAuth
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_model
@@ -40,7 +41,7 @@ class PoolServer:
         self._clients: dict[str, ModelClient] = {}
         self._host: HostProcess | None = None
         self._changing = asyncio.Lock()  # one model is added or removed at a time
-        self._supervisor: asyncio.Task | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._host_config = host_config(config)
         outer.state.pool = self
 
@@ -48,20 +49,20 @@ class PoolServer:
 
     async def start(self) -> None:
         """Start the host and all models; raises PoolError, with nothing left running, when one cannot be served."""
-        for name in self._plans:
-            self.router.add(ModelApp(name, _no_app, state="loading", retry_after_s=5))
+        for plan in self._plans.values():
+            self.router.add(self._model_app(plan.spec))
         try:
             await self._start_host()
         except BaseException:
             await self.stop()
             raise
-        self._supervisor = asyncio.create_task(self._supervise())
+        self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._forecast())]
 
     async def stop(self) -> None:
         """Finish what was accepted, at most `shutdown_timeout` long, then end everything."""
         self.stopping = True
-        if self._supervisor is not None:
-            self._supervisor.cancel()
+        for task in self._tasks:
+            task.cancel()
         limit_s = self.config.shutdown_timeout_s
         drained = await asyncio.gather(*(client.drain(limit_s) for client in self._clients.values()))
         for client, done in zip(self._clients.values(), drained, strict=True):
@@ -80,6 +81,10 @@ class PoolServer:
         """True when every model can be served and the pool is not shutting down."""
         return not self.stopping and all(m.state == "resident" for m in self.router.models.values())
 
+    def _model_app(self, spec: ModelSpec) -> ModelApp:
+        gate = Gate.of(spec.name, self.config.admission_of(spec), spec.slo)
+        return ModelApp(spec.name, _no_app, state="loading", retry_after_s=5, gate=gate)
+
     async def _start_host(self) -> None:
         first = next(iter(self._plans.values()), None)
         config = (first.checked or await asyncio.to_thread(first.engine_config)) if first else None
@@ -92,7 +97,7 @@ class PoolServer:
         client = await ModelClient.start(plan, self._host)
         self._clients[plan.spec.name] = client
         model = self.router.models[plan.spec.name]
-        model.app, model.state = client.app, "resident"
+        model.app, model.state, model.gate.engine = client.app, "resident", client.queue
         logger.info("model ready model=%s seconds=%.2f", plan.spec.name, client.added["build_s"])
         return client
 
@@ -132,6 +137,22 @@ class PoolServer:
             await client.close()
         multiprocess.mark_process_dead(pid, os.environ["PROMETHEUS_MULTIPROC_DIR"])
 
+    async def _forecast(self) -> None:
+        """Ask the host when first tokens would come, while that can refuse a request."""
+        while True:
+            await asyncio.sleep(FORECAST_PERIOD_S)
+            models = [m for m in self.router.models.values() if m.inflight and m.gate.wants_forecast]
+            if not models or self._host is None:
+                continue
+            try:
+                loads = await self._host.call("load")
+            except Exception as error:  # such as a host that is being restarted: old forecasts lapse
+                logger.debug("no forecast: %s", error)
+                continue
+            for model in models:
+                if model.name in loads:
+                    model.gate.learn(loads[model.name])
+
     # -- models at run time --------------------------------------------------------------------------
 
     async def add_model(self, spec: ModelSpec) -> dict[str, Any]:
@@ -146,7 +167,7 @@ class PoolServer:
                 raise ConfigError(f"model {spec.name!r} is in the pool already: choose another name", key="name")
             taken = {alias: f"model {m.name!r}" for m in self.router.models.values() for alias in m.aliases()}
             check_names([plan], {name: owner for p in self._plans.values() for name, owner in names_of(p)} | taken)
-            self.router.add(ModelApp(spec.name, _no_app, state="loading", retry_after_s=5))
+            self.router.add(self._model_app(spec))
             try:
                 client = await self._start_model(plan)
             except BaseException:
@@ -199,6 +220,12 @@ class PoolServer:
             "models": models,
             "host": host,
         }
+
+    async def trace(self, last_s: float | None) -> dict[str, Any]:
+        """The host's trace in Chrome's format, of the last `last_s` seconds or all that is kept."""
+        if self._host is None:
+            raise ModelUnavailableError("the engine host is not there", retry_after_s=5.0)
+        return await self._host.call("trace", last_s)
 
     async def check(self) -> None:
         """Check the host's books; raises what is wrong."""

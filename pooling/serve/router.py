@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from starlette.formparsers import FormParser, MultiPartParser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .admission import Gate, Ticket
 from .auth import POOL_PREFIX, error_response, route_path, scope_below, touches_pool_api
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class ModelApp:
     """When a client refused now should come back."""
     inflight: int = 0
     """Calls into `app` that have not returned."""
+    gate: Gate = field(default_factory=Gate)
+    """Which requests are taken in, and how many of them wait."""
 
     def aliases(self) -> set[str]:
         """Return the names this model answers to: its own, vLLM's served names, LoRA adapters now loaded."""
@@ -145,8 +148,11 @@ class ModelRouter:
         model = model or await self._by_request(path, scope, headers, body or b"")
         if model.state != "resident":
             raise _RefusedError(model.refusal(), close_code=1013)
+        ticket = model.gate.admit(scope, path)
+        if isinstance(ticket, Response):
+            raise _RefusedError(ticket)
         del body  # from here on the app alone decides how long it lives
-        await _call(model, scope, receive, send)
+        await _call(model, ticket, scope, receive, send)
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
         """Return the whole body, or None if the client went away. One chunk is returned without a copy."""
@@ -313,7 +319,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-async def _call(model: ModelApp, scope: Scope, receive: Receive, send: Send) -> None:
+async def _call(model: ModelApp, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
     """Run the model's app; a crash, or a 500 of a model that became unavailable, becomes a 503 to retry."""
     started, replaced = scope["type"] == "websocket", False
     held: Message | None = None  # the start of a 500, until its body comes
@@ -333,6 +339,7 @@ async def _call(model: ModelApp, scope: Scope, receive: Receive, send: Send) -> 
             started = held is not None or message["type"] == "http.response.start"
             if held is not None:
                 await send(held)
+        ticket.note(message)
         await send(message)
 
     model.inflight += 1
@@ -345,4 +352,5 @@ async def _call(model: ModelApp, scope: Scope, receive: Receive, send: Send) -> 
         if not replaced:
             await model.refusal()(scope, receive, send)
     finally:
+        ticket.close()
         model.inflight -= 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `tokenpool` command: serve, validate, doctor. Errors of the user are one line and exit status 2."""
+"""The `tokenpool` command: serve, validate, doctor, trace. Errors of the user are one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [po
        tokenpool serve pool.yaml [pool flags]
        tokenpool validate pool.yaml
        tokenpool doctor [pool.yaml]
+       tokenpool trace [--url URL] [--admin-key KEY] [--seconds N] --json FILE | --png FILE
 
-pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --admin-key KEY
-            --kv-floor-pages N --turn-policy NAME --max-request SIZE
+pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --weights auto|movable|fixed
+            --kv-floor-pages N --turn-policy NAME --max-request SIZE --admin-key KEY
             and of vllm serve: --host --port --api-key --shutdown-timeout"""
 
 
@@ -31,11 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {"serve": _serve, "validate": _validate, "doctor": _doctor}
+    commands = {"serve": _serve, "validate": _validate, "doctor": _doctor, "trace": _trace}
     if command not in commands:
         return _fail(f"unknown command {command!r}; known: {', '.join(commands)}")
     if command == "serve" and ("-h" in rest or "--help" in rest):
         print(USAGE)
+        return 0
+    if command == "trace" and ("-h" in rest or "--help" in rest):
+        from tokenpool.serve.trace_tool import USAGE as TRACE_USAGE
+
+        print(TRACE_USAGE)
         return 0
     from tokenpool.errors import PoolError
 
@@ -90,6 +96,12 @@ def _doctor(words: list[str]) -> int:
     from tokenpool.serve.doctor import doctor
 
     return doctor(words)
+
+
+def _trace(words: list[str]) -> int:
+    from tokenpool.serve.trace_tool import trace
+
+    return trace(words)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from prometheus_client import multiprocess
 from starlette.applications import Starlette
 
 from tokenpool.config import ModelSpec, PoolConfig
-from tokenpool.errors import ConfigError, HostError, ModelUnavailableError, PoolError
+from tokenpool.errors import CapacityError, ConfigError, HostError, ModelUnavailableError, PoolError
 from tokenpool.serve.admission import FORECAST_PERIOD_S, Gate
 from tokenpool.serve.auth import ApiKeyAuth
 from tokenpool.serve.host_process import HostProcess
@@ -94,7 +94,13 @@ class PoolServer:
 
     async def _start_model(self, plan: ModelPlan) -> ModelClient:
         assert self._host is not None
-        client = await ModelClient.start(plan, self._host)
+        try:
+            client = await ModelClient.start(plan, self._host)
+        except CapacityError as error:
+            if self.config.weights == "movable" or not error.holders:
+                raise
+            # Others hold the pages: weights of unknown size before, or a model that came later than the plan.
+            raise CapacityError(f"{error}; or let weights leave the device (weights: movable)") from error
         self._clients[plan.spec.name] = client
         model = self.router.models[plan.spec.name]
         model.app, model.state, model.gate.engine = client.app, "resident", client.queue

@@ -31,7 +31,10 @@ logger = logging.getLogger(__name__)
 def describe_plan(config: PoolConfig, plans: list[ModelPlan]) -> str:
     """The plan in a few lines for people."""
     assert config.device_memory is not None
-    lines = [f"device memory {format_bytes(config.device_memory)} in pages of {format_bytes(config.page_size)}"]
+    memory = f"device memory {format_bytes(config.device_memory)} in pages of {format_bytes(config.page_size)}"
+    lines = [f"{memory}, weights {config.weights}"]
+    if config.weights == "movable" and config.host_memory is not None:
+        lines[0] += f", host memory {format_bytes(config.host_memory)}"
     for item in plans:
         weights = format_bytes(item.weight_bytes) if item.weight_bytes else "weights of unknown size"
         slo = f", ttft {item.spec.slo.ttft_s:g} s, tpot {item.spec.slo.tpot_s:g} s" if item.spec.slo else ""

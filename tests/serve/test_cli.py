@@ -142,6 +142,19 @@ def test_a_budget_no_model_fits_in(pool_file: PoolFile) -> None:
     assert "device_memory: 1MiB is too little" in line
 
 
+def test_fixed_weights_that_do_not_fit(pool_file: PoolFile) -> None:
+    """The line says how much is needed and names the setting that lets weights move."""
+    models = [pool_file.model | {"name": f"llama{i}"} for i in range(3)]
+    budget = {"models": models, "device_memory": "2MiB", "page_size": "256KiB"}
+    line = refusal("validate", pool_file.write(**budget, weights="fixed"))
+    movable = run("validate", pool_file.write(**budget, host_memory="64MiB"))
+
+    assert "device_memory: 2MiB is too little: the weights of 3 models and 1 KV page each need " in line
+    assert "let weights move (weights: movable)" in line
+    first = "device memory 2MiB in pages of 256KiB, weights movable, host memory 64MiB"
+    assert (0, first) == (movable.returncode, movable.stdout.splitlines()[-5]), movable.stderr[-3000:]
+
+
 def test_a_good_file(pool_file: PoolFile) -> None:
     """`validate` of a good file prints the plan and ok, and ends with 0."""
     model = pool_file.model | {"slo": {"ttft": "10s", "tpot": "100ms"}}
@@ -149,7 +162,7 @@ def test_a_good_file(pool_file: PoolFile) -> None:
     lines = result.stdout.splitlines()
 
     assert result.returncode == 0, result.stderr[-3000:]
-    assert lines[-3] == "device memory 64MiB in pages of 1MiB"
+    assert lines[-3] == "device memory 64MiB in pages of 1MiB, weights fixed"
     assert lines[-2].startswith(f"  llama: {pool_file.model['model']}, ")
     assert lines[-2].endswith(", ttft 10 s, tpot 0.1 s")
     assert lines[-1] == "ok"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -281,6 +282,21 @@ def test_models_that_cannot_be_added_are_refused(pool_server: PoolServerProcess,
 
     assert wrong == [], "\n".join([*wrong, pool_server.log[-3000:]])
     assert before == books(pool_server.wait_until_idle())
+    assert complete(pool_server, "llama")
+
+
+def test_weights_that_do_not_fit_beside_the_others(
+    pool_server: PoolServerProcess, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    """In a pool of fixed weights the refusal names the setting that lets them move."""
+    folder = tmp_path / "large"
+    shutil.copytree(tiny_models.path("llama"), folder)
+    with (folder / "more.safetensors").open("wb") as file:
+        file.truncate(200 << 20)  # sparse; counted before anything is read
+    response = pool_server.admin("POST", "/models", entry("added", folder))
+
+    assert 507 == response.status_code
+    assert "201 pages are needed" in response.text and "(weights: movable)" in response.text
     assert complete(pool_server, "llama")
 
 

@@ -90,12 +90,12 @@ class HostMetrics:
         page_bytes.set(host.config.page_size)
 
     def update(self) -> None:
-        """Copy the counters; called on the loop's thread. Some microseconds per model."""
+        """Copy the counters; called on the loop's thread. Some 100 us for four models."""
         host = self._host
         for name, counter in self._global.items():
-            self._advance((name,), counter, getattr(host, name))
+            self._advance(name, counter, (), getattr(host, name))
         for name, counter in self._moves.items():
-            self._advance((name,), counter, getattr(host.allocator, name))
+            self._advance(name, counter, (), getattr(host.allocator, name))
         self._update_switches()
         for hosted in host.models.values():
             self._update_model(hosted)
@@ -104,14 +104,13 @@ class HostMetrics:
     def _update_switches(self) -> None:
         host = self._host
         for name, counter in self._residency.items():
-            self._advance(("residency", name), counter, getattr(host.residency.counters, name))
+            self._advance(("residency", name), counter, (), getattr(host.residency.counters, name))
         for name, kind in _EVICTIONS.items():
-            value = getattr(host.residency.counters, name)
-            self._advance(("evictions", kind), self._evictions.labels(kind), value)
+            self._advance(("evictions", kind), self._evictions, (kind,), getattr(host.residency.counters, name))
         dropped = host.swapper.tier.counters.evictions
-        self._advance(("evictions", "cached_kv"), self._evictions.labels("cached_kv"), dropped)
+        self._advance(("evictions", "cached_kv"), self._evictions, ("cached_kv",), dropped)
         for kind, nbytes in copied_bytes(host).items():
-            self._advance(("copied", kind), self._copied.labels(kind), nbytes)
+            self._advance(("copied", kind), self._copied, (kind,), nbytes)
 
     def _update_model(self, hosted: HostedModel) -> None:
         account = hosted.core.slo_account
@@ -120,7 +119,7 @@ class HostMetrics:
         values |= {"tokens": account.tokens, "on_time": account.tokens_on_time, "late": late}
         for name, value in values.items():
             # The index tells a model that was removed and added again, whose counters start anew.
-            self._advance((name, hosted.index), self._per_model[name].labels(hosted.name), value)
+            self._advance((name, hosted.index), self._per_model[name], (hosted.name,), value)
 
     def _update_gauges(self) -> None:
         host, models = self._host, self._host.models.values()
@@ -147,10 +146,11 @@ class HostMetrics:
         self._attainment.replace(shares)
         self._goodput.replace(goodput)
 
-    def _advance(self, key: object, counter: Counter, value: float) -> None:
+    def _advance(self, key: object, counter: Counter, labels: tuple[str, ...], value: float) -> None:
+        """Bring a counter up to a running total; `key` names the total. One that has not changed costs nothing."""
         before = self._seen.get(key)
         if before != value:
-            counter.inc(value - (before or 0.0))
+            (counter.labels(*labels) if labels else counter).inc(value - (before or 0.0))
             self._seen[key] = value
 
 

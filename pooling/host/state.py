@@ -10,6 +10,7 @@ from typing import Any
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.pool_view import QueueStats, model_view, queue_stats
+from tokenpool.host.trace import Event
 from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import PageUse
 from tokenpool.policy.admission import first_token_in_s
@@ -138,9 +139,9 @@ def host_load(host: EngineHost) -> dict[str, dict[str, Any]]:
     return loads
 
 
-def host_trace(host: EngineHost, last_s: float | None) -> dict[str, Any]:
-    """The trace in Chrome's format: events that ended in the last `last_s` seconds, or all that are kept."""
-    return host.trace.chrome(0.0 if last_s is None else time.time() - last_s)
+def host_trace(host: EngineHost, last_s: float | None) -> list[Event]:
+    """What ended in the last `last_s` seconds, or all that is kept; see trace.py."""
+    return host.trace.events(0.0 if last_s is None else time.time() - last_s)
 
 
 def _usual_prompt_tokens(stats: QueueStats) -> int:

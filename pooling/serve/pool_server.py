@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import CapacityError, ConfigError, HostError, ModelUnavailableError, PoolError
+from tokenpool.host.trace import chrome_trace
 from tokenpool.serve.admission import FORECAST_PERIOD_S, Gate
 from tokenpool.serve.auth import ApiKeyAuth
 from tokenpool.serve.host_process import HostProcess
@@ -231,7 +232,8 @@ class PoolServer:
         """The host's trace in Chrome's format, of the last `last_s` seconds or all that is kept."""
         if self._host is None:
             raise ModelUnavailableError("the engine host is not there", retry_after_s=5.0)
-        return await self._host.call("trace", last_s)
+        events = await self._host.call("trace", last_s)
+        return await asyncio.to_thread(chrome_trace, events)
 
     async def check(self) -> None:
         """Check the host's books; raises what is wrong."""

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from tokenpool.errors import CapacityError, SwitchError
 from tokenpool.host.pool_relabel import IdMap
 from tokenpool.host.runner_adapter import RunnerAdapter, make_runner_adapter
 from tokenpool.memory.kv_tier import HostKVTier, KVImage
@@ -143,8 +144,8 @@ class KVSwapper:
     def out(self, hosted: SwappableModel) -> None:
         """Move the model's used blocks to the host and give all its slabs back.
 
-        Raises CapacityError and changes nothing if host memory does not hold them. A model that keeps no KV has
-        nothing to move and stays resident.
+        Raises CapacityError if host memory does not hold them, SwitchError if a copy fails; nothing has changed. A
+        model that keeps no KV has nothing to move and stays resident.
         """
         if hosted.build.pool is None:
             return
@@ -158,8 +159,12 @@ class KVSwapper:
         assert name in self._adapters and name not in self._swaps, f"{name!r} is not resident"
         _check_token_boundary(hosted.core)
         blocks = pool.used_blocks()
-        image = self._or_count_refusal(lambda: self.tier.new_image(name, pool.view.block_bytes, len(blocks)))
-        self.tier.copy_out(image, [pool.address_of(block.block_id) for block in blocks])
+        image = self._or_count_refusal(name, lambda: self.tier.new_image(name, pool.view.block_bytes, len(blocks)))
+        try:
+            self.tier.copy_out(image, [pool.address_of(block.block_id) for block in blocks])
+        except BaseException as error:
+            self.tier.free_image(image)
+            raise SwitchError(name, "kv_out", str(error)) from error
         slot_of = {id(block): slot for slot, block in enumerate(blocks)}
         self._swaps[name] = _Swap(SwapState.LEAVING, image, blocks, slot_of)
         self.counters.blocks_out += len(blocks)
@@ -197,7 +202,8 @@ class KVSwapper:
     def into(self, hosted: SwappableModel) -> None:
         """Bring the model's blocks back; it may be stepped again.
 
-        Raises CapacityError and changes nothing if the allocator may not grant `slabs_needed` slabs.
+        Raises CapacityError if the allocator may not grant `slabs_needed` slabs, SwitchError if the device gives no
+        memory or a copy fails; the model is out as before.
         """
         if hosted.name not in self._swaps:
             return
@@ -213,10 +219,16 @@ class KVSwapper:
         pool = hosted.build.pool
         swap = self._swaps[hosted.name]
         assert swap.state is SwapState.OUT, f"{hosted.name!r} is {swap.state}"
-        swap.ids = self._or_count_refusal(pool.attach)
+        swap.ids = self._or_count_refusal(hosted.name, pool.attach)
         swap.state = SwapState.RETURNING
         addresses = [pool.address_of(b.block_id) if id(b) in swap.slot_of else None for b in swap.blocks]
-        self.tier.copy_in(swap.image, addresses)
+        try:
+            self.tier.copy_in(swap.image, addresses)
+        except BaseException as error:
+            self._adapters[hosted.name].remap(swap.ids)  # the blocks keep these ids until the next attempt
+            swap.ids, swap.state = None, SwapState.OUT
+            pool.detach(lambda block: self._left(hosted.name, block))
+            raise SwitchError(hosted.name, "kv_in", str(error)) from error
         self.counters.blocks_in += len(swap.slot_of)
         self.counters.bytes_in += len(swap.slot_of) * swap.image.block_bytes
         self.counters.seconds_in += time.perf_counter() - start
@@ -232,10 +244,12 @@ class KVSwapper:
         self.counters.ins += 1
         self.counters.seconds_in += time.perf_counter() - start
 
-    def _or_count_refusal(self, move: Callable[[], Any]) -> Any:
+    def _or_count_refusal(self, name: str, move: Callable[[], Any]) -> Any:
         try:
             return move()
-        except BaseException:
+        except OSError as error:
+            raise SwitchError(name, "map", f"the device gives no memory for KV: {error}") from error
+        except CapacityError:
             self.counters.refusals += 1
             raise
 

@@ -107,6 +107,19 @@ class ResidencyManager:
         Raises PoolError when a phase fails; the state is legal and the call can be repeated.
         """
         start = self._now()
+        self.room.target = hosted.name
+        try:
+            plan = self._bring_in(hosted)
+        finally:
+            self.room.target = None
+        end = self._now()
+        self.counters.switches += 1
+        self.counters.visible_seconds += end - start
+        moved = {kind.value: nbytes for kind, nbytes in plan.bytes_by_kind.items() if nbytes}
+        self._trace.record("switch", hosted.name, start, end, predicted_s=plan.predicted_s, bytes=moved)
+        self.last_plan = plan
+
+    def _bring_in(self, hosted: HostedModel) -> SwitchPlan:
         plan = self._start_load(hosted)
         if self._swapper.is_out(hosted.name):
             self._kv_in(hosted)
@@ -114,15 +127,10 @@ class ResidencyManager:
             job = self._weights.job(hosted.name)
             if job is None or not job.wait(_JOB_LIMIT_S):
                 self._give_up_load(hosted.name)
-                limit = f"{_JOB_LIMIT_S:.0f} s"
-                raise SwitchError(f"weights of {hosted.name!r} did not arrive in {limit}", phase="copy")
+                raise SwitchError(hosted.name, "copy", f"the weights did not arrive in {_JOB_LIMIT_S:.0f} s")
             self._finish_job(hosted.name)
-        end = self._now()
-        self.counters.switches += 1
-        self.counters.visible_seconds += end - start
-        moved = {kind.value: nbytes for kind, nbytes in plan.bytes_by_kind.items() if nbytes}
-        self._trace.record("switch", hosted.name, start, end, predicted_s=plan.predicted_s, bytes=moved)
-        self.last_plan = plan
+        assert self.is_ready(hosted), f"{hosted.name!r} was brought in and is not ready"
+        return plan
 
     def prefetch(self, hosted: HostedModel, *, spare: str | None = None) -> bool:
         """Start to bring weights in beside the current turn; False when that cannot start now.
@@ -136,11 +144,14 @@ class ResidencyManager:
             return False
         keep = frozenset({self.room.current} if self.room.current else ())
         try:
+            self.room.target = hosted.name
             self._start_load(hosted, keep=keep, spare=spare)
         except PoolError as error:
             logger.debug("no prefetch model=%s reason=%s", hosted.name, error)
             self._refused = attempt
             return False
+        finally:
+            self.room.target = None
         self.counters.prefetches += 1
         return True
 

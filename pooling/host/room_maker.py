@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 
 from tokenpool.errors import CapacityError, PoolError
@@ -61,6 +60,8 @@ class RoomMaker:
         self.reuse = ReuseEstimator()
         self.current: str | None = None
         """Whose turn it is: its weights are not lent to KV."""
+        self.target: str | None = None
+        """Which model is being brought in: its host copy stays."""
         self._models = models
         self._allocator = allocator
         self._weights = weights
@@ -124,8 +125,12 @@ class RoomMaker:
         self._evict_until(pages, None, keep=frozenset(self._busy_names()))
         self._allocator.free_pages(pages)
 
+    def take_out(self, pages: int) -> None:
+        """Take models off the device until `pages` more pages are nobody's promise (the allocator's `Lender`)."""
+        self._evict_until(pages, None)
+
     def _busy_names(self) -> Iterable[str]:
-        return (name for name, hosted in self._models.items() if not self._is_idle(hosted))
+        return (name for name, h in self._models.items() if h.core.scheduler.has_unfinished_requests())
 
     def _is_idle(self, hosted: HostedModel) -> bool:
         name = hosted.name
@@ -261,19 +266,17 @@ class RoomMaker:
     # -- host memory ---------------------------------------------------------------------------------
 
     def _free_host_memory(self, nbytes: int) -> None:
-        """Give cached KV up, then host copies of warm models without work that can be read again."""
+        """Give up cached KV, then host copies that can be read again: of models without work, last of busy ones.
+
+        The model whose turn it is and the one that is being brought in keep theirs.
+        """
         goal = self._host.free_bytes + nbytes
         self._swapper.tier.drop_cached(nbytes)
-        if self._host.free_bytes >= goal or self._weights.try_make_host_room(goal):
+        needed = {self.current, self.target}
+        busy = set(self._busy_names()) | needed
+        if self._host.free_bytes >= goal or self._weights.try_make_host_room(goal, keep=busy):
             return
-        for name in self._weights.owners:
-            hosted = self._models.get(name)
-            if self._host.free_bytes >= goal:
-                return
-            if hosted is None or hosted.core.scheduler.has_unfinished_requests():
-                continue
-            with suppress(PoolError):  # one that must stay in host memory; the next may go
-                if self._weights.state(name) is WeightState.RESIDENT and name != self.current:
-                    self.evict(name)
-                if self._weights.state(name) is WeightState.WARM:
-                    self._weights.drop_host(name)
+        for name, weights in self._weights.snapshot().items():
+            if weights.state is WeightState.RESIDENT and weights.droppable and name not in busy:
+                self.evict(name)
+        self._weights.try_make_host_room(goal, keep=busy) or self._weights.try_make_host_room(goal, keep=needed)

@@ -258,20 +258,29 @@ class SlabBlockPool(BlockPool):
     def attach(self) -> IdMap:
         """Get slabs for the surviving blocks and give them new ids, neighbours in the order of `used_blocks`.
 
-        Raises CapacityError and changes nothing if the allocator may not grant `slabs_needed()` slabs. The bytes
-        are still to be copied, and the worker's ids to be mapped.
+        Raises and changes nothing if there are not `slabs_needed()` slabs: CapacityError if the allocator may not
+        grant them, OSError if the device gives no memory. The bytes are still to be copied, and the worker's ids to
+        be mapped.
         """
         assert self._detached
         owner = self.view.owner
         survivors = self.used_blocks()
         self._allocator.attach(owner, self.slabs_needed())
+        slabs: list[int] = []
+        ids_of: list[range] = []
+        try:
+            while sum(map(len, ids_of)) < len(survivors):
+                slab = self._allocator.grant(owner)
+                assert slab is not None, "the allocator broke its word"
+                slabs.append(slab)
+                ids_of.append(self._arena.block_ids(self.view, slab))
+        except BaseException:  # the device gives no memory
+            self._allocator.detach(owner, slabs)
+            raise
         self._detached = False
         self.blocks = {0: self.null_block}
         new_ids: list[int] = []
-        while len(new_ids) < len(survivors):
-            slab = self._allocator.grant(owner)
-            assert slab is not None, "the allocator broke its word"
-            ids = self._arena.block_ids(self.view, slab)
+        for slab, ids in zip(slabs, ids_of, strict=True):
             moved = survivors[len(new_ids) : len(new_ids) + len(ids)]
             new_ids += ids[: len(moved)]
             free = [self._new_block(i) for i in ids[len(moved) :]]

@@ -67,8 +67,12 @@ class TierLink:
         blocks = pool.take_unhashed(len(missing))
         if blocks is None:
             return None
-        for key, block in zip(missing, blocks, strict=True):
-            num_tokens = self.tier.load(self.model, key, pool.address_of(block.block_id))
-            BlockPool._insert_block_hash(pool, key, block, num_tokens)  # not as fresh: the bytes are there
-        pool.free_block_queue.append_n(blocks)
+        try:
+            for key, block in zip(missing, blocks, strict=True):
+                num_tokens = self.tier.load(self.model, key, pool.address_of(block.block_id))
+                BlockPool._insert_block_hash(pool, key, block, num_tokens)  # not as fresh: the bytes are there
+        except OSError:  # computed again instead
+            return None
+        finally:
+            pool.free_block_queue.append_n(blocks)
         return BlockPool.get_cached_block(pool, block_hash, list(group_ids))

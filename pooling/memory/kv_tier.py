@@ -162,7 +162,12 @@ class HostKVTier:
         slot = self._cached_slot(model, block_bytes)
         if slot is None:
             return False
-        self.device.copy_out(slot.view(), address)
+        try:
+            self.device.copy_out(slot.view(), address)
+        except OSError:  # a cache may forget
+            self._class(block_bytes).cached.give(model, slot)
+            self.counters.refusals += 1
+            return False
         self.counters.cached_out_bytes += block_bytes
         self.counters.copies += 1
         self._insert(model, key, tag, slot)

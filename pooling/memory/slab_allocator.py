@@ -17,6 +17,7 @@ counts as 0, so the others may use those pages too.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +34,9 @@ class Lender(Protocol):
 
     def lend(self, pages: int) -> None:
         """Free `pages` pages of the ledger, or more; raises CapacityError if it cannot."""
+
+    def take_out(self, pages: int) -> None:
+        """Take models off the device, busy ones too, until `pages` more are unpromised; raises CapacityError."""
 
 
 class SlabHolder(Protocol):
@@ -185,7 +189,11 @@ class SlabAllocator:
         if self._spare() < 1 and (account.held >= account.floor or not self.ledger.num_free):
             self._reclaim_or_borrow(name)
         slab = self.ledger.take(name, PageUse.KV)[0]
-        self.arena.map_slab(slab)
+        try:
+            self.arena.map_slab(slab)
+        except BaseException:
+            self.ledger.give(name, PageUse.KV, [slab])
+            raise
         account.held += 1
         self._held += 1
         self.num_grants += 1
@@ -260,8 +268,9 @@ class SlabAllocator:
 
     def _make_room(self, name: str, floor: int) -> None:
         missing = floor - self.num_unpromised
-        if self.lender is not None and 0 < missing <= self.lender.lendable():
-            self.lender.lend(missing)
+        if self.lender is not None and missing > 0:
+            with suppress(CapacityError):  # said below in terms of the new model
+                self.lender.take_out(missing)
         if floor > self.num_unpromised:
             raise CapacityError(
                 f"model {name!r} cannot be promised {floor} KV pages: {self._committed} of "

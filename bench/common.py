@@ -241,13 +241,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def report(name: str, run: Callable[..., Any], flags: argparse.Namespace, keys: Sequence[str]) -> None:
-    """Call `run` with the flags, write what it returns, and print `keys` of it in the result line."""
+    """Call `run` with the flags, write what it returns, and print `keys` of it in the result line.
+
+    A key `name_x` may also stand for the entry `x` of a mapping `name`.
+    """
     settings = {key: value for key, value in vars(flags).items() if key != "json"}
     values = asdict(run(**settings))
     del settings["logs"]
     if flags.json:
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
         write_result(flags.json, name, settings, values)
-    print_result_line({key: values[key] for key in keys})
+    mappings = {key: value for key, value in values.items() if isinstance(value, dict)}
+    entries = {f"{key}_{x}": entry for key, value in mappings.items() for x, entry in value.items()}
+    print_result_line({key: (entries | values)[key] for key in keys})
 
 
 @contextlib.contextmanager

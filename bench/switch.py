@@ -162,9 +162,7 @@ def _measure_size(mib: float, paths: dict[str, Path], switches: int, seed: int) 
     )
 
 
-def _make_rig(
-    paths: dict[str, Path], mib: float, page: int, weights: int, kv: int, switches: int, seed: int
-) -> Any:
+def _make_rig(paths: dict[str, Path], mib: float, page: int, weights: int, kv: int, switches: int, seed: int) -> Any:
     """A host with device memory for the weights of `weights` models, the KV of `kv` of them, and null blocks.
 
     What a model may need for KV is promised to it while it is not away, so that weights cannot take it.

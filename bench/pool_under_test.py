@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool that a trace is played against: random models, device memory for a part of them, one server per policy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import common, sized_models
+from bench.traces import TracedRequest
+from tokenpool.config import SLO
+
+ADMIN_KEY = "bench-admin"
+WITH_OPTIONS: dict[str, tuple[str, dict[str, float]]] = {"aegaeon_join": ("aegaeon", {"join": 1, "quota_max_s": 0.5})}
+"""Our names for policies with options; see docs/scheduling.md. Other names are policies as they are."""
+_PAGE_MIB = 1
+_LEAST_LEN = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Models and settings, the same for every policy."""
+
+    folder: Path
+    paths: Mapping[str, Path]
+    mib_of: Mapping[str, float]
+    device_mib: int
+    max_model_len: int
+    slo: SLO
+
+    def describe(self) -> dict[str, Any]:
+        """For the results."""
+        return {
+            "weight_mib": dict(self.mib_of),
+            "device_mib": self.device_mib,
+            "page_mib": _PAGE_MIB,
+            "max_model_len": self.max_model_len,
+            "slo": asdict(self.slo),
+        }
+
+
+def prepare(
+    folder: Path,
+    trace: Sequence[TracedRequest],
+    weight_mib: Sequence[float],
+    device_frac: float,
+    kv_mib: int,
+    slo: SLO,
+) -> Setup:
+    """Make a model for each name in the trace; sizes go round `weight_mib` in the order of names."""
+    names = sorted({request.model for request in trace})
+    mib_of = {name: weight_mib[index % len(weight_mib)] for index, name in enumerate(names)}
+    longest = max(request.input_len + request.output_len for request in trace)
+    device_mib = math.ceil(sum(mib_of.values()) * device_frac) + kv_mib
+    common.progress(f"making {len(names)} models, {sum(mib_of.values()):g} MiB, for a device of {device_mib} MiB")
+    paths = sized_models.make_all(folder, mib_of)
+    return Setup(folder, paths, mib_of, device_mib, max(_LEAST_LEN, longest), slo)
+
+
+@contextmanager
+def serve(setup: Setup, policy: str, log: Path, start_limit_s: float) -> Iterator[common.Server]:
+    """A ready server with this turn policy; it is closed at the end."""
+    flags = ["--max-model-len", str(setup.max_model_len), *common.MODEL_FLAGS[2:]]
+    slo = {"ttft": f"{setup.slo.ttft_s}s", "tpot": f"{setup.slo.tpot_s}s"}
+    scheduler, options = WITH_OPTIONS.get(policy, (policy, {}))
+    config = {
+        "models": [{"name": n, "model": str(path), "args": flags, "slo": slo} for n, path in setup.paths.items()],
+        "device_memory": f"{setup.device_mib}MiB",
+        "host_memory": f"{sum(setup.mib_of.values()) * 1.2 + 1024:.0f}MiB",
+        "page_size": f"{_PAGE_MIB}MiB",
+        "weights": "movable",
+        "scheduling": {"policy": scheduler, "options": options},
+        "admin_key": ADMIN_KEY,
+    }
+    pool_file = setup.folder / f"{policy}.yaml"
+    pool_file.write_text(json.dumps(config))  # JSON is YAML
+    server = common.Server([*common.POOL, str(pool_file)], list(setup.paths), log)
+    try:
+        (ready_s,) = common.wait_until_ready([server], start_limit_s)
+        common.progress(f"{policy}: ready after {ready_s:.0f} s")
+        for name in setup.paths:  # the first request of a model takes longer
+            prompt = common.random_prompts(0, 1, 64)
+            common.measure([common.Load(server.port, name, prompt, 1, 4)])
+        yield server
+    finally:
+        server.close()
+
+
+def host_numbers(server: common.Server) -> dict[str, float]:
+    """All numbers of the host's state by their path, and the sums over models of their counters."""
+    host = server.get("/v1/pool/state", key=ADMIN_KEY).get("host") or {}
+    models = host.pop("models", {}).values()
+    sums = {key: sum(model.get(key, 0) for model in models) for key in ("steps", "step_seconds", "tokens")}
+    return {**_flat(host), **sums}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[prefix + key] = value
+    return found

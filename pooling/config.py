@@ -67,7 +67,7 @@ class Admission:
     """Prompt tokens that may wait; None = no bound."""
     on_miss: str = "queue"
     """What becomes of a request whose first token is predicted to come after its due time: `queue` = it waits,
-    `reject` = 503 at once. Means nothing without an `slo`."""
+    `reject` = 503 at once. As the pool's setting it means nothing for models without an `slo`."""
 
     def __post_init__(self) -> None:
         for key, value in (("max_waiting", self.max_waiting), ("max_waiting_tokens", self.max_waiting_tokens)):
@@ -96,6 +96,9 @@ class ModelSpec:
     def __post_init__(self) -> None:
         problem = f"{show(self.name)} is no model name: use letters, digits and . _ : / - only"
         check_setting(_NAME.fullmatch(self.name) is not None, "name", problem)
+        needs_slo = dict(self.admission).get("on_miss") == "reject"
+        problem = "reject needs to know when tokens are due: give the model an slo"
+        check_setting(self.slo is not None or not needs_slo, "admission.on_miss", problem)
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,6 +248,7 @@ MODEL = {"name": "a", "model": "org/a"}
         (one_model(admission={"max_waiting": "8"}), "pool.yaml: models[0].admission.max_waiting: expected a whole"),
         (one_model(admission={"max_waiting_tokens": -1}), "pool.yaml: models[0].admission.max_waiting_tokens: must be"),
         (one_model(admission={"on_miss": "drop"}), "pool.yaml: models[0].admission.on_miss: must be one of queue, rej"),
+        (one_model(admission={"on_miss": "reject"}), "pool.yaml: models[0].admission.on_miss: reject needs to know"),
         ({**one_model(), "max_request": 0}, "pool.yaml: max_request: must be above 0"),
     ],
 )  # fmt: skip

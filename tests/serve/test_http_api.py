@@ -323,7 +323,7 @@ def test_probes_need_no_key(pool_server: PoolServerProcess, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/v1/pool/state"), ("POST", "/v1/pool/check"), ("POST", "/v1/pool/models")]
+    [("GET", "/v1/pool/state"), ("GET", "/v1/pool/trace"), ("POST", "/v1/pool/check"), ("POST", "/v1/pool/models")]
     + [("DELETE", "/v1/pool/models/llama"), ("GET", "/v1/%70ool/state"), ("GET", "/models/llama/v1/pool/state")],
 )
 def test_the_admin_api_needs_the_admin_key(pool_server: PoolServerProcess, method: str, path: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,18 @@ def test_spans_start_at_zero_in_order() -> None:
     assert [("a", "turn", 0.0), ("b", "weights_in", 0.4)] == [(s.model, s.kind, s.start_s) for s in spans[:2]]
     assert 5 == len(spans)
     assert pytest.approx(1.0) == max(s.start_s + s.duration_s for s in spans)
+
+
+def test_without_matplotlib_the_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing needs the extra `plot`; all else works without it."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # an import of it fails
+    saved, copy, picture = tmp_path / "t.json", tmp_path / "copy.json", tmp_path / "t.png"
+    saved.write_text(json.dumps(a_trace()))
+
+    assert 0 == trace(["--from", str(saved), "--json", str(copy)])
+    with pytest.raises(PoolError, match=r"matplotlib is needed to draw: pip install 'tokenpool\[plot\]'"):
+        trace(["--from", str(saved), "--png", str(picture)])
+    assert not picture.exists()
 
 
 @pytest.mark.parametrize(

@@ -60,8 +60,15 @@ class EngineHost:
         self.loops = 0
         self.overhead_seconds = 0.0
         self.host_ledger = HostLedger(config.host_memory)
-        copier = CopyEngine(on_start=use_all_cpus, notify=lambda job: self._wake.set())
-        self.weights = WeightStore(self.arena.device, self.ledger, self.host_ledger, poison=poison, copier=copier)
+        side = {"on_start": use_all_cpus, "notify": lambda job: self._wake.set()}
+        self.weights = WeightStore(
+            self.arena.device,
+            self.ledger,
+            self.host_ledger,
+            poison=poison,
+            copier=CopyEngine(**side),
+            fetcher=CopyEngine(**side, name="weights-fetch"),
+        )
         self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device))
         self.trace = TraceLog()
         copies = CopyModel()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes the KV of a model's running requests off the device at a token boundary and brings it back.
 
-    resident ── begin_out ──► leaving ── finish_out ──► out ── begin_in ──► returning ── finish_in ──► resident
+    in ── begin_out ──► leaving ── finish_out ──► out ── begin_in ──► returning ── finish_in ──► in
                 copies start             slabs go             slabs come,               worker's ids mapped,
                                                               copies start              image freed
 
@@ -24,7 +24,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, Protocol
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -33,6 +32,7 @@ from tokenpool.errors import CapacityError, SwitchError
 from tokenpool.host.pool_relabel import IdMap
 from tokenpool.host.runner_adapter import RunnerAdapter, make_runner_adapter
 from tokenpool.memory.kv_tier import HostKVTier, KVImage
+from tokenpool.memory.states import KVState, check_transition
 
 
 class SwappableModel(Protocol):
@@ -45,14 +45,6 @@ class SwappableModel(Protocol):
     @property
     def name(self) -> str:
         """The model's name in the pool."""
-
-
-class SwapState(StrEnum):
-    """Where a model's KV is on its way out and back; a resident model has no state."""
-
-    LEAVING = "leaving"
-    OUT = "out"
-    RETURNING = "returning"
 
 
 @dataclass(slots=True)
@@ -73,9 +65,9 @@ class SwapCounters:
 
 @dataclass(slots=True, eq=False)
 class _Swap:
-    """One model that is not resident."""
+    """One model whose KV is not in."""
 
-    state: SwapState
+    state: KVState
     image: KVImage
     blocks: list[KVCacheBlock]
     """What `image.slots` holds, in its order."""
@@ -120,10 +112,10 @@ class KVSwapper:
         """Whether the model's KV is not, or not wholly, on the device: it must not be stepped."""
         return model in self._swaps
 
-    def state(self, model: str) -> SwapState | None:
-        """Where the model's KV is; None = on the device."""
+    def state(self, model: str) -> KVState:
+        """Where the model's KV is."""
         swap = self._swaps.get(model)
-        return None if swap is None else swap.state
+        return KVState.IN if swap is None else swap.state
 
     def bytes_out(self, hosted: SwappableModel) -> int:
         """Bytes that `out` would copy now, or that `into` would copy back; cached blocks not counted."""
@@ -166,7 +158,7 @@ class KVSwapper:
             self.tier.free_image(image)
             raise SwitchError(name, "kv_out", str(error)) from error
         slot_of = {id(block): slot for slot, block in enumerate(blocks)}
-        self._swaps[name] = _Swap(SwapState.LEAVING, image, blocks, slot_of)
+        self._swaps[name] = _Swap(KVState.LEAVING, image, blocks, slot_of)
         self.counters.blocks_out += len(blocks)
         self.counters.bytes_out += len(blocks) * image.block_bytes
         self.counters.seconds_out += time.perf_counter() - start
@@ -176,14 +168,14 @@ class KVSwapper:
         start = time.perf_counter()
         pool, name = hosted.build.pool, hosted.name
         swap = self._swaps[name]
-        assert swap.state is SwapState.LEAVING
+        assert swap.state is KVState.LEAVING
         alive = {id(block) for block in pool.used_blocks()}
         for block in swap.blocks:  # of requests that ended since begin_out
             if id(block) not in alive:
                 self.tier.drop_block(swap.image, swap.slot_of.pop(id(block)))
         assert alive == swap.slot_of.keys(), f"{name!r} was stepped while leaving"
         pool.detach(lambda block: self._left(name, block))
-        swap.state = SwapState.OUT
+        _become(swap, KVState.OUT)
         self.counters.outs += 1
         self.counters.seconds_out += time.perf_counter() - start
 
@@ -218,15 +210,16 @@ class KVSwapper:
         start = time.perf_counter()
         pool = hosted.build.pool
         swap = self._swaps[hosted.name]
-        assert swap.state is SwapState.OUT, f"{hosted.name!r} is {swap.state}"
+        assert swap.state is KVState.OUT, f"{hosted.name!r} is {swap.state}"
         swap.ids = self._or_count_refusal(hosted.name, pool.attach)
-        swap.state = SwapState.RETURNING
+        _become(swap, KVState.RETURNING)
         addresses = [pool.address_of(b.block_id) if id(b) in swap.slot_of else None for b in swap.blocks]
         try:
             self.tier.copy_in(swap.image, addresses)
         except BaseException as error:
             self._adapters[hosted.name].remap(swap.ids)  # the blocks keep these ids until the next attempt
-            swap.ids, swap.state = None, SwapState.OUT
+            swap.ids = None
+            _become(swap, KVState.OUT)
             pool.detach(lambda block: self._left(hosted.name, block))
             raise SwitchError(hosted.name, "kv_in", str(error)) from error
         self.counters.blocks_in += len(swap.slot_of)
@@ -237,7 +230,7 @@ class KVSwapper:
         """Map the worker's ids and free the image; all copies of `begin_in` are done by now."""
         start = time.perf_counter()
         swap = self._swaps[hosted.name]
-        assert swap.state is SwapState.RETURNING and swap.ids is not None
+        assert swap.state is KVState.RETURNING and swap.ids is not None
         self._adapters[hosted.name].remap(swap.ids)
         self.tier.free_image(swap.image)
         del self._swaps[hosted.name]
@@ -259,9 +252,14 @@ class KVSwapper:
         for name, swap in self._swaps.items():
             kept = {slot for slot, place in enumerate(swap.image.slots) if place is not None}
             assert kept == set(swap.slot_of.values()), f"the image of {name!r} differs from its blocks"
-            if swap.state is SwapState.OUT:
+            if swap.state is KVState.OUT:
                 alive = {id(block) for block in swap.blocks if block.ref_cnt}
                 assert alive == swap.slot_of.keys(), f"blocks of {name!r} left unnoticed"
+
+
+def _become(swap: _Swap, state: KVState) -> None:
+    check_transition(swap.state, state)
+    swap.state = state
 
 
 def _check_token_boundary(core: Any) -> None:

@@ -78,8 +78,8 @@ class ResidencyManager:
         return seconds
 
     def can_prefetch(self) -> bool:
-        """Whether the side thread is free for another model's weights."""
-        return not self._job_started
+        """Whether the side thread is free for another model's weights; reads from disk are another's business."""
+        return not any(self._state(name) is WeightState.LOADING for name in self._job_started)
 
     def busy(self) -> bool:
         """Whether a copy is under way whose end the loop should look at."""

@@ -26,10 +26,12 @@ class KVState(StrEnum):
 
     IN = "in"
     """On the device; also a model that has none."""
-    MOVING = "moving"
-    """On its way between device and host: nobody may use it."""
+    LEAVING = "leaving"
+    """On its way to host memory: the model must not step."""
     OUT = "out"
     """In host memory; the model holds no slab."""
+    RETURNING = "returning"
+    """On its way back: the model must not step, and its inputs wait."""
 
 
 TRANSITIONS: dict[StrEnum, frozenset[StrEnum]] = {
@@ -38,9 +40,10 @@ TRANSITIONS: dict[StrEnum, frozenset[StrEnum]] = {
     WeightState.WARM: frozenset({WeightState.LOADING, WeightState.COLD}),
     WeightState.LOADING: frozenset({WeightState.RESIDENT, WeightState.WARM}),
     WeightState.RESIDENT: frozenset({WeightState.WARM}),
-    KVState.IN: frozenset({KVState.MOVING}),
-    KVState.MOVING: frozenset({KVState.IN, KVState.OUT}),
-    KVState.OUT: frozenset({KVState.MOVING}),
+    KVState.IN: frozenset({KVState.LEAVING}),
+    KVState.LEAVING: frozenset({KVState.OUT}),
+    KVState.OUT: frozenset({KVState.RETURNING}),
+    KVState.RETURNING: frozenset({KVState.IN, KVState.OUT}),
 }
 
 

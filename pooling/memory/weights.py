@@ -39,7 +39,8 @@ CHUNK_BYTES = 8 << 20
 class WeightStore:
     """All movable weights of one device; called on the host loop's thread only.
 
-    The copies run on the side thread of `copier`; what a job did counts once `finish` is called for its owner.
+    Copies to the device run on the side thread of `copier`, reads of checkpoints on that of `fetcher`, so that no
+    switch waits for a disk; what a job did counts once `finish` is called for its owner.
     With `poison` (for tests) evicted bytes are compared with the host copy, then filled with 0xFF.
     """
 
@@ -52,6 +53,7 @@ class WeightStore:
         poison: bool = False,
         chunk_bytes: int = CHUNK_BYTES,
         copier: CopyEngine | None = None,
+        fetcher: CopyEngine | None = None,
     ) -> None:
         self.device = CountedDevice(device)
         """Counts the bytes of all switches: `bytes_to_device`, and `bytes_to_host`, which stays 0."""
@@ -60,6 +62,7 @@ class WeightStore:
         self.poison = poison
         self.chunk_bytes = chunk_bytes
         self.copier = copier or CopyEngine()
+        self.fetcher = fetcher or CopyEngine(name="weights-fetch")
         self.make_room: Callable[[int], None] = lambda pages: None
         """Called before `adopt` takes pages; frees as many or raises CapacityError."""
         self._models: dict[str, ModelWeights] = {}  # least recently used first
@@ -119,6 +122,7 @@ class WeightStore:
         for owner in list(self._models):
             self.remove(owner)
         self.copier.close()
+        self.fetcher.close()
 
     # -- host to device ------------------------------------------------------------------------------
 
@@ -192,7 +196,7 @@ class WeightStore:
         entry = self._in_state(owner, WeightState.WARM)
         assert entry.reload is not None and entry.job is None, f"{owner!r} cannot be tried now"
         self._take_for_trial(entry)
-        entry.job = self.copier.submit(f"try {owner}", entry.nbytes, self._trial(entry))
+        entry.job = self.fetcher.submit(f"try {owner}", entry.nbytes, self._trial(entry))
         return entry.job
 
     def drop_host(self, owner: str) -> None:
@@ -208,7 +212,7 @@ class WeightStore:
             return
         if entry.reload is not None and entry.proof is None:
             self._take_for_trial(entry)
-            job = self.copier.job(f"try {owner}", entry.nbytes, self._trial(entry))
+            job = self.fetcher.job(f"try {owner}", entry.nbytes, self._trial(entry))
             job.run()
             self._finish_trial(entry, job)
         if entry.proof is None or not entry.proof.droppable:
@@ -235,7 +239,7 @@ class WeightStore:
                 raise ValueError("the checkpoint is not the one that the model was added with: remove and add it")
             return buffer
 
-        entry.job = self.copier.submit(f"fetch {owner}", entry.nbytes, work)
+        entry.job = self.fetcher.submit(f"fetch {owner}", entry.nbytes, work)
         return entry.job
 
     def try_make_host_room(self, nbytes: int, keep: Collection[str] = ()) -> bool:

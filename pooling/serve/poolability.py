@@ -40,6 +40,7 @@ def check_config(name: str, config: Any) -> None:
         "sleep mode, which the pool replaces": model.enable_sleep_mode,
         "state-space (Mamba) layers": model.is_hybrid or model.has_inner_state or model.is_attention_free,
         "an encoder-decoder model (not yet)": model.is_encoder_decoder,
+        "weight transfer (an eviction would lose it)": config.weight_transfer_config is not None,
         "KV offloading": config.cache_config.kv_offloading_size is not None,
     }
     for feature, present in refused.items():

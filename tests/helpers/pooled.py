@@ -89,13 +89,16 @@ class PooledModels:
     def run(self, *, max_steps: int = 20_000, each_step: Callable[[int], None] | None = None) -> None:
         """Step until nothing is left to do; fails when that does not come about."""
         for step in range(max_steps):
-            self.host.run_once()
-            self._collect()
+            self.run_once()
             if each_step is not None:
                 each_step(step)
             if not any(m.core.has_work() or not m.core.input_queue.empty() for m in self.host.models.values()):
                 return
         raise AssertionError(f"still busy after {max_steps} steps: the models starve each other")
+
+    def run_once(self) -> None:
+        self.host.run_once()
+        self._collect()
 
     def results(self, model: str) -> dict[str, Result]:
         return {

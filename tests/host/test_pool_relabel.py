@@ -15,11 +15,12 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from tests.helpers.swapping import HASHES, PAGE, FakeModel, key_of, make_allocator
 from tokenpool.errors import CapacityError
-from tokenpool.host.kv_swap import KVSwapper, SwapState
+from tokenpool.host.kv_swap import KVSwapper
 from tokenpool.host.pool_relabel import IdMap
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.memory.ledger import PageUse
+from tokenpool.memory.states import KVState
 
 pytestmark = pytest.mark.vllm
 
@@ -239,7 +240,7 @@ class SwapMachine(RuleBasedStateMachine):
             with pytest.raises(CapacityError, match=f"needs {needed} KV pages to come back"):
                 self.swapper.into(model)
             assert ids == {id(block): block.block_id for block in self.held(index)}
-            assert self.swapper.state(model.name) is SwapState.OUT
+            assert self.swapper.state(model.name) is KVState.OUT
             return
         data.draw(st.randoms(use_true_random=False)).shuffle(self.allocator.ledger._free)  # its order says nothing
         self.swapper.into(model)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,51 @@ def test_every_policy_serves_more_models_than_fit(pool, cases, reference):
     pool.run(each_step=lambda step: step % 25 or pool.check())
 
     _assert_equal(pool, reference, kinds, least=10)
+
+
+@pytest.mark.parametrize("pool", [{"pages": 12}], indirect=True)
+def test_a_compiled_model_comes_and_goes(pool, cases):
+    """With torch.compile, whose code finds weights at addresses that stay, switches change no stream either."""
+    compiled = {}
+    for kind in ("llama", "qwen2"):
+        args = {"max_model_len": 512} | ({"enforce_eager": False} if kind == "llama" else {})
+        requests = [replace(request, lora=None) for request in cases[kind].requests[:3]]
+        compiled[kind] = Case(kind, cases[kind].model, args, requests)
+    expected = run_plain(list(compiled.values()), plain_gemm=True)
+    _use(pool, RandomTurns(4))
+    for case in compiled.values():
+        pool.add(case)
+    for case in compiled.values():
+        pool.submit(case)
+    pool.run()
+
+    assert pool.host.residency.counters.weight_evictions > 10
+    _assert_equal(pool, expected, compiled, least=5)
+
+
+@pytest.mark.parametrize("pool", [{"pages": 13}], indirect=True)
+def test_a_switch_moves_what_its_plan_says(pool, cases):
+    """Bytes of weights and KV that are copied equal those of the plan; no weights go to the host."""
+    for kind in ("llama", "gemma3"):
+        pool.add(cases[kind])
+        pool.submit(cases[kind])
+    host, checked = pool.host, 0
+    for _ in range(200):
+        before = (host.weights.device.bytes_to_device, host.swapper.counters.bytes_out, host.swapper.counters.bytes_in)
+        switches = host.residency.counters.switches
+        pool.run_once()
+        if host.residency.counters.switches != switches + 1:
+            continue
+        plan = host.residency.last_plan.bytes_by_kind
+        after = (host.weights.device.bytes_to_device, host.swapper.counters.bytes_out, host.swapper.counters.bytes_in)
+        assert tuple(a - b for a, b in zip(after, before, strict=True)) == tuple(
+            plan.get(kind, 0) for kind in ("weights_in", "kv_out", "kv_in")
+        )
+        checked += 1
+    pool.run()
+
+    assert checked > 20
+    assert host.weights.device.bytes_to_host == 0
 
 
 def test_requests_that_come_and_go_while_their_model_is_away(pool, cases, reference):

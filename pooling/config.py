@@ -105,8 +105,9 @@ class ModelSpec:
 class Scheduling:
     """How the models of one device take turns."""
 
-    policy: str = "round_robin"
-    """Name of an entry point in the group `tokenpool.turn_policies`; round_robin needs no tuning."""
+    policy: str = "auto"
+    """Name of an entry point in the group `tokenpool.turn_policies`; auto = slack where weights are movable, because
+    round_robin would switch for every token, else round_robin."""
     options: tuple[tuple[str, float], ...] = ()
     """The policy's options by name; the policy judges them. YAML: `options: {max_turn_s: 0.5}`."""
 

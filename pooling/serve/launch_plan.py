@@ -18,6 +18,7 @@ from vllm.usage.usage_lib import UsageContext
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, PoolError
 from tokenpool.host.hosted_model import HostConfig
+from tokenpool.policy.turns import load_turn_policy
 from tokenpool.serve.flags import parse_serve_flags
 from tokenpool.serve.names import check_names
 from tokenpool.serve.poolability import check_config, check_flags
@@ -94,6 +95,10 @@ def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
         config = replace(config, host_memory=int(psutil.virtual_memory().available * _AUTO_HOST_FRACTION))
     if config.weights == "auto":
         config = replace(config, weights="fixed" if _pages_for_all(config, plans) <= _pages(config) else "movable")
+    if config.scheduling.policy == "auto":
+        policy = "slack" if config.weights == "movable" else "round_robin"
+        config = replace(config, scheduling=replace(config.scheduling, policy=policy))
+    load_turn_policy(config.scheduling.policy, dict(config.scheduling.options))  # refuses a wrong name or option
     _check_budget(config, plans)
     return config, plans
 

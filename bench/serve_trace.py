@@ -25,6 +25,7 @@ bound at a rate is only seen as far as it grows in that time. One seed is one tr
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -70,6 +71,10 @@ class Played:
     """Seconds waited for them."""
     evictions: float
     """Of weights."""
+    step_ms: float
+    """Mean engine step."""
+    load_average: float
+    """Of the last minute, when the run ended: above 3 or so somebody else uses the cores, and runs do not compare."""
     host: dict[str, float]
     """By how much each number of the host's state grew."""
 
@@ -196,6 +201,8 @@ def _play(
         switches_waited=grown.get("residency.switches", 0),
         switch_s=grown.get("residency.visible_seconds", 0),
         evictions=grown.get("residency.weight_evictions", 0),
+        step_ms=grown.get("step_seconds", 0) / max(1, grown.get("steps", 0)) * 1e3,
+        load_average=os.getloadavg()[0],
         host=grown,
     ), outcomes
 
@@ -205,7 +212,8 @@ def _line(played: Played) -> str:
         f"{played.policy} {played.rate:g}/s: on time {played.token_attainment:.1%} of tokens, "
         f"{played.request_attainment:.1%} of requests, first after {played.ttft_p50_s:.2f} s "
         f"(p99 {played.ttft_p99_s:.2f} s), {played.switches:.0f} switches, "
-        f"{played.switches_waited:.0f} of them waited for, {played.switch_s:.1f} s, {played.ended}"
+        f"{played.switches_waited:.0f} of them waited for, {played.switch_s:.1f} s, "
+        f"steps {played.step_ms:.1f} ms, {played.ended}"
     )
 
 
@@ -314,14 +322,14 @@ def main() -> None:
     add = parser.add_argument
     names = ["slack", "aegaeon", "request_level", "round_robin"]
     add("--policies", type=lambda text: text.split(","), default=names, help="default: %(default)s")
-    add("--rates", type=_numbers, default=[2, 4, 6, 8, 12], help="requests per second (default: %(default)s)")
+    add("--rates", type=_numbers, default=[1, 2, 3, 4.5, 6], help="requests per second (default: %(default)s)")
     add("--show", type=float, help="save the device's trace and compare requests at this rate, which is played too")
     add("--trace", type=Path, help="CSV arrival_ms,model,input_len,output_len, in place of a generated one")
     add("--models", type=int, default=12, help="of a generated trace (default: %(default)s)")
-    add("--requests", type=int, default=160, help="of a generated trace (default: %(default)s)")
+    add("--requests", type=int, default=80, help="of a generated trace (default: %(default)s)")
     add("--skew", type=float, default=1.0, help="of the models' popularity, 0 = all alike (default: %(default)s)")
-    add("--input-len", type=int, nargs=2, default=[64, 256], help="shortest and longest (default: %(default)s)")
-    add("--output-len", type=int, nargs=2, default=[16, 64], help="shortest and longest (default: %(default)s)")
+    add("--input-len", type=int, nargs=2, default=[32, 128], help="shortest and longest (default: %(default)s)")
+    add("--output-len", type=int, nargs=2, default=[16, 96], help="shortest and longest (default: %(default)s)")
     add("--weight-mib", type=_numbers, default=[16, 32, 64], help="of the models in turn (default: %(default)s)")
     add("--device-frac", type=float, default=1 / 3, help="share of all weights that fits (default: 1/3)")
     add("--kv-mib", type=int, default=96, help="device memory beside that (default: %(default)s)")

@@ -30,14 +30,17 @@ def generate(
 ) -> list[TracedRequest]:
     """Poisson arrivals, one per second on average, of models whose popularity falls as 1 / rank ** skew (Zipf).
 
-    Ranks are dealt out at random, lengths are uniform. Each model's own arrivals are Poisson too.
+    Ranks are dealt out at random, lengths are uniform. Each model has at least one request, so that a file of them
+    names all models; but for that its own arrivals are Poisson too.
     """
     rng = random.Random(seed)
     names = [f"model-{index:02}" for index in range(models)]
     weights = [1 / rank**skew for rank in range(1, models + 1)]
     rng.shuffle(weights)
+    asked = names + rng.choices(names, weights, k=requests - models)
+    rng.shuffle(asked)
     made, now_s = [], 0.0
-    for model in rng.choices(names, weights, k=requests):
+    for model in asked:
         now_s += rng.expovariate(1.0)
         made.append(TracedRequest(round(now_s * 1e3, 1), model, rng.randint(*input_len), rng.randint(*output_len)))
     return made

@@ -28,6 +28,7 @@ def test_a_seed_names_one_trace():
 
     assert first == traces.generate(seed=1, **OPTIONS)
     assert first != traces.generate(seed=2, **OPTIONS)
+    assert {f"model-{index:02}" for index in range(5)} == {request.model for request in first}
     assert all(8 <= request.input_len <= 16 and 2 <= request.output_len <= 4 for request in first)
 
 

@@ -322,11 +322,11 @@ def main() -> None:
     add = parser.add_argument
     names = ["slack", "aegaeon", "request_level", "round_robin"]
     add("--policies", type=lambda text: text.split(","), default=names, help="default: %(default)s")
-    add("--rates", type=_numbers, default=[1, 2, 3, 4.5, 6], help="requests per second (default: %(default)s)")
+    add("--rates", type=_numbers, default=[0.75, 1.25, 1.75, 2.25, 3], help="per second (default: %(default)s)")
     add("--show", type=float, help="save the device's trace and compare requests at this rate, which is played too")
     add("--trace", type=Path, help="CSV arrival_ms,model,input_len,output_len, in place of a generated one")
     add("--models", type=int, default=12, help="of a generated trace (default: %(default)s)")
-    add("--requests", type=int, default=80, help="of a generated trace (default: %(default)s)")
+    add("--requests", type=int, default=50, help="of a generated trace (default: %(default)s)")
     add("--skew", type=float, default=1.0, help="of the models' popularity, 0 = all alike (default: %(default)s)")
     add("--input-len", type=int, nargs=2, default=[32, 128], help="shortest and longest (default: %(default)s)")
     add("--output-len", type=int, nargs=2, default=[16, 96], help="shortest and longest (default: %(default)s)")

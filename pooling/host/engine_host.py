@@ -193,16 +193,15 @@ class EngineHost:
         while True:
             stepped = self.run_once()
             now = time.monotonic()
-            if not stepped or now - last_idle_call > 0.5:
+            if now - last_idle_call > 0.5 or not (stepped or self._active):
                 self.on_idle()
                 last_idle_call = now
             if stepped or self._inputs or self._calls:
                 continue
             if self._stopping and not self._active:
                 return
-            # Models that wait for memory have work but no turn: look again soon. Otherwise sleep until input, or
-            # until a copy ends.
-            self._wake.wait(timeout=0.001 if self._active and not self.residency.busy() else None)
+            # Models that wait for memory, a copy or a retry have work but no turn: look again soon.
+            self._wake.wait(timeout=0.001 if self._active else None)
             self._wake.clear()
 
     def run_once(self) -> bool:
@@ -226,6 +225,7 @@ class EngineHost:
             executed = hosted.core.step_once(admit=admit)
         except Exception as error:  # any exception of a model's code ends in quarantine or in HostError
             hosted.quarantine.step_crashed(error)
+            self._turns.changed(hosted.name)
             executed = True
         else:
             hosted.quarantine.step_done(executed)
@@ -275,7 +275,7 @@ class EngineHost:
         if self.residency.is_ready(hosted):
             return True
         if self._current is not None and hosted is not self._current:
-            self._turns.end_turn(self._current)
+            self._turns.note_turn(self._current)
         try:
             self.residency.bring_in(hosted)
         except PoolError as error:
@@ -300,7 +300,7 @@ class EngineHost:
     def _switch_to(self, hosted: HostedModel) -> None:
         if self._current is not None:
             self.switches += 1
-            self._turns.end_turn(self._current)
+            self._turns.note_turn(self._current)
         self._globals.enter(hosted.name)
         if hosted.build.pool is not None:
             self.allocator.touch(hosted.name)
@@ -334,6 +334,11 @@ class EngineHost:
                 future.set_result(function())
             except Exception as error:  # goes to whoever waits for the future
                 future.set_exception(error)
+
+    def note_turn(self) -> None:
+        """Note the present turn in the trace as far as it has come."""
+        if self._current is not None:
+            self._turns.note_turn(self._current)
 
     # -- state ---------------------------------------------------------------------------------------
 

@@ -71,6 +71,8 @@ class ResidencyManager:
         seconds, state = 0.0, self._state(hosted.name)
         if state is not WeightState.RESIDENT:
             nbytes = self._weights.bytes_of(hosted.name)
+            if not self.can_come(hosted):
+                seconds += self.copies.predict(CopyKind.FROM_DISK, nbytes)
             job = self._weights.job(hosted.name) if state is WeightState.LOADING else None
             seconds += self.copies.predict(CopyKind.TO_DEVICE, nbytes - (job.progress if job else 0))
         if self._swapper.is_out(hosted.name):

@@ -141,6 +141,7 @@ def host_load(host: EngineHost) -> dict[str, dict[str, Any]]:
 
 def host_trace(host: EngineHost, last_s: float | None) -> list[Event]:
     """What ended in the last `last_s` seconds, or all that is kept; see trace.py."""
+    host.note_turn()
     return host.trace.events(0.0 if last_s is None else time.time() - last_s)
 
 

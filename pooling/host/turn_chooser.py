@@ -12,6 +12,9 @@ from tokenpool.host.residency import ResidencyManager
 from tokenpool.host.trace import TraceLog
 from tokenpool.policy.turns import Decision, ModelView, PoolView, TurnPolicy
 
+_WARM_UP_STEPS = 2
+"""First steps of an engine: allocations and just-in-time work make them many times slower than any later one."""
+
 
 class TurnChooser:
     """Whose turn it is, and the books of the present turn; called on the host loop's thread only."""
@@ -22,7 +25,8 @@ class TurnChooser:
         self._trace = trace
         self._stats: dict[str, QueueStats] = {}
         self._turn_started_s = 0.0
-        self._turn_steps = 0
+        self._noted_s = 0.0
+        self._noted_steps = 0
 
     def choose(self, models: Iterable[HostedModel], current: HostedModel | None) -> Decision:
         """Ask the policy; `models` have work and can step or be brought in, at least one."""
@@ -37,20 +41,21 @@ class TurnChooser:
 
     def begin_turn(self) -> None:
         """Another model has the device from now on."""
-        self._turn_started_s = time.time()
-        self._turn_steps = 0
+        self._turn_started_s = self._noted_s = time.time()
+        self._noted_steps = 0
 
-    def end_turn(self, hosted: HostedModel) -> None:
-        """The model's turn is over: note it in the trace."""
-        if self._turn_steps:
-            self._trace.record("turn", hosted.name, self._turn_started_s, time.time(), steps=self._turn_steps)
-        self._turn_steps = 0
+    def note_turn(self, hosted: HostedModel) -> None:
+        """Note in the trace what the model has had of its turn since it was last noted."""
+        now_s = time.time()
+        if self._noted_steps:
+            self._trace.record("turn", hosted.name, self._noted_s, now_s, steps=self._noted_steps)
+        self._noted_s, self._noted_steps = now_s, 0
 
     def observe_step(self, hosted: HostedModel, seconds: float, executed: bool) -> None:
         """A step of the model took `seconds`: learn its costs."""
-        self._turn_steps += 1
+        self._noted_steps += 1
         stats = self._stats.pop(hosted.name, None)
-        if not executed or stats is None:
+        if not executed or stats is None or hosted.core.counters.steps <= _WARM_UP_STEPS:
             return  # with one busy model nobody asks what a step costs
         scheduled = hosted.core.last_scheduled.num_scheduled_tokens
         num_decodes = sum(count == 1 for count in scheduled.values())

@@ -62,6 +62,10 @@ class Slack:
     faster. Copies take at most `copy_frac` of the time. Where nothing can be prefetched, a switch that must be waited
     for comes only after a turn of ready_in / overhead_frac, unless the present model has no work left.
 
+    Drag. A device that copies by itself does not slow its steps; where steps and copies share cores, they take
+    1 + drag times as long. A copy of c seconds is then followed by no other for c * drag / overhead_frac, and the turn
+    that it was for lasts as long.
+
     Turns last at least min_turn_s. A step is PREFILL if a first token must come before anything else of its model,
     DECODE if admitting the waiting would make a running token late, else MIXED.
 
@@ -112,14 +116,14 @@ class Slack:
         out = next((item for item in ranked if item.view.residency in _OUT), None)
         run = self._choose(pool, ranked, ready, out)
         if run.view.model != pool.current:
-            self._begin_turn(run, now_s)
+            self._begin_turn(run, now_s, pool.copy_drag)
         spare = next((item for item in reversed(ready) if item is not run), None)
         prefetch = None
         pays = out is not None and out is not run and (spare is None or out.rank < spare.rank)
         if pays and pool.can_prefetch and now_s >= self._next_copy_s:
             prefetch, copy_s = out.view.model, out.view.ready_in_s
             self._copied_s[prefetch] = copy_s
-            self._next_copy_s = now_s + copy_s / self._copy_frac
+            self._next_copy_s = now_s + copy_s * max(1 / self._copy_frac, pool.copy_drag / self._overhead_frac)
         makes_room = prefetch is not None or run.view.residency is not Residency.RESIDENT
         evict = spare.view.model if spare is not None and makes_room else None
         return Decision(run.view.model, _phase(run.view, now_s), prefetch, evict)
@@ -176,9 +180,10 @@ class Slack:
         # The host may refuse every prefetch, for want of pages: nobody waits for that for ever.
         return pool.can_prefetch and _OVERDUE - out.rank < 2 * self._max_wait_s
 
-    def _begin_turn(self, run: _Ranked, now_s: float) -> None:
+    def _begin_turn(self, run: _Ranked, now_s: float, copy_drag: float) -> None:
         copied_s = max(self._copied_s.pop(run.view.model, 0.0), run.view.ready_in_s)
-        self._turn_s = self._min_turn_s
+        # Where copies slow the steps beside them, a turn must be worth its copy.
+        self._turn_s = max(self._min_turn_s, copied_s * copy_drag / self._overhead_frac)
         if run.rank < _OVERDUE_BELOW:
             self._turn_s = max(self._turn_s, copied_s)  # worth its copy, whoever is urgent
             self._next_overdue_s = now_s + self._turn_s / self._overdue_frac

@@ -14,6 +14,8 @@ from tokenpool.policy.turns import Decision, ModelView, PoolView, TurnPolicy
 
 _WARM_UP_STEPS = 2
 """First steps of an engine: allocations and just-in-time work make them many times slower than any later one."""
+_DRAG_SHARE, _MAX_DRAG = 0.02, 2.0
+"""Weight of one step in the average of what copies cost, and the most that one may say."""
 
 
 class TurnChooser:
@@ -24,6 +26,7 @@ class TurnChooser:
         self._residency = residency
         self._trace = trace
         self._stats: dict[str, QueueStats] = {}
+        self._copy_drag = 0.0
         self._turn_started_s = 0.0
         self._noted_s = 0.0
         self._noted_steps = 0
@@ -32,7 +35,8 @@ class TurnChooser:
         """Ask the policy; `models` have work and can step or be brought in, at least one."""
         views = sorted((self._view(hosted) for hosted in models), key=lambda view: view.index)
         name = current.name if current else None
-        pool = PoolView(time.time(), name, views, self._turn_started_s, self._residency.can_prefetch())
+        can_prefetch = self._residency.can_prefetch()
+        pool = PoolView(time.time(), name, views, self._turn_started_s, can_prefetch, self._copy_drag)
         return self._policy.decide(pool)
 
     def changed(self, name: str) -> None:
@@ -60,7 +64,12 @@ class TurnChooser:
         scheduled = hosted.core.last_scheduled.num_scheduled_tokens
         num_decodes = sum(count == 1 for count in scheduled.values())
         num_prefill = sum(scheduled.values()) - num_decodes
-        hosted.cost.observe_step(num_decodes, stats.context_tokens, num_prefill, seconds)
+        if self._residency.can_prefetch():
+            hosted.cost.observe_step(num_decodes, stats.context_tokens, num_prefill, seconds)
+        else:  # slowed by the copy beside it
+            predicted_s = hosted.cost.predict_step(num_decodes, stats.context_tokens, num_prefill)
+            lost = min(max(seconds / predicted_s - 1.0, 0.0), _MAX_DRAG) if predicted_s > 0 else 0.0
+            self._copy_drag += _DRAG_SHARE * (lost - self._copy_drag)
 
     def _view(self, hosted: HostedModel) -> ModelView:
         stats = self._stats.get(hosted.name)

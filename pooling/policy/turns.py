@@ -97,6 +97,9 @@ class PoolView(NamedTuple):
     """When the present turn began; the switch that brought it about lies before it."""
     can_prefetch: bool = False
     """Whether a copy of weights to the device may start now."""
+    copy_drag: float = 0.0
+    """Seconds of steps lost per second of copy beside them: about 0 where a copy engine does the work, as on a GPU;
+    near 1 where copies and steps share cores and memory, as on a CPU."""
 
 
 class Decision(NamedTuple):

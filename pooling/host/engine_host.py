@@ -265,10 +265,14 @@ class EngineHost:
         ready = [hosted for hosted in ready if self.residency.can_come(hosted)]
         if len(ready) < 2:
             return (ready[0], True) if ready else None
+        for hosted in ready:
+            if hosted.core.deferred:  # calls of an operator: rare, and no policy knows of them
+                return hosted, True
         decision = self._turns.choose(ready, self._current)
+        run = self.models[decision.run]
         if decision.prefetch is not None:
-            self.residency.prefetch(self.models[decision.prefetch], spare=decision.evict)
-        return self.models[decision.run], decision.phase is not Phase.DECODE
+            self.residency.prefetch(self.models[decision.prefetch], beside=run, spare=decision.evict)
+        return run, decision.phase is not Phase.DECODE
 
     def _make_ready(self, hosted: HostedModel) -> bool:
         """Bring a model in that is not; False if that failed, to be tried again soon."""

@@ -45,7 +45,7 @@ class ResidencyManager:
         self._job_started: dict[str, float] = {}
         self.last_plan: SwitchPlan | None = None
         """What the last switch that was waited for had to do."""
-        self._refused: tuple[str, str | None, int] | None = None  # the prefetch that failed last, and when
+        self._refused: tuple[str, frozenset[str], int] | None = None  # the prefetch that failed last, and when
 
     # -- what the loop and the policy ask ------------------------------------------------------------
 
@@ -134,17 +134,17 @@ class ResidencyManager:
         assert self.is_ready(hosted), f"{hosted.name!r} was brought in and is not ready"
         return plan
 
-    def prefetch(self, hosted: HostedModel, *, spare: str | None = None) -> bool:
-        """Start to bring weights in beside the current turn; False when that cannot start now.
+    def prefetch(self, hosted: HostedModel, *, beside: HostedModel | None = None, spare: str | None = None) -> bool:
+        """Start to bring weights in while `beside` runs, which stays; False when that cannot start now.
 
         `spare` is the busy model that goes first if idle ones are not enough.
         """
         if not self.can_prefetch() or self._state(hosted.name) is not WeightState.WARM:
             return False
-        attempt = (hosted.name, self.room.current, self.room.version)
+        keep = frozenset({beside.name} if beside else ())
+        attempt = (hosted.name, keep, self.room.version)
         if attempt == self._refused:
             return False
-        keep = frozenset({self.room.current} if self.room.current else ())
         try:
             self.room.target = hosted.name
             self._start_load(hosted, keep=keep, spare=spare)

@@ -32,6 +32,7 @@ class Setup:
     device_mib: int
     max_model_len: int
     slo: SLO
+    link_mib_per_s: float | None
 
     def describe(self) -> dict[str, Any]:
         """For the results."""
@@ -41,6 +42,7 @@ class Setup:
             "page_mib": _PAGE_MIB,
             "max_model_len": self.max_model_len,
             "slo": asdict(self.slo),
+            "link_mib_per_s": self.link_mib_per_s,
         }
 
 
@@ -51,6 +53,7 @@ def prepare(
     device_frac: float,
     kv_mib: int,
     slo: SLO,
+    link_mib_per_s: float | None,
 ) -> Setup:
     """Make a model for each name in the trace; sizes go round `weight_mib` in the order of names."""
     names = sorted({request.model for request in trace})
@@ -59,7 +62,7 @@ def prepare(
     device_mib = math.ceil(sum(mib_of.values()) * device_frac) + kv_mib
     common.progress(f"making {len(names)} models, {sum(mib_of.values()):g} MiB, for a device of {device_mib} MiB")
     paths = sized_models.make_all(folder, mib_of)
-    return Setup(folder, paths, mib_of, device_mib, max(_LEAST_LEN, longest), slo)
+    return Setup(folder, paths, mib_of, device_mib, max(_LEAST_LEN, longest), slo, link_mib_per_s)
 
 
 @contextmanager
@@ -74,6 +77,7 @@ def serve(setup: Setup, policy: str, log: Path, start_limit_s: float) -> Iterato
         "host_memory": f"{sum(setup.mib_of.values()) * 1.2 + 1024:.0f}MiB",
         "page_size": f"{_PAGE_MIB}MiB",
         "weights": "movable",
+        "cpu_link": setup.link_mib_per_s and f"{setup.link_mib_per_s:.0f}MiB",
         "scheduling": {"policy": scheduler, "options": options},
         "admin_key": ADMIN_KEY,
     }

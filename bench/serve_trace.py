@@ -108,6 +108,7 @@ def run(
     weight_mib: Sequence[float],
     device_frac: float,
     kv_mib: int,
+    link_mib_per_s: float | None,
     ttft_s: float,
     tpot_s: float,
     drain_s: float,
@@ -124,7 +125,7 @@ def run(
     rates = sorted({*rates, show} if show else set(rates))
     slo, runs, shown = SLO(ttft_s, tpot_s), [], {}
     with common.scratch(logs) as (folder, log_folder, _):
-        setup = pool_under_test.prepare(folder, made, weight_mib, device_frac, kv_mib, slo)
+        setup = pool_under_test.prepare(folder, made, weight_mib, device_frac, kv_mib, slo, link_mib_per_s)
         for policy in policies:
             with pool_under_test.serve(setup, policy, log_folder / f"{policy}.log", start_limit_s) as server:
                 for number, rate in enumerate(rates):  # other prompts at each rate: no prefix cache helps
@@ -333,6 +334,7 @@ def main() -> None:
     add("--weight-mib", type=_numbers, default=[16, 32, 64], help="of the models in turn (default: %(default)s)")
     add("--device-frac", type=float, default=1 / 3, help="share of all weights that fits (default: 1/3)")
     add("--kv-mib", type=int, default=96, help="device memory beside that (default: %(default)s)")
+    add("--link-mib-per-s", type=float, help="hold copies to this speed, as a slower bus would (default: memory speed)")
     add("--ttft-s", type=float, default=1.0, help="SLO (default: %(default)s)")
     add("--tpot-s", type=float, default=0.1, help="SLO (default: %(default)s)")
     add("--drain-s", type=float, default=10.0, help="wait after the last arrival (default: %(default)s)")

@@ -138,6 +138,9 @@ class PoolConfig:
     """Keys that clients must send, any of them; empty = no key is asked for. `${NAME}` as in `host`."""
     admin_key: tuple[str, ...] = field(default=(), repr=False)
     """Keys for the pool API; empty = that API is off. `${NAME}` as in `host`."""
+    cpu_link: int | None = None
+    """Bytes per second at which weights and KV move to and from the CPU device, to try policies with the copy times
+    of another machine; None = as fast as memory is."""
     scheduling: Scheduling = Scheduling()
     """How the models take turns."""
     admission: Admission = Admission()
@@ -165,6 +168,7 @@ class PoolConfig:
             check_setting(pages >= floors, "device_memory", problem)
         problem = f"must be one of {', '.join(WEIGHTS)}, got {show(self.weights)}"
         check_setting(self.weights in WEIGHTS, "weights", problem)
+        check_setting(self.cpu_link is None or self.cpu_link > 0, "cpu_link", "must be above 0, such as 1GiB")
         check_setting(self.host_memory != 0, "host_memory", "is 0: give a size such as 64GiB, or auto")
         check_setting(self.host is None or self.host.split() == [self.host], "host", "must be one address")
         check_setting(0 <= self.port <= 65535, "port", f"{show(self.port)} is out of range: give 0 to 65535")
@@ -371,6 +375,7 @@ _POOL_PARSERS: _Parsers = {
     "api_key": _keys,
     "admin_key": _keys,
     "weights": units.parse_text,
+    "cpu_link": lambda value: None if value is None else units.parse_bytes(value),
     "scheduling": lambda value: _build(Scheduling, value, {"policy": units.parse_text, "options": _options}),
     "admission": _admission,
     "shutdown_timeout": units.parse_seconds,

@@ -51,7 +51,7 @@ class EngineHost:
         apply_all()
         self.config = config
         self.ledger = PageLedger(config.device_memory // config.page_size, config.page_size)
-        self.arena = KVArena(device or CpuDevice(), self.ledger, poison=poison)
+        self.arena = KVArena(device or CpuDevice(link_bytes_per_s=config.cpu_link), self.ledger, poison=poison)
         self.allocator = SlabAllocator(self.ledger, self.arena)
         self.models: dict[str, HostedModel] = {}
         self.on_idle: Callable[[], None] = lambda: None

@@ -25,6 +25,8 @@ class HostConfig:
     policy_options: tuple[tuple[str, float], ...] = ()
     movable_weights: bool = False
     """Whether weights may leave the device while their model rests."""
+    cpu_link: int | None = None
+    """Bytes per second of copies to and from the CPU device; None = as fast as memory is."""
     host_memory: int = 8 << 30
     """Host memory for copies of movable weights and for KV that is off the device."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
 
 import torch
 
@@ -42,8 +43,10 @@ class CpuDevice:
 
     granularity = mmap.PAGESIZE
 
-    def __init__(self, *, keeps_bytes: bool = False) -> None:
+    def __init__(self, *, keeps_bytes: bool = False, link_bytes_per_s: int | None = None) -> None:
         self.keeps_bytes = keeps_bytes
+        self.link_bytes_per_s = link_bytes_per_s
+        """Copies to and from the device are held to this speed, as by a bus; None = as fast as memory is."""
 
     def reserve(self, nbytes: int) -> int:
         """Reserve `nbytes` of address range without access; raises OSError when the kernel refuses."""
@@ -93,8 +96,17 @@ class CpuDevice:
 
     def copy_in(self, address: int, source: torch.Tensor) -> None:
         """A memmove, during which other Python threads run."""
+        start = time.perf_counter()
         ctypes.memmove(address, source.data_ptr(), source.numel())
+        self._pace(source.numel(), start)
 
     def copy_out(self, target: torch.Tensor, address: int) -> None:
         """A memmove, during which other Python threads run."""
+        start = time.perf_counter()
         ctypes.memmove(target.data_ptr(), address, target.numel())
+        self._pace(target.numel(), start)
+
+    def _pace(self, nbytes: int, start: float) -> None:
+        """Sleep off the rest of the time that a copy takes on the link; like one by a copy engine, it uses no core."""
+        if self.link_bytes_per_s is not None:
+            time.sleep(max(0.0, nbytes / self.link_bytes_per_s - (time.perf_counter() - start)))

@@ -114,6 +114,7 @@ def host_config(config: PoolConfig) -> HostConfig:
         policy_options=config.scheduling.options,
         movable_weights=config.weights == "movable",
         host_memory=config.host_memory,
+        cpu_link=config.cpu_link,
     )
 
 

@@ -20,7 +20,7 @@ class Device(Protocol):
         """Give a reserved range back; nothing may use it any more."""
 
     def map_zeroed(self, address: int, nbytes: int) -> None:
-        """Back the range with memory that reads as zero."""
+        """Back the range with memory that reads as zero; when it raises OSError, nothing is mapped."""
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Take the memory away: any later access faults instead of reading stale bytes."""

@@ -31,38 +31,32 @@ class WeightRange:
         self._device = device
         self._ledger = ledger
         self._poison = poison
-        self._page_size = ledger.page_size
-        self.address = device.reserve(self.num_pages * self._page_size) if self.num_pages else 0
+        self._nbytes = self.num_pages * ledger.page_size
+        self.address = device.reserve(self._nbytes) if self._nbytes else 0
 
     def release(self) -> None:
         """Give the range back, with the pages under it if there are any."""
         if self.pages:
             self.unmap()
         if self.num_pages:
-            self._device.release(self.address, self.num_pages * self._page_size)
+            self._device.release(self.address, self._nbytes)
 
     def map(self) -> None:
         """Put free pages under the range; CapacityError or SwitchError change nothing."""
         assert not self.pages, f"the range of {self.owner!r} is mapped already"
         pages = self._ledger.take(self.owner, PageUse.WEIGHTS, self.num_pages)
-        mapped = 0
         try:
-            for _ in pages:  # one by one, as a device that recycles physical pages gives them
-                self._device.map_zeroed(self._page(mapped), self._page_size)
-                mapped += 1
+            self._device.map_zeroed(self.address, self._nbytes)
         except Exception as error:
-            for index in range(mapped):
-                self._device.unmap(self._page(index), self._page_size)
             self._ledger.give(self.owner, PageUse.WEIGHTS, pages)
             raise SwitchError(self.owner, "map", f"the device gives no memory: {error}") from error
         self.pages = pages
 
     def unmap(self) -> None:
         """Take the pages away, with `poison` filled with 0xFF before; later accesses fault."""
-        for index in range(len(self.pages)):
-            if self._poison:
-                self._device.fill(self._page(index), self._page_size, 0xFF)
-            self._device.unmap(self._page(index), self._page_size)
+        if self._poison:
+            self._device.fill(self.address, self._nbytes, 0xFF)
+        self._device.unmap(self.address, self._nbytes)
         self._ledger.give(self.owner, PageUse.WEIGHTS, self.pages)
         self.pages = []
 
@@ -96,6 +90,3 @@ class WeightRange:
                 expected = self.address + span.offset + member.storage_offset * member.tensor.element_size()
                 place = member.tensor.data_ptr() if member.tensor.numel() else expected
                 assert place == expected, f"{self.owner!r}: a tensor has left its place in the range"
-
-    def _page(self, index: int) -> int:
-        return self.address + index * self._page_size

@@ -24,7 +24,7 @@ def use_all_cpus() -> None:
 def unpinned() -> Iterator[None]:
     """Let threads started inside the block run on all cores of the process."""
     bound = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, ALL_CPUS)
+    use_all_cpus()
     try:
         yield
     finally:

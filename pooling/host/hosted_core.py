@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 import time
@@ -21,7 +20,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import Request, RequestStatus
 
 from tokenpool.config import SLO
-from tokenpool.host.affinity import ALL_CPUS
+from tokenpool.host.affinity import use_all_cpus
 from tokenpool.host.input_receiver import InputReceiver
 from tokenpool.host.output_sender import OutputSender
 from tokenpool.policy.slo import SloAccount, SloBook
@@ -133,7 +132,7 @@ class HostedEngineCore(EngineCoreProc):
         if self._pool_addresses is None:
             ready_event.set()
             return
-        os.sched_setaffinity(0, ALL_CPUS)
+        use_all_cpus()
         self._receiver = InputReceiver(self)
         try:
             self._receiver.run(input_addresses, identity, ready_event)
@@ -244,12 +243,13 @@ class HostedEngineCore(EngineCoreProc):
         finally:
             self.scheduler._pause_state = before
 
-    def preempt_newest(self) -> bool:
-        """Preempt the request that runs shortest, as vLLM does when blocks run out; False if none runs."""
+    def preempt_newest(self) -> Request | None:
+        """Preempt the request that runs shortest, as vLLM does when blocks run out; None if none runs."""
         if not self.scheduler.running:
-            return False
-        self.scheduler._preempt_request(self.scheduler.running.pop(), time.monotonic())
-        return True
+            return None
+        request = self.scheduler.running.pop()
+        self.scheduler._preempt_request(request, time.monotonic())
+        return request
 
     def fail_request(self, request_id: str) -> None:
         """Finish a request with an error, which its client sees as an internal server error."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tokenpool.config import SLO
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.residency import ResidencyManager
+from tokenpool.policy.slo import next_due_s as slo_due_s
 from tokenpool.policy.turns import ModelView
 
 
@@ -40,9 +41,7 @@ def queue_stats(scheduler: Any, slo: SLO | None) -> QueueStats:
     arrival_s = first_due_s = next_due_s = math.inf
     for request in scheduler.requests.values():
         computed = request.num_computed_tokens
-        due_s = math.inf
-        if slo is not None:
-            due_s = request.arrival_time + slo.ttft_s + request.num_output_tokens * slo.tpot_s
+        due_s = slo_due_s(slo, request.arrival_time, request.num_output_tokens)
         if computed < request.num_prompt_tokens:
             num_waiting += 1
             waiting_tokens += request.num_tokens - computed

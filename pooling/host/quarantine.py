@@ -9,7 +9,6 @@ fails. If the engine crashes whatever it runs, it cannot go on.
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
@@ -105,13 +104,7 @@ class Quarantine:
         scheduler.kv_cache_manager.reset_prefix_cache()
 
     def _preempt_all(self) -> list[Request]:
-        scheduler = self._core.scheduler
-        requests = []
-        while scheduler.running:
-            request = scheduler.running.pop()
-            scheduler._preempt_request(request, time.monotonic())
-            requests.append(request)
-        return requests
+        return list(iter(self._core.preempt_newest, None))
 
     def _runner(self) -> Any:
         return self._core.model_executor.driver_worker.worker.model_runner

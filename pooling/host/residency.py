@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 from tokenpool.errors import PoolError, SwitchError
 from tokenpool.host.hosted_model import HostedModel
@@ -32,8 +31,9 @@ _JOB_LIMIT_S = 600.0
 class ResidencyManager:
     """Moves models between device, host memory and disk; called on the host loop's thread only."""
 
-    def __init__(self, room: RoomMaker, weights: WeightStore, swapper: KVSwapper, copies: CopyModel, trace: TraceLog,
-                 now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, room: RoomMaker, weights: WeightStore, swapper: KVSwapper, copies: CopyModel, trace: TraceLog
+    ) -> None:
         self.room = room
         self.counters = room.counters
         self.copies = copies
@@ -41,7 +41,6 @@ class ResidencyManager:
         self._weights = weights
         self._swapper = swapper
         self._trace = trace
-        self._now = now
         self._job_started: dict[str, float] = {}
         self.last_plan: SwitchPlan | None = None
         """What the last switch that was waited for had to do."""
@@ -108,13 +107,13 @@ class ResidencyManager:
 
         Raises PoolError when a phase fails; the state is legal and the call can be repeated.
         """
-        start = self._now()
+        start = time.time()
         self.room.target = hosted.name
         try:
             plan = self._bring_in(hosted)
         finally:
             self.room.target = None
-        end = self._now()
+        end = time.time()
         self.counters.switches += 1
         self.counters.visible_seconds += end - start
         moved = {kind.value: nbytes for kind, nbytes in plan.bytes_by_kind.items() if nbytes}
@@ -128,7 +127,8 @@ class ResidencyManager:
         if self._state(hosted.name) is WeightState.LOADING:
             job = self._weights.job(hosted.name)
             if job is None or not job.wait(_JOB_LIMIT_S):
-                self._give_up_load(hosted.name)
+                self._job_started.pop(hosted.name, None)
+                self.room.evict(hosted.name)
                 raise SwitchError(hosted.name, "copy", f"the weights did not arrive in {_JOB_LIMIT_S:.0f} s")
             self._finish_job(hosted.name)
         assert self.is_ready(hosted), f"{hosted.name!r} was brought in and is not ready"
@@ -166,7 +166,7 @@ class ResidencyManager:
         except PoolError as error:  # tried again when the loop looks next
             logger.debug("no fetch model=%s reason=%s", hosted.name, error)
         else:
-            self._job_started[hosted.name] = self._now()
+            self._job_started[hosted.name] = time.time()
 
     def poll(self) -> list[tuple[str, PoolError]]:
         """Take over copies that have ended; returns the models whose copy failed, with the reason."""
@@ -193,39 +193,35 @@ class ResidencyManager:
         if self._state(name) is WeightState.WARM:
             self._weights.map(name)
             self._weights.copy(name)
-            self._job_started[name] = self._now()
+            self._job_started[name] = time.time()
             self.room.changed()
         return plan
 
     def _finish_job(self, name: str) -> None:
-        start = self._job_started.pop(name, self._now())
-        job, before = self._weights.job(name), self._weights.state(name)
+        start = self._job_started.pop(name, time.time())
+        job, was_loading = self._weights.job(name), self._weights.state(name) is WeightState.LOADING
         if job is None:  # cancelled meanwhile
             return
-        kind = "weights_in" if before is WeightState.LOADING else "weights_from_disk"
         try:
             self._weights.finish(name)
         except SwitchError:
             self.counters.failures += 1
-            if before is WeightState.LOADING:
+            if was_loading:
                 self.room.evict(name)
             raise
-        direction = CopyKind.TO_DEVICE if before is WeightState.LOADING else CopyKind.FROM_DISK
-        self.copies.observe(direction, self._weights.bytes_of(name), job.seconds)
-        self._trace.record(kind, name, start, start + job.seconds, bytes=self._weights.bytes_of(name))
-
-    def _give_up_load(self, name: str) -> None:
-        self._job_started.pop(name, None)
-        self.room.evict(name)
+        kind, label = (CopyKind.TO_DEVICE, "weights_in") if was_loading else (CopyKind.FROM_DISK, "weights_from_disk")
+        nbytes = self._weights.bytes_of(name)
+        self.copies.observe(kind, nbytes, job.seconds)
+        self._trace.record(label, name, start, start + job.seconds, bytes=nbytes)
 
     def _kv_in(self, hosted: HostedModel) -> None:
-        start, nbytes = self._now(), self._swapper.bytes_out(hosted)
+        start, nbytes = time.time(), self._swapper.bytes_out(hosted)
         try:
             self._swapper.into(hosted)
         except PoolError:
             self.counters.failures += 1
             raise
-        end = self._now()
+        end = time.time()
         self.copies.observe(CopyKind.TO_DEVICE, nbytes, end - start)
         self._trace.record("kv_in", hosted.name, start, end, bytes=nbytes)
 

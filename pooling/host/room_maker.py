@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tokenpool.errors import CapacityError, PoolError
@@ -54,7 +54,6 @@ class RoomMaker:
         host: HostLedger,
         copies: CopyModel,
         trace: TraceLog,
-        now: Callable[[], float] = time.time,
     ) -> None:
         self.counters = SwitchCounters()
         self.reuse = ReuseEstimator()
@@ -70,10 +69,9 @@ class RoomMaker:
         self._copies = copies
         self._cost = CostModel(copies=copies)
         self._trace = trace
-        self._now = now
         self._lendable = 0
         self._lendable_is_stale = True
-        weights.make_room = lambda pages: self._free_pages(pages)
+        weights.make_room = self._free_pages
         host.make_room = self._free_host_memory
         allocator.lender = self
 
@@ -103,12 +101,10 @@ class RoomMaker:
 
     def keep_promises(self, name: str) -> None:
         """Take other models out until what is promised to all, `name`'s raised floor included, is there."""
-        missing = -self._allocator.num_unpromised
-        if missing > 0:
-            try:
-                self._evict_until(missing, name)
-            except PoolError as error:  # the promise is kept when others finish
-                logger.debug("no room model=%s reason=%s", name, error)
+        try:
+            self._evict_until(-self._allocator.num_unpromised, name)
+        except PoolError as error:  # the promise is kept when others finish
+            logger.debug("no room model=%s reason=%s", name, error)
 
     def lendable(self) -> int:
         """Pages of weights of models without work: KV may have them (the allocator's `Lender`)."""
@@ -122,15 +118,15 @@ class RoomMaker:
 
     def lend(self, pages: int) -> None:
         """Evict weights of models without work until `pages` more pages are free."""
-        self._evict_until(pages, None, keep=frozenset(self._busy_names()))
+        self._evict_until(pages, None, keep=self._busy_names())
         self._allocator.free_pages(pages)
 
     def take_out(self, pages: int) -> None:
         """Take models off the device until `pages` more pages are nobody's promise (the allocator's `Lender`)."""
         self._evict_until(pages, None)
 
-    def _busy_names(self) -> Iterable[str]:
-        return (name for name, h in self._models.items() if h.core.scheduler.has_unfinished_requests())
+    def _busy_names(self) -> frozenset[str]:
+        return frozenset(name for name, h in self._models.items() if h.core.scheduler.has_unfinished_requests())
 
     def _is_idle(self, hosted: HostedModel) -> bool:
         name = hosted.name
@@ -213,10 +209,10 @@ class RoomMaker:
             kv_kind = EvictionKind.PAUSED_KV if nbytes else EvictionKind.IDLE_KV
             gone.append(Victim(name, kv_kind, promised, nbytes))
         if kind is EvictionKind.WEIGHTS:
-            start = self._now()
+            start = time.time()
             self.evict(name)
             self.counters.weight_evictions += 1
-            self._trace.record("weights_out", name, start, self._now())
+            self._trace.record("weights_out", name, start, time.time())
             gone.append(Victim(name, kind, self._weights.pages_of(name)))
         return gone
 
@@ -226,10 +222,10 @@ class RoomMaker:
         return pool is not None and not self._swapper.is_out(hosted.name) and pool.num_slabs == pool.num_idle_slabs
 
     def _kv_out(self, hosted: HostedModel, nbytes: int) -> None:
-        start = self._now()
+        start = time.time()
         hosted.core.drain_batches()
         self._swapper.out(hosted)
-        end = self._now()
+        end = time.time()
         if nbytes:
             self._copies.observe(CopyKind.TO_HOST, nbytes, end - start)
             self._trace.record("kv_out", hosted.name, start, end, bytes=nbytes)
@@ -248,7 +244,7 @@ class RoomMaker:
             used = promised > 0 and pool.num_slabs > pool.num_idle_slabs
             p_reuse = 1.0
             if not hosted.core.scheduler.has_unfinished_requests():
-                p_reuse = self.reuse.probability(name, self._now(), _REUSE_HORIZON_S)
+                p_reuse = self.reuse.probability(name, time.time(), _REUSE_HORIZON_S)
             elif name == spare:
                 p_reuse = _SPARE_REUSE
             if name in self._weights and self._weights.state(name) in (WeightState.RESIDENT, WeightState.LOADING):
@@ -273,7 +269,7 @@ class RoomMaker:
         goal = self._host.free_bytes + nbytes
         self._swapper.tier.drop_cached(nbytes)
         needed = {self.current, self.target}
-        busy = set(self._busy_names()) | needed
+        busy = self._busy_names() | needed
         if self._host.free_bytes >= goal or self._weights.try_make_host_room(goal, keep=busy):
             return
         for name, weights in self._weights.snapshot().items():

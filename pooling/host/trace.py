@@ -35,10 +35,6 @@ class TraceLog:
         """The kept events that ended at `since_s` or later, in the order in which they were recorded."""
         return [event for event in self._events if event.start_s + event.duration_s >= since_s]
 
-    def chrome(self, since_s: float = 0.0) -> dict[str, Any]:
-        """The kept events since then in the format of `chrome_trace`."""
-        return chrome_trace(self.events(since_s))
-
 
 def chrome_trace(events: Iterable[Event]) -> dict[str, Any]:
     """Events in the Trace Event Format of chrome://tracing and Perfetto, one track per model.

@@ -89,16 +89,18 @@ class PooledModels:
     def run(self, *, max_steps: int = 20_000, each_step: Callable[[int], None] | None = None) -> None:
         """Step until nothing is left to do; fails when that does not come about."""
         for step in range(max_steps):
-            self.run_once()
+            if not self.run_once():
+                time.sleep(0.001)  # as the host does: models wait for a copy, for memory or after a failure
             if each_step is not None:
                 each_step(step)
             if not any(m.core.has_work() or not m.core.input_queue.empty() for m in self.host.models.values()):
                 return
         raise AssertionError(f"still busy after {max_steps} steps: the models starve each other")
 
-    def run_once(self) -> None:
-        self.host.run_once()
+    def run_once(self) -> bool:
+        executed = self.host.run_once()
         self._collect()
+        return executed
 
     def results(self, model: str) -> dict[str, Result]:
         return {

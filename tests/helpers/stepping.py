@@ -12,8 +12,6 @@ from tests.helpers.plain import RequestSpec
 from tests.helpers.pooled import PooledModels
 from tokenpool.host.kv_swap import KVSwapper
 from tokenpool.memory.device_cpu import CpuDevice
-from tokenpool.memory.host_ledger import HostLedger
-from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.memory.ledger import PageUse
 
 
@@ -22,24 +20,13 @@ class SteppedModels(PooledModels):
 
     def __init__(self, device_memory: int, page_size: int) -> None:
         super().__init__(device_memory, page_size, device=CpuDevice(keeps_bytes=True), poison=True)
-        self.swapper: KVSwapper = getattr(self.host, "swapper", None) or self._own_swapper()
+        self.swapper: KVSwapper = self.host.swapper
         self.steps: Counter[str] = Counter()
         """Steps by model: the time axis on which a run with moves and one without are the same."""
         self.moved_ids = 0
         """Blocks that came back under another id."""
         self._ballast: dict[str, list[int]] = {}
         self._prefills: dict[tuple[str, str], Any] = {}
-
-    def _own_swapper(self) -> KVSwapper:
-        ledger = HostLedger(64 << 20)
-        swapper = KVSwapper(HostKVTier(ledger, self.host.arena.device, buffer_bytes=1 << 20))
-        ledger.make_room = swapper.tier.drop_cached
-        return swapper
-
-    def add(self, case: Any, **engine_args: Any) -> None:
-        super().add(case, **engine_args)
-        if getattr(self.host, "swapper", None) is None:
-            self.swapper.add(self.host.models[case.name])
 
     def submit_one(self, model: str, spec: RequestSpec, adapters: list[str]) -> None:
         super().submit_one(model, spec, adapters)

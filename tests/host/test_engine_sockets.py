@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.plain import Case, RequestSpec, prompts_for
+from tests.helpers.cases import greedy, make_cases
+from tests.helpers.plain import Case
 from tests.helpers.server import poll
 from tokenpool.errors import CapacityError
 
@@ -21,14 +22,7 @@ PAGE = 256 << 10
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    from tokenpool.demo.tiny_models import make_tiny_model
-
-    folder = tmp_path_factory.mktemp("models")
-    made = {}
-    for index, kind in enumerate(("llama", "qwen2")):
-        requests = [RequestSpec(f"{kind}-{i}", prompt, max_tokens=20) for i, prompt in enumerate(prompts_for(index, 2))]
-        made[kind] = Case(kind, str(make_tiny_model(kind, folder / kind)), {"max_model_len": 512}, requests)
-    return made
+    return make_cases(tmp_path_factory.mktemp("models"), ("llama", "qwen2"), greedy(2, 20))
 
 
 def _spec(case: Case, folder: Path):

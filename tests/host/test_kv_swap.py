@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
+from tests.helpers.cases import make_cases, mixed
+from tests.helpers.plain import Case, RequestSpec, run_plain
 from tokenpool.memory.host_ledger import HostUse
 
 pytestmark = pytest.mark.vllm
@@ -16,14 +17,6 @@ KINDS = ("llama", "qwen2", "gemma3", "mixtral")
 """gemma3 is a hybrid: blocks of several groups lie in the same bytes, and leave a sliding window."""
 PAGE = 256 << 10
 ROOMY = 64 << 20
-
-
-def _requests(kind: str, seed: int) -> list[RequestSpec]:
-    """Greedy and seeded sampling in turns."""
-    return [
-        RequestSpec(f"{kind}-{i}", prompt, max_tokens=60, temperature=float(i % 2), seed=i if i % 2 else None)
-        for i, prompt in enumerate(prompts_for(seed, 5))
-    ]
 
 
 def _again(requests: list[RequestSpec]) -> list[RequestSpec]:
@@ -38,18 +31,8 @@ def _short(case: Case) -> list[RequestSpec]:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    from tokenpool.demo.tiny_models import ENGINE_ARGS, make_tiny_model
-
     folder = tmp_path_factory.mktemp("models")
-    return {
-        kind: Case(
-            kind,
-            str(make_tiny_model(kind, folder / kind)),
-            {"max_model_len": 512, "enable_prefix_caching": True, **ENGINE_ARGS.get(kind, {})},
-            _requests(kind, seed),
-        )
-        for seed, kind in enumerate(KINDS)
-    }
+    return make_cases(folder, KINDS, mixed(5, 60), enable_prefix_caching=True)
 
 
 @pytest.fixture(scope="module")

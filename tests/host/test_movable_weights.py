@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.plain import Case, RequestSpec, Result, prompts_for, run_plain
+from tests.helpers.cases import make_cases, mixed
+from tests.helpers.plain import Case, Result, run_plain
 
 pytestmark = pytest.mark.vllm
 
@@ -24,36 +25,10 @@ LIMIT_S = 60.0
 CHANGING = {"_q_scale", "_k_scale", "_v_scale", "_prob_scale"}
 
 
-def _requests(kind: str, seed: int, lora: str | None) -> list[RequestSpec]:
-    """Greedy and seeded sampling in turns; with an adapter, every third request uses it."""
-    return [
-        RequestSpec(
-            request_id=f"{kind}-{i}",
-            prompt_token_ids=prompt,
-            max_tokens=40,
-            temperature=float(i % 2),
-            seed=i if i % 2 else None,
-            lora=lora if i % 3 == 2 else None,
-        )
-        for i, prompt in enumerate(prompts_for(seed, 4))
-    ]
-
-
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    from tokenpool.demo.tiny_models import make_tiny_lora, make_tiny_model
-
     folder = tmp_path_factory.mktemp("models")
-    made = {}
-    for index, kind in enumerate(KINDS):
-        model = make_tiny_model(kind, folder / kind)
-        args: dict[str, Any] = {"max_model_len": 512, "enable_prefix_caching": True}
-        lora = None
-        if kind == "llama":
-            lora = str(make_tiny_lora(model, Path(folder, "lora")))
-            args |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}  # vllm#48421: the last slot stays empty
-        made[kind] = Case(kind, str(model), args, _requests(kind, index, lora))
-    return made
+    return make_cases(folder, KINDS, mixed(4, 40), lora_kind="llama", enable_prefix_caching=True)
 
 
 @pytest.fixture(scope="module")

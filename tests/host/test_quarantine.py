@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.helpers.cases import greedy, make_cases
 from tests.helpers.plain import Case, RequestSpec, prompts_for
 
 pytestmark = pytest.mark.vllm
@@ -14,16 +15,7 @@ PAGE = 256 << 10
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    from tokenpool.demo.tiny_models import make_tiny_model
-
-    folder = tmp_path_factory.mktemp("models")
-    made = {}
-    for index, kind in enumerate(("llama", "qwen2")):
-        requests = [
-            RequestSpec(f"{kind}-{i}", prompt, max_tokens=30) for i, prompt in enumerate(prompts_for(index, 4))
-        ]
-        made[kind] = Case(kind, str(make_tiny_model(kind, folder / kind)), {"max_model_len": 512}, requests)
-    return made
+    return make_cases(tmp_path_factory.mktemp("models"), ("llama", "qwen2"), greedy(4, 30))
 
 
 def _pool(cases):

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import random
-import time
-from pathlib import Path
 
 import pytest
 
-from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
+from tests.helpers.cases import greedy, make_cases
+from tests.helpers.plain import Case, RequestSpec, run_plain
 
 pytestmark = pytest.mark.vllm
 
@@ -21,16 +20,7 @@ PAGES = 14
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    from tokenpool.demo.tiny_models import make_tiny_model
-
-    folder = tmp_path_factory.mktemp("models")
-    made = {}
-    for index, kind in enumerate(KINDS):
-        requests = [
-            RequestSpec(f"{kind}-{i}", prompt, max_tokens=24) for i, prompt in enumerate(prompts_for(index, 4))
-        ]
-        made[kind] = Case(kind, str(make_tiny_model(kind, Path(folder, kind))), {"max_model_len": 512}, requests)
-    return made
+    return make_cases(tmp_path_factory.mktemp("models"), KINDS, greedy(4, 24))
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +110,6 @@ def _finish(pooled, cases, reference) -> None:
     def each_step(step: int) -> None:
         if step % 10 == 0:
             pooled.check()
-        if not any(pooled.host.residency.is_ready(hosted) for hosted in pooled.host.models.values()):
-            time.sleep(0.001)  # the host waits longer after each failure
 
     pooled.run(each_step=each_step)
     for kind, case in cases.items():
@@ -155,7 +143,6 @@ def test_a_device_that_takes_no_copies_fails_requests_and_nothing_else(pool, fau
             faults.armed["copy_in"] = 1.0
         if "error" in reasons():
             faults.armed.clear()
-        time.sleep(0.001)  # the host waits longer after each failure
 
     pool.run(each_step=arm)
     assert reasons() == {"error", "length"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
+from tests.helpers.cases import make_cases, mixed
+from tests.helpers.plain import Case, run_plain
 
 pytestmark = pytest.mark.vllm
 
@@ -19,36 +19,9 @@ PAGES = 16
 """For the weights of one model, at most 9 pages, and the KV of one or two; all weights together are 33 pages."""
 
 
-def _requests(kind: str, seed: int, lora: str | None) -> list[RequestSpec]:
-    prompts = prompts_for(seed, 5)
-    return [
-        RequestSpec(
-            request_id=f"{kind}-{i}",
-            prompt_token_ids=prompt,
-            max_tokens=48,
-            temperature=float(i % 2),
-            seed=i if i % 2 else None,
-            lora=lora if i % 3 == 2 else None,
-        )
-        for i, prompt in enumerate(prompts)
-    ]
-
-
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    from tokenpool.demo.tiny_models import ENGINE_ARGS, make_tiny_lora, make_tiny_model
-
-    folder = tmp_path_factory.mktemp("models")
-    made = {}
-    for index, kind in enumerate(KINDS):
-        model = make_tiny_model(kind, folder / kind)
-        args = {"max_model_len": 512, **ENGINE_ARGS.get(kind, {})}
-        lora = None
-        if kind == "llama":
-            lora = str(make_tiny_lora(model, Path(folder, "lora")))
-            args |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
-        made[kind] = Case(kind, str(model), args, _requests(kind, index, lora))
-    return made
+    return make_cases(tmp_path_factory.mktemp("models"), KINDS, mixed(5, 48), lora_kind="llama")
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
+from tests.helpers.cases import make_cases, mixed
+from tests.helpers.plain import Case, run_plain
 from tokenpool.memory.device_cpu import CpuDevice
 
 if TYPE_CHECKING:
@@ -26,37 +26,9 @@ TIGHT_PAGES = 9
 """KV pages left for five models whose requests, all together, want about 20."""
 
 
-def _requests(kind: str, seed: int, lora: str | None) -> list[RequestSpec]:
-    """Greedy and seeded sampling in turns, the adapter on every third request."""
-    prompts = prompts_for(seed, 5)
-    return [
-        RequestSpec(
-            request_id=f"{kind}-{i}",
-            prompt_token_ids=prompt,
-            max_tokens=60,
-            temperature=float(i % 2),
-            seed=i if i % 2 else None,
-            lora=lora if i % 3 == 2 else None,
-        )
-        for i, prompt in enumerate(prompts)
-    ]
-
-
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    from tokenpool.demo.tiny_models import ENGINE_ARGS, make_tiny_lora, make_tiny_model
-
-    folder = tmp_path_factory.mktemp("models")
-    made = {}
-    for index, kind in enumerate(KINDS):
-        model = make_tiny_model(kind, folder / kind)
-        args = {"max_model_len": 512, **ENGINE_ARGS.get(kind, {})}
-        lora = None
-        if kind == "llama":
-            lora = str(make_tiny_lora(model, Path(folder, "lora")))
-            args |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}  # vllm#48421: the last slot stays empty
-        made[kind] = Case(kind, str(model), args, _requests(kind, index, lora))
-    return made
+    return make_cases(tmp_path_factory.mktemp("models"), KINDS, mixed(5, 60), lora_kind="llama")
 
 
 @pytest.fixture(scope="module")

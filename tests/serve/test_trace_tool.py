@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tokenpool.errors import PoolError
-from tokenpool.host.trace import TraceLog
+from tokenpool.host.trace import TraceLog, chrome_trace
 from tokenpool.serve.trace_tool import spans_of, trace
 
 pytestmark = pytest.mark.cpu
@@ -24,7 +24,7 @@ def a_trace() -> dict[str, Any]:
     log.record("weights_in", "b", 1000.4, 1000.7, bytes=1 << 20)
     log.record("switch", "b", 1000.5, 1000.7)
     log.record("turn", "b", 1000.7, 1001.0, steps=4)
-    return log.chrome()
+    return chrome_trace(log.events())
 
 
 def test_a_saved_trace_becomes_a_picture(tmp_path: Path) -> None:

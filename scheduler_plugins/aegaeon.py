@@ -98,7 +98,9 @@ class Aegaeon:
         if not self._in_turn:
             self._begin_turn(views, pool.now_s)
         name = self._round[0]
-        return Decision(name, Phase.MIXED if self._join else Phase.DECODE, self._prefetch(pool, views, name))
+        hold_s = max(0.0, self._turn_ends_s - pool.now_s)
+        phase = Phase.MIXED if self._join else Phase.DECODE
+        return Decision(name, phase, self._prefetch(pool, views, name), hold_s=hold_s)
 
     # -- prefill -------------------------------------------------------------------------------------
 

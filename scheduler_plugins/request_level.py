@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tokenpool.policy.turns import Decision, PoolView
 
 
@@ -21,11 +23,11 @@ class RequestLevel:
     def decide(self, pool: PoolView) -> Decision:
         """The current model while it has work, else the one that has waited longest."""
         oldest = pool.models[0]
-        oldest_s = float("inf")
+        oldest_s = math.inf
         for view in pool.models:
             if view.model == pool.current:
-                return Decision(view.model)
-            arrival_s = view.arrival_s if view.num_waiting else float("-inf")
+                return Decision(view.model, hold_s=math.inf)
+            arrival_s = view.arrival_s if view.num_waiting else -math.inf
             if arrival_s < oldest_s:
                 oldest, oldest_s = view, arrival_s
-        return Decision(oldest.model)
+        return Decision(oldest.model, hold_s=math.inf)

@@ -126,7 +126,23 @@ class Slack:
             self._next_copy_s = now_s + copy_s * max(1 / self._copy_frac, pool.copy_drag / self._overhead_frac)
         makes_room = prefetch is not None or run.view.residency is not Residency.RESIDENT
         evict = spare.view.model if spare is not None and makes_room else None
-        return Decision(run.view.model, _phase(run.view, now_s), prefetch, evict)
+        hold_s = self._hold_s(pool, ranked, run) if prefetch is None else 0.0
+        return Decision(run.view.model, _phase(run.view, now_s), prefetch, evict, hold_s)
+
+    def _hold_s(self, pool: PoolView, ranked: list[_Ranked], run: _Ranked) -> float:
+        """Seconds in which the ranks that decide do not change: up to the next look for overload, at most."""
+        now_s, view = pool.now_s, run.view
+        until_s = self._select_at_s
+        if self._next_copy_s > now_s:
+            until_s = min(until_s, self._next_copy_s)
+        turn_started_s = pool.turn_started_s if view.model == pool.current else now_s
+        keeps_s = turn_started_s + self._turn_s - now_s
+        if ranked[0] is run and run.rank < _REST:
+            # The slack of others falls as time passes; that of the one that runs grows by tpot for each step.
+            rival = ranked[1].rank if len(ranked) > 1 else _INF
+            speed = view.tpot_s / view.step_s if 0 < view.step_s < view.tpot_s < _INF else 1.0
+            keeps_s = max(keeps_s, (rival - run.rank) / speed)
+        return max(0.0, min(until_s - now_s, keeps_s))
 
     def _note_waits(self, pool: PoolView) -> None:
         if pool.now_s < self._now_s:  # the host's clock was set back: waits and pauses begin again

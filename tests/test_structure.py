@@ -21,13 +21,14 @@ LAYERS = [
     {"memory"},
     {"policy"},
     {"scheduler_plugins"},
+    {"sim"},
     {"patches"},
     {"host"},
     {"serve"},
     {"demo"},
 ]
 """From low to high: a module imports from its own layer and lower ones. The package itself holds only the version."""
-ENGINE_FREE = {"errors", "units", "config", "memory", "policy", "scheduler_plugins"}
+ENGINE_FREE = {"errors", "units", "config", "memory", "policy", "scheduler_plugins", "sim"}
 MARKERS = {"cpu", "vllm", "ray", "gpu", "deploy"}
 SPDX = "# SPDX-License-Identifier: Apache-2.0\n"
 MAX_LINES, MAX_TEST_LINES = 400, 600

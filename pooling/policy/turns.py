@@ -103,7 +103,7 @@ class PoolView(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What to do until the policy is asked again, which is after one step of `run`."""
+    """What to do until the policy is asked again, which is after one step of `run`, or after `hold_s`."""
 
     run: str
     """Model that steps next. If it is not resident, the host switches to it first and waits for that."""
@@ -114,6 +114,9 @@ class Decision(NamedTuple):
     evict: str | None = None
     """Busy model that the policy can spare longest: its weights go first if room is needed and no idle model's
     weights give it. None = the host's choice."""
+    hold_s: float = 0.0
+    """How long the answer stays the same if no request comes or ends and no copy ends meanwhile: `run` may take steps
+    for so long without asking again. 0 = ask after each step."""
 
 
 class TurnPolicy(Protocol):

@@ -52,7 +52,7 @@ def test_request_level_stays_until_idle_then_takes_the_oldest():
     a, b, c = waiting("a", 0, 3.0), waiting("b", 1, 1.0), waiting("c", 2, 2.0)
     assert "b" == policy.decide(pool(5.0, None, a, b, c)).run
     assert "a" == policy.decide(pool(5.0, "a", a, b, c)).run
-    assert Decision("c") == policy.decide(pool(5.0, "b", a, c))
+    assert Decision("c", hold_s=math.inf) == policy.decide(pool(5.0, "b", a, c))
 
 
 # -- aegaeon ---------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_aegaeon_gives_each_model_its_quota():
     """A turn lasts its quota, without admissions; then comes the next of the round, prefetched meanwhile."""
     policy = Aegaeon()
     a, b = running("a", 0, 1.0), running("b", 1, 1.0, step_s=0.02, **WARM)
-    assert Decision("a", Phase.DECODE, "b") == policy.decide(pool(0.0, None, a, b))
+    assert Decision("a", Phase.DECODE, "b", hold_s=0.25) == policy.decide(pool(0.0, None, a, b))
     assert "a" == policy.decide(pool(0.24, "a", a, b)).run
     assert "b" == policy.decide(pool(0.26, "a", a, b)).run
 

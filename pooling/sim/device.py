@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One simulated device: models that take turns on it, their memory, and the link that brings weights and KV in.
+
+It does what the engine host does, with arithmetic in place of engines: ask the turn policy, bring the chosen model in,
+run steps of it. As long as the policy's answer holds, all steps up to the next thing that can change it are one leap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tokenpool.config import SLO
+from tokenpool.policy.eviction import ReuseEstimator
+from tokenpool.policy.turns import Decision, ModelView, Phase, PoolView, Residency, TurnPolicy
+from tokenpool.sim.device_memory import DeviceMemory
+from tokenpool.sim.seat import Seat
+from tokenpool.sim.timeline import Timeline
+from tokenpool.sim.workload import ModelCosts
+
+_INF = math.inf
+_EPS = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """What a simulated device is, and what it does beside the turn policy's decisions."""
+
+    memory_bytes: int
+    """For weights and KV."""
+    link_bytes_per_s: float
+    """Of copies from host memory, one at a time; copies to the host run beside them at the same speed."""
+    role: str = "mixed"
+    """`mixed`, `prefill` (requests leave after their first token) or `decode` (they come with their KV)."""
+    max_batched_tokens: int = 8192
+    """Tokens of one step, as vLLM's `max_num_batched_tokens`."""
+    max_running: int = 256
+    """Requests of one model that decode together, as vLLM's `max_num_seqs`."""
+    max_prefills: int = 256
+    """Prompts in one step; 1 = as Aegaeon does."""
+    max_resident: int | None = None
+    """Models with weights on the device, one that is coming in included; None = as many as fit."""
+    can_prefetch: bool = True
+    """Whether weights may come in while another model steps."""
+    kv_follows_turn: bool = False
+    """Whether all KV of a model leaves when its turn ends, and comes back for the next one, as Aegaeon does."""
+
+
+class _Leap(NamedTuple):
+    """Steps of one model in a row that are all alike."""
+
+    seat: Seat
+    start_s: float
+    step_s: float
+    steps: int
+    admitted: tuple[Timeline, ...]
+    """Requests prefilled in it; then it is one step."""
+    decodes: bool
+
+
+class SimDevice:
+    """One device. `schedule` asks for a call of `wake` at a time; `hand_over` takes the requests of a prefill device.
+
+    The order of calls is that of the simulated time. `index` tells devices apart.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        spec: DeviceSpec,
+        policy: TurnPolicy,
+        costs: Callable[[str], ModelCosts],
+        slo: SLO,
+        schedule: Callable[[float, SimDevice, int], None],
+        done: Callable[[Timeline], None],
+        hand_over: Callable[[Timeline, float, float], None] | None = None,
+    ) -> None:
+        self.index, self.spec, self.slo = index, spec, slo
+        self.policy = policy
+        self.seats: dict[str, Seat] = {}
+        """By model, of those that were ever asked for here."""
+        self.active: list[Seat] = []
+        """Seats with work, in order of index."""
+        self.memory = DeviceMemory(spec.memory_bytes, spec.link_bytes_per_s, spec.max_resident, self.seats)
+        self.reuse = ReuseEstimator()
+        self.busy_s = self.waited_s = 0.0
+        """Seconds in steps, and seconds in which a chosen model was waited for."""
+        self.switches = self.decisions = self.steps = self.leaps = 0
+        self._costs, self._schedule, self._done, self._hand_over = costs, schedule, done, hand_over
+        self._version = 0
+        self._leap: _Leap | None = None
+        self._pending: tuple[Seat, Phase] | None = None
+        self._current: Seat | None = None
+        self._turn_started_s = 0.0
+
+    # -- from outside --------------------------------------------------------------------------------
+
+    def seat(self, model: str) -> Seat:
+        """The model's place here, made on first use."""
+        seat = self.seats.get(model)
+        if seat is None:
+            seat = self.seats[model] = Seat(model, len(self.seats), self._costs(model))
+        return seat
+
+    def arrive(self, request: Timeline, now_s: float) -> None:
+        """A request comes in; one that has tokens already brings its KV, which lies in host memory."""
+        seat = self.seat(request.spec.model)
+        if not seat.has_work:
+            self.active.append(seat)
+            self.active.sort(key=lambda s: s.index)
+        if request.num_delivered:
+            seat.resume(request)
+        else:
+            seat.waiting.append(request)
+            seat.count_waiting()
+        self.reuse.observe_arrival(seat.name, now_s)
+        self._interrupt(now_s)
+
+    def wake(self, now_s: float, version: int) -> None:
+        """A time that was asked for has come."""
+        if version != self._version:
+            if version == 0:  # a copy has ended: the policy may want the next one
+                self._interrupt(now_s)
+            return
+        if self._leap is not None:
+            self._land(self._leap)
+        if self._pending is not None:
+            (seat, phase), self._pending = self._pending, None
+            self.memory.settle(now_s)
+            if seat.has_work and seat.residency is Residency.RESIDENT and not seat.kv_out_bytes:
+                self._step(seat, phase, now_s, 0.0)
+                return
+        self._next(now_s)
+
+    # -- turns ---------------------------------------------------------------------------------------
+
+    def _interrupt(self, now_s: float) -> None:
+        """Something changed: decide anew at the next step boundary."""
+        leap = self._leap
+        if leap is None:
+            if self._pending is None:
+                self._next(now_s)
+        elif leap.steps > 1:
+            steps = max(1, math.ceil((now_s - leap.start_s) / leap.step_s - _EPS))
+            if steps < leap.steps:
+                self._leap = leap._replace(steps=steps)
+                self._wake_at(leap.start_s + steps * leap.step_s)
+
+    def _wake_at(self, time_s: float) -> None:
+        self._version += 1
+        self._schedule(time_s, self, self._version)
+
+    def _next(self, now_s: float) -> None:
+        """Decide what runs from now on."""
+        self.memory.settle(now_s)
+        if not self.active:
+            return
+        if len(self.active) == 1:
+            seat, phase, hold_s = self.active[0], Phase.MIXED, _INF
+        else:
+            decision = self._ask(now_s)
+            seat, phase, hold_s = self.seats[decision.run], decision.phase, decision.hold_s
+            if decision.prefetch is not None:
+                self._prefetch(self.seats[decision.prefetch], seat, decision.evict, now_s)
+        is_new = seat is not self._current
+        if is_new:
+            self._leave_turn(seat)
+        ready_s = self._bring_in(seat, now_s)
+        if is_new:
+            self._turn_started_s = ready_s
+        if ready_s > now_s:
+            self.waited_s += ready_s - now_s
+            self._pending = seat, phase
+            self._wake_at(ready_s)
+        else:
+            self._step(seat, phase, now_s, hold_s)
+
+    def _ask(self, now_s: float) -> Decision:
+        self.decisions += 1
+        can_prefetch = self.spec.can_prefetch and self.memory.link_free_s <= now_s
+        views = [self._view(seat, now_s) for seat in self.active]
+        current = self._current.name if self._current else None
+        return self.policy.decide(PoolView(now_s, current, views, self._turn_started_s, can_prefetch))
+
+    def _view(self, seat: Seat, now_s: float) -> ModelView:
+        slo, costs, decoding = self.slo, seat.costs, seat.num_decoding
+        return ModelView(
+            seat.name,
+            seat.index,
+            0,
+            decoding,
+            len(seat.waiting),
+            seat.waiting_tokens,
+            seat.oldest_s,
+            seat.oldest_s + slo.ttft_s,
+            seat.next_due_s(slo),
+            slo.ttft_s,
+            slo.tpot_s,
+            seat.residency,
+            seat.kv_out_bytes > 0,
+            self.memory.ready_in_s(seat, now_s),
+            costs.step(max(1, decoding), seat.context_tokens),
+            costs.prefill(seat.waiting_tokens, seat.waiting_squares) if seat.waiting else 0.0,
+            costs.weight_bytes,
+        )
+
+    def _leave_turn(self, seat: Seat) -> None:
+        before, self._current = self._current, seat
+        if before is not None:
+            self.switches += 1
+            if self.spec.kv_follows_turn:
+                self.memory.kv_out(before)
+
+    def _bring_in(self, seat: Seat, now_s: float) -> float:
+        """Start what is missing for a step; returns when it will be there."""
+        if seat.residency is Residency.RESIDENT and not seat.kv_out_bytes:
+            return now_s
+        return self.memory.load(seat, now_s, self._p_reuse(now_s), keep=frozenset((seat.name,)))
+
+    def _prefetch(self, seat: Seat, run: Seat, evict: str | None, now_s: float) -> None:
+        if seat.residency is not Residency.WARM or self.memory.link_free_s > now_s or not self.spec.can_prefetch:
+            return
+        keep = frozenset((seat.name, run.name))
+        ready_s = self.memory.try_load(seat, now_s, self._p_reuse(now_s), keep=keep, spare=evict)
+        if ready_s is not None:
+            self._schedule(ready_s, self, 0)
+
+    def _p_reuse(self, now_s: float) -> Callable[[Seat], float]:
+        return lambda seat: 1.0 if seat.has_work else self.reuse.probability(seat.name, now_s, 10.0)
+
+    # -- steps ---------------------------------------------------------------------------------------
+
+    def _step(self, seat: Seat, phase: Phase, now_s: float, hold_s: float) -> None:
+        """Begin a step of `seat`, or as many decode steps in a row as nothing can change."""
+        costs, running = seat.costs, seat.running
+        admitted: tuple[Timeline, ...] = ()
+        if seat.waiting and not (phase is Phase.DECODE and running):
+            admitted = self._admit(seat, now_s)
+        if not admitted and not running:
+            if self.memory.is_loading:  # what comes in may leave again
+                self._pending = seat, phase
+                self._wake_at(self.memory.link_free_s)
+            else:  # the oldest request can never be served here
+                self._fail_oldest(seat, now_s)
+            return
+        decodes = bool(running) and not (admitted and phase is Phase.PREFILL)
+        step_s = costs.step(len(running), seat.context_tokens) if decodes else 0.0
+        steps = 1
+        if admitted:
+            tokens = sum([request.context_len for request in admitted])
+            squares = sum([request.context_len**2 for request in admitted])
+            prefill_s = costs.prefill(tokens, squares)
+            step_s += prefill_s - costs.prefill_s if decodes else prefill_s
+        else:
+            steps = min([request.num_left for request in running])
+            if hold_s < _INF:
+                steps = max(1, min(steps, int(hold_s / step_s)))
+            steps = self._make_kv_room(seat, steps, now_s)
+            # KV grows: what a step takes at the middle of the leap is what it takes on average.
+            step_s = costs.step(len(running), seat.context_tokens + len(running) * (steps - 1) / 2)
+        self._leap = _Leap(seat, now_s, step_s, steps, admitted, decodes)
+        self._wake_at(now_s + steps * step_s)
+
+    def _admit(self, seat: Seat, now_s: float) -> tuple[Timeline, ...]:
+        """Take requests from the queue into the next step, as tokens, places and memory allow."""
+        spec, admitted = self.spec, []
+        budget = spec.max_batched_tokens - len(seat.running)
+        places = min(spec.max_prefills, spec.max_running - len(seat.running))
+        per_token = seat.costs.kv_bytes_per_token
+        for request in seat.waiting:
+            tokens = request.context_len
+            if len(admitted) >= places or (admitted and tokens > budget):
+                break
+            nbytes = (tokens + 1) * per_token
+            keep = frozenset((seat.name,))
+            if not self.memory.make_room(nbytes, self._p_reuse(now_s), keep=keep):
+                break
+            self.memory.grow(seat, nbytes)
+            budget -= tokens
+            admitted.append(request)
+        for _ in admitted:
+            seat.waiting.popleft()
+        if admitted:
+            seat.count_waiting()
+            seat.admitted = admitted
+        return tuple(admitted)
+
+    def _make_kv_room(self, seat: Seat, steps: int, now_s: float) -> int:
+        """How many steps fit into memory, at most `steps`; the newest requests are preempted where not one does."""
+        while True:
+            per_step = len(seat.running) * seat.costs.kv_bytes_per_token
+            if steps * per_step <= self.memory.free_bytes:
+                return steps
+            wanted = min(steps, 64) * per_step
+            if self.memory.make_room(wanted, self._p_reuse(now_s), keep=frozenset((seat.name,))):
+                return min(steps, int(self.memory.free_bytes // per_step))
+            fits = int(self.memory.free_bytes // per_step)
+            if fits or len(seat.running) == 1:
+                return max(1, min(steps, fits))
+            victim = seat.running[-1]
+            self.memory.grow(seat, -victim.context_len * seat.costs.kv_bytes_per_token)
+            seat.preempt(victim)
+
+    def _land(self, leap: _Leap) -> None:
+        """The steps of a leap are done: tokens go out."""
+        self._leap = None
+        seat, steps, admitted = leap.seat, leap.steps, leap.admitted
+        seat.admitted = []
+        self.leaps += 1
+        self.steps += steps
+        self.busy_s += steps * leap.step_s
+        running = seat.running
+        if leap.decodes:
+            for request in running:
+                request.deliver(leap.start_s, leap.step_s, steps)
+            self.memory.grow(seat, len(running) * steps * seat.costs.kv_bytes_per_token)
+        for request in admitted:
+            request.deliver(leap.start_s, leap.step_s, 1)
+        now_s = leap.start_s + steps * leap.step_s
+        seat.last_used_s = now_s
+        leaves = self.spec.role == "prefill" and self._hand_over is not None
+        for request in admitted:
+            if leaves and request.num_left:
+                nbytes = request.context_len * seat.costs.kv_bytes_per_token
+                self.memory.grow(seat, -nbytes)
+                self._hand_over(request, now_s, nbytes / self.spec.link_bytes_per_s)
+            else:
+                running.append(request)
+        ended = [request for request in running if not request.num_left]
+        for request in ended:
+            self.memory.grow(seat, -request.context_len * seat.costs.kv_bytes_per_token)
+            self._done(request)
+        seat.count_running(keep=ended)
+        if not seat.has_work:
+            self.memory.clear_kv(seat)
+            self.active.remove(seat)
+
+    def _fail_oldest(self, seat: Seat, now_s: float) -> None:
+        request = seat.waiting.popleft()
+        seat.count_waiting()
+        request.failed = True
+        self._done(request)
+        if not seat.has_work:
+            self.active.remove(seat)
+        self._next(now_s)

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a simulated device: weights and KV of its models draw on the same bytes, as pages do in the engine host.
+
+What leaves is chosen by `policy.eviction`, as in the engine host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from tokenpool.policy.eviction import Candidate, EvictionKind, choose_evictions
+from tokenpool.policy.turns import Residency
+from tokenpool.sim.seat import Seat
+
+_PAGE_BYTES = 32 << 20
+_SPARE_REUSE = 0.5
+"""As in the engine host: the busy model that the policy can spare goes after idle ones, before other busy ones."""
+
+Reuse = Callable[[Seat], float]
+
+
+class DeviceMemory:
+    """Bytes and copies of one device. Copies to it run one after the other; weights never leave by a copy."""
+
+    def __init__(
+        self, capacity_bytes: int, link_bytes_per_s: float, max_resident: int | None, seats: Mapping[str, Seat]
+    ) -> None:
+        self.free_bytes = float(capacity_bytes)
+        self.link_free_s = 0.0
+        """When the last copy to the device ends."""
+        self.weights_in_bytes = self.kv_in_bytes = self.kv_out_bytes = 0.0
+        """Totals that were copied."""
+        self.evictions = 0
+        self._link_bytes_per_s = link_bytes_per_s
+        self._max_resident = max_resident
+        self._seats = seats
+        self._loading: list[Seat] = []
+        self._out_free_s = self._now_s = 0.0
+
+    def ready_in_s(self, seat: Seat, now_s: float) -> float:
+        """Seconds until the model could step if it were brought in now."""
+        if seat.residency is Residency.RESIDENT:
+            if not seat.kv_out_bytes:
+                return 0.0
+            return max(0.0, self.link_free_s - now_s) + seat.kv_out_bytes / self._link_bytes_per_s
+        if seat.residency is Residency.LOADING:
+            return max(0.0, seat.ready_at_s - now_s)
+        nbytes = seat.costs.weight_bytes + seat.kv_out_bytes
+        return max(0.0, self.link_free_s - now_s) + nbytes / self._link_bytes_per_s
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether weights are on their way."""
+        return bool(self._loading)
+
+    def settle(self, now_s: float) -> None:
+        """Take over copies that have ended by now."""
+        self._now_s = now_s
+        for seat in list(self._loading):
+            if seat.ready_at_s <= now_s:
+                seat.residency = Residency.RESIDENT
+                self._loading.remove(seat)
+
+    def load(self, seat: Seat, now_s: float, p_reuse: Reuse, *, keep: frozenset[str]) -> float:
+        """Bring in what the model lacks; returns when it is there, or when to try again because a copy is in the way.
+
+        Raises MemoryError if it cannot fit at all.
+        """
+        ready_s = self.try_load(seat, now_s, p_reuse, keep=keep)
+        if ready_s is None and self._loading:
+            return self.link_free_s
+        if ready_s is None:
+            raise MemoryError(f"{seat.name} does not fit on the device: give it more memory or leave the model out")
+        return ready_s
+
+    def try_load(
+        self, seat: Seat, now_s: float, p_reuse: Reuse, *, keep: frozenset[str], spare: str | None = None
+    ) -> float | None:
+        """As `load`; None, and nothing is changed, if others that may leave are too few."""
+        kv_bytes = seat.kv_out_bytes
+        if seat.residency is Residency.LOADING and not kv_bytes:
+            return seat.ready_at_s
+        weights = seat.costs.weight_bytes if seat.residency is Residency.WARM else 0
+        if weights and not self._make_place(p_reuse, keep, spare):
+            return None
+        if not self.make_room(weights + kv_bytes, p_reuse, keep=keep, spare=spare):
+            return None
+        # Room that is being emptied by a copy to the host can be filled when that has ended.
+        start_s = max(now_s, self.link_free_s, self._out_free_s)
+        seat.ready_at_s = self.link_free_s = start_s + (weights + kv_bytes) / self._link_bytes_per_s
+        self.free_bytes -= weights + kv_bytes
+        seat.join()
+        self.weights_in_bytes += weights
+        self.kv_in_bytes += kv_bytes
+        if weights:
+            seat.residency = Residency.LOADING
+            self._loading.append(seat)
+        return seat.ready_at_s
+
+    def grow(self, seat: Seat, nbytes: float) -> None:
+        """The model's KV on the device grows, or shrinks."""
+        seat.kv_bytes += nbytes
+        self.free_bytes -= nbytes
+
+    def clear_kv(self, seat: Seat) -> None:
+        """No request is left: whatever rounding left of its KV is gone."""
+        self.free_bytes += seat.kv_bytes
+        seat.kv_bytes = seat.kv_out_bytes = 0.0
+
+    def kv_out(self, seat: Seat) -> None:
+        """All KV of the model goes to the host."""
+        nbytes = seat.kv_bytes
+        self.free_bytes += nbytes
+        self.kv_out_bytes += nbytes
+        seat.kv_out_bytes += nbytes
+        seat.kv_bytes = 0.0
+        self._out_free_s = max(self._out_free_s, self._now_s) + nbytes / self._link_bytes_per_s
+
+    def make_room(self, nbytes: float, p_reuse: Reuse, *, keep: frozenset[str], spare: str | None = None) -> bool:
+        """Evict until `nbytes` are free; False, and nothing left, if all that may leave is too little."""
+        missing = nbytes - self.free_bytes
+        if missing <= 0:
+            return True
+        chosen = choose_evictions(self._candidates(p_reuse, keep, spare), -int(-missing // _PAGE_BYTES))
+        if chosen is None:
+            return False
+        for candidate in chosen:
+            seat = self._seats[candidate.owner]
+            if candidate.kind is EvictionKind.WEIGHTS:
+                self._evict(seat)
+            else:
+                self.kv_out(seat)
+        return self.free_bytes >= nbytes
+
+    def _make_place(self, p_reuse: Reuse, keep: frozenset[str], spare: str | None) -> bool:
+        """Keep to the number of resident models."""
+        if self._max_resident is None:
+            return True
+        held = [s for s in self._seats.values() if s.residency in (Residency.RESIDENT, Residency.LOADING)]
+        if len(held) < self._max_resident:
+            return True
+        victims = [s for s in held if s.name not in keep and s.residency is Residency.RESIDENT]
+        if not victims:
+            return False
+        self._evict(min(victims, key=lambda s: (p_reuse(s), s.name != spare, s.last_used_s, s.index)))
+        return True
+
+    def _evict(self, seat: Seat) -> None:
+        self.free_bytes += seat.costs.weight_bytes
+        seat.residency = Residency.WARM
+        self.evictions += 1
+
+    def _candidates(self, p_reuse: Reuse, keep: frozenset[str], spare: str | None) -> list[Candidate]:
+        found = []
+        for name, seat in self._seats.items():
+            if name in keep:
+                continue
+            p = _SPARE_REUSE if name == spare else p_reuse(seat)
+            if seat.residency is Residency.RESIDENT:
+                pages = int(seat.costs.weight_bytes // _PAGE_BYTES)
+                cost_s = seat.costs.weight_bytes / self._link_bytes_per_s
+                found.append(Candidate(EvictionKind.WEIGHTS, name, pages, cost_s, p))
+            pages = int(seat.kv_bytes // _PAGE_BYTES)
+            if pages:
+                cost_s = 2 * seat.kv_bytes / self._link_bytes_per_s
+                found.append(Candidate(EvictionKind.PAUSED_KV, name, pages, cost_s, p))
+        return found

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What came of a simulated run: the three attainments, times to the first token, and what the devices did."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tokenpool.config import SLO
+from tokenpool.sim.timeline import Timeline
+
+if TYPE_CHECKING:
+    from tokenpool.sim.device import SimDevice
+
+
+@dataclass(slots=True)
+class SimResult:
+    """Sums over requests. A request that failed or did not end misses all tokens that it did not get."""
+
+    slo: SLO
+    num_requests: int = 0
+    num_failed: int = 0
+    """Refused, or given up."""
+    num_unfinished: int = 0
+    num_tokens: int = 0
+    """That were asked for."""
+    num_tokens_delivered: int = 0
+    tokens_on_time: int = 0
+    requests_on_time: int = 0
+    first_on_time: int = 0
+    time_weighted_sum: float = 0.0
+    busy_frac: float = 0.0
+    """Share of the devices' time in which they stepped."""
+    waited_frac: float = 0.0
+    """Share in which they waited for weights or KV of the model to run."""
+    link_frac: float = 0.0
+    """Share in which weights or KV came in."""
+    switches: int = 0
+    decisions: int = 0
+    steps: int = 0
+    num_events: int = 0
+    wall_s: float = 0.0
+    """Real seconds that the simulation took."""
+    end_s: float = 0.0
+    """Simulated seconds up to the last token."""
+    open: set[Timeline] = field(default_factory=set, repr=False)
+    """Requests on their way."""
+    _ttft_s: list[float] = field(default_factory=list, repr=False)
+
+    def add(self, request: Timeline) -> None:
+        """A request has ended."""
+        self.open.discard(request)
+        self.num_requests += 1
+        self.num_failed += request.failed
+        self.num_tokens += request.spec.output_len
+        self.num_tokens_delivered += request.num_delivered
+        self.tokens_on_time += request.num_on_time
+        self.requests_on_time += request.is_all_on_time
+        if request.num_delivered:
+            ttft_s = request.first_token_s - request.arrival_s
+            self._ttft_s.append(ttft_s)
+            self.first_on_time += ttft_s <= request.ttft_s
+        self.time_weighted_sum += request.time_weighted()
+        self.end_s = max(self.end_s, request.end_s)
+
+    def close(self, devices: Sequence[SimDevice], num_events: int, wall_s: float) -> None:
+        """The run is over."""
+        for request in sorted(self.open, key=lambda r: r.arrival_s):
+            self.num_unfinished += 1
+            request.failed = True
+            self.add(request)
+        self.num_failed -= self.num_unfinished
+        self.num_events, self.wall_s = num_events, wall_s
+        span_s = max(self.end_s, 1e-9) * len(devices)
+        self.busy_frac = sum(device.busy_s for device in devices) / span_s
+        self.waited_frac = sum(device.waited_s for device in devices) / span_s
+        copied_s = [
+            (device.memory.weights_in_bytes + device.memory.kv_in_bytes) / device.spec.link_bytes_per_s
+            for device in devices
+        ]
+        self.link_frac = sum(copied_s) / span_s
+        self.switches = sum(device.switches for device in devices)
+        self.decisions = sum(device.decisions for device in devices)
+        self.steps = sum(device.steps for device in devices)
+
+    @property
+    def token_attainment(self) -> float:
+        """Tokens by their due time, of all that were asked for; 0 to 1, as the next two."""
+        return self.tokens_on_time / self.num_tokens if self.num_tokens else 1.0
+
+    @property
+    def request_attainment(self) -> float:
+        """Requests with every token on time."""
+        return self.requests_on_time / self.num_requests if self.num_requests else 1.0
+
+    @property
+    def time_weighted_attainment(self) -> float:
+        """Mean of the measure of Aegaeon's artifact; see `policy.slo`."""
+        return self.time_weighted_sum / self.num_requests if self.num_requests else 1.0
+
+    def ttft_s(self, percent: float) -> float:
+        """Percentile of the times to the first token, of requests that got one; 0 without any."""
+        if len(self._ttft_s) < 2:
+            return self._ttft_s[0] if self._ttft_s else 0.0
+        return statistics.quantiles(self._ttft_s, n=1000, method="inclusive")[min(998, round(percent * 10) - 1)]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; shares in percent under the names that Aegaeon's results use here."""
+        return {
+            "artifact_slo_pct": 100 * self.time_weighted_attainment,
+            "token_deadline_pct": 100 * self.token_attainment,
+            "request_all_tokens_pct": 100 * self.request_attainment,
+            "ttft_ok_pct": 100 * self.first_on_time / max(1, self.num_requests),
+            "ttft_p50_s": self.ttft_s(50),
+            "ttft_p99_s": self.ttft_s(99),
+            "n_requests": self.num_requests,
+            "n_failed": self.num_failed,
+            "n_unfinished": self.num_unfinished,
+            "n_tokens": self.num_tokens,
+            "busy_frac": self.busy_frac,
+            "waited_frac": self.waited_frac,
+            "link_frac": self.link_frac,
+            "switches": self.switches,
+            "decisions": self.decisions,
+            "steps": self.steps,
+            "events": self.num_events,
+            "wall_s": self.wall_s,
+        }

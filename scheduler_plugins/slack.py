@@ -17,6 +17,10 @@ _OVERDUE_BELOW = -5e8
 _OUT = (Residency.WARM, Residency.COLD)
 _SELECT_EVERY_S = 0.1
 """Age at which the choice of who is given up is made anew."""
+_SELECT_CALM_S, _CALM_FRAC = 0.5, 0.5
+"""That age, where less than such a share of the horizon is taken up: nobody is given up then for a while."""
+_EASE = 0.1
+"""Share of the slack of the next model that the present turn may last, where that model is far ahead of schedule."""
 _URGENT_ROUNDS, _URGENT_S = 3, 1.0
 """Tokens due within so many rounds of the pool, or so many seconds, are urgent."""
 
@@ -109,8 +113,9 @@ class Slack:
         now_s = pool.now_s
         self._note_waits(pool)
         if now_s >= self._select_at_s:
-            self._select_at_s = now_s + _SELECT_EVERY_S
-            self._given_up = _give_up(pool.models, now_s, self._horizon_s)
+            self._given_up, needed_s = _give_up(pool.models, now_s, self._horizon_s)
+            calm = needed_s < _CALM_FRAC * self._horizon_s
+            self._select_at_s = now_s + (_SELECT_CALM_S if calm else _SELECT_EVERY_S)
         ranked = self._ranked(pool.models, now_s)
         ready = [item for item in ranked if item.view.residency is Residency.RESIDENT]
         out = next((item for item in ranked if item.view.residency in _OUT), None)
@@ -136,12 +141,13 @@ class Slack:
         if self._next_copy_s > now_s:
             until_s = min(until_s, self._next_copy_s)
         turn_started_s = pool.turn_started_s if view.model == pool.current else now_s
-        keeps_s = turn_started_s + self._turn_s - now_s
+        rival = next((item for item in ranked if item is not run), None)
+        keeps_s = turn_started_s + max(self._turn_s, self._ease_s(rival) if rival else 0.0) - now_s
         if ranked[0] is run and run.rank < _REST:
             # The slack of others falls as time passes; that of the one that runs grows by tpot for each step.
-            rival = ranked[1].rank if len(ranked) > 1 else _INF
+            gap_s = rival.rank - run.rank if rival else _INF
             speed = view.tpot_s / view.step_s if 0 < view.step_s < view.tpot_s < _INF else 1.0
-            keeps_s = max(keeps_s, (rival - run.rank) / speed)
+            keeps_s = max(keeps_s, gap_s / speed)
         return max(0.0, min(until_s - now_s, keeps_s))
 
     def _note_waits(self, pool: PoolView) -> None:
@@ -187,8 +193,12 @@ class Slack:
             other = out
         else:
             return mine
-        hold_s = max(self._turn_s, other.view.ready_in_s / self._overhead_frac)
+        hold_s = max(self._turn_s, other.view.ready_in_s / self._overhead_frac, self._ease_s(other))
         return other if pool.now_s - pool.turn_started_s >= hold_s else mine
+
+    def _ease_s(self, other: _Ranked) -> float:
+        """Least turn while `other` is far ahead of its schedule: nobody gains by handing the device over more often."""
+        return _EASE * min(other.slack_s, self._horizon_s) if _REST <= other.rank < _GIVEN_UP - 1e8 else 0.0
 
     def _comes_by_prefetch(self, pool: PoolView, ranked: list[_Ranked], out: _Ranked) -> bool:
         if any(item.view.residency is Residency.LOADING for item in ranked):
@@ -229,8 +239,11 @@ def _phase(view: ModelView, now_s: float) -> Phase:
     return Phase.MIXED
 
 
-def _give_up(models: Sequence[ModelView], now_s: float, horizon_s: float) -> frozenset[str]:
-    """The models to leave aside so that the others can be kept on time; empty unless there is too much to do."""
+def _give_up(models: Sequence[ModelView], now_s: float, horizon_s: float) -> tuple[frozenset[str], float]:
+    """The models to leave aside so that the others can be kept on time, none unless there is too much to do.
+
+    Also the seconds that all together need within the horizon.
+    """
     needed_s = 0.0
     offers = []
     for view in models:
@@ -245,11 +258,11 @@ def _give_up(models: Sequence[ModelView], now_s: float, horizon_s: float) -> fro
         offers.append((view.priority, gain / max(cost_s, 1e-9), -view.index, cost_s, view.model))
         needed_s += cost_s
     if needed_s <= horizon_s:
-        return frozenset()
-    given_up = []
+        return frozenset(), needed_s
+    given_up, left_s = [], needed_s
     for _, _, _, cost_s, model in sorted(offers):
-        if needed_s <= horizon_s:
+        if left_s <= horizon_s:
             break
-        needed_s -= cost_s
+        left_s -= cost_s
         given_up.append(model)
-    return frozenset(given_up)
+    return frozenset(given_up), needed_s

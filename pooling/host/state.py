@@ -66,6 +66,7 @@ def _costs(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
         "step_s": hosted.cost.predict_step(max(1, stats.num_running), stats.context_tokens),
         "prefill_256_tokens_s": hosted.cost.predict_prefill(_USUAL_PROMPT_TOKENS),
         "errors": step_errors(hosted),
+        "coefficients": hosted.cost.coefficients(),
     }
 
 
@@ -114,6 +115,7 @@ def host_state(host: EngineHost) -> dict[str, Any]:
         "copy_costs": {
             "copy_256_mib_s": {kind.value: copies.predict(kind, 256 * _MIB) for kind in CopyKind},
             "errors": copies.errors(),
+            "coefficients": copies.coefficients(),
         },
         "models": {name: model_state(host, hosted) for name, hosted in host.models.items()},
     }

@@ -154,6 +154,11 @@ class CopyModel:
         """Seconds for a copy of `nbytes`; 0 for none."""
         return self._fits[kind].predict((1.0, float(nbytes))) if nbytes > 0 else 0.0
 
+    def coefficients(self) -> dict[str, tuple[float, float]]:
+        """Latency in seconds and bytes per second, by kind."""
+        fits = {kind.value: fit.coefficients for kind, fit in self._fits.items()}
+        return {kind: (latency_s, 1 / max(per_byte_s, 1e-15)) for kind, (latency_s, per_byte_s) in fits.items()}
+
     def errors(self) -> dict[str, float]:
         """Mean absolute relative error by kind, of the kinds observed."""
         return {kind.value: fit.error for kind, fit in self._fits.items() if fit.error is not None}
@@ -212,6 +217,12 @@ class CostModel:
     def predict_prefill(self, num_tokens: int) -> float:
         """Seconds to prefill `num_tokens` in one step; 0 for none."""
         return self._prefill.predict((1.0, num_tokens)) if num_tokens > 0 else 0.0
+
+    def coefficients(self) -> dict[str, float]:
+        """The letters of the formulas above, in seconds, by the names of the priors."""
+        values = (*self._decode.coefficients, *self._prefill.coefficients)
+        names = ("step_s", "step_per_request_s", "step_per_token_s", "prefill_s", "prefill_per_token_s")
+        return dict(zip(names, values, strict=True))
 
     def observe_copy(self, kind: CopyKind, nbytes: int, seconds: float) -> None:
         """Learn from a copy on the device."""

@@ -24,6 +24,8 @@ def test_a_prior_is_used_until_something_is_observed():
     assert pytest.approx(0.02 + 100 * 3e-5) == model.predict_prefill(100)
     assert pytest.approx(0.015 + 100 * 3e-5) == model.predict_step(4, 1000, 100)
     assert {} == model.errors()
+    named = {"step_s": 0.01, "step_per_request_s": 1e-3, "step_per_token_s": 1e-6, "prefill_s": 0.02}
+    assert named | {"prefill_per_token_s": 3e-5} == model.coefficients()
 
 
 @pytest.mark.parametrize("prior", [0.001, 0.01, 1.0])
@@ -78,6 +80,7 @@ def test_copies_have_latency_and_bandwidth_by_kind():
     assert pytest.approx(0.01 + 1.0) == two.predict_copy(CopyKind.TO_HOST, 10**9)
     assert 0.0 == two.predict_copy(CopyKind.TO_DEVICE, 0)
     assert {"to_device"} == set(two.errors())
+    assert pytest.approx((0.01, 1e9)) == copies.coefficients()["to_host"]
 
 
 @settings(max_examples=60, deadline=None)

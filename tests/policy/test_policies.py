@@ -90,7 +90,8 @@ def test_aegaeon_gives_each_model_its_quota():
     """A turn lasts its quota, without admissions; then comes the next of the round, prefetched meanwhile."""
     policy = Aegaeon()
     a, b = running("a", 0, 1.0), running("b", 1, 1.0, step_s=0.02, **WARM)
-    assert Decision("a", Phase.DECODE, "b", hold_s=0.25) == policy.decide(pool(0.0, None, a, b))
+    decision = policy.decide(pool(0.0, None, a, b))
+    assert Decision("a", Phase.DECODE, "b", hold_s=pytest.approx(0.25)) == decision
     assert "a" == policy.decide(pool(0.24, "a", a, b)).run
     assert "b" == policy.decide(pool(0.26, "a", a, b)).run
 

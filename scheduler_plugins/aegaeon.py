@@ -183,13 +183,14 @@ class Aegaeon:
         return tpot_s / view.step_s if view.step_s > 0 else 1.0
 
     def _prefetch(self, pool: PoolView, views: dict[str, ModelView], running: str) -> str | None:
-        """The model of the next group or turn, if its weights are out."""
+        """The model of the next group or turn, that of the next round included, if its weights are out."""
         if not pool.can_prefetch:
             return None
         for group in self._groups:
             if group.model != running:
                 return group.model if views[group.model].ready_in_s > 0 else None
-        for name in self._round:
-            if name != running and name in views:
-                return name if views[name].ready_in_s > 0 else None
+        coming = [name for name in self._round if name != running and name in views]
+        coming += [name for name, view in views.items() if view.num_running]  # the next round
+        if coming and coming[0] != running and views[coming[0]].ready_in_s > 0:
+            return coming[0]
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `tokenpool` command: serve, validate, doctor, trace. Errors of the user are one line and exit status 2."""
+"""The `tokenpool` command and its subcommands. Errors of the user are one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [po
        tokenpool validate pool.yaml
        tokenpool doctor [pool.yaml]
        tokenpool trace [--url URL] [--admin-key KEY] [--seconds N] --json FILE | --png FILE
+       tokenpool sim --requests FILE --gpus N --gpu NAME --policy NAME [more flags: --help]
+       tokenpool plan --trace FILE --gpu NAME [--models FILE] [more flags: --help]
 
 pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --weights auto|movable|fixed
             --kv-floor-pages N --turn-policy NAME --max-request SIZE --admin-key KEY
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {"serve": _serve, "validate": _validate, "doctor": _doctor, "trace": _trace}
+    commands = {"serve": _serve, "validate": _validate, "doctor": _doctor, "trace": _trace, "sim": _sim, "plan": _plan}
     if command not in commands:
         return _fail(f"unknown command {command!r}; known: {', '.join(commands)}")
     if command == "serve" and ("-h" in rest or "--help" in rest):
@@ -102,6 +104,18 @@ def _trace(words: list[str]) -> int:
     from tokenpool.serve.trace_tool import trace
 
     return trace(words)
+
+
+def _sim(words: list[str]) -> int:
+    from tokenpool.serve.sim_tool import simulate
+
+    return simulate(words)
+
+
+def _plan(words: list[str]) -> int:
+    from tokenpool.serve.sim_tool import plan_gpus
+
+    return plan_gpus(words)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,13 @@ class Cluster:
         router: Router,
         costs: Callable[[str], ModelCosts],
         slo: SLO,
+        *,
+        give_up_s: float = _INF,
     ) -> None:
         self.router = router
         self.slo = slo
+        self.give_up_s = give_up_s
+        """Age at which a request without a token fails; looked at only when a request arrives."""
         self.done = self.num_events = 0
         self._heap: list[tuple[float, int, SimDevice, int | Timeline]] = []
         self._sequence = 0
@@ -77,6 +81,9 @@ class Cluster:
                 position += 1
                 self.num_events += 1
                 open_requests.add(request)
+                if self.give_up_s < _INF:
+                    for device in self.entries:
+                        device.give_up(request.arrival_s - self.give_up_s)
                 device = self.router.route(request, request.arrival_s, self.entries)
                 if device is None:
                     request.failed = True

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tokenpool.config import SLO
 from tokenpool.policy.eviction import ReuseEstimator
-from tokenpool.policy.turns import Decision, ModelView, Phase, PoolView, Residency, TurnPolicy
+from tokenpool.policy.turns import Decision, Phase, PoolView, Residency, TurnPolicy
 from tokenpool.sim.device_memory import DeviceMemory
 from tokenpool.sim.seat import Seat
 from tokenpool.sim.timeline import Timeline
@@ -31,7 +31,7 @@ class DeviceSpec:
     memory_bytes: int
     """For weights and KV."""
     link_bytes_per_s: float
-    """Of copies from host memory, one at a time; copies to the host run beside them at the same speed."""
+    """Of copies from host memory, one at a time."""
     role: str = "mixed"
     """`mixed`, `prefill` (requests leave after their first token) or `decode` (they come with their KV)."""
     max_batched_tokens: int = 8192
@@ -46,6 +46,14 @@ class DeviceSpec:
     """Whether weights may come in while another model steps."""
     kv_follows_turn: bool = False
     """Whether all KV of a model leaves when its turn ends, and comes back for the next one, as Aegaeon does."""
+    out_bytes_per_s: float | None = None
+    """Of copies to the host, which run beside those from it; None = the same speed."""
+    switch_s: float = 0.0
+    """Fixed part of bringing weights in, and of taking them away if `weights_go_out`."""
+    weights_go_out: bool = False
+    """Whether weights that leave are copied to the host, as vLLM's sleep mode does, rather than dropped."""
+    kv_lost: bool = False
+    """Whether all KV of a model is dropped when its turn ends, and running requests are prefilled again."""
 
 
 class _Leap(NamedTuple):
@@ -83,10 +91,12 @@ class SimDevice:
         """By model, of those that were ever asked for here."""
         self.active: list[Seat] = []
         """Seats with work, in order of index."""
-        self.memory = DeviceMemory(spec.memory_bytes, spec.link_bytes_per_s, spec.max_resident, self.seats)
+        self.memory = DeviceMemory(spec, self.seats)
         self.reuse = ReuseEstimator()
         self.busy_s = self.waited_s = 0.0
         """Seconds in steps, and seconds in which a chosen model was waited for."""
+        self.last_prefill_s = -_INF
+        """When the last step ended that prefilled a request."""
         self.switches = self.decisions = self.steps = self.leaps = 0
         self._costs, self._schedule, self._done, self._hand_over = costs, schedule, done, hand_over
         self._version = 0
@@ -117,6 +127,36 @@ class SimDevice:
             seat.count_waiting()
         self.reuse.observe_arrival(seat.name, now_s)
         self._interrupt(now_s)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are here."""
+        return sum([len(s.running) + len(s.waiting) + len(s.paused) + len(s.admitted) for s in self.active])
+
+    @property
+    def waited_for(self) -> Seat | None:
+        """The model whose weights or KV come in before the device can step."""
+        return self._pending[0] if self._pending is not None else None
+
+    def preload(self, model: str) -> None:
+        """Have the weights here from the start."""
+        seat = self.seat(model)
+        if seat.costs.weight_bytes > self.memory.free_bytes:
+            raise MemoryError(f"{model} does not fit on the device beside what is there")
+        seat.residency = Residency.RESIDENT
+        self.memory.free_bytes -= seat.costs.weight_bytes
+
+    def give_up(self, before_s: float) -> None:
+        """Fail the waiting requests without a token that arrived before `before_s`."""
+        for seat in [seat for seat in self.active if seat.oldest_s < before_s]:
+            late = [r for r in seat.waiting if r.arrival_s < before_s and not r.num_delivered]
+            for request in late:
+                seat.waiting.remove(request)
+                request.failed = True
+                self._done(request)
+            seat.count_waiting()
+            if not seat.has_work:
+                self.active.remove(seat)
 
     def wake(self, now_s: float, version: int) -> None:
         """A time that was asked for has come."""
@@ -159,15 +199,19 @@ class SimDevice:
             return
         if len(self.active) == 1:
             seat, phase, hold_s = self.active[0], Phase.MIXED, _INF
+            can_prefetch = False
         else:
             decision = self._ask(now_s)
             seat, phase, hold_s = self.seats[decision.run], decision.phase, decision.hold_s
-            if decision.prefetch is not None:
-                self._prefetch(self.seats[decision.prefetch], seat, decision.evict, now_s)
+            prefetch = decision.prefetch
+            # What is prefetched waits for the KV of what runs, not the other way round.
+            can_prefetch = prefetch is not None and self.memory.link_free_s <= now_s
         is_new = seat is not self._current
         if is_new:
             self._leave_turn(seat)
         ready_s = self._bring_in(seat, now_s)
+        if can_prefetch:
+            self._prefetch(self.seats[prefetch], seat, decision.evict, now_s)
         if is_new:
             self._turn_started_s = ready_s
         if ready_s > now_s:
@@ -180,31 +224,9 @@ class SimDevice:
     def _ask(self, now_s: float) -> Decision:
         self.decisions += 1
         can_prefetch = self.spec.can_prefetch and self.memory.link_free_s <= now_s
-        views = [self._view(seat, now_s) for seat in self.active]
+        views = [seat.view(self.slo, self.memory.ready_in_s(seat, now_s)) for seat in self.active]
         current = self._current.name if self._current else None
         return self.policy.decide(PoolView(now_s, current, views, self._turn_started_s, can_prefetch))
-
-    def _view(self, seat: Seat, now_s: float) -> ModelView:
-        slo, costs, decoding = self.slo, seat.costs, seat.num_decoding
-        return ModelView(
-            seat.name,
-            seat.index,
-            0,
-            decoding,
-            len(seat.waiting),
-            seat.waiting_tokens,
-            seat.oldest_s,
-            seat.oldest_s + slo.ttft_s,
-            seat.next_due_s(slo),
-            slo.ttft_s,
-            slo.tpot_s,
-            seat.residency,
-            seat.kv_out_bytes > 0,
-            self.memory.ready_in_s(seat, now_s),
-            costs.step(max(1, decoding), seat.context_tokens),
-            costs.prefill(seat.waiting_tokens, seat.waiting_squares) if seat.waiting else 0.0,
-            costs.weight_bytes,
-        )
 
     def _leave_turn(self, seat: Seat) -> None:
         before, self._current = self._current, seat
@@ -212,6 +234,9 @@ class SimDevice:
             self.switches += 1
             if self.spec.kv_follows_turn:
                 self.memory.kv_out(before)
+            elif self.spec.kv_lost:
+                self.memory.clear_kv(before)
+                before.preempt_all()
 
     def _bring_in(self, seat: Seat, now_s: float) -> float:
         """Start what is missing for a step; returns when it will be there."""
@@ -220,7 +245,7 @@ class SimDevice:
         return self.memory.load(seat, now_s, self._p_reuse(now_s), keep=frozenset((seat.name,)))
 
     def _prefetch(self, seat: Seat, run: Seat, evict: str | None, now_s: float) -> None:
-        if seat.residency is not Residency.WARM or self.memory.link_free_s > now_s or not self.spec.can_prefetch:
+        if seat.residency is not Residency.WARM or not self.spec.can_prefetch:
             return
         keep = frozenset((seat.name, run.name))
         ready_s = self.memory.try_load(seat, now_s, self._p_reuse(now_s), keep=keep, spare=evict)
@@ -320,19 +345,21 @@ class SimDevice:
             request.deliver(leap.start_s, leap.step_s, 1)
         now_s = leap.start_s + steps * leap.step_s
         seat.last_used_s = now_s
+        if admitted:
+            self.last_prefill_s = now_s
         leaves = self.spec.role == "prefill" and self._hand_over is not None
         for request in admitted:
             if leaves and request.num_left:
                 nbytes = request.context_len * seat.costs.kv_bytes_per_token
                 self.memory.grow(seat, -nbytes)
-                self._hand_over(request, now_s, nbytes / self.spec.link_bytes_per_s)
+                self._hand_over(request, now_s, self.memory.out_s(nbytes))
             else:
                 running.append(request)
         ended = [request for request in running if not request.num_left]
         for request in ended:
             self.memory.grow(seat, -request.context_len * seat.costs.kv_bytes_per_token)
             self._done(request)
-        seat.count_running(keep=ended)
+        seat.count_running(ended=ended)
         if not seat.has_work:
             self.memory.clear_kv(seat)
             self.active.remove(seat)

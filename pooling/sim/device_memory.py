@@ -7,10 +7,14 @@ What leaves is chosen by `policy.eviction`, as in the engine host.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from tokenpool.policy.eviction import Candidate, EvictionKind, choose_evictions
 from tokenpool.policy.turns import Residency
 from tokenpool.sim.seat import Seat
+
+if TYPE_CHECKING:
+    from tokenpool.sim.device import DeviceSpec
 
 _PAGE_BYTES = 32 << 20
 _SPARE_REUSE = 0.5
@@ -22,17 +26,16 @@ Reuse = Callable[[Seat], float]
 class DeviceMemory:
     """Bytes and copies of one device. Copies to it run one after the other; weights never leave by a copy."""
 
-    def __init__(
-        self, capacity_bytes: int, link_bytes_per_s: float, max_resident: int | None, seats: Mapping[str, Seat]
-    ) -> None:
-        self.free_bytes = float(capacity_bytes)
+    def __init__(self, spec: DeviceSpec, seats: Mapping[str, Seat]) -> None:
+        self.spec = spec
+        self.free_bytes = float(spec.memory_bytes)
         self.link_free_s = 0.0
         """When the last copy to the device ends."""
         self.weights_in_bytes = self.kv_in_bytes = self.kv_out_bytes = 0.0
         """Totals that were copied."""
         self.evictions = 0
-        self._link_bytes_per_s = link_bytes_per_s
-        self._max_resident = max_resident
+        self._link_bytes_per_s = spec.link_bytes_per_s
+        self._max_resident = spec.max_resident
         self._seats = seats
         self._loading: list[Seat] = []
         self._out_free_s = self._now_s = 0.0
@@ -42,11 +45,15 @@ class DeviceMemory:
         if seat.residency is Residency.RESIDENT:
             if not seat.kv_out_bytes:
                 return 0.0
-            return max(0.0, self.link_free_s - now_s) + seat.kv_out_bytes / self._link_bytes_per_s
+            return seat.kv_out_bytes / self._link_bytes_per_s
         if seat.residency is Residency.LOADING:
             return max(0.0, seat.ready_at_s - now_s)
         nbytes = seat.costs.weight_bytes + seat.kv_out_bytes
-        return max(0.0, self.link_free_s - now_s) + nbytes / self._link_bytes_per_s
+        return max(0.0, self.link_free_s - now_s) + self.spec.switch_s + nbytes / self._link_bytes_per_s
+
+    def out_s(self, nbytes: float) -> float:
+        """Seconds of a copy to the host."""
+        return nbytes / (self.spec.out_bytes_per_s or self._link_bytes_per_s)
 
     @property
     def is_loading(self) -> bool:
@@ -86,8 +93,14 @@ class DeviceMemory:
         if not self.make_room(weights + kv_bytes, p_reuse, keep=keep, spare=spare):
             return None
         # Room that is being emptied by a copy to the host can be filled when that has ended.
-        start_s = max(now_s, self.link_free_s, self._out_free_s)
-        seat.ready_at_s = self.link_free_s = start_s + (weights + kv_bytes) / self._link_bytes_per_s
+        start_s = max(now_s, self._out_free_s)
+        copy_s = (weights + kv_bytes) / self._link_bytes_per_s
+        if weights:
+            seat.ready_at_s = self.link_free_s = max(start_s, self.link_free_s) + self.spec.switch_s + copy_s
+        else:
+            self._overtake(copy_s, now_s)
+            seat.ready_at_s = max(seat.ready_at_s, start_s + copy_s)  # its weights may be on their way
+            self.link_free_s = max(self.link_free_s, seat.ready_at_s)
         self.free_bytes -= weights + kv_bytes
         seat.join()
         self.weights_in_bytes += weights
@@ -96,6 +109,13 @@ class DeviceMemory:
             seat.residency = Residency.LOADING
             self._loading.append(seat)
         return seat.ready_at_s
+
+    def _overtake(self, copy_s: float, now_s: float) -> None:
+        """KV goes first: weights are copied in pieces, and those on their way come later by as much."""
+        if self.link_free_s > now_s:
+            self.link_free_s += copy_s
+            for other in self._loading:
+                other.ready_at_s += copy_s
 
     def grow(self, seat: Seat, nbytes: float) -> None:
         """The model's KV on the device grows, or shrinks."""
@@ -114,7 +134,7 @@ class DeviceMemory:
         self.kv_out_bytes += nbytes
         seat.kv_out_bytes += nbytes
         seat.kv_bytes = 0.0
-        self._out_free_s = max(self._out_free_s, self._now_s) + nbytes / self._link_bytes_per_s
+        self._out_free_s = max(self._out_free_s, self._now_s) + self.out_s(nbytes)
 
     def make_room(self, nbytes: float, p_reuse: Reuse, *, keep: frozenset[str], spare: str | None = None) -> bool:
         """Evict until `nbytes` are free; False, and nothing left, if all that may leave is too little."""
@@ -149,6 +169,9 @@ class DeviceMemory:
         self.free_bytes += seat.costs.weight_bytes
         seat.residency = Residency.WARM
         self.evictions += 1
+        if self.spec.weights_go_out:
+            gone_s = self.spec.switch_s + self.out_s(seat.costs.weight_bytes)
+            self._out_free_s = max(self._out_free_s, self._now_s) + gone_s
 
     def _candidates(self, p_reuse: Reuse, keep: frozenset[str], spare: str | None) -> list[Candidate]:
         found = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 
 from tokenpool.config import SLO
-from tokenpool.policy.turns import Residency
+from tokenpool.policy.turns import ModelView, Residency
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts
 
@@ -16,8 +17,9 @@ class Seat:
     """One model on one device; sums over its requests are kept, because they are read far more often than changed."""
 
     __slots__ = (
-        "name", "index", "costs", "waiting", "running", "paused", "admitted", "residency", "ready_at_s", "kv_bytes", "kv_out_bytes",
-        "waiting_tokens", "waiting_squares", "oldest_s", "context_tokens", "last_used_s",
+        "name", "index", "costs", "waiting", "running", "paused", "admitted", "residency", "ready_at_s",
+        "kv_bytes", "kv_out_bytes", "waiting_tokens", "waiting_squares", "oldest_s", "context_tokens", "last_used_s",
+        "_shown",
     )  # fmt: skip
 
     def __init__(self, name: str, index: int, costs: ModelCosts) -> None:
@@ -43,6 +45,7 @@ class Seat:
         self.context_tokens = 0
         """Tokens of context that a decode step reads."""
         self.last_used_s = -math.inf
+        self._shown: tuple[tuple, tuple] | None = None  # what `view` shows of the queues; None = count again
 
     @property
     def has_work(self) -> bool:
@@ -54,29 +57,54 @@ class Seat:
         """Requests with KV, wherever it lies."""
         return len(self.running) + len(self.paused)
 
-    def next_due_s(self, slo: SLO) -> float:
-        """Earliest due time of a next token of the running requests; inf without one."""
-        requests, tpot_s = self.running + self.paused, slo.tpot_s
-        if not requests:
-            return math.inf
-        return slo.ttft_s + min([request.arrival_s + request.num_delivered * tpot_s for request in requests])
+    def view(self, slo: SLO, ready_in_s: float) -> ModelView:
+        """The model as a turn policy sees it."""
+        if self._shown is None:
+            self._shown = self._show(slo)
+        head, tail = self._shown
+        return ModelView(*head, self.residency, self.kv_out_bytes > 0, ready_in_s, *tail)
+
+    def _show(self, slo: SLO) -> tuple[tuple, tuple]:
+        costs, decoding, tpot_s = self.costs, self.running + self.paused, slo.tpot_s
+        next_due_s = math.inf
+        if decoding:
+            next_due_s = slo.ttft_s + min([r.arrival_s + r.num_delivered * tpot_s for r in decoding])
+        head = (
+            self.name,
+            self.index,
+            0,
+            len(decoding),
+            len(self.waiting),
+            self.waiting_tokens,
+            self.oldest_s,
+            self.oldest_s + slo.ttft_s,
+            next_due_s,
+            slo.ttft_s,
+            tpot_s,
+        )
+        step_s = costs.step(max(1, len(decoding)), self.context_tokens)
+        prefill_s = costs.prefill(self.waiting_tokens, self.waiting_squares) if self.waiting else 0.0
+        return head, (step_s, prefill_s, costs.weight_bytes)
 
     def count_waiting(self) -> None:
         """The queue changed."""
+        self._shown = None
         lengths = [request.context_len for request in self.waiting]
         self.waiting_tokens = sum(lengths)
         self.waiting_squares = sum([n * n for n in lengths])
         self.oldest_s = self.waiting[0].arrival_s if self.waiting else math.inf
 
-    def count_running(self, *, keep: list[Timeline] = ()) -> None:
-        """Steps were run, or requests joined; those in `keep` have ended."""
-        if keep:
+    def count_running(self, *, ended: Sequence[Timeline] = ()) -> None:
+        """Steps were run, or requests joined; `ended` are among them."""
+        self._shown = None
+        if ended:
             self.running = [request for request in self.running if request.num_left]
         self.context_tokens = sum([request.context_len for request in self.running])
 
     def resume(self, request: Timeline) -> None:
         """A request comes whose KV is in host memory."""
         self.paused.append(request)
+        self._shown = None
         self.kv_out_bytes += request.context_len * self.costs.kv_bytes_per_token
 
     def join(self) -> None:
@@ -92,5 +120,12 @@ class Seat:
         """Its KV is dropped; it is prefilled again, with the tokens it has, when there is room."""
         self.running.remove(request)
         self.waiting.appendleft(request)
+        self.count_waiting()
+        self.count_running()
+
+    def preempt_all(self) -> None:
+        """The KV of all running requests is dropped; the oldest is prefilled again first."""
+        self.waiting.extendleft(reversed(self.running))
+        self.running = []
         self.count_waiting()
         self.count_running()

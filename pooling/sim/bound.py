@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The least time that devices need for a workload with every token on time: a bound for every scheduler."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+from tokenpool.config import SLO
+from tokenpool.errors import check_setting
+from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
+
+_NUM_BINS = 256
+"""Times at which the work due so far is looked at; fewer make the bound looser, never wrong."""
+
+
+class Bound(NamedTuple):
+    """What a workload needs at least."""
+
+    gpu_s: float
+    """Seconds of steps on all devices together; those of tensor parallel models count once per device."""
+    num_steps: int
+    """Steps of any kind: a model cannot do with fewer, however its requests are batched."""
+    span_s: float
+    """Seconds from the first arrival to the last due time."""
+    peak_gpus: float
+    """Largest ratio, over all times, of the work due by then to the time since the first arrival."""
+
+    def utilisation(self, num_gpus: int) -> float:
+        """Share of the time of `num_gpus` devices over the span that the work takes; above 1 it cannot be done."""
+        return self.gpu_s / (num_gpus * self.span_s) if self.span_s else 0.0
+
+    @property
+    def num_gpus(self) -> int:
+        """The least number of devices that could be enough."""
+        return max(1, math.ceil(self.peak_gpus - 1e-9))
+
+
+def bound(workload: Workload, costs: Mapping[str, ModelCosts], slo: SLO) -> Bound:
+    """Return what `workload` needs if switching is free and memory endless; `costs` are by kind.
+
+    Why nothing can do with less, every token being on time. A step of a model gives a token to each of its requests
+    at most, so a request needs j + 1 steps between its arrival and the due time of token j, the prefill being one of
+    them. The fewest steps that do so are found by waiting: a model steps only when some token falls due that it
+    has not made, and then all of its requests that are there get one. That is the greedy answer to covering
+    intervals by points, and least at any time, not only at the end. Done once with and once without the first tokens,
+    it gives the steps E and those D that decode at least, and
+
+        seconds >= D * step_s + (E - D) * min(step_s, prefill_s) + what each token costs in any batch
+
+    because costs are a constant per step and a share per token that does not depend on the batch. So it is
+    exact for the steps that decode; a prefill pays its constant only where no decode step can carry it.
+
+    Left out: copies of weights and KV, memory, limits on batches, that a step takes time before its token is
+    there, which device a model runs on, and that the future is not known. A target below 100 % may need less. Costs
+    must be those of `ModelCosts`: where step and prefill are other functions, this is none of their bound.
+
+    O(steps); about a second for 160 models over two minutes.
+    """
+    requests = workload.requests
+    if not requests:
+        return Bound(0.0, 0, 0.0, 0.0)
+    start_s = requests[0].arrival_s
+    last_due_s = max(r.arrival_s + (r.output_len - 1) * slo.tpot_s for r in requests) + slo.ttft_s
+    span_s = last_due_s - start_s
+    bins = _Bins(start_s, span_s / _NUM_BINS)
+    num_steps = 0
+    for model, its_requests in by_model(requests).items():
+        num_steps += _add_model(bins, its_requests, costs[workload.kinds[model]], slo)
+    due_s = list(accumulate(bins.work_s))
+    peak = max(work_s / (bins.bin_s * i) for i, work_s in enumerate(due_s[1:], 1))
+    return Bound(due_s[-1], num_steps, span_s, peak)
+
+
+def max_models(
+    make: Callable[[int], Workload],
+    costs: Mapping[str, ModelCosts],
+    slo: SLO,
+    num_gpus: int,
+    *,
+    limit: int = 4096,
+) -> int:
+    """Return the largest number of models, up to `limit`, whose work fits on `num_gpus` devices in time.
+
+    `make` returns the workload of so many models; that of more must need more. It fits if at all times the work due
+    by then is at most what the devices can do since the first arrival. 0 = not even one model.
+    """
+    check_setting(num_gpus >= 1, "num_gpus", "must be at least 1")
+    check_setting(limit >= 1, "limit", "must be at least 1")
+
+    def fits(count: int) -> bool:
+        return bound(make(count), costs, slo).peak_gpus <= num_gpus
+
+    good, bad = 0, 1
+    while bad <= limit and fits(bad):
+        good, bad = bad, 2 * bad
+    bad = min(bad, limit + 1)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def least_steps(needs: Sequence[tuple[float, float, int]], tpot_s: float) -> Iterator[float]:
+    """Yield the times of the fewest steps that serve `needs`, each as late as it may be.
+
+    A need is (from_s, first_due_s, count), in order of from_s: `count` steps at or after from_s, the first by
+    first_due_s and each next one tpot_s later. O(log needs) per need, O(1) per step.
+    """
+    # A need that joins after k steps has its next due time at first_due_s + (steps - k) * tpot_s: so the order of
+    # the needs never changes.
+    due: list[tuple[float, int]] = []
+    num_steps = position = 0
+    while True:
+        while due and due[0][1] <= num_steps:
+            heapq.heappop(due)
+        now_s = due[0][0] + num_steps * tpot_s if due else math.inf
+        if position < len(needs) and needs[position][0] <= now_s:
+            _, first_due_s, count = needs[position]
+            position += 1
+            if count > 0:
+                heapq.heappush(due, (first_due_s - num_steps * tpot_s, num_steps + count))
+        elif due:
+            num_steps += 1
+            yield now_s
+        else:
+            return
+
+
+def by_model(requests: Sequence[SimRequest]) -> dict[str, list[SimRequest]]:
+    """Return the requests of each model, in their order."""
+    found: dict[str, list[SimRequest]] = {}
+    for request in requests:
+        found.setdefault(request.model, []).append(request)
+    return found
+
+
+class _Bins:
+    """Seconds of work by the time when they are due, rounded up to the end of a bin."""
+
+    def __init__(self, start_s: float, bin_s: float) -> None:
+        self.start_s, self.bin_s = start_s, bin_s
+        self.work_s = [0.0] * (_NUM_BINS + 1)
+
+    def index(self, due_s: float) -> int:
+        return min(_NUM_BINS, max(1, math.ceil((due_s - self.start_s) / self.bin_s)))
+
+    def add(self, due_s: float, work_s: float) -> None:
+        self.work_s[self.index(due_s)] += work_s
+
+
+def _add_model(bins: _Bins, requests: Sequence[SimRequest], costs: ModelCosts, slo: SLO) -> int:
+    """Add the work of a model; returns its number of steps."""
+    ttft_s, tpot_s = slo.ttft_s, slo.tpot_s
+    extra_s = min(costs.step_s, costs.prefill_s)
+    num_steps = 0
+    for due_s in least_steps([(r.arrival_s, r.arrival_s + ttft_s, r.output_len) for r in requests], tpot_s):
+        bins.add(due_s, extra_s * costs.num_gpus)
+        num_steps += 1
+    decodes = [(r.arrival_s, r.arrival_s + ttft_s + tpot_s, r.output_len - 1) for r in requests]
+    for due_s in least_steps(decodes, tpot_s):
+        bins.add(due_s, (costs.step_s - extra_s) * costs.num_gpus)
+    for request in requests:
+        _add_tokens(bins, request, costs, slo)
+    return num_steps
+
+
+def _add_tokens(bins: _Bins, request: SimRequest, costs: ModelCosts, slo: SLO) -> None:
+    """What each token costs in any batch, bin by bin."""
+    first_due_s, count = request.arrival_s + slo.ttft_s, request.output_len - 1
+    work_s = costs.prefill(request.input_len, request.input_len**2) - costs.prefill_s
+    bins.add(first_due_s, work_s * costs.num_gpus)
+    done = 0
+    while done < count:
+        i = bins.index(first_due_s + (done + 1) * slo.tpot_s)
+        end_s = bins.start_s + i * bins.bin_s
+        upto = min(count, max(done + 1, math.floor((end_s - first_due_s) / slo.tpot_s + 1e-9)))
+        if i == _NUM_BINS:
+            upto = count
+        context = request.input_len * (upto - done) + (upto * (upto + 1) - done * (done + 1)) // 2
+        work_s = costs.step_per_request_s * (upto - done) + costs.step_per_token_s * context
+        bins.add(end_s, work_s * costs.num_gpus)
+        done = upto

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Request traces as files: what others have published or our benchmarks have played becomes a workload.
+
+The header tells the layout; columns may come in any order, and others beside them. Text files and those that end with
+`.gz` are read.
+
+    sim        req_id, arrival_ms, model, base_model, input_len, output_len             base_model is the kind
+    bench      arrival_ms, model, input_len, output_len
+    aegaeon    Request Time, Model Name, Input Length, Output Length                    HH:MM:SS.mmm
+    azure      TIMESTAMP, ContextTokens, GeneratedTokens                                date and time; one model
+    burstgpt   Timestamp, Model, Request tokens, Response tokens                        seconds
+
+The first three count arrivals from the begin of the workload. Of the last two, which are logs of services, the first
+request kept arrives at 0, and rows without prompt or answer are left out: those requests had failed.
+
+Source: the artifact of Aegaeon (SOSP'25), AzurePublicDataset (2023 and 2024), BurstGPT (HPMLL/BurstGPT).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import logging
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from operator import itemgetter
+from pathlib import Path
+from typing import NamedTuple, TextIO, cast
+
+from tokenpool.errors import ConfigError, show
+from tokenpool.sim.workload import SimRequest, Workload
+
+_log = logging.getLogger(__name__)
+
+ARTIFACT_KINDS = ("qwen2.5-7b",) * 6 + ("yi-9b",) * 2 + ("llama2-13b",) * 2
+"""Kind of model number i of Aegaeon's workloads, by i mod 10."""
+_ARTIFACT_NAME = re.compile(r"synth_model_([0-9]+)")
+_CLOCK = re.compile(r"([0-9]+):([0-5]?[0-9]):([0-5]?[0-9](?:\.[0-9]*)?)")
+_SIM_COLUMNS = ("req_id", "arrival_ms", "model", "base_model", "input_len", "output_len")
+
+
+class TraceFile(NamedTuple):
+    """What a file holds."""
+
+    workload: Workload
+    layout: str
+    """One of the names above."""
+    num_dropped: int
+    """Rows without prompt or answer that were left out."""
+
+
+def read_requests(path: str | os.PathLike[str]) -> Workload:
+    """Return the requests of a trace, in order of arrival; see `read_trace_file`."""
+    return read_trace_file(path).workload
+
+
+def read_trace_file(path: str | os.PathLike[str]) -> TraceFile:
+    """Read a trace of any layout above; rows out of order are sorted.
+
+    The kind of a model is its name where the layout does not tell it. A layout without names takes that of the file.
+    Raises ConfigError for a file that cannot be read, an unknown header, and a broken row, with its line.
+    """
+    path = Path(path)
+    try:
+        with _open(path, "rt") as file:
+            trace = _read(path, file)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", source=str(path)) from error
+    if trace.num_dropped:
+        _log.info("trace file=%s requests=%d dropped=%d", path, len(trace.workload.requests), trace.num_dropped)
+    return trace
+
+
+def write_requests(path: str | os.PathLike[str], workload: Workload) -> None:
+    """Write a workload in the layout `sim`; reading it back gives equal requests.
+
+    Models without a request are not in the file.
+    """
+    with _open(Path(path), "wt") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_SIM_COLUMNS)
+        for i, request in enumerate(workload.requests):
+            arrival_s, model, *lengths = request
+            # Decimal moves the point without rounding.
+            arrival_ms = format(Decimal(repr(arrival_s)).scaleb(3).normalize(), "f")
+            writer.writerow((i, arrival_ms, model, workload.kinds[model], *lengths))
+
+
+class _Layout(NamedTuple):
+    name: str
+    columns: tuple[str, ...]
+    """Those of arrival, input and output length; then of the model and of its kind, where there are such."""
+    parse_s: Callable[[str], float]
+    time_example: str
+    is_log: bool = False
+    """Arrivals count from the first request, and rows without tokens are left out."""
+    kind_of: Callable[[str], str] = str
+
+
+def _ms(text: str) -> float:
+    return float(Decimal(text).scaleb(-3))
+
+
+def _clock_s(text: str) -> float:
+    match = _CLOCK.fullmatch(text)
+    if match is None:
+        raise ValueError(text)
+    return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
+
+
+def _date_s(text: str) -> float:
+    # Digits beyond microseconds are cut off; a time without an offset is one of UTC.
+    date = datetime.fromisoformat(text)
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+
+
+def _artifact_kind(model: str) -> str:
+    match = _ARTIFACT_NAME.fullmatch(model)
+    return ARTIFACT_KINDS[int(match[1]) % 10] if match else model
+
+
+_LAYOUTS = (
+    # `bench` has a part of the columns of `sim`, so it comes behind.
+    _Layout("sim", ("arrival_ms", "input_len", "output_len", "model", "base_model"), _ms, "418"),
+    _Layout("bench", ("arrival_ms", "input_len", "output_len", "model"), _ms, "418"),
+    _Layout(
+        "aegaeon",
+        ("Request Time", "Input Length", "Output Length", "Model Name"),
+        _clock_s,
+        "00:00:01.250",
+        kind_of=_artifact_kind,
+    ),
+    _Layout(
+        "azure", ("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _date_s, "2023-11-16 18:17:03.9799600", is_log=True
+    ),
+    _Layout("burstgpt", ("Timestamp", "Request tokens", "Response tokens", "Model"), float, "45", is_log=True),
+)
+
+
+def _open(path: Path, mode: str) -> TextIO:
+    opener = gzip.open if path.suffix == ".gz" else open
+    encoding = "utf-8-sig" if mode == "rt" else "utf-8"  # skips a byte order mark
+    return cast(TextIO, opener(path, mode, encoding=encoding, newline=""))
+
+
+def _read(path: Path, file: TextIO) -> TraceFile:
+    reader = csv.reader(file)
+    header = [name.strip() for name in next(reader, [])]
+    layout = next((layout for layout in _LAYOUTS if set(layout.columns) <= set(header)), None)
+    if layout is None:
+        known = "; ".join(",".join(layout.columns) for layout in _LAYOUTS)
+        problem = f"unknown header {show(','.join(header))}: give the columns of one of {known}"
+        raise ConfigError(problem, key="line 1", source=str(path))
+    at = [header.index(name) for name in layout.columns]
+    model = path.name.removesuffix(".gz").removesuffix(".csv")
+    kinds: dict[str, str] = {}
+    names: dict[str, str] = {}  # one text per model, not one per row
+    requests, num_dropped = [], 0
+    for row in reader:
+        if not row:
+            continue
+        try:
+            if len(row) != len(header):
+                raise ValueError(row)
+            fields = [row[i].strip() for i in at]
+            arrival_s, input_len, output_len = layout.parse_s(fields[0]), int(fields[1]), int(fields[2])
+            least = 0 if layout.is_log else 1
+            if not (0 <= arrival_s < math.inf and input_len >= least and output_len >= least and all(fields)):
+                raise ValueError(row)
+        except (ValueError, ArithmeticError):
+            raise _broken(layout, header, row).under(f"line {reader.line_num}", source=str(path)) from None
+        if not (input_len and output_len):
+            num_dropped += 1
+            continue
+        if len(fields) > 3:
+            model = names.setdefault(fields[3], fields[3])
+        kind = fields[4] if len(fields) > 4 else layout.kind_of(model)
+        if kinds.setdefault(model, kind) != kind:
+            problem = f"model {show(model)} is of kind {show(kind)} here and of {show(kinds[model])} above"
+            raise ConfigError(f"{problem}: give a model one kind", key=f"line {reader.line_num}", source=str(path))
+        requests.append(SimRequest(arrival_s, model, input_len, output_len))
+    requests.sort(key=itemgetter(0))
+    if layout.is_log and requests:
+        start_s = requests[0].arrival_s
+        # Microseconds are what the logs have; the difference of two large floats has digits beyond that.
+        requests = [request._replace(arrival_s=round(request.arrival_s - start_s, 6)) for request in requests]
+    return TraceFile(Workload(requests, kinds), layout.name, num_dropped)
+
+
+def _broken(layout: _Layout, header: Sequence[str], row: Sequence[str]) -> ConfigError:
+    time, *lengths = layout.columns[:3]
+    least = 0 if layout.is_log else 1
+    expected = f"{len(header)} fields, {time} such as {layout.time_example}, whole {' and '.join(lengths)} from {least}"
+    return ConfigError(f"broken row {show(','.join(row))}: expected {expected}")

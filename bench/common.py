@@ -249,7 +249,7 @@ def report(name: str, run: Callable[..., Any], flags: argparse.Namespace, keys: 
     values = asdict(run(**settings))
     del settings["logs"]
     if flags.json:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+        settings = {key: value.name if isinstance(value, Path) else value for key, value in settings.items()}
         write_result(flags.json, name, settings, values)
     mappings = {key: value for key, value in values.items() if isinstance(value, dict)}
     entries = {f"{key}_{x}": entry for key, value in mappings.items() for x, entry in value.items()}

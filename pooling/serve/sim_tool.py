@@ -53,8 +53,9 @@ def simulate(words: list[str]) -> int:
         costs = {kind: artifact.costs(kind) for kind in workload.kinds.values()}
     else:
         check_costs(workload, costs, gpu(flags.gpu))
+    per_gb = 2**30 if flags.artifact_mode else 1e9  # the artifact's GB
     made = system(
-        flags.policy, flags.gpus, flags.gpu, flags.link_gbs * 1e9, flags.prefill_gpus, flags.artifact_mode
+        flags.policy, flags.gpus, flags.gpu, flags.link_gbs * per_gb, flags.prefill_gpus, flags.artifact_mode
     )
     result = run_system(made, workload, costs.__getitem__, _slo(flags)).to_json()
     print(f"{len(workload.requests)} requests for {len(workload.kinds)} models on {flags.gpus} x {flags.gpu}")
@@ -121,20 +122,25 @@ def _slo(flags: argparse.Namespace) -> SLO:
 def _inputs(flags: argparse.Namespace, path: Path) -> tuple[Workload, dict[str, ModelCosts]]:
     """The requests, with kinds as `--models` says, and the costs by kind."""
     workload = read_requests(path)
+    if not workload.requests:
+        raise ConfigError("there are no requests in it", source=str(path))
     named = _read_models(flags.models) if flags.models else {}
+    # Models that nobody asked for need an instance too, where each has its own.
+    idle = {name: name for name in named if name != "*" and name not in workload.kinds}
     kinds, costs = {}, {}
-    for model, kind in workload.kinds.items():
+    for model, kind in {**workload.kinds, **idle}.items():
         entry = named.get(model, named.get("*", kind))
-        if isinstance(entry, Mapping):
-            kinds[model] = name = model if model in named else "*"
-            if name not in costs:
-                with config_errors_under(name):
+        with config_errors_under(model):
+            if isinstance(entry, Mapping):
+                kinds[model] = name = f"own costs of {model if model in named else '*'}"
+                if name not in costs:
                     costs[name] = _own_costs(entry, flags.gpu)
-        else:
-            kinds[model] = str(entry)
-            if kinds[model] not in costs and not getattr(flags, "artifact_mode", False):
-                with config_errors_under(model):
-                    costs[kinds[model]] = costs_of(kinds[model], flags.gpu)
+            elif isinstance(entry, str):
+                kinds[model] = entry
+                if entry not in costs and not getattr(flags, "artifact_mode", False):
+                    costs[entry] = costs_of(entry, flags.gpu)
+            else:
+                raise ConfigError(f"expected a kind or a mapping of sizes, not {show(entry)}")
     return Workload(workload.requests, kinds), costs
 
 
@@ -193,4 +199,7 @@ def _draw(answer: Plan, path: Path) -> None:
     axis.set(xlabel=f"GPUs ({answer.gpu})", ylabel="tokens on time, %", ylim=(0, 102))
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", source=str(path)) from error

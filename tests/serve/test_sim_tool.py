@@ -57,6 +57,42 @@ def test_own_costs_of_models(trace, tmp_path, capsys):
     assert "tokens on time" in capsys.readouterr().out
 
 
+def test_costs_of_one_model_are_not_those_of_a_kind_of_its_name(tmp_path, capsys):
+    """A model named like a kind may have sizes of its own; others of that kind keep theirs."""
+    path, models = tmp_path / "t.csv", tmp_path / "models.yaml"
+    path.write_text("arrival_ms,model,input_len,output_len\n0,qwen2.5-7b,10,5\n1,m1,10,5\n")
+    models.write_text("qwen2.5-7b: {weights: 40GB, kv_bytes_per_token: 57344}\n'*': qwen2.5-7b\n")
+    assert 0 == main(["plan", "--trace", str(path), "--gpu", "h100-80g", "--models", str(models)])
+
+    text = capsys.readouterr().out
+    assert "qwen2.5-7b on h100-80g: 14.19GiB" in text and "own costs of qwen2.5-7b on h100-80g: 37.25GiB" in text
+
+
+def test_models_without_requests_have_an_instance(trace, tmp_path, capsys):
+    """Ten more models that nobody asks for cost ten more dedicated GPUs, and none of a pool."""
+    models, out = tmp_path / "models.yaml", tmp_path / "plan.json"
+    models.write_text("".join(f"idle-{i}: yi-9b\n" for i in range(10)))
+    words = ["plan", "--trace", trace, "--gpu", "h100-80g", "--models", str(models), "--json", str(out)]
+    assert 0 == main(words)
+    systems = json.loads(out.read_text())["systems"]
+    assert (16, 1) == (systems["dedicated"]["gpus"], systems["slack"]["gpus"])
+
+
+def test_nothing_to_simulate(tmp_path, capsys):
+    """A file without requests is an error, not a perfect score."""
+    path = tmp_path / "empty.csv"
+    path.write_text("arrival_ms,model,input_len,output_len\n")
+    assert 2 == main(sim(str(path)))
+    assert "no requests" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written(trace, capsys):
+    """One line, not a traceback."""
+    pytest.importorskip("matplotlib")
+    assert 2 == main(["plan", "--trace", trace, "--gpu", "h100-80g", "--png", "/nowhere/plan.png"])
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_artifact_mode(trace, capsys):
     """It is for the artifact's kinds."""
     assert 0 == main(sim(trace, "sllm", "--artifact-mode"))
@@ -104,6 +140,7 @@ def test_what_is_wrong_is_said_in_one_line(trace, change, message, capsys):
         ("m0: {weights: 15GB, kv_bytes_per_token: 1000, gpus: 2}\n", "unknown"),
         ("m0: {weights: 150GB, kv_bytes_per_token: 1000}\n", "no room"),
         ("- m0\n", "mapping"),
+        ("m9: [1]\n", "m9"),
     ],
 )
 def test_a_wrong_file_of_models(trace, tmp_path, text, message, capsys):

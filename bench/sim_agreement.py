@@ -2,14 +2,15 @@
 """Does the simulator say what a real server then does? One trace, played and simulated, at several rates.
 
 The trace is played against `tokenpool serve` as bench/serve_trace.py does it. After each play the server tells what
-it has learnt: the coefficients of step and copy times of each model, and its loop's overhead. The simulator gets these,
-the same requests and the same turn policy, and nothing of what came out.
+it has learnt: the coefficients of step and copy times of each model, its loop's overhead, and the mean time of a step.
+The simulator gets these, the same requests and the same turn policy, and nothing of what was on time. The learnt
+coefficients say what steps usually take, without the stalls of a busy machine; so the simulation is run once with them,
+and again with all times scaled by the ratio of the mean steps, real and simulated.
 
     agreement_max_points   largest difference of token attainment, in points of percent, over all rates
     agreement_req_points   the same of whole requests
 
-Not modelled: the client and the frontend, which share the cores with the host, and the jitter of steps. So real times
-are a little longer than simulated ones, and near full load that shows.
+Not modelled: the client and the frontend, whose time is in that of tokens here, and the jitter of steps.
 """
 
 from __future__ import annotations
@@ -43,11 +44,16 @@ class Pair:
     rate: float
     real_token_pct: float
     sim_token_pct: float
+    usual_token_pct: float
+    """Simulated with the learnt coefficients as they are."""
     real_request_pct: float
     sim_request_pct: float
     real_ttft_p50_s: float
     sim_ttft_p50_s: float
     step_ms: float
+    """Mean, with what the host's loop adds."""
+    stalls: float
+    """Ratio of the mean steps, real and simulated with the learnt coefficients."""
     overhead_ms: float
     """Of the host's loop, per step."""
     costs: Mapping[str, Mapping[str, float]]
@@ -122,7 +128,12 @@ def _pair(
     grown = {key: after[key] - before.get(key, 0) for key in ("steps", "step_seconds", "loop_overhead_s", "loops")}
     overhead_s = grown["loop_overhead_s"] / max(1, grown["loops"])
     costs = {name: _costs(model, overhead_s) for name, model in state["models"].items()}
-    result = simulate(trace, setup, costs, state["copy_costs"]["coefficients"]["to_device"][1], policy, drain_s)
+    link_bytes_per_s = state["copy_costs"]["coefficients"]["to_device"][1]
+    usual = simulate(trace, setup, costs, link_bytes_per_s, policy, drain_s)
+    step_s = grown["step_seconds"] / max(1, grown["steps"]) + overhead_s
+    stalls = step_s * usual.steps / (usual.busy_frac * usual.end_s)
+    costs = {name: _scaled(cost, stalls) for name, cost in costs.items()}
+    result = simulate(trace, setup, costs, link_bytes_per_s, policy, drain_s)
     shares = attainments(outcome.record(setup.slo) for outcome in outcomes)
     first = sorted(outcome.ttft_s() for outcome in outcomes if outcome.token_times_s)
     return Pair(
@@ -130,11 +141,13 @@ def _pair(
         rate=rate,
         real_token_pct=100 * shares.token,
         sim_token_pct=100 * result.token_attainment,
+        usual_token_pct=100 * usual.token_attainment,
         real_request_pct=100 * shares.request,
         sim_request_pct=100 * result.request_attainment,
         real_ttft_p50_s=first[len(first) // 2],
         sim_ttft_p50_s=result.ttft_s(50),
-        step_ms=1e3 * grown["step_seconds"] / max(1, grown["steps"]),
+        step_ms=1e3 * step_s,
+        stalls=stalls,
         overhead_ms=1e3 * overhead_s,
         costs={name: cost._asdict() for name, cost in costs.items()},
     )
@@ -152,6 +165,11 @@ def _costs(model: Mapping[str, Any], overhead_s: float) -> ModelCosts:
         step_per_request_s=fitted["step_per_request_s"],
         step_per_token_s=fitted["step_per_token_s"],
     )
+
+
+def _scaled(costs: ModelCosts, factor: float) -> ModelCosts:
+    times = [name for name in ModelCosts._fields if name.endswith("_s")]
+    return costs._replace(**{name: getattr(costs, name) * factor for name in times})
 
 
 def simulate(

@@ -40,10 +40,6 @@ class Locality:
             used_s[device.index] = now_s
         return device
 
-    def hand_over(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> SimDevice:
-        """Not used: no device only prefills."""
-        raise NotImplementedError
-
 
 def _has(device: SimDevice, model: str) -> bool:
     seat = device.seats.get(model)
@@ -56,10 +52,6 @@ class FewestRequests:
     def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> SimDevice:
         """See `Router`."""
         return min(devices, key=lambda d: d.num_requests)
-
-    def hand_over(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> SimDevice:
-        """Not used: no device only prefills."""
-        raise NotImplementedError
 
 
 class PrefillDecode:
@@ -117,7 +109,3 @@ class Static:
         """See `Router`."""
         index = self.placement.get(request.spec.model)
         return None if index is None else devices[index]
-
-    def hand_over(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> SimDevice:
-        """Not used: no device only prefills."""
-        raise NotImplementedError

@@ -25,6 +25,10 @@ class Router(Protocol):
     def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> SimDevice | None:
         """The device for a new request; None = it is refused, and fails."""
 
+
+class HandOverRouter(Router, Protocol):
+    """Also chooses where a request decodes that another device has prefilled."""
+
     def hand_over(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> SimDevice:
         """The decode device for a request that was prefilled; `devices` are those of that role."""
 
@@ -36,7 +40,7 @@ class Cluster:
         self,
         specs: Sequence[DeviceSpec],
         make_policy: Callable[[], TurnPolicy],
-        router: Router,
+        router: Router | HandOverRouter,
         costs: Callable[[str], ModelCosts],
         slo: SLO,
         *,
@@ -57,6 +61,8 @@ class Cluster:
         self.entries = [device for device in self.devices if device.spec.role != "decode"]
         """Devices for new requests."""
         self.decoders = [device for device in self.devices if device.spec.role == "decode"]
+        if self.decoders and not hasattr(router, "hand_over"):
+            raise ValueError(f"{type(router).__name__} cannot hand requests over: give all devices the role mixed")
 
     def run(self, workload: Workload, *, drain_s: float = 600.0) -> SimResult:
         """Serve a workload; what has not ended `drain_s` after the last arrival counts as failed."""

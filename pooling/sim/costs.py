@@ -43,7 +43,8 @@ _STEP_OVERHEAD_S = 1e-3
 _REQUEST_OVERHEAD_S = 40e-6
 _ALL_REDUCE_S = 2e-3
 _LAYER_WIDTHS = 0.037
-"""Layers times hidden size over params ** (2/3): 0.036 to 0.038 for Llama-2 and Qwen2.5-72B, 0.026 to 0.046 in all."""
+"""Layers times hidden size over params ** (2/3): 0.037 to 0.038 for Llama-2 and Qwen2.5-72B, 0.026 (Qwen2.5-7B) to
+0.046 (Yi-1.5-9B) in models.csv."""
 
 
 class ModelShape(NamedTuple):

@@ -109,11 +109,11 @@ def test_lengths_are_drawn_in_pairs_and_scaled():
 
 
 def test_shipped_lengths_are_those_of_the_artifact():
-    """839 pairs with the published means, about 650 and 290 tokens."""
+    """839 pairs, 668 and 294 tokens on average; two that the artifact had scaled down are whole."""
     pairs = shipped_lengths()
 
     assert 839 == len(pairs)
-    assert (436, 211) != pairs[0] and 2 == pairs.count((11_630, 57))
+    assert 2 == pairs.count((11_630, 57))
     assert pytest.approx(668, rel=0.01) == statistics.fmean(input_len for input_len, _ in pairs)
     assert pytest.approx(294, rel=0.01) == statistics.fmean(output_len for _, output_len in pairs)
 

@@ -20,7 +20,7 @@ _SELECT_EVERY_S = 0.1
 _SELECT_CALM_S, _CALM_FRAC = 0.5, 0.5
 """That age, where less than such a share of the horizon is taken up: nobody is given up then for a while."""
 _EASE = 0.1
-"""Share of the slack of the next model that the present turn may last, where that model is far ahead of schedule."""
+"""Share of the slack of a model whose work has just come that the present turn may last, if it is far ahead."""
 _URGENT_ROUNDS, _URGENT_S = 3, 1.0
 """Tokens due within so many rounds of the pool, or so many seconds, are urgent."""
 
@@ -197,7 +197,7 @@ class Slack:
         return other if pool.now_s - pool.turn_started_s >= hold_s else mine
 
     def _ease_s(self, other: _Ranked) -> float:
-        """Least turn while `other` is far ahead of its schedule: nobody gains by handing the device over more often."""
+        """Least turn before `other`, if it is far ahead of schedule and its work has just come (no wait yet)."""
         return _EASE * min(other.slack_s, self._horizon_s) if _REST <= other.rank < _GIVEN_UP - 1e8 else 0.0
 
     def _comes_by_prefetch(self, pool: PoolView, ranked: list[_Ranked], out: _Ranked) -> bool:

@@ -97,7 +97,7 @@ class SimDevice:
         """Seconds in steps, and seconds in which a chosen model was waited for."""
         self.last_prefill_s = -_INF
         """When the last step ended that prefilled a request."""
-        self.switches = self.decisions = self.steps = self.leaps = 0
+        self.switches = self.decisions = self.steps = 0
         self._costs, self._schedule, self._done, self._hand_over = costs, schedule, done, hand_over
         self._version = 0
         self._leap: _Leap | None = None
@@ -333,7 +333,6 @@ class SimDevice:
         self._leap = None
         seat, steps, admitted = leap.seat, leap.steps, leap.admitted
         seat.admitted = []
-        self.leaps += 1
         self.steps += steps
         self.busy_s += steps * leap.step_s
         running = seat.running

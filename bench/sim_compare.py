@@ -43,7 +43,7 @@ from tokenpool.sim.systems import run_system, system  # noqa: E402
 from tokenpool.sim.workload import Workload  # noqa: E402
 
 MEASURES = ("token_deadline_pct", "request_all_tokens_pct", "artifact_slo_pct")
-SYSTEMS = ("slack", "aegaeon", "sllm", "sllm+", "request_level", "sleep")
+SYSTEMS = ("slack", "aegaeon", "sllm", "sllm+", "request_level", "sleep", "mux", "dedicated")
 RATES = (0.1, 0.5)
 PARTS = ("fidelity", "models90", "bound", "production", "sensitivity", "scale")
 STEP, GOAL = 4, 90.0

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tokenpool.config import SLO
+from tokenpool.policy.latency import RecentLatencies
 
 _INF = math.inf
 
@@ -36,7 +37,10 @@ def num_due(slo: SLO | None, arrival_s: float, now_s: float) -> int:
 class RequestTimeline:
     """One request's tokens, folded into a few numbers as they come."""
 
-    __slots__ = ("arrival_s", "num_delivered", "num_on_time", "slo", "_good_s", "_run_start_s", "_credit_s", "_last_s")
+    __slots__ = (
+        "arrival_s", "num_delivered", "num_on_time", "slo",
+        "_good_s", "_run_start_s", "_credit_s", "_first_s", "_last_s",
+    )  # fmt: skip
 
     def __init__(self, slo: SLO | None, arrival_s: float) -> None:
         self.slo = slo
@@ -50,6 +54,7 @@ class RequestTimeline:
         self._good_s = 0.0
         self._run_start_s = 0.0
         self._credit_s = 0.0
+        self._first_s = 0.0
         self._last_s = 0.0
 
     @property
@@ -57,15 +62,22 @@ class RequestTimeline:
         """When the next token is due; inf without an SLO."""
         return due_s(self.slo, self.arrival_s, self.num_delivered)
 
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean seconds from token to token so far; None with fewer than two tokens."""
+        return (self._last_s - self._first_s) / (self.num_delivered - 1) if self.num_delivered > 1 else None
+
     def deliver(self, now_s: float, num_tokens: int = 1) -> int:
         """Take in tokens delivered now; returns how many of them are on time."""
         slo, first = self.slo, self.num_delivered
         self.num_delivered += num_tokens
+        since_s = now_s - self.arrival_s
+        self._last_s = since_s
+        if not first:
+            self._first_s = since_s
         if slo is None:
             self.num_on_time += num_tokens
             return num_tokens
-        since_s = now_s - self.arrival_s
-        self._last_s = since_s
         on_time = 0
         for i in range(first, first + num_tokens):
             budget_s = slo.ttft_s + i * slo.tpot_s
@@ -160,6 +172,10 @@ class SloAccount:
         self.time_weighted_sum = 0.0
         """Sum of the time-weighted values of ended requests."""
         self._goodput = RateWindow()
+        self.ttft = RecentLatencies()
+        """Seconds from the arrival of requests to their first token."""
+        self.tpot = RecentLatencies()
+        """Mean seconds from token to token of requests that ended well."""
 
     def goodput_tokens_per_s(self, now_s: float, window_s: int = 10) -> float:
         """Tokens on time per second over the last `window_s` seconds, 60 at most."""
@@ -180,6 +196,8 @@ class SloAccount:
 
     def deliver(self, timeline: RequestTimeline, num_tokens: int, now_s: float) -> int:
         """Tokens go out now; returns how many of them are on time."""
+        if not timeline.num_delivered:
+            self.ttft.add(now_s, now_s - timeline.arrival_s)
         on_time = timeline.deliver(now_s, num_tokens)
         self.tokens += num_tokens
         self.tokens_due += num_tokens
@@ -190,6 +208,8 @@ class SloAccount:
     def finish(self, timeline: RequestTimeline) -> None:
         """The request ended well."""
         self.finished += 1
+        if (tpot_s := timeline.tpot_s) is not None:
+            self.tpot.add(timeline.arrival_s + timeline._last_s, tpot_s)
         self.on_time += timeline.num_on_time == timeline.num_delivered
         self.time_weighted_sum += timeline.time_weighted()
 

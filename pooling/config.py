@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import yaml
 
 from tokenpool import units
+from tokenpool.cluster_config import CLUSTER_PARSERS, ClusterConfig
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
 
 _NAME = re.compile(r"[A-Za-z0-9._:/-]+")
@@ -145,6 +146,8 @@ class PoolConfig:
     """How the models take turns."""
     admission: Admission = Admission()
     """Which new requests are taken in, of each model alone; a model's own `admission` overrides it."""
+    cluster: ClusterConfig = ClusterConfig()
+    """How the pool is spread over a Ray cluster; means nothing without `--cluster`."""
     shutdown_timeout_s: float = 60.0
     """Longest wait for running requests after SIGTERM; 60 covers most. YAML: `shutdown_timeout: 60s`."""
     max_request_bytes: int = 256 << 20
@@ -378,6 +381,7 @@ _POOL_PARSERS: _Parsers = {
     "cpu_link": lambda value: None if value is None else units.parse_bytes(value),
     "scheduling": lambda value: _build(Scheduling, value, {"policy": units.parse_text, "options": _options}),
     "admission": _admission,
+    "cluster": lambda value: _build(ClusterConfig, value, CLUSTER_PARSERS),
     "shutdown_timeout": units.parse_seconds,
     "max_request": units.parse_bytes,
 }

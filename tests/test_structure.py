@@ -17,18 +17,19 @@ PACKAGE_DIRS = {"tokenpool": ROOT / "pooling"}
 PACKAGE_DIRS |= {f"tokenpool.{name}": ROOT / name for name in ("patches", "scheduler_plugins")}
 
 LAYERS = [
-    {"errors", "units", "config"},
+    {"errors", "units", "config", "cluster_config"},
     {"memory"},
     {"policy"},
     {"scheduler_plugins"},
     {"sim"},
     {"patches"},
     {"host"},
+    {"cluster"},
     {"serve"},
     {"demo"},
 ]
 """From low to high: a module imports from its own layer and lower ones. The package itself holds only the version."""
-ENGINE_FREE = {"errors", "units", "config", "memory", "policy", "scheduler_plugins", "sim"}
+ENGINE_FREE = {"errors", "units", "config", "cluster_config", "memory", "policy", "scheduler_plugins", "sim"}
 MARKERS = {"cpu", "vllm", "ray", "gpu", "deploy"}
 SPDX = "# SPDX-License-Identifier: Apache-2.0\n"
 MAX_LINES, MAX_TEST_LINES = 400, 600

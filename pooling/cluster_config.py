@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool file's `cluster` section: how a pool is spread over the nodes of a Ray cluster.
+
+    cluster:
+      hosts: 4              # engine hosts; auto = one per GPU of the cluster
+      num_cpus_per_host: 2
+      replicas: 2           # hosts per model, at least
+
+`device_memory` and `host_memory` of the pool file are then the budgets of each host. Imports neither vllm nor ray.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenpool import units
+from tokenpool.errors import ConfigError, check_setting, show
+
+TRANSPORTS = ("auto", "tcp")
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """How many engine hosts there are, what each may use, and how models are put on them."""
+
+    name: str = "tokenpool"
+    """Name of the pool in the Ray cluster: letters, digits, _ and -; two pools in one cluster need two names."""
+    hosts: int | None = None
+    """Engine hosts, one per device; None (YAML: auto) = one per GPU of the cluster, and one on a cluster without."""
+    num_cpus_per_host: float = 1.0
+    """CPUs that Ray sets aside for each host, above 0; on CPU devices also its OpenMP threads, rounded down."""
+    replicas: int = 1
+    """Hosts that serve each model, at least; 1 = a model whose host dies waits until another one has loaded it."""
+    max_replicas: int | None = None
+    """Hosts that may serve one model, at most; None = all of them."""
+    reconcile_period_s: float = 0.5
+    """Seconds between two looks at what is wanted and what is there, 0.05 to 60; deaths are acted on at once."""
+    host_timeout_s: float = 10.0
+    """Seconds without a word from a host's supervisor until it counts as lost, above 1; YAML: `host_timeout: 10s`.
+    Deaths of processes and nodes are noticed through Ray, mostly within 2 s; this is for nodes that hang."""
+    transport: str = "auto"
+    """How tokens travel between frontend and hosts: `auto` = Unix sockets within a machine and TCP between machines,
+    `tcp` = always TCP. TCP is neither encrypted nor authenticated."""
+    state_dir: str | None = None
+    """Folder for the controller's snapshot; None = a folder of the user below the temporary one."""
+
+    def __post_init__(self) -> None:
+        good = _NAME.fullmatch(self.name) is not None
+        check_setting(good, "name", f"{show(self.name)} is no cluster name: use letters, digits, _ and - only")
+        check_setting(self.hosts is None or self.hosts >= 1, "hosts", "must be 1 or more, or auto")
+        check_setting(self.num_cpus_per_host > 0, "num_cpus_per_host", "must be above 0, such as 1")
+        check_setting(self.replicas >= 1, "replicas", "must be 1 or more")
+        if self.hosts is not None:
+            problem = f"{self.replicas} replicas need as many hosts, there are {self.hosts}: lower it, or raise hosts"
+            check_setting(self.replicas <= self.hosts, "replicas", problem)
+        if self.max_replicas is not None:
+            problem = f"must be replicas ({self.replicas}) or more"
+            check_setting(self.max_replicas >= self.replicas, "max_replicas", problem)
+        check_setting(0.05 <= self.reconcile_period_s <= 60, "reconcile_period", "must be 50ms to 60s, such as 0.5s")
+        check_setting(self.host_timeout_s > 1, "host_timeout", "must be above 1s, such as 10s")
+        problem = f"must be one of {', '.join(TRANSPORTS)}, got {show(self.transport)}"
+        check_setting(self.transport in TRANSPORTS, "transport", problem)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"expected a number, got {show(value)}")
+    return float(value)
+
+
+CLUSTER_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    "name": units.parse_text,
+    "hosts": lambda value: None if value == "auto" else units.parse_int(value),
+    "num_cpus_per_host": _number,
+    "replicas": units.parse_int,
+    "max_replicas": lambda value: None if value is None else units.parse_int(value),
+    "reconcile_period": units.parse_seconds,
+    "host_timeout": units.parse_seconds,
+    "transport": units.parse_text,
+    "state_dir": lambda value: None if value is None else units.expand_env(units.parse_text(value)),
+}
+"""Parser of each key of the section."""

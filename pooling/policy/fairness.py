@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose waiting request is next: weighted fair shares of one model among the tenants that want it.
+
+Pure: reads no clock. Imports neither vllm nor ray.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+COMPLETION_COST = 2.0
+"""What a token put out costs, when one of a prompt costs 1."""
+_MEAN_WEIGHT = 0.2
+_FIRST_COST = 256.0
+
+_T = TypeVar("_T")
+
+
+def token_cost(prompt_tokens: int, completion_tokens: int) -> float:
+    """The service that a request has had, in prompt tokens."""
+    return prompt_tokens + COMPLETION_COST * completion_tokens
+
+
+class FairQueue(Generic[_T]):
+    """Waiting items by tenant; the next is the oldest of the tenant that is furthest behind its share.
+
+    Each tenant has a counter of the service it has had, divided by its weight. An item is charged when it is taken,
+    with what the tenant's items cost on average, because its true cost is known at its end only; `settle` corrects it.
+    A tenant that comes back after a pause starts at the counter of the item taken last: a pause is no credit. So with
+    n tenants waiting, none waits behind more than about one item of each other one, however many the others have.
+
+    Source: start-time fair queueing (Goyal et al., 1996) with counters of tokens (VTC, Sheng et al., OSDI'24); there a
+    token is charged when it is served, here an expected cost when the request is let in.
+    """
+
+    def __init__(self, weight_of: Callable[[str], float] = lambda tenant: 1.0) -> None:
+        self._weight_of = weight_of
+        self._waiting: dict[str, deque[tuple[int, _T]]] = {}
+        self._served: dict[str, float] = {}
+        self._mean_cost: dict[str, float] = {}
+        self._virtual = 0.0  # the counter of the tenant whose item was taken last, before it was charged
+        self._pushed = 0
+
+    def __len__(self) -> int:
+        return sum(len(items) for items in self._waiting.values())
+
+    def num_waiting(self, tenant: str) -> int:
+        """Items of one tenant."""
+        return len(self._waiting.get(tenant, ()))
+
+    @property
+    def tenants(self) -> list[str]:
+        """Those with waiting items."""
+        return list(self._waiting)
+
+    def push(self, tenant: str, item: _T) -> None:
+        """Let an item wait."""
+        if tenant not in self._waiting:
+            self._waiting[tenant] = deque()
+            self._served[tenant] = max(self._served.get(tenant, 0.0), self._virtual)
+        self._pushed += 1
+        self._waiting[tenant].append((self._pushed, item))
+
+    def discard(self, tenant: str, item: _T) -> None:
+        """Drop a waiting item, compared by identity; one that does not wait is ignored. O(items of the tenant)."""
+        kept = deque(entry for entry in self._waiting.get(tenant, ()) if entry[1] is not item)
+        if kept:
+            self._waiting[tenant] = kept
+        else:
+            self._waiting.pop(tenant, None)
+
+    def pop(self) -> tuple[str, _T, float] | None:
+        """Take the next item: its tenant, itself and the cost it was charged; None when nothing waits. O(tenants)."""
+        if not self._waiting:
+            return None
+        tenant = min(self._waiting, key=lambda name: (self._served[name], self._waiting[name][0][0]))
+        _, item = self._waiting[tenant].popleft()
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+        self._virtual = max(self._virtual, self._served[tenant])
+        charged = self._mean_cost.get(tenant, _FIRST_COST)
+        self._charge(tenant, charged)
+        return tenant, item, charged
+
+    def settle(self, tenant: str, charged: float, cost: float) -> None:
+        """An item that was charged `charged` has ended and did cost `cost`."""
+        self._charge(tenant, cost - charged)
+        mean = self._mean_cost.get(tenant, cost)
+        self._mean_cost[tenant] = mean + _MEAN_WEIGHT * (cost - mean)
+
+    def _charge(self, tenant: str, cost: float) -> None:
+        self._served[tenant] = self._served.get(tenant, 0.0) + cost / self._weight_of(tenant)

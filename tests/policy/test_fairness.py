@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shares of a model follow the weights, a flood waits for itself, and nothing is lost or starves."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenpool.policy.fairness import FairQueue, token_cost
+
+pytestmark = pytest.mark.cpu
+
+
+def serve(queue: FairQueue[int], count: int, cost: dict[str, float]) -> list[str]:
+    """Take and end `count` items one after the other; returns their tenants."""
+    order = []
+    for _ in range(count):
+        taken = queue.pop()
+        assert taken is not None
+        tenant, _, charged = taken
+        queue.settle(tenant, charged, cost[tenant])
+        order.append(tenant)
+    return order
+
+
+def test_a_flood_does_not_go_before_who_comes_later():
+    """After a thousand items of a flood, half of them served, the first item of another tenant is next."""
+    queue: FairQueue[int] = FairQueue()
+    for i in range(1000):
+        queue.push("flood", i)
+    serve(queue, 500, {"flood": 100.0})
+    queue.push("polite", 0)
+
+    assert "polite" in serve(queue, 2, {"flood": 100.0, "polite": 100.0})
+
+
+def test_a_pause_is_no_credit():
+    """A tenant that was away while another was served gets every second item from then on, not all of them."""
+    queue: FairQueue[int] = FairQueue()
+    cost = {"a": 100.0, "b": 100.0}
+    for i in range(400):
+        queue.push("a", i)
+    serve(queue, 200, cost)
+    for i in range(200):
+        queue.push("b", i)
+
+    assert abs(Counter(serve(queue, 100, cost))["b"] - 50) <= 3
+
+
+@settings(max_examples=60)
+@given(
+    st.dictionaries(st.sampled_from("abcde"), st.tuples(st.floats(0.5, 8), st.floats(50, 1000)), min_size=2),
+    st.integers(1, 4),
+)
+def test_service_follows_the_weights(tenants, in_flight):
+    """Tenants that always wait get service by their weights, whatever their items cost and how many run at once."""
+    queue: FairQueue[int] = FairQueue(lambda name: tenants[name][0])
+    count = 4000
+    for name in tenants:
+        for i in range(count):
+            queue.push(name, i)
+    served, running = Counter(), []
+    for _ in range(count):
+        name, _, charged = queue.pop()
+        running.append((name, charged))
+        if len(running) >= in_flight:
+            name, charged = running.pop(0)
+            queue.settle(name, charged, tenants[name][1])
+            served[name] += tenants[name][1]
+    by_weight = {name: served[name] / tenants[name][0] for name in tenants}
+    # What an item costs, the largest difference that one item makes, for each that runs and one more.
+    slack = (in_flight + 3) * max(max(cost, 256.0) / weight for weight, cost in tenants.values())
+
+    assert max(by_weight.values()) - min(by_weight.values()) <= slack
+
+
+def test_items_of_one_tenant_keep_their_order():
+    """First come, first served within a tenant."""
+    queue: FairQueue[int] = FairQueue()
+    for i in range(10):
+        queue.push("a" if i % 2 else "b", i)
+    taken = [queue.pop() for _ in range(10)]
+
+    assert [1, 3, 5, 7, 9] == [item for tenant, item, _ in taken if tenant == "a"]
+    assert [0, 2, 4, 6, 8] == [item for tenant, item, _ in taken if tenant == "b"]
+    assert queue.pop() is None
+
+
+@given(st.lists(st.tuples(st.sampled_from(["push", "pop", "discard"]), st.sampled_from("abc")), max_size=60))
+def test_each_item_comes_out_once_or_is_discarded(actions):
+    """Against a plain list as the model: nothing is lost, doubled or left over."""
+    queue: FairQueue[object] = FairQueue()
+    held: list[tuple[str, object]] = []
+    for action, tenant in actions:
+        if action == "push":
+            held.append((tenant, object()))
+            queue.push(*held[-1])
+        elif action == "discard":
+            mine = [entry for entry in held if entry[0] == tenant]
+            if mine:
+                held.remove(mine[-1])
+                queue.discard(*mine[-1])
+            queue.discard(tenant, object())
+        elif (taken := queue.pop()) is not None:
+            held.remove(taken[:2])
+        else:
+            assert [] == held
+        assert len(queue) == len(held)
+        assert {name for name, _ in held} == set(queue.tenants)
+        assert all(queue.num_waiting(name) == sum(entry[0] == name for entry in held) for name in "abc")
+
+
+def test_a_token_put_out_costs_two():
+    """The costs of VTC: 1 per prompt token, 2 per token put out."""
+    assert 110.0 == token_cost(10, 50)

@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
-from tokenpool.patches import block_pool, cpu_gemm, dependencies, kv_cache_allocation, model_inspection
+from tokenpool.patches import block_pool, cpu_gemm, dependencies, engine_launch, kv_cache_allocation, model_inspection
 from tokenpool.patches.base import Patch, PatchSet, PatchStatus
 
 PATCHES = PatchSet(
-    (block_pool.PATCH, kv_cache_allocation.PATCH, model_inspection.PATCH, cpu_gemm.PATCH, *dependencies.PATCHES)
+    (
+        block_pool.PATCH,
+        kv_cache_allocation.PATCH,
+        model_inspection.PATCH,
+        cpu_gemm.PATCH,
+        engine_launch.PATCH,
+        *dependencies.PATCHES,
+    )
 )
 
 

@@ -31,6 +31,7 @@ import yaml
 from tokenpool import units
 from tokenpool.cluster_config import CLUSTER_PARSERS, ClusterConfig
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
+from tokenpool.tenant_config import TENANT_PARSERS, TenantConfig, check_tenants, parse_tenants
 
 _NAME = re.compile(r"[A-Za-z0-9._:/-]+")
 _FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
@@ -148,6 +149,8 @@ class PoolConfig:
     """Which new requests are taken in, of each model alone; a model's own `admission` overrides it."""
     cluster: ClusterConfig = ClusterConfig()
     """How the pool is spread over a Ray cluster; means nothing without `--cluster`."""
+    tenants: tuple[TenantConfig, ...] = ()
+    """Who may use the pool and how much; empty = whoever has an `api_key`, without limits."""
     shutdown_timeout_s: float = 60.0
     """Longest wait for running requests after SIGTERM; 60 covers most. YAML: `shutdown_timeout: 60s`."""
     max_request_bytes: int = 256 << 20
@@ -180,6 +183,7 @@ class PoolConfig:
             check_setting(good, setting, "a key is empty, unprintable or has spaces at an end: correct it")
         check_setting(self.shutdown_timeout_s >= 0, "shutdown_timeout", "must be 0s or more")
         check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 256MiB")
+        check_tenants(self.tenants, seen, self.api_key + self.admin_key)
 
     def admission_of(self, spec: ModelSpec) -> Admission:
         """The pool's admission settings with the model's own in their place."""
@@ -382,6 +386,7 @@ _POOL_PARSERS: _Parsers = {
     "scheduling": lambda value: _build(Scheduling, value, {"policy": units.parse_text, "options": _options}),
     "admission": _admission,
     "cluster": lambda value: _build(ClusterConfig, value, CLUSTER_PARSERS),
+    "tenants": lambda value: parse_tenants(value, lambda item: _build(TenantConfig, item, TENANT_PARSERS)),
     "shutdown_timeout": units.parse_seconds,
     "max_request": units.parse_bytes,
 }

@@ -17,7 +17,7 @@ PACKAGE_DIRS = {"tokenpool": ROOT / "pooling"}
 PACKAGE_DIRS |= {f"tokenpool.{name}": ROOT / name for name in ("patches", "scheduler_plugins")}
 
 LAYERS = [
-    {"errors", "units", "config", "cluster_config"},
+    {"errors", "units", "config", "cluster_config", "tenant_config"},
     {"memory"},
     {"policy"},
     {"scheduler_plugins"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"demo"},
 ]
 """From low to high: a module imports from its own layer and lower ones. The package itself holds only the version."""
-ENGINE_FREE = {"errors", "units", "config", "cluster_config", "memory", "policy", "scheduler_plugins", "sim"}
+ENGINE_FREE = LAYERS[0] | {"memory", "policy", "scheduler_plugins", "sim"}
 MARKERS = {"cpu", "vllm", "ray", "gpu", "deploy"}
 SPDX = "# SPDX-License-Identifier: Apache-2.0\n"
 MAX_LINES, MAX_TEST_LINES = 400, 600

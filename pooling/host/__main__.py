@@ -44,7 +44,7 @@ def main(control_path: str, config_json: str) -> None:
         "check": host.check,
     }
     with unpinned():
-        ControlServer(control_path, key, host.call).serve(methods)
+        ControlServer(control_path, key, host.call).serve(methods, {"progress": host.progress.snapshot})
     # A socket thread that wants the interpreter waits this long for the loop: 5 ms by default, a step or more.
     sys.setswitchinterval(0.0005)
     host.run()

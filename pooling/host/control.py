@@ -15,14 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 class ControlServer:
-    """Answers calls on a Unix socket, one thread per connection; each call runs on the host loop's thread."""
+    """Answers calls on a Unix socket, one thread per connection; each call runs on the host loop's thread.
+
+    Only `direct` methods run on the connection's own thread: they are answered while the loop builds a model.
+    """
 
     def __init__(self, path: str, key: bytes, run_on_loop: Callable[[Callable[[], Any]], Any]) -> None:
         self._listener = Listener(path, family="AF_UNIX", authkey=key)
         self._run_on_loop = run_on_loop
 
-    def serve(self, methods: Mapping[str, Callable[..., Any]]) -> None:
+    def serve(
+        self, methods: Mapping[str, Callable[..., Any]], direct: Mapping[str, Callable[..., Any]] | None = None
+    ) -> None:
         """Answer in the background until the process ends."""
+        self._direct = direct or {}
         threading.Thread(target=self._accept, args=(methods,), name="control", daemon=True).start()
 
     def _accept(self, methods: Mapping[str, Callable[..., Any]]) -> None:
@@ -38,7 +44,10 @@ class ControlServer:
         with connection:
             try:
                 name, args = connection.recv()
-                result = self._run_on_loop(lambda: methods[name](*args)).result()
+                if name in self._direct:
+                    result = self._direct[name](*args)
+                else:
+                    result = self._run_on_loop(lambda: methods[name](*args)).result()
             except EOFError:
                 return
             except Exception as error:  # every failure is the caller's answer

@@ -20,6 +20,7 @@ from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
 from tokenpool.host.kv_swap import KVSwapper
 from tokenpool.host.model_build import LAYOUT, ModelBuild, weight_bytes_of
 from tokenpool.host.pressure import PressureRelief
+from tokenpool.host.progress import BuildProgress
 from tokenpool.host.quarantine import Quarantine
 from tokenpool.host.residency import ResidencyManager
 from tokenpool.host.room_maker import RoomMaker
@@ -56,6 +57,9 @@ class EngineHost:
         self.models: dict[str, HostedModel] = {}
         self.on_idle: Callable[[], None] = lambda: None
         """Called before the loop sleeps and about twice a second otherwise; used for metrics."""
+        self.progress = BuildProgress()
+        """What `add_model` is doing; for other threads to read."""
+        self.started_s = time.time()
         self.switches = 0
         self.loops = 0
         self.overhead_seconds = 0.0
@@ -100,7 +104,8 @@ class EngineHost:
         movable = self.config.movable_weights
         weight_pages = [] if movable else self._take_weight_pages(spec.name, spec.weight_bytes)
         store = self.weights if movable else None
-        build = ModelBuild(spec.name, spec.vllm_config, self.allocator, self.config.kv_floor_pages, store)
+        enter = self.progress.enter
+        build = ModelBuild(spec.name, spec.vllm_config, self.allocator, self.config.kv_floor_pages, store, enter)
         core = None
         try:
             core = self._build_core(spec, build)
@@ -170,7 +175,7 @@ class EngineHost:
         cache.kv_cache_memory_bytes = self.arena.span_bytes
         if spec.vllm_config.device_config.device_type == "cpu":
             spec.vllm_config.parallel_config.worker_cls = "tokenpool.host.worker.PooledCPUWorker"
-        with self._globals.building(spec.name), building(build):
+        with self.progress.building(spec.name), self._globals.building(spec.name), building(build):
             return HostedEngineCore(
                 spec.vllm_config,
                 addresses=spec.addresses,
@@ -228,7 +233,7 @@ class EngineHost:
             self._turns.changed(hosted.name)
             executed = True
         else:
-            hosted.quarantine.step_done(executed)
+            hosted.quarantine.step_done()
             self._turns.observe_step(hosted, time.perf_counter() - step_start, executed)
         self.swapper.after_step(hosted)
         hosted.core.forget_finished()
@@ -345,6 +350,11 @@ class EngineHost:
             self._turns.note_turn(self._current)
 
     # -- state ---------------------------------------------------------------------------------------
+
+    @property
+    def current_model(self) -> str | None:
+        """The model whose turn it is; None while no model has work."""
+        return self._current.name if self._current is not None and self._active else None
 
     def check(self) -> None:
         """Raise AssertionError unless ledger, arena, allocator and all pools agree."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,8 +46,10 @@ class ModelBuild:
         allocator: SlabAllocator,
         floor: int,
         store: WeightStore | None = None,
+        enter_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.name = name
+        self.enter_phase = enter_phase
         self.view: ArenaView | None = None
         self.pool: SlabBlockPool | None = None
         self.movable_weights = store is not None

@@ -15,6 +15,7 @@ from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import PageUse
 from tokenpool.policy.admission import first_token_in_s
 from tokenpool.policy.cost_model import CopyKind
+from tokenpool.policy.latency import RecentLatencies
 from tokenpool.policy.turns import PoolView
 
 _USUAL_PROMPT_TOKENS = 256
@@ -43,9 +44,17 @@ def model_state(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
         "tokens_late": account.tokens - account.tokens_on_time,
         "goodput_tokens_per_s": account.goodput_tokens_per_s(time.time()),
         "attainment": account.attainments()._asdict(),
+        "has_slo": hosted.spec.slo is not None,
+        "ttft_s": _latency(account.ttft),
+        "tpot_s": _latency(account.tpot),
         **asdict(hosted.core.counters),
         "costs": _costs(host, hosted),
     }
+
+
+def _latency(recent: RecentLatencies) -> dict[str, float] | None:
+    summary = recent.summary(time.time())
+    return summary._asdict() if summary else None
 
 
 def weight_state(host: EngineHost, hosted: HostedModel) -> str:
@@ -93,6 +102,10 @@ def host_state(host: EngineHost) -> dict[str, Any]:
     """The whole host."""
     ledger, copies = host.ledger.snapshot(), host.residency.copies
     return {
+        "time_s": time.time(),
+        "uptime_s": time.time() - host.started_s,
+        "current_model": host.current_model,
+        "policy": host.config.policy,
         "page_size": ledger.page_size,
         "num_pages": ledger.num_pages,
         "num_free_pages": ledger.num_free,

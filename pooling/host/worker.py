@@ -36,6 +36,7 @@ class PooledCPUWorker(CPUWorker):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the weights and, if they are to be movable, move them before anything is computed with them."""
         build = current_build()
+        _enter_phase("loading weights")
         if build is None or not build.movable_weights:
             super().load_model(load_dummy_weights=load_dummy_weights)
             return
@@ -52,9 +53,16 @@ class PooledCPUWorker(CPUWorker):
         cache = self.cache_config
         nbytes = cache.kv_cache_memory_bytes
         assert nbytes is not None, "the host sets the size of the view before it builds an engine"
+        _enter_phase("warming up")
         cache.kv_cache_memory_bytes = 1  # passes the check; the rest of the original, the warm-up, is wanted
         try:
             super().determine_available_memory()
         finally:
             cache.kv_cache_memory_bytes = nbytes
+        _enter_phase("building engine")
         return nbytes
+
+
+def _enter_phase(phase: str) -> None:
+    if (build := current_build()) is not None:
+        build.enter_phase(phase)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -15,6 +16,7 @@ class CountedDevice:
 
     def __init__(self, device: Device) -> None:
         self.granularity = device.granularity
+        self.copies_in_flight = device.copies_in_flight
         self.reserve = device.reserve
         self.release = device.release
         self.map_zeroed = device.map_zeroed
@@ -23,7 +25,7 @@ class CountedDevice:
         self.tensor = device.tensor
         self.host_buffer = device.host_buffer
         self.bytes_to_device = 0
-        """Bytes that `copy_in` moved from host memory to the device."""
+        """Bytes that `copy_in` and `begin_copy_in` moved from host memory to the device."""
         self.bytes_to_host = 0
         """Bytes that `copy_out` moved from the device to host memory."""
         self._device = device
@@ -34,6 +36,18 @@ class CountedDevice:
         self._device.copy_in(address, source)
         with self._lock:
             self.bytes_to_device += source.numel()
+
+    def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
+        """Begin to copy a host buffer to a mapped range; it counts when it was waited for."""
+        wait = self._device.begin_copy_in(address, source)
+        nbytes = source.numel()
+
+        def wait_and_count() -> None:
+            wait()
+            with self._lock:
+                self.bytes_to_device += nbytes
+
+        return wait_and_count
 
     def copy_out(self, target: torch.Tensor, address: int) -> None:
         """Copy a mapped range into a host buffer, and count it when it is there."""

@@ -11,8 +11,11 @@ import ctypes
 import mmap
 import os
 import time
+from collections.abc import Callable, Sequence
 
 import torch
+
+from tokenpool.memory.device import BlockCopy
 
 _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000
@@ -42,6 +45,7 @@ class CpuDevice:
     """
 
     granularity = mmap.PAGESIZE
+    copies_in_flight = 1
 
     def __init__(self, *, keeps_bytes: bool = False, link_bytes_per_s: int | None = None) -> None:
         self.keeps_bytes = keeps_bytes
@@ -105,6 +109,21 @@ class CpuDevice:
         start = time.perf_counter()
         ctypes.memmove(target.data_ptr(), address, target.numel())
         self._pace(target.numel(), start)
+
+    def copy_blocks_in(self, copies: Sequence[BlockCopy]) -> None:
+        """One `copy_in` after the other."""
+        for address, source in copies:
+            self.copy_in(address, source)
+
+    def copy_blocks_out(self, copies: Sequence[BlockCopy]) -> None:
+        """One `copy_out` after the other."""
+        for address, target in copies:
+            self.copy_out(target, address)
+
+    def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
+        """A `copy_in`; there is nothing to wait for afterwards."""
+        self.copy_in(address, source)
+        return lambda: None
 
     def _pace(self, nbytes: int, start: float) -> None:
         """Sleep off the rest of the time that a copy takes on the link; like one by a copy engine, it uses no core."""

@@ -9,13 +9,13 @@ Imports no vllm: a key is any bytes that name a block's content.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tokenpool.memory.device import Device
+from tokenpool.memory.device import BlockCopy, Device
 from tokenpool.memory.host_ledger import HostLedger, HostUse
-from tokenpool.memory.host_slots import FREE_SLOTS, Slot, SlotPool
+from tokenpool.memory.host_slots import FREE_SLOTS, Slot, SlotBuffer, SlotPool
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class TierCounters:
     cached_out_bytes: int = 0
     cached_in_bytes: int = 0
     copies: int = 0
-    """Calls to the device; neighbouring blocks go in one."""
+    """Copies between two places; neighbouring blocks go in one."""
     hits: int = 0
     """Cached blocks copied back to the device."""
     misses: int = 0
@@ -102,17 +102,17 @@ class HostKVTier:
 
     def copy_out(self, image: KVImage, addresses: Sequence[int]) -> None:
         """Copy one device block per slot into the image; `addresses[i]` is where the i-th one starts."""
-        for buffer, first, address, count in self._runs(image, addresses):
-            self.device.copy_out(buffer.view(first, count), address)
-            self.counters.paused_out_bytes += count * image.block_bytes
-            self.counters.copies += 1
+        copies = self._copies(image, addresses)
+        self.device.copy_blocks_out(copies)
+        self.counters.paused_out_bytes += sum(host.numel() for _, host in copies)
+        self.counters.copies += len(copies)
 
     def copy_in(self, image: KVImage, addresses: Sequence[int | None]) -> None:
         """Copy the blocks back to `addresses`; None leaves one out. The image keeps them."""
-        for buffer, first, address, count in self._runs(image, addresses):
-            self.device.copy_in(address, buffer.view(first, count))
-            self.counters.paused_in_bytes += count * image.block_bytes
-            self.counters.copies += 1
+        copies = self._copies(image, addresses)
+        self.device.copy_blocks_in(copies)
+        self.counters.paused_in_bytes += sum(host.numel() for _, host in copies)
+        self.counters.copies += len(copies)
 
     def drop_block(self, image: KVImage, index: int) -> None:
         """Forget one block of an image, whose request ended."""
@@ -128,26 +128,20 @@ class HostKVTier:
             if slot is not None:
                 self.drop_block(image, index)
 
-    def _runs(
-        self, image: KVImage, addresses: Sequence[int | None]
-    ) -> Iterator[tuple[Any, int, int, int]]:
-        """(buffer, first slot, address, count) of neighbours both on the device and in the host buffer."""
+    def _copies(self, image: KVImage, addresses: Sequence[int | None]) -> list[BlockCopy]:
+        """What to copy; blocks that are neighbours both on the device and in a host buffer go together."""
         assert len(addresses) == len(image.slots)
-        run: tuple[Any, int, int, int] | None = None
+        runs: list[tuple[SlotBuffer, int, int, int]] = []  # buffer, first slot, address, count
         for slot, address in zip(image.slots, addresses, strict=True):
             if slot is None or address is None:
                 continue
-            if run is not None:
-                buffer, first, start, count = run
-                if (slot.buffer, slot.index) == (buffer, first + count) and (
-                    address == start + count * image.block_bytes
-                ):
-                    run = (buffer, first, start, count + 1)
+            if runs:
+                buffer, first, start, count = runs[-1]
+                if slot == (buffer, first + count) and address == start + count * image.block_bytes:
+                    runs[-1] = (buffer, first, start, count + 1)
                     continue
-                yield run
-            run = (slot.buffer, slot.index, address, 1)
-        if run is not None:
-            yield run
+            runs.append((slot.buffer, slot.index, address, 1))
+        return [(address, buffer.view(first, count)) for buffer, first, address, count in runs]
 
     # -- cached blocks -------------------------------------------------------------------------------
 

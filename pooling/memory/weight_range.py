@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -61,11 +62,28 @@ class WeightRange:
         self.pages = []
 
     def copy_in(self, host: torch.Tensor, chunk_bytes: int, advance: Callable[[int], None]) -> None:
-        """Fill the mapped range from the host copy, chunk by chunk; `advance` gets the bytes of each."""
-        for start in range(0, self.layout.nbytes, chunk_bytes):
-            chunk = host[start : min(start + chunk_bytes, self.layout.nbytes)]
-            self._device.copy_in(self.address + start, chunk)
-            advance(chunk.numel())
+        """Fill the mapped range from the host copy, chunk by chunk; `advance` gets the bytes of each that is there.
+
+        However it ends, no copy is under way afterwards: the pages may go at once.
+        """
+        in_flight: deque[tuple[Callable[[], None], int]] = deque()
+
+        def finish_one() -> None:
+            wait, nbytes = in_flight.popleft()
+            wait()
+            advance(nbytes)
+
+        try:
+            for start in range(0, self.layout.nbytes, chunk_bytes):
+                chunk = host[start : min(start + chunk_bytes, self.layout.nbytes)]
+                in_flight.append((self._device.begin_copy_in(self.address + start, chunk), chunk.numel()))
+                if len(in_flight) == self._device.copies_in_flight:
+                    finish_one()
+            while in_flight:
+                finish_one()
+        finally:
+            for wait, _ in in_flight:
+                wait()
 
     def point_tensors_here(self) -> None:
         """Let every tensor view its place in the range, mapped or not."""

@@ -3,42 +3,37 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Mapping
-
-from prometheus_client import Counter, Gauge
+from typing import Any
 
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.state import copied_bytes, step_errors, weight_state
 from tokenpool.memory.states import WeightState
+from tokenpool.metric_registry import metric
 
-_COUNTERS = {
-    "steps": "Engine steps run.",
-    "turns": "Turns taken, a turn being the steps between two switches.",
-    "step_seconds": "Seconds spent in engine steps.",
-    "crashed_steps": "Engine steps that ended with an exception.",
-    "failed_requests": "Requests failed because they crashed the engine.",
-}
-_TOKENS = {
-    "tokens": "Tokens put out.",
-    "on_time": "Tokens put out by their due time; all of a model without an SLO.",
-    "late": "Tokens put out after their due time.",
-}
+logger = logging.getLogger(__name__)
+
+_COUNTERS = ("steps", "turns", "step_seconds", "crashed_steps", "failed_requests")
+_TOKENS = ("tokens", "tokens_on_time", "tokens_late")
 _RESIDENCY = {
-    "switches": ("tokenpool:waited_switches", "Switches to a model that was not ready, for which the loop waited."),
-    "visible_seconds": ("tokenpool:switch_wait_seconds", "Seconds that the loop waited for switches."),
-    "prefetches": ("tokenpool:prefetches", "Copies of weights begun beside another model's turn."),
-    "failures": ("tokenpool:switch_failures", "Moves of weights or KV that failed."),
+    "switches": "waited_switches",
+    "visible_seconds": "switch_wait_seconds",
+    "prefetches": "prefetches",
+    "failures": "switch_failures",
 }
 _EVICTIONS = {"weight_evictions": "weights", "kv_evictions": "kv"}
+_CHECK_PERIOD_S = 10.0
 
 
 class LabelledGauge:
     """A gauge whose samples are replaced as a whole: one that is no longer given is set to 0."""
 
-    def __init__(self, name: str, text: str, labels: list[str]) -> None:
-        self._gauge = Gauge(name, text, labels, multiprocess_mode="livemostrecent")
+    def __init__(self, name: str) -> None:
+        self._gauge = metric(name).make()
         self._shown: dict[tuple[str, ...], float] = {}
 
     def replace(self, values: Mapping[tuple[str, ...], float]) -> None:
@@ -59,35 +54,29 @@ class HostMetrics:
 
     def __init__(self, host: EngineHost) -> None:
         self._host = host
-        names = {**_COUNTERS, "tokens": _TOKENS["tokens"]}
-        self._per_model = {n: Counter(f"tokenpool:{n}", text, ["model_name"]) for n, text in names.items()}
-        for outcome in ("on_time", "late"):
-            self._per_model[outcome] = Counter(f"tokenpool:tokens_{outcome}", _TOKENS[outcome], ["model_name"])
+        self._per_model = {name: metric(name).make() for name in (*_COUNTERS, *_TOKENS)}
         self._global = {
-            "switches": Counter("tokenpool:switches", "Hand-overs between turns of different models."),
-            "overhead_seconds": Counter("tokenpool:loop_overhead_seconds", "Seconds of the loop outside steps."),
+            "switches": metric("switches").make(),
+            "overhead_seconds": metric("loop_overhead_seconds").make(),
         }
         self._moves = {
-            "num_grants": Counter("tokenpool:slab_grants", "Slabs granted."),
-            "num_reclaims": Counter("tokenpool:slab_reclaims", "Slabs taken back."),
+            "num_grants": metric("slab_grants").make(),
+            "num_reclaims": metric("slab_reclaims").make(),
         }
-        self._residency = {attribute: Counter(name, text) for attribute, (name, text) in _RESIDENCY.items()}
-        self._evictions = Counter("tokenpool:evictions", "What left the device, by kind.", ["kind"])
-        self._copied = Counter("tokenpool:copied_bytes", "Bytes copied, by what and where to.", ["kind"])
-        self._pages = LabelledGauge("tokenpool:pages", "Device pages held.", ["use", "model_name"])
-        self._host_memory = LabelledGauge("tokenpool:host_memory_bytes", "Host memory held.", ["use", "model_name"])
-        self._queue = LabelledGauge("tokenpool:queue_requests", "Requests in an engine.", ["model_name", "state"])
-        self._states = LabelledGauge("tokenpool:model_state", "1 for where the weights are.", ["model_name", "state"])
-        self._errors = LabelledGauge(
-            "tokenpool:cost_error", "Mean relative error of predicted seconds.", ["model_name", "kind"]
-        )
-        self._attainment = LabelledGauge(
-            "tokenpool:slo_attainment", "Share that was on time, 0 to 1.", ["model_name", "share"]
-        )
-        self._goodput = LabelledGauge("tokenpool:goodput_tokens_per_s", "Tokens on time per second.", ["model_name"])
+        self._residency = {attribute: metric(name).make() for attribute, name in _RESIDENCY.items()}
+        self._evictions = metric("evictions").make()
+        self._copied = metric("copied_bytes").make()
+        self._pages = LabelledGauge("pages")
+        self._host_memory = LabelledGauge("host_memory_bytes")
+        self._queue = LabelledGauge("queue_requests")
+        self._states = LabelledGauge("model_state")
+        self._errors = LabelledGauge("cost_error")
+        self._attainment = LabelledGauge("slo_attainment")
+        self._goodput = LabelledGauge("goodput_tokens_per_s")
+        self._books = metric("ledger_ok").make()
+        self._books_checked_s = -math.inf
         self._seen: dict[object, float] = {}
-        page_bytes = Gauge("tokenpool:page_size_bytes", "Bytes of a device page.", multiprocess_mode="livemostrecent")
-        page_bytes.set(host.config.page_size)
+        metric("page_size_bytes").make().set(host.config.page_size)
 
     def update(self) -> None:
         """Copy the counters; called on the loop's thread. Some 100 us for four models."""
@@ -100,6 +89,21 @@ class HostMetrics:
         for hosted in host.models.values():
             self._update_model(hosted)
         self._update_gauges()
+        self._check_books()
+
+    def _check_books(self) -> None:
+        """Check the ledgers now and then; some 150 us per 1,000 pages."""
+        if time.monotonic() - self._books_checked_s < _CHECK_PERIOD_S:
+            return
+        self._books_checked_s = time.monotonic()
+        try:
+            self._host.ledger.check()
+            self._host.host_ledger.check()
+        except AssertionError as error:
+            logger.error("the books of the memory do not agree: %s", error)
+            self._books.set(0)
+        else:
+            self._books.set(1)
 
     def _update_switches(self) -> None:
         host = self._host
@@ -116,7 +120,7 @@ class HostMetrics:
         account = hosted.core.slo_account
         values = {name: getattr(hosted.core.counters, name) for name in _COUNTERS}
         late = account.tokens - account.tokens_on_time
-        values |= {"tokens": account.tokens, "on_time": account.tokens_on_time, "late": late}
+        values |= {"tokens": account.tokens, "tokens_on_time": account.tokens_on_time, "tokens_late": late}
         for name, value in values.items():
             # The index tells a model that was removed and added again, whose counters start anew.
             self._advance((name, hosted.index), self._per_model[name], (hosted.name,), value)
@@ -146,7 +150,7 @@ class HostMetrics:
         self._attainment.replace(shares)
         self._goodput.replace(goodput)
 
-    def _advance(self, key: object, counter: Counter, labels: tuple[str, ...], value: float) -> None:
+    def _advance(self, key: object, counter: Any, labels: tuple[str, ...], value: float) -> None:
         """Bring a counter up to a running total; `key` names the total. One that has not changed costs nothing."""
         before = self._seen.get(key)
         if before != value:

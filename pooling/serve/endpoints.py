@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, Counter, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -19,11 +20,15 @@ from vllm.version import __version__ as VLLM_VERSION
 import tokenpool
 from tokenpool.config import PoolConfig
 from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, ModelUnavailableError, PoolError
+from tokenpool.host.metrics import LabelledGauge
+from tokenpool.metric_registry import metric
 from tokenpool.serve.auth import error_response
 from tokenpool.serve.router import ModelApp
 from tokenpool.units import parse_seconds
 
-_REFUSED = Counter("tokenpool:refused_requests", "Requests not taken in, by HTTP status.", ["model_name", "status"])
+_REFUSED = metric("refused_requests").make()
+_MODELS = LabelledGauge("models")
+_RESTARTS = metric("host_restarts").make()
 
 
 def build_outer_app(cors: dict[str, Any]) -> Starlette:
@@ -75,9 +80,14 @@ async def version(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """Prometheus metrics of this process and the host, all models."""
-    for name, model in request.app.state.pool.router.models.items():
+    pool = request.app.state.pool
+    for name, model in pool.router.models.items():
         for status, count in model.gate.take_refused().items():
             _REFUSED.labels(name, str(status)).inc(count)
+    _MODELS.replace(Counter((model.state,) for model in pool.router.models.values()))
+    counted = getattr(request.app.state, "counted_restarts", 0)
+    _RESTARTS.inc(pool.host_restarts - counted)
+    request.app.state.counted_restarts = pool.host_restarts
     return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
 
 

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metric registry is what a running server exports, name by name and label by label."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.helpers.server import PoolServerProcess
+from tokenpool.metric_registry import METRICS
+
+pytestmark = pytest.mark.vllm
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def scraped(server: PoolServerProcess) -> Iterator[tuple[str, str, str, dict[str, str], float]]:
+    """(family, kind, name, labels, value) of each sample of our own metrics."""
+    for family in text_string_to_metric_families(server.request("GET", "/metrics").text):
+        if family.name.startswith("tokenpool:"):
+            for sample in family.samples:
+                yield family.name, family.type, sample.name, sample.labels, sample.value
+
+
+def chat(server: PoolServerProcess) -> None:
+    body = {"model": "qwen2", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    assert server.request("POST", "/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_scrape_holds_what_the_registry_says(pool_server):
+    """Every family in a scrape is registered, with its type, labels and exported name; and none is missing but those
+    that have no sample before something goes wrong."""
+    chat(pool_server)
+    pool_server.wait_until_idle()
+    shapes = {(family, kind, name, frozenset(labels)) for family, kind, name, labels, _ in scraped(pool_server)}
+    registered = {(m.name, m.kind, m.exported, frozenset(m.labels)) for m in METRICS.values()}
+    assert shapes <= registered, "register it in pooling/metric_registry.py"
+    missing = {name for name, *_ in registered - shapes} - {"tokenpool:refused_requests", "tokenpool:cost_error"}
+    assert not missing
+
+
+def test_a_healthy_pool_says_so(pool_server):
+    """The books agree and every model is resident."""
+    values = {(name, *labels.values()): value for _, _, name, labels, value in scraped(pool_server)}
+    assert values["tokenpool:ledger_ok",] == 1
+    assert values["tokenpool:models", "resident"] == len(pool_server.pool["models"])
+
+
+def test_the_readme_lists_every_metric_with_its_labels():
+    """The table of the README names the registered metrics, no more and no less."""
+    listed = {}
+    for names, labels in re.findall(r"^\| (`tokenpool:[^|]+) \|([^|]*)\|", README.read_text(), re.MULTILINE):
+        for name in re.findall(r"`(tokenpool:\w+)`", names):
+            listed[name] = tuple(re.findall(r"`(\w+)`", labels))
+    assert listed == {metric.exported: metric.labels for metric in METRICS.values()}

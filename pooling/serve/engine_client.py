@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine-core client of one model: spans every host that serves it, and loses no request when one dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+import zmq.asyncio
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
+from vllm.lora.request import LoRARequest
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.core_client import AsyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from tokenpool.host.hosted_core import EngineAddresses
+from tokenpool.serve.engine_link import EngineLink, LinkClosedError
+from tokenpool.serve.journal import Journal, JournalEntry
+
+logger = logging.getLogger(__name__)
+
+Route = Callable[[EngineCoreRequest, Mapping[str, int]], str]
+"""Chooses the host of a request, given the number of unfinished requests of each host; returns a key of it."""
+
+
+MAX_LOSSES = 3
+"""A request with which so many hosts died is not given to another one."""
+
+_POLL_S = 0.02
+
+
+def least_loaded(request: EngineCoreRequest, loads: Mapping[str, int]) -> str:
+    """The host with the fewest unfinished requests; of equal ones the one that joined first."""
+    return min(loads, key=loads.__getitem__)
+
+
+class _Resources:
+    """The one thing that AsyncLLM asks of a client's resources."""
+
+    engine_dead = False
+
+
+class PoolEngineClient(AsyncMPClient):
+    """What `AsyncLLM` takes as its `engine_core`; lives on one event loop.
+
+        client = PoolEngineClient(vllm_config)
+        await client.join("host-0", addresses)   # once the model was added on that host
+        client.lost("host-0")                    # its process is gone: the requests wait, or go to other hosts
+        await client.join("host-0", addresses)   # a new process under the old name, with new addresses
+
+    The utility calls are vLLM's; each goes to all hosts. Only the construction of `AsyncMPClient`, which makes one
+    pair of sockets and waits for one engine, is not used.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        *,
+        client_index: int = 0,
+        route: Route = least_loaded,
+        fail: Callable[[str, Exception], None] | None = None,
+    ) -> None:
+        """`client_index` is the place of this frontend in the addresses of the engines.
+
+        `fail(request_id, error)` ends a request that cannot go on. Without it the request ends as one whose engine
+        reported an internal error.
+        """
+        self.vllm_config = vllm_config
+        self.client_index = client_index
+        self.engine_ranks_managed = [0]
+        """vLLM counts metrics by engine; the pool shows all engines of a model as one."""
+        self.resources = _Resources()
+        self.journal: Journal[EngineLink] = Journal()
+        self._route = route
+        self._fail = fail or self._report_error
+        self._links: dict[str, EngineLink] = {}
+        self._loras: dict[int, LoRARequest] = {}
+        self._outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
+        self._joined = asyncio.Event()
+        self._context = zmq.asyncio.Context()
+        self._loop = asyncio.get_running_loop()
+        self._knows_config = False
+        # What vLLM's code for a greeting writes to, beside the config.
+        self._effective_attention_block_sizes: set[int | None] = set()
+        self._kv_event_sources: dict[int, Any] = {}
+        self.stats_update_address = None
+
+    # -- membership ----------------------------------------------------------------------------------
+
+    @property
+    def hosts(self) -> list[str]:
+        """Names of the hosts that take requests, in the order they joined."""
+        return list(self._links)
+
+    def load(self, host: str) -> int:
+        """Unfinished requests at `host`; raises KeyError if it has not joined."""
+        return self._links[host].load
+
+    @property
+    def num_waiting(self) -> int:
+        """Unfinished requests that wait for a host to join."""
+        return len(self.journal.at(None))
+
+    async def join(self, host: str, addresses: EngineAddresses) -> None:
+        """Connect to the model's engine on `host`, wait for its greeting, then give it what waits.
+
+        Raises HostError when no engine greets in time, ValueError when the host has joined already.
+        """
+        if host in self._links:
+            raise ValueError(f"host {host!r} has joined already: it must leave or be lost first")
+        link = EngineLink(
+            host, self._context, addresses, self.client_index, on_outputs=self._take, on_end=self._link_ended
+        )
+        await link.connect()
+        if not self._knows_config:
+            self._apply_ready_response(link.greeting)
+            self._knows_config = True
+        try:
+            for lora in list(self._loras.values()):
+                await link.call("add_lora", lora)
+        except BaseException:
+            link.close()
+            raise
+        self._links[host] = link
+        self._joined.set()
+        for entry in self.journal.at(None):
+            self._assign(entry)
+
+    async def leave(self, host: str) -> None:
+        """Give `host` no new requests, move its running ones to other hosts and close the connection.
+
+        Without another host its requests are finished first, or moved once one joins. Raises KeyError if it has
+        not joined.
+        """
+        link = self._links.pop(host)
+        if not self._links:
+            self._joined.clear()
+        while not link.closed:
+            moving = [entry for entry in self.journal.at(link) if self._links and not entry.obstacle()]
+            if moving:
+                link.abort([entry.wire_id for entry in moving])
+                for entry in moving:
+                    self._take_from(link, entry)
+                    self._assign(entry)
+            if not link.load:
+                break
+            await asyncio.sleep(_POLL_S)
+        link.close()
+
+    def lost(self, host: str) -> None:
+        """`host` is gone: its requests go to the other hosts, or wait until one joins. Unknown names are ignored."""
+        link = self._links.get(host)
+        if link is not None:
+            self._lost(link)
+
+    def _link_ended(self, link: EngineLink) -> None:
+        logger.warning("engine ended host=%s requests=%d", link.host, link.load)
+        self._lost(link)
+
+    def _lost(self, link: EngineLink) -> None:
+        if self._links.get(link.host) is link:
+            del self._links[link.host]
+        if not self._links:
+            self._joined.clear()
+        link.close()
+        for entry in self.journal.at(link):
+            self._take_from(link, entry)
+            entry.num_losses += 1
+            reason = entry.obstacle()
+            if entry.num_losses >= MAX_LOSSES:
+                reason = f"{entry.num_losses} engine hosts died while they had it"
+            if reason is None:
+                self._assign(entry)
+            else:
+                self._give_up(entry, f"The engine host died, and the request cannot be continued: {reason}.")
+
+    # -- requests ------------------------------------------------------------------------------------
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Send a request to the host that `route` chooses; it waits while there is none."""
+        self.ensure_alive()
+        entry, is_new = self.journal.open(request)
+        if is_new:
+            self._assign(entry)
+        elif entry.place is not None:
+            entry.place.add(request)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Drop requests wherever they are, or where they would have waited."""
+        by_link: dict[EngineLink, list[str]] = {}
+        for request_id in request_ids:
+            entry = self.journal.close(request_id)
+            if entry is not None and entry.place is not None:
+                entry.place.load -= 1
+                by_link.setdefault(entry.place, []).append(entry.wire_id)
+        for link, wire_ids in by_link.items():
+            link.abort(wire_ids)
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """The next outputs of any host; raises EngineDeadError once the client is shut down."""
+        outputs = await self._outputs.get()
+        if isinstance(outputs, Exception):
+            raise outputs
+        return outputs
+
+    def _assign(self, entry: JournalEntry[EngineLink]) -> None:
+        if not self._links:
+            return
+        loads = {host: link.load for host, link in self._links.items()}
+        link = self._links[self._route(entry.request, loads) if len(loads) > 1 else next(iter(loads))]
+        link.load += 1
+        link.add(self.journal.send(entry, link))
+
+    def _take_from(self, link: EngineLink, entry: JournalEntry[EngineLink]) -> None:
+        link.load -= 1
+        self.journal.hold(entry)
+
+    def _take(self, link: EngineLink, outputs: EngineCoreOutputs) -> None:
+        outputs.outputs, ended = self.journal.take(outputs.outputs, link)
+        link.load -= len(ended)
+        if outputs.outputs or outputs.scheduler_stats:
+            self._outputs.put_nowait(outputs)
+
+    def _give_up(self, entry: JournalEntry[EngineLink], message: str) -> None:
+        self.journal.close(entry.request_id)
+        logger.error("request fails id=%s reason=%s", entry.request_id, message)
+        self._fail(entry.request_id, GracefulHTTPError(message, HTTPStatus.INTERNAL_SERVER_ERROR))
+
+    def _report_error(self, request_id: str, error: Exception) -> None:
+        output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+
+    # -- utility calls -------------------------------------------------------------------------------
+
+    async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
+        """Call all hosts, waiting for one while there is none; returns their answers, raises the first error."""
+        while True:
+            await self._joined.wait()
+            calls = (link.call(method, *args) for link in list(self._links.values()))
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            answers = [answer for answer in answers if not isinstance(answer, LinkClosedError)]
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+            if answers:
+                return answers
+
+    async def call_utility_async(self, method: str, *args: Any) -> Any:
+        """Call all hosts and return the first one's answer."""
+        return (await self.call_utility_all_async(method, *args))[0]
+
+    async def add_lora_async(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter on all hosts, and on those that join later."""
+        added = await super().add_lora_async(lora_request)
+        self._loras[lora_request.lora_int_id] = lora_request
+        return added
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        """Unload an adapter from all hosts."""
+        self._loras.pop(lora_id, None)
+        return await super().remove_lora_async(lora_id)
+
+    # -- end -----------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close all connections; whoever waits for outputs gets EngineDeadError. For the event loop's thread."""
+        if self.resources.engine_dead:
+            return
+        self.resources.engine_dead = True
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        self._outputs.put_nowait(EngineDeadError())
+        self._context.term()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """`close` from any thread, as AsyncLLM calls it."""
+        if not self.resources.engine_dead and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.close)

@@ -7,13 +7,16 @@ import ctypes
 import json
 import logging
 import os
+import pickle
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 from tokenpool.host.affinity import unpinned
 from tokenpool.host.control import ControlServer
 from tokenpool.host.engine_host import EngineHost
+from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostConfig, HostedModelSpec
 from tokenpool.host.metrics import HostMetrics
 from tokenpool.host.state import host_load, host_state, host_trace, model_state
@@ -34,9 +37,14 @@ def main(control_path: str, config_json: str) -> None:
     def add_model(spec: HostedModelSpec) -> dict[str, Any]:
         return model_state(host, host.add_model(spec))
 
+    def add_packed(spec: bytes, inputs: list[str], outputs: list[str]) -> None:
+        """A model from a controller, which neither opens the spec nor knows vLLM."""
+        host.add_model(replace(pickle.loads(spec), addresses=EngineAddresses(tuple(inputs), tuple(outputs))))
+
     key = bytes.fromhex(os.environ.pop(CONTROL_KEY_VARIABLE))
     methods = {
         "add_model": add_model,
+        "add_packed": add_packed,
         "remove_model": host.remove_model,
         "state": lambda: host_state(host),
         "load": lambda: host_load(host),
@@ -48,6 +56,8 @@ def main(control_path: str, config_json: str) -> None:
     # A socket thread that wants the interpreter waits this long for the loop: 5 ms by default, a step or more.
     sys.setswitchinterval(0.0005)
     host.run()
+    if host.group is not None:
+        host.group.close()
     logging.shutdown()
     os._exit(0)  # an orderly interpreter exit takes seconds and prints what Triton leaks
 

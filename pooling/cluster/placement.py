@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which host gets which model: the seam between the reconciler and a policy, and the plainest policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from tokenpool.cluster.values import Deployment, HostReport
+
+
+class Move(NamedTuple):
+    """One change of the placement."""
+
+    action: str
+    """`add` or `remove`."""
+    model: str
+    host: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a placement is decided on."""
+
+    models: Mapping[str, Deployment]
+    """What is wanted."""
+    hosts: Mapping[str, HostReport]
+    """What is there."""
+    placed: Mapping[str, Set[str]]
+    """Hosts of each wanted model, those included that still load it, those excluded that it leaves."""
+    leaving: Mapping[str, Set[str]]
+    """Hosts that a model leaves; its memory there is still in use."""
+    barred: Set[tuple[str, str]]
+    """(model, host) that failed lately."""
+    now_s: float
+    """Monotonic clock."""
+
+
+class Placement(Protocol):
+    """Decides what changes; called once per period on one thread."""
+
+    def decide(self, situation: Situation) -> list[Move]:
+        """The changes to make now, possibly none."""
+        ...
+
+
+class KeepReplicas:
+    """Every model on `replicas` hosts, on those with the fewest bytes of weights first; nothing moves otherwise."""
+
+    def __init__(self, replicas: int) -> None:
+        self.replicas = replicas
+
+    def decide(self, situation: Situation) -> list[Move]:
+        """Seats for models that have too few, the largest model first."""
+        placed = {name: set(situation.placed.get(name, ())) for name in situation.models}
+        moves = []
+        order = sorted(situation.models.values(), key=lambda d: (-d.priority, len(placed[d.name]), -d.weight_bytes))
+        for deployment in order:
+            name = deployment.name
+            while len(placed[name]) < self.replicas:
+                free = [
+                    host
+                    for host, report in situation.hosts.items()
+                    if host not in placed[name]
+                    and (name, host) not in situation.barred
+                    and fits(deployment, report, _on(host, placed, situation))
+                ]
+                if not free:
+                    break
+                best = min(free, key=lambda host: (_load(_on(host, placed, situation)), host))
+                reason = f"{len(placed[name])} of {self.replicas} replicas"
+                moves.append(Move("add", name, best, reason))
+                placed[name].add(best)
+        return moves
+
+
+def fits(deployment: Deployment, report: HostReport, others: list[Deployment]) -> bool:
+    """Whether a host's budget holds a model beside `others`, with one page of KV each, as far as sizes are known."""
+    pages = report.device_memory // report.page_size - 1  # one page for null blocks
+    if report.movable:
+        in_host = sum(d.weight_bytes for d in [*others, deployment])
+        return in_host <= report.host_memory and _pages(deployment, report) <= pages
+    return sum(_pages(d, report) for d in [*others, deployment]) <= pages
+
+
+def _pages(deployment: Deployment, report: HostReport) -> int:
+    return -(-deployment.weight_bytes // report.page_size) + 1
+
+
+def _on(host: str, placed: Mapping[str, Set[str]], situation: Situation) -> list[Deployment]:
+    names = {name for where in (placed, situation.leaving) for name, hosts in where.items() if host in hosts}
+    return [situation.models[name] for name in sorted(names) if name in situation.models]
+
+
+def _load(deployments: list[Deployment]) -> tuple[int, int]:
+    return sum(d.weight_bytes for d in deployments), len(deployments)

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what is wanted and what hosts report to orders and a view for frontends. Plain Python: no Ray, no clock, no I/O.
+
+A *seat* is one model on one host:
+
+    WANTED ──endpoints──► LOADING ──done──► SERVING ──► LEAVING ──frontend left──► REMOVING ──done──► (gone)
+       │                     │ failed: the pair is barred for a while
+       └── its host is lost, or starts a new life: the seat is gone at once, whatever its state
+
+The hosts are the truth about what is loaded: a new controller takes seats over from their reports.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tokenpool.cluster.decision_log import Decision, DecisionLog
+from tokenpool.cluster.placement import Placement, Situation
+from tokenpool.cluster.values import (
+    ClusterView,
+    Deployment,
+    Endpoints,
+    HostReport,
+    ModelView,
+    Order,
+    SeatState,
+    SeatView,
+)
+from tokenpool.errors import ConfigError, HostError, PoolError
+
+_FIRST_SETTLE_S = 60.0
+"""Longest wait for all hosts of a new pool: the first to come shall not get every model."""
+_SETTLE_S = 3.0
+"""Longest wait of a later controller for the hosts that its predecessor knew."""
+_BAR_S = (2.0, 5.0, 15.0, 60.0)
+_TAKEN = (SeatState.WANTED, SeatState.LOADING, SeatState.SERVING)
+
+
+@dataclass(slots=True)
+class Seat:
+    """One model on one host."""
+
+    deployment: Deployment
+    life: str
+    state: SeatState
+    endpoints: Endpoints | None = None
+    ordered: bool = False
+    """Whether the host was told what the state says."""
+
+
+@dataclass(slots=True)
+class _Bar:
+    until_s: float
+    failures: int
+
+
+class Reconciler:
+    """All that the controller knows and decides; `now_s` is a monotonic clock of the caller."""
+
+    def __init__(
+        self,
+        placement: Placement,
+        *,
+        host_timeout_s: float,
+        now_s: float,
+        snapshot: dict[str, Any] | None = None,
+        num_hosts: int = 0,
+        identity: str = "controller",
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`snapshot` is that of the predecessor, empty if it left none; None = there was no predecessor.
+
+        A first controller waits for `num_hosts` hosts before it places models.
+        """
+        self.identity = identity
+        self.epoch = int((snapshot or {}).get("epoch", 0)) + 1
+        self.revision = int((snapshot or {}).get("revision", 0))
+        self.log = DecisionLog()
+        self.hosts: dict[str, HostReport] = {}
+        self.models: dict[str, Deployment] = {}
+        self.seats: dict[tuple[str, str], Seat] = {}
+        """By (model, host)."""
+        self.frontend: str | None = None
+        self.version = 0
+        """Grows with every change that frontends need to know."""
+        self._placement = placement
+        self._host_timeout_s = host_timeout_s
+        self._heard_s: dict[str, float] = {}
+        self._errors: dict[str, PoolError] = {}
+        self._bars: dict[tuple[str, str], _Bar] = {}
+        self._expected = set((snapshot or {}).get("hosts", ()))
+        self._num_hosts = num_hosts if snapshot is None else 0
+        self._settle_until_s = now_s + (_FIRST_SETTLE_S if snapshot is None else _SETTLE_S)
+        self._is_settled = False
+        self._min_changes: dict[tuple[str, str], int] = {}  # by (host, life): older reports are of the past
+        self._last: dict[str, HostReport] = {}  # of every host that was ever there
+        self._wall_clock = wall_clock
+        self._seq = int((snapshot or {}).get("seq", 0))
+        reason = "first of this pool" if snapshot is None else f"takes over from epoch {self.epoch - 1}"
+        self._note("controller_started", reason)
+
+    # -- what happens ----------------------------------------------------------------------------------
+
+    def attach(self, frontend: str, revision: int, deployments: list[Deployment]) -> None:
+        """Take a frontend and what it wants; of two wishes that with the larger revision holds."""
+        if self.frontend not in (None, frontend):
+            raise ConfigError(f"frontend {self.frontend} serves this pool already: give the other pool its own name")
+        self.frontend = frontend
+        if revision >= self.revision or not self.models:
+            self.revision = max(revision, self.revision)
+            self.models = {d.name: d for d in deployments}
+        self._note("frontend_attached", f"revision {revision}, {len(deployments)} models")
+        self._adopt_all()
+        self._changed()
+
+    def deploy(self, deployment: Deployment, revision: int) -> None:
+        """Want one more model, or another version of one."""
+        self.revision = max(self.revision, revision)
+        self.models[deployment.name] = deployment
+        self._errors.pop(deployment.name, None)
+        self._bars = {pair: bar for pair, bar in self._bars.items() if pair[0] != deployment.name}
+        self._note("model_wanted", f"revision {revision}", deployment.name)
+        self._changed()
+
+    def withdraw(self, name: str, revision: int) -> None:
+        """Want a model no longer; its seats are left and unloaded."""
+        self.revision = max(self.revision, revision)
+        if self.models.pop(name, None) is not None:
+            self._errors.pop(name, None)
+            self._note("model_unwanted", f"revision {revision}", name)
+            self._changed()
+
+    def offer(self, model: str, host: str, life: str, endpoints: Endpoints) -> None:
+        """A frontend listens at `endpoints` for this engine."""
+        seat = self.seats.get((model, host))
+        if seat is not None and seat.life == life and seat.state is SeatState.WANTED:
+            seat.state, seat.endpoints, seat.ordered = SeatState.LOADING, endpoints, False
+
+    def left(self, model: str, host: str, life: str) -> None:
+        """The frontend has nothing on this seat any more."""
+        seat = self.seats.get((model, host))
+        if seat is not None and seat.life == life and seat.state is SeatState.LEAVING:
+            seat.state, seat.ordered = SeatState.REMOVING, False
+
+    def host_reported(self, report: HostReport, now_s: float) -> None:
+        """A host's supervisor is there and says what the host has loaded."""
+        last = self._last.get(report.host)
+        if last is not None and last.node == report.node and last.sent_s > report.sent_s:
+            return  # overtaken by a later one
+        self._last[report.host] = report
+        is_other = report.controller != self.identity
+        if report.epoch > self.epoch or (report.epoch == self.epoch and is_other and report.controller):
+            self.epoch = report.epoch + 1  # a predecessor whose snapshot did not reach us
+            self._changed()
+        self._heard_s[report.host] = now_s
+        before = self.hosts.get(report.host)
+        if before is not None and before.life and before.life != report.life:
+            self.host_lost(report.host, "its process ended")
+            before = None
+        if not report.life:
+            return
+        self.hosts[report.host] = report
+        self._expected.discard(report.host)
+        if before is None:
+            loaded = f", {len(report.models)} models loaded" if report.models else ""
+            self._note("host_joined", f"life {report.life} on {report.address}{loaded}", host=report.host)
+            self._changed()
+        if report.changes >= self._min_changes.get((report.host, report.life), 0):
+            self._adopt(report)
+            self._drop_vanished(report)
+
+    def host_lost(self, host: str, reason: str) -> None:
+        """A host is gone with all that it had loaded."""
+        if self.hosts.pop(host, None) is None:
+            return
+        gone = [pair for pair in self.seats if pair[1] == host]
+        for pair in gone:
+            del self.seats[pair]
+        self._min_changes = {key: count for key, count in self._min_changes.items() if key[0] != host}
+        self._note("host_lost", f"{reason}; it had {len(gone)} models", host=host)
+        self._changed()
+
+    def order_done(self, order: Order, error: Exception | None, now_s: float, changes: int = 0) -> None:
+        """The host has carried out an order, its `changes`th, or failed to."""
+        self._min_changes[order.host, order.life] = max(changes, self._min_changes.get((order.host, order.life), 0))
+        name, pair = order.deployment.name, (order.deployment.name, order.host)
+        seat = self.seats.get(pair)
+        if seat is None or seat.life != order.life or seat.deployment.version != order.deployment.version:
+            return  # another life; what is loaded there will be reported
+        if error is None and order.action == "add":
+            seat.state = SeatState.SERVING
+            self._bars.pop(pair, None)
+            self._errors.pop(name, None)
+            self._note("model_added", "the host has loaded it", name, order.host)
+        elif error is None:
+            del self.seats[pair]
+            self._note("model_removed", "the host has unloaded it", name, order.host)
+        elif order.action == "add":
+            del self.seats[pair]
+            self._errors[name] = error if isinstance(error, PoolError) else HostError(f"{error}")
+            failures = self._bars[pair].failures + 1 if pair in self._bars else 1
+            wait_s = _BAR_S[min(failures, len(_BAR_S)) - 1]
+            self._bars[pair] = _Bar(now_s + wait_s, failures)
+            self._note("add_failed", f"{error}; not again for {wait_s:g} s", name, order.host)
+        else:
+            seat.ordered = False  # such as a request that is still there: told again in the next period
+            self._note("remove_failed", f"{error}", name, order.host)
+        self._changed()
+
+    # -- what follows ----------------------------------------------------------------------------------
+
+    def tick(self, now_s: float) -> list[Order]:
+        """Decide; returns the orders to send now. Called once per period and after every event."""
+        for host, heard_s in list(self._heard_s.items()):
+            if host in self.hosts and now_s - heard_s > self._host_timeout_s:
+                self.host_lost(host, f"no word for {now_s - heard_s:.1f} s")
+        if not self._settled(now_s):
+            return []
+        self._leave_unwanted()
+        self._place(now_s)
+        return self._orders()
+
+    def _settled(self, now_s: float) -> bool:
+        """Whether enough is known to decide: a frontend said what it wants, the hosts what they have."""
+        if not self._is_settled and self.frontend is not None:
+            have_all = not self._expected and len(self.hosts) >= self._num_hosts
+            self._is_settled = have_all or now_s >= self._settle_until_s
+        return self._is_settled
+
+    def _leave_unwanted(self) -> None:
+        for (name, host), seat in list(self.seats.items()):
+            if self.models.get(name) == seat.deployment or seat.state not in _TAKEN:
+                continue
+            if seat.state is SeatState.WANTED:
+                del self.seats[name, host]
+            elif seat.state is SeatState.SERVING:
+                self._leave(name, host, "it is not wanted any more")
+            self._changed()
+
+    def _place(self, now_s: float) -> None:
+        barred = {pair for pair, bar in self._bars.items() if bar.until_s > now_s}
+        placed: dict[str, set[str]] = {name: set() for name in self.models}
+        leaving: dict[str, set[str]] = {}
+        for (name, host), seat in self.seats.items():
+            is_placed = seat.state in _TAKEN and self.models.get(name) == seat.deployment
+            (placed if is_placed else leaving).setdefault(name, set()).add(host)
+        situation = Situation(self.models, self.hosts, placed, leaving, barred, now_s)
+        for move in self._placement.decide(situation):
+            pair = (move.model, move.host)
+            if move.action == "add" and pair not in self.seats:
+                self._note("add", move.reason, *pair)
+                life = self.hosts[move.host].life
+                self.seats[pair] = Seat(self.models[move.model], life, SeatState.WANTED)
+            elif move.action == "remove" and pair in self.seats and self.seats[pair].state is SeatState.SERVING:
+                self._leave(*pair, move.reason)
+            self._changed()
+
+    def _leave(self, name: str, host: str, reason: str) -> None:
+        self._note("remove", reason, name, host)
+        self.seats[name, host].state = SeatState.LEAVING
+
+    def _orders(self) -> list[Order]:
+        orders = []
+        for (_, host), seat in self.seats.items():
+            if seat.ordered or seat.state not in (SeatState.LOADING, SeatState.REMOVING):
+                continue
+            seat.ordered = True
+            action = "add" if seat.state is SeatState.LOADING else "remove"
+            orders.append(Order(self.epoch, self.identity, host, seat.life, action, seat.deployment, seat.endpoints))
+        return orders
+
+    # -- taking over -----------------------------------------------------------------------------------
+
+    def _adopt_all(self) -> None:
+        for report in self.hosts.values():
+            self._adopt(report)
+
+    def _adopt(self, report: HostReport) -> None:
+        """Take over what a host has loaded and nobody here ordered; it is left again if it is not wanted."""
+        if self.frontend is None:
+            return
+        for name, hosted in report.models.items():
+            if (name, report.host) in self.seats:
+                continue
+            wanted = self.models.get(name)
+            if wanted is None or wanted.version != hosted.version:
+                wanted = Deployment(name, hosted.version)
+            self.seats[name, report.host] = Seat(wanted, report.life, SeatState.SERVING, hosted.endpoints)
+            self._note("adopted", "the host has it loaded", name, report.host)
+            self._changed()
+
+    def _drop_vanished(self, report: HostReport) -> None:
+        """A seat that serves and that the host does not have; a host says so only if something was lost on the way."""
+        for (name, host), seat in list(self.seats.items()):
+            if host == report.host and seat.state is SeatState.SERVING and name not in report.models:
+                del self.seats[name, host]
+                self._note("vanished", "the host does not have it", name, host)
+                self._changed()
+
+    # -- what others see -------------------------------------------------------------------------------
+
+    def view(self) -> ClusterView:
+        """What frontends act on."""
+        names = {*self.models, *(name for name, _ in self.seats)}
+        models = {}
+        for name in names:
+            version = self.models[name].version if name in self.models else -1
+            models[name] = ModelView(version, self._seat_views(name), self._errors.get(name))
+        lives = {host: report.life for host, report in self.hosts.items()}
+        return ClusterView(self.epoch, self.version, self.revision, models, lives, dict(self.log.totals))
+
+    def _seat_views(self, name: str) -> dict[str, SeatView]:
+        views = {}
+        for (model, host), seat in self.seats.items():
+            if model == name and (report := self.hosts.get(host)) is not None:
+                version = seat.deployment.version
+                views[host] = SeatView(seat.life, seat.state, version, report.address, report.machine)
+        return views
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the next controller needs beyond what hosts and frontends tell it; small and plain."""
+        return {"epoch": self.epoch, "revision": self.revision, "seq": self._seq, "hosts": sorted(self.hosts)}
+
+    def check(self) -> None:
+        """Prove that every seat is on a living host in that life; raises AssertionError."""
+        for (name, host), seat in self.seats.items():
+            report = self.hosts.get(host)
+            assert report is not None and report.life == seat.life, f"seat of {name} on {host} outlived its host"
+            assert seat.state is not SeatState.LOADING or seat.endpoints, f"{name} loads on {host} without endpoints"
+
+    def _note(self, action: str, reason: str, model: str | None = None, host: str | None = None) -> None:
+        self._seq += 1
+        at_s = self._wall_clock()
+        self.log.add(Decision(self._seq, at_s, self.epoch, self.revision, action, reason, model, host))
+
+    def _changed(self) -> None:
+        self.version += 1

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connects to Ray and keeps a pool's actors there. The driver owns them: they end with it, whatever ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenpool.cluster_config import ClusterConfig
+from tokenpool.errors import ConfigError, PoolError
+
+logger = logging.getLogger(__name__)
+
+_FORWARDED = ("VLLM_", "HF_", "OMP_NUM_THREADS", "TOKENPOOL_LOG_LEVEL")
+_SECRET = ("TOKEN", "KEY", "SECRET")
+_LOOK_S = 5.0
+
+
+def require_ray() -> Any:
+    """Import Ray; raises PoolError that says how to get it."""
+    try:
+        import ray
+    except ImportError as error:
+        raise PoolError("--cluster needs Ray: pip install 'tokenpool[cluster]'") from error
+    return ray
+
+
+def connect(address: str, config: ClusterConfig, num_hosts: int) -> None:
+    """Connect this process to a Ray cluster, or start one here for `local`; raises PoolError.
+
+    Ray's own authentication is set explicitly: a Ray that is started here gets a token nobody else knows, another one
+    is asked with the token if this user has one, and without if not. RAY_AUTH_MODE in the environment overrides.
+    """
+    if address == "local":
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if os.environ["RAY_AUTH_MODE"] == "token":
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    else:
+        known = "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().exists()
+        os.environ.setdefault("RAY_AUTH_MODE", "token" if known else "disabled")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray = require_ray()
+    options: dict[str, Any] = {"namespace": namespace_of(config), "logging_level": logging.WARNING}
+    if address == "local":
+        # The object store carries nothing of weight here: orders and reports.
+        options |= {"num_cpus": num_hosts * config.num_cpus_per_host, "object_store_memory": 100 << 20}
+        options |= {"include_dashboard": False}
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:  # Ray raises many kinds
+        raise PoolError(f"no Ray cluster at {address}: {' '.join(str(error).split())[:300]}") from error
+
+
+def namespace_of(config: ClusterConfig) -> str:
+    """Ray namespace of a pool's actors."""
+    return f"tokenpool-{config.name}"
+
+
+class Session:
+    """A pool's controller and host actors; made after `connect`."""
+
+    def __init__(self, config: ClusterConfig, host_config: Mapping[str, Any], *, use_gpus: bool) -> None:
+        """Start the controller and as many hosts as are asked for. `host_config` holds the fields of a HostConfig.
+
+        Raises ConfigError when a pool of this name runs in the cluster, or no host can be placed.
+        """
+        import ray
+
+        from tokenpool.cluster.actors import Controller
+
+        self._ray = ray
+        self._config = config
+        self._host_config = dict(host_config)
+        self._use_gpus = use_gpus
+        namespace = namespace_of(config)
+        num_hosts = self._wanted_hosts()
+        options = {"name": "controller", "num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000}
+        try:
+            self.controller = ray.remote(Controller).options(**options).remote(config, num_hosts, namespace)
+        except ValueError as error:
+            problem = f"a pool named {config.name!r} runs in this cluster already: give this one another name"
+            raise ConfigError(problem, key="cluster.name") from error
+        self.hosts: dict[str, Any] = {}
+        self.add_hosts()
+
+    def _wanted_hosts(self) -> int:
+        if self._config.hosts is not None:
+            return self._config.hosts
+        return max(1, int(self._ray.cluster_resources().get("GPU", 0)) if self._use_gpus else 1)
+
+    def add_hosts(self) -> None:
+        """Start the host actors that are missing; Ray places them when there is room, also on nodes that join later."""
+        from tokenpool.cluster.actors import HostActor
+
+        for index in range(len(self.hosts), self._wanted_hosts()):
+            name = f"host-{index}"
+            options = {
+                "name": name,
+                "num_cpus": self._config.num_cpus_per_host,
+                "num_gpus": 1 if self._use_gpus else 0,
+                "max_restarts": -1,
+                "max_concurrency": 32,
+                "scheduling_strategy": "SPREAD",
+            }
+            self.hosts[name] = self._ray.remote(HostActor).options(**options).remote(
+                name, self._host_config, self.controller, self._config.reconcile_period_s, self._host_env()
+            )
+
+    async def follow_nodes(self) -> None:
+        """With `hosts: auto`, start a host for every GPU that joins; runs until cancelled."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            await asyncio.to_thread(self.add_hosts)
+
+    def _host_env(self) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if k.startswith(_FORWARDED) and not any(s in k for s in _SECRET)}
+        if not self._use_gpus:
+            env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several hosts would be bound to the same cores
+            env.setdefault("OMP_NUM_THREADS", str(max(1, int(self._config.num_cpus_per_host))))
+        return env
+
+    async def stop(self, limit_s: float) -> None:
+        """End the hosts, each after at most `limit_s`, and all actors."""
+        async def stop_host(handle: Any) -> None:
+            try:
+                async with asyncio.timeout(limit_s + 2.0):
+                    await handle.stop.remote(limit_s)
+            except Exception as error:  # one that is gone needs no stop
+                logger.debug("host not stopped: %s", error)
+
+        await asyncio.gather(*(stop_host(handle) for handle in self.hosts.values()))
+        await asyncio.to_thread(self._ray.shutdown)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hosts, controller and frontends of a cluster say to each other: plain values, pickled by Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from tokenpool.errors import PoolError
+
+
+class SeatState(StrEnum):
+    """Where a model stands on one host."""
+
+    WANTED = "wanted"
+    """Decided; the frontend has not named its endpoints yet."""
+    LOADING = "loading"
+    """The host has been told to load it."""
+    SERVING = "serving"
+    """Loaded: frontends may send requests."""
+    LEAVING = "leaving"
+    """Frontends are asked to end what they have there."""
+    REMOVING = "removing"
+    """The host has been told to unload it."""
+
+
+class Endpoints(NamedTuple):
+    """ZMQ addresses that a frontend has bound for one engine."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A model that the pool is to serve."""
+
+    name: str
+    version: int
+    """Revision of the pool that set it; the same name with another version is another model."""
+    weight_bytes: int = 0
+    """Size of its weights, 0 when not known."""
+    priority: int = 0
+    payload: bytes = field(default=b"", repr=False)
+    """The pickled HostedModelSpec without addresses; only the host process opens it."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What a policy may want to know: `ttft_s` and `tpot_s` of its SLO."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostedReport:
+    """One model that is loaded on a host."""
+
+    version: int
+    endpoints: Endpoints
+    load: dict[str, Any] = field(default_factory=dict)
+    """What `host_load` and `host_state` said of it last; empty before they were asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """What a host's supervisor says of its host."""
+
+    host: str
+    """Name of the supervisor's actor, which survives restarts."""
+    life: str
+    """Changes with every start of the host process; empty while there is none."""
+    epoch: int
+    """Largest epoch of a controller whose order it took; 0 = none yet."""
+    controller: str = ""
+    """The controller of that epoch."""
+    changes: int = 0
+    """Orders carried out in this life."""
+    sent_s: float = 0.0
+    """Wall time of its node; of two reports from one node the later one holds."""
+    node: str = ""
+    address: str = ""
+    """IP address of its node."""
+    machine: str = ""
+    """Equal for processes that can reach each other by Unix sockets."""
+    pid: int = 0
+    actor_pid: int = 0
+    device_memory: int = 0
+    host_memory: int = 0
+    page_size: int = 1
+    movable: bool = False
+    """Whether weights may leave the device, so that more models fit than the device holds."""
+    models: dict[str, HostedReport] = field(default_factory=dict)
+    free_pages: int | None = None
+    """Device pages nobody held when the host was asked last; None = never asked."""
+
+
+class Order(NamedTuple):
+    """What the controller tells a host to do."""
+
+    epoch: int
+    controller: str
+    """Tells controllers of equal epoch apart."""
+    host: str
+    life: str
+    action: str
+    """`add` or `remove`."""
+    deployment: Deployment
+    endpoints: Endpoints | None = None
+
+
+class SeatView(NamedTuple):
+    """One model on one host, as frontends see it."""
+
+    life: str
+    state: SeatState
+    version: int
+    address: str
+    machine: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """One model, as frontends see it."""
+
+    version: int
+    seats: dict[str, SeatView]
+    """By host."""
+    error: PoolError | None = None
+    """Why the last attempt to load it failed; None once it is served."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """All that frontends act on; `epoch` and `version` tell two views apart."""
+
+    epoch: int
+    version: int
+    revision: int
+    models: dict[str, ModelView]
+    hosts: dict[str, str]
+    """Life of each host that is there."""
+    num_decisions: dict[str, int] = field(default_factory=dict)
+    """Decisions of this controller so far, by action."""
+
+
+class StaleEpochError(PoolError):
+    """An order of a controller that has been replaced; the host did nothing."""

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The controller's logic with hosts in memory: no Ray, no process, a clock that the test moves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tokenpool.cluster.placement import KeepReplicas
+from tokenpool.cluster.reconcile import Reconciler
+from tokenpool.cluster.values import (
+    Deployment,
+    Endpoints,
+    HostedReport,
+    HostReport,
+    Order,
+    SeatState,
+    StaleEpochError,
+)
+from tokenpool.errors import CapacityError, ConfigError
+
+pytestmark = pytest.mark.cpu
+
+MIB = 1 << 20
+
+
+class MemoryHost:
+    """A host that does what it is told at once, and remembers epochs as a supervisor does."""
+
+    def __init__(self, name: str, pages: int = 64) -> None:
+        self.name = name
+        self.pages = pages
+        self.num_lives = 0
+        self.epoch, self.controller = 0, ""
+        self.refuses: dict[str, Exception] = {}
+        self.start()
+
+    def start(self) -> None:
+        self.num_lives += 1
+        self.models: dict[str, HostedReport] = {}
+        self.changes = 0
+
+    @property
+    def life(self) -> str:
+        return f"{self.name}-{self.num_lives}"
+
+    def report(self, sent_s: float) -> HostReport:
+        return HostReport(
+            self.name, self.life, self.epoch, self.controller, self.changes, sent_s, node="n", address="10.0.0.1",
+            device_memory=self.pages * MIB, page_size=MIB, models=dict(self.models),
+        )  # fmt: skip
+
+    def order(self, order: Order) -> int:
+        if order.epoch < self.epoch or (order.epoch == self.epoch and order.controller != self.controller):
+            raise StaleEpochError("stale")
+        self.epoch, self.controller = order.epoch, order.controller
+        name = order.deployment.name
+        if order.action == "add":
+            if name in self.refuses:
+                raise self.refuses[name]
+            self.models[name] = HostedReport(order.deployment.version, order.endpoints)
+        else:
+            del self.models[name]
+        self.changes += 1
+        return self.changes
+
+
+class Rig:
+    """A controller, its hosts, and a frontend that offers endpoints and leaves when asked."""
+
+    def __init__(self, *hosts: MemoryHost, replicas: int = 1, snapshot: dict[str, Any] | None = None) -> None:
+        self.now_s = 100.0
+        self.hosts = {host.name: host for host in hosts}
+        self.replicas = replicas
+        self.control = self.controller(snapshot, "first", num_hosts=len(hosts))
+
+    def controller(self, snapshot: dict[str, Any] | None, identity: str, num_hosts: int = 0) -> Reconciler:
+        return Reconciler(
+            KeepReplicas(self.replicas), host_timeout_s=5.0, now_s=self.now_s, snapshot=snapshot,
+            identity=identity, num_hosts=num_hosts, wall_clock=lambda: self.now_s,
+        )  # fmt: skip
+
+    def period(self, *, frontend: bool = True) -> None:
+        """One period: reports, decisions, orders, and what the frontend does about the view."""
+        self.now_s += 0.5
+        for host in self.hosts.values():
+            self.control.host_reported(host.report(self.now_s), self.now_s)
+        for order in self.control.tick(self.now_s):
+            self.carry_out(order)
+        for (model, host), seat in list(self.control.seats.items()):
+            if frontend and seat.state is SeatState.WANTED:
+                self.control.offer(model, host, seat.life, Endpoints(f"{model}.in", f"{model}.out"))
+            elif frontend and seat.state is SeatState.LEAVING:
+                self.control.left(model, host, seat.life)
+        self.control.check()
+
+    def carry_out(self, order: Order) -> None:
+        try:
+            changes, error = self.hosts[order.host].order(order), None
+        except Exception as raised:
+            changes, error = 0, raised
+        self.control.order_done(order, error, self.now_s, changes)
+
+    def settle(self, periods: int = 6) -> None:
+        for _ in range(periods):
+            self.period()
+
+    def loaded(self) -> dict[str, list[str]]:
+        return {name: sorted(host.models) for name, host in self.hosts.items()}
+
+    def actions(self) -> list[str]:
+        return [decision["action"] for decision in self.control.log.last()]
+
+
+def deployment(name: str, mib: int = 4, version: int = 1) -> Deployment:
+    return Deployment(name, version, weight_bytes=mib * MIB)
+
+
+def attached(rig: Rig, *models: Deployment, revision: int = 1) -> Rig:
+    rig.control.attach("front", revision, list(models))
+    rig.settle()
+    return rig
+
+
+def test_models_are_spread_and_served():
+    """Four equal models on two hosts: two each, all serving, and each step of it is in the log."""
+    rig = attached(Rig(MemoryHost("h0"), MemoryHost("h1")), *(deployment(n) for n in "abcd"))
+
+    assert {name: len(models) for name, models in rig.loaded().items()} == {"h0": 2, "h1": 2}
+    assert {seat.state for seat in rig.control.seats.values()} == {SeatState.SERVING}
+    assert rig.actions().count("add") == rig.actions().count("model_added") == 4
+
+
+def test_a_new_pool_waits_for_its_hosts():
+    """The first host to come does not get every model while another one is still starting."""
+    rig = Rig(MemoryHost("h0"), MemoryHost("h1"))
+    rig.control.attach("front", 1, [deployment("a"), deployment("b")])
+    late = rig.hosts.pop("h1")
+    rig.settle()
+    assert rig.loaded() == {"h0": []}
+
+    rig.hosts["h1"] = late
+    rig.settle()
+    assert rig.loaded() == {"h0": ["a"], "h1": ["b"]}
+
+
+def test_nothing_is_ordered_before_endpoints_are_there():
+    """A host is told to load a model only once the frontend listens for its engine."""
+    rig = Rig(MemoryHost("h0"))
+    rig.control.attach("front", 1, [deployment("a")])
+    for _ in range(3):
+        rig.period(frontend=False)
+
+    assert rig.loaded() == {"h0": []}
+    assert [seat.state for seat in rig.control.seats.values()] == [SeatState.WANTED]
+
+
+def test_models_of_a_dead_host_go_to_others():
+    """A lost host's models are placed on the hosts that are left, and its seats are gone at once."""
+    rig = attached(Rig(MemoryHost("h0"), MemoryHost("h1")), deployment("a"), deployment("b"))
+    dead = rig.hosts.pop("h0")
+    rig.control.host_lost("h0", "killed")
+    assert [host for _, host in rig.control.seats] == ["h1"]
+
+    rig.settle()
+
+    assert rig.loaded() == {"h1": ["a", "b"]}
+    assert dead.name not in rig.control.view().hosts
+
+
+def test_a_host_that_says_nothing_is_lost():
+    """Without a word for the timeout a host counts as lost."""
+    rig = attached(Rig(MemoryHost("h0"), MemoryHost("h1")), deployment("a"), deployment("b"))
+    rig.hosts.pop("h0")
+    rig.settle(20)
+
+    assert "host_lost" in rig.actions()
+    assert rig.loaded() == {"h1": ["a", "b"]}
+
+
+def test_a_restarted_host_process_is_a_new_life():
+    """A host that comes back with a new process lost its models, even if nobody saw it die."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"))
+    rig.hosts["h0"].start()
+    rig.settle()
+
+    assert rig.loaded() == {"h0": ["a"]}
+    assert [seat.life for seat in rig.control.seats.values()] == ["h0-2"]
+
+
+def test_a_new_controller_takes_over_what_hosts_have():
+    """After a restart nothing is loaded twice, nothing moves, and the epoch is a new one."""
+    rig = attached(Rig(MemoryHost("h0"), MemoryHost("h1")), deployment("a"), deployment("b"))
+    before, old = rig.loaded(), rig.control
+    rig.control = rig.controller(old.snapshot(), "second")
+    attached(rig, deployment("a"), deployment("b"))
+
+    assert rig.loaded() == before
+    assert rig.control.epoch == old.epoch + 1
+    assert "add" not in rig.actions() and rig.actions().count("adopted") == 2
+
+
+@pytest.mark.parametrize("snapshot", ["kept", "lost"])
+def test_orders_of_a_replaced_controller_are_refused(snapshot):
+    """Whoever was replaced cannot change anything, whether or not the new controller found the snapshot."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"))
+    old = rig.control
+    rig.control = rig.controller(old.snapshot() if snapshot == "kept" else {}, "second")
+    attached(rig, deployment("a"), deployment("b"))
+    assert rig.loaded() == {"h0": ["a", "b"]}
+
+    late = Order(old.epoch, old.identity, "h0", "h0-1", "remove", deployment("a"))
+    with pytest.raises(StaleEpochError):
+        rig.hosts["h0"].order(late)
+
+
+def test_a_new_controller_decides_without_hosts_that_died_with_the_old_one():
+    """It waits for the hosts that its predecessor knew, but not for ever."""
+    rig = attached(Rig(MemoryHost("h0"), MemoryHost("h1")), deployment("a"), deployment("b"))
+    old = rig.control
+    rig.hosts.pop("h0")
+    rig.control = rig.controller(old.snapshot(), "second")
+    rig.control.attach("front", 1, [deployment("a"), deployment("b")])
+    rig.period()
+    assert rig.loaded() == {"h1": ["b"]}
+
+    rig.settle(12)
+    assert rig.loaded() == {"h1": ["a", "b"]}
+
+
+def test_a_model_that_is_not_wanted_is_left_then_unloaded():
+    """A withdrawn model goes from its host only after the frontend has left it."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"), deployment("b"))
+    rig.control.withdraw("a", 2)
+    rig.period(frontend=False)
+    assert rig.loaded() == {"h0": ["a", "b"]}
+    assert rig.control.seats["a", "h0"].state is SeatState.LEAVING
+
+    rig.settle()
+    assert rig.loaded() == {"h0": ["b"]}
+    assert "a" not in rig.control.view().models
+
+
+def test_another_version_replaces_a_model():
+    """Deploying a name again unloads the old version and loads the new one."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"))
+    rig.control.deploy(deployment("a", version=2), 2)
+    rig.settle(10)
+
+    assert rig.hosts["h0"].models["a"].version == 2
+    assert rig.actions().count("model_removed") == 1
+
+
+def test_a_refused_model_is_tried_elsewhere_and_not_at_once_again():
+    """A host that cannot load a model is barred for it; another one gets it. The error is there for who asked."""
+    rig = Rig(MemoryHost("h0"), MemoryHost("h1"))
+    rig.hosts["h0"].refuses["a"] = CapacityError("no room")
+    rig.control.attach("front", 1, [deployment("a")])
+    rig.period()
+    rig.period()
+    assert str(rig.control.view().models["a"].error) == "no room"
+
+    rig.settle()
+    assert rig.loaded() == {"h0": [], "h1": ["a"]}
+    assert rig.control.view().models["a"].error is None
+    assert rig.actions().count("add_failed") == 1
+
+
+def test_models_go_where_they_fit():
+    """A model goes to a host whose budget holds it; one that fits nowhere waits."""
+    hosts = MemoryHost("h0", pages=16), MemoryHost("h1", pages=60)
+    rig = attached(Rig(*hosts), deployment("a", 40), deployment("b", 20))
+
+    assert rig.loaded() == {"h0": [], "h1": ["a"]}
+    assert "b" in rig.control.models
+
+
+def test_an_old_report_brings_nothing_back():
+    """A report from before an order was done does not revive the model that the order removed."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"))
+    old = rig.hosts["h0"].report(rig.now_s + 0.1)
+    rig.control.withdraw("a", 2)
+    rig.settle()
+    rig.control.host_reported(replace(old, sent_s=rig.now_s + 0.2), rig.now_s + 0.2)
+
+    assert rig.control.seats == {}
+
+
+def test_an_overtaken_report_is_ignored():
+    """A report of an earlier life that arrives late does not end the present one."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"))
+    old = rig.hosts["h0"].report(rig.now_s)
+    rig.hosts["h0"].start()
+    rig.settle()
+    rig.control.host_reported(old, rig.now_s)
+
+    assert rig.control.view().hosts == {"h0": "h0-2"}
+    assert [seat.state for seat in rig.control.seats.values()] == [SeatState.SERVING]
+
+
+def test_replicas_are_kept_and_restored():
+    """Each model is on two hosts; when one of three dies, the third one takes over."""
+    hosts = [MemoryHost(f"h{i}") for i in range(3)]
+    rig = attached(Rig(*hosts, replicas=2), deployment("a"))
+    assert sum(map(len, rig.loaded().values())) == 2
+
+    name = next(name for name, models in rig.loaded().items() if models)
+    rig.hosts.pop(name)
+    rig.control.host_lost(name, "killed")
+    rig.settle()
+    assert sum(map(len, rig.loaded().values())) == 2
+
+
+def test_a_second_frontend_is_refused():
+    """Two servers of one pool would offer different endpoints for one engine."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"))
+
+    with pytest.raises(ConfigError, match="its own name"):
+        rig.control.attach("other", 1, [])
+
+
+def test_the_larger_revision_holds():
+    """A frontend with an older wish does not undo a newer one."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"), revision=3)
+    rig.control.attach("front", 2, [])
+
+    assert sorted(rig.control.models) == ["a"]
+    assert rig.control.revision == 3

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA device against a driver of memory files: the laws of all devices, and the calls that it makes."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import sys
+import threading
+
+import pytest
+import torch
+
+from tests.helpers.device_laws import LAWS
+from tests.helpers.fake_cuda import GRANULARITY, FakeCuda, FakeCudaDevice
+from tokenpool.errors import ConfigError
+from tokenpool.memory.copy_engine import JobCancelled
+from tokenpool.memory.counted_device import CountedDevice
+from tokenpool.memory.cuda_driver import CudaDriver, CudaError
+from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.device_cuda import _cpus_near
+from tokenpool.memory.ledger import PageLedger
+from tokenpool.memory.weight_layout import WeightLayout
+from tokenpool.memory.weight_range import WeightRange
+
+pytestmark = pytest.mark.cpu
+
+PAGE = GRANULARITY
+
+
+def test_a_page_that_the_gpu_cannot_map_is_refused():
+    """The page size must be a multiple of the GPU's granularity: the error names both."""
+    with pytest.raises(ConfigError, match="page_size: 4096 is no multiple of 65536"):
+        FakeCudaDevice(4096)
+
+
+@pytest.mark.parametrize("page", [PAGE, 4 * PAGE])
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("make", [FakeCudaDevice, lambda page: CpuDevice(keeps_bytes=True)], ids=["cuda", "cpu"])
+def test_law(make, law, page):
+    """What holds on the CPU holds on the CUDA device, although nothing on a stream happens by itself."""
+    law(make(page), page)
+
+
+def test_handles_are_made_once_and_mapped_again():
+    """As many physical handles as were ever mapped at a time, whatever comes and goes."""
+    device = FakeCudaDevice()
+    one, other = device.reserve(8 * PAGE), device.reserve(4 * PAGE)
+    for _ in range(5):
+        device.map_zeroed(one, 3 * PAGE)
+        device.map_zeroed(other + PAGE, 2 * PAGE)
+        device.unmap(one, 3 * PAGE)
+        device.map_zeroed(one + 4 * PAGE, PAGE)
+        device.unmap(other + PAGE, 2 * PAGE)
+        device.unmap(one + 4 * PAGE, PAGE)
+
+    assert 5 == device.fake.count("cuMemCreate") == len(device.fake.handles)
+    assert 15 == device.fake.count("cuMemSetAccess"), "one call for each range"
+    assert 5 * PAGE == device.release_unused()
+    assert not device.fake.handles
+
+
+@pytest.mark.parametrize("call", ["cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemsetD8Async", "cuStreamSynchronize"])
+def test_a_failed_map_maps_nothing(call):
+    """Whichever call fails, nothing stays mapped and no handle is lost."""
+    device = FakeCudaDevice()
+    address = device.reserve(4 * PAGE)
+    device.fake.allowed = {call: 2 if call in ("cuMemCreate", "cuMemMap") else 0}
+    with pytest.raises(CudaError, match=f"{call}: CUDA_ERROR_INVALID_VALUE"):
+        device.map_zeroed(address, 4 * PAGE)
+    assert not device.fake.mapped
+    device.fake.allowed = {}
+    device.map_zeroed(address, 4 * PAGE)
+    assert 4 == device.fake.count("cuMemCreate") - (call == "cuMemCreate") == len(device.fake.handles)
+
+
+def test_short_memory_is_an_oserror_that_says_so():
+    """The pool handles an OSError of a device; ENOMEM tells that memory is short."""
+    device = FakeCudaDevice(handles=2)
+    address = device.reserve(4 * PAGE)
+    with pytest.raises(OSError, match="cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY") as caught:
+        device.map_zeroed(address, 3 * PAGE)
+    assert errno.ENOMEM == caught.value.errno
+    device.map_zeroed(address, 2 * PAGE)
+
+
+def test_pages_go_after_the_engine_is_done_with_them():
+    """Work that the engine has queued on its stream still finds its pages when they are taken away."""
+    device = FakeCudaDevice()
+    address = device.reserve(PAGE)
+    device.map_zeroed(address, PAGE)
+    page, seen = device.tensor(address, PAGE), []
+    device.fake.launch(lambda: seen.append(int(page.sum())), device.compute)
+    device.unmap(address, PAGE)
+
+    assert [0] == seen
+
+
+def test_blocks_are_copied_after_the_engine_has_written_them():
+    """A copy out has what was queued before it; a copy in does not come before work that still reads the old bytes."""
+    device = FakeCudaDevice()
+    address = device.reserve(PAGE)
+    device.map_zeroed(address, PAGE)
+    page, host, seen = device.tensor(address, PAGE), device.host_buffer(PAGE), []
+    device.fake.launch(lambda: page.fill_(5), device.compute)
+    device.copy_out(host, address)
+    assert host.eq(5).all()
+    device.fake.launch(lambda: seen.append(int(page[0])), device.compute)
+    device.copy_in(address, host.fill_(9))
+
+    assert [5] == seen
+    assert page.eq(9).all()
+
+
+def test_weights_come_in_beside_the_engine():
+    """A copy of weights does not wait for the engine's stream, runs behind the caller, and two may be under way."""
+    device = FakeCudaDevice()
+    address = device.reserve(2 * PAGE)
+    device.map_zeroed(address, 2 * PAGE)
+    device.fake.launch(lambda: None, device.compute)
+    here, host = device.tensor(address, 2 * PAGE), device.host_buffer(2 * PAGE).fill_(3)
+    first = device.begin_copy_in(address, host[:PAGE])
+    second = device.begin_copy_in(address + PAGE, host[PAGE:])
+    assert not here.any(), "the fake copies when somebody waits"
+    first()
+    assert here[:PAGE].eq(3).all()
+    assert not here[PAGE:].any()
+    second()
+
+    assert here.eq(3).all()
+    assert not device.fake.is_idle(device.compute)
+    assert 2 == device.copies_in_flight
+
+
+def test_no_copy_is_under_way_when_a_job_is_cancelled():
+    """A copy that is given up waits for the chunks that it has begun: their pages go right afterwards."""
+    device = FakeCudaDevice()
+    ledger = PageLedger(8, PAGE)
+    tensors = [torch.nn.Parameter(torch.arange(6 * PAGE // 8), requires_grad=False)]
+    place = WeightRange("a", WeightLayout(tensors), CountedDevice(device), ledger, poison=False)
+    place.map()
+    host, seen = device.host_buffer(6 * PAGE), []
+
+    def advance(nbytes: int) -> None:
+        seen.append(nbytes)
+        if len(seen) == 2:
+            raise JobCancelled
+
+    with pytest.raises(JobCancelled):
+        place.copy_in(host, PAGE, advance)
+    assert 3 == device.fake.count("cuMemcpyHtoDAsync")
+    assert device.fake.is_idle(device._weight_stream)
+    place.release()
+
+
+def test_many_blocks_go_in_one_batch():
+    """With a function for batches, one call gets all copies of a direction, as (target, source, bytes)."""
+    batches = []
+    device = FakeCudaDevice(batch_copy=lambda copies, stream: batches.append((copies, stream)))
+    host = device.host_buffer(300)
+    device.copy_blocks_out([(1000, host[:100]), (2000, host[100:])])
+    device.copy_blocks_in([(3000, host[:100])])
+    device.copy_blocks_in([])
+
+    start = host.data_ptr()
+    assert [[(start, 1000, 100), (start + 100, 2000, 200)], [(3000, start, 100)]] == [copies for copies, _ in batches]
+    assert {device._stream} == {stream for _, stream in batches}
+
+
+def test_pinned_memory_lives_as_long_as_a_slice_of_it():
+    """A host buffer is pinned with its exact size and freed with the last tensor over it."""
+    device = FakeCudaDevice()
+    part = device.host_buffer(12345)[100:200]
+    gc.collect()
+    assert [12345] == list(device.fake.pinned.values())
+    part.fill_(1)
+    del part
+    gc.collect()
+
+    assert not device.fake.pinned
+    assert 0 == device.host_buffer(0).numel()
+
+
+def test_pinned_memory_is_touched_on_the_gpus_node(monkeypatch, tmp_path):
+    """The thread that pins runs on the cores that sysfs names for the GPU, and on its old ones afterwards."""
+    before = os.sched_getaffinity(0)
+    near = tmp_path / "0000:3b:00.0"
+    near.mkdir()
+    (near / "local_cpulist").write_text("0,2-4\n")
+    assert {0, 2, 3, 4} == _cpus_near("0000:3b:00.0", tmp_path)
+    assert not _cpus_near("0000:99:00.0", tmp_path)
+    device, set_to = FakeCudaDevice(), []
+    device._near_cpus = frozenset({min(before)})
+    real = os.sched_setaffinity
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: (set_to.append(set(cpus)), real(pid, cpus)))
+    device.host_buffer(10)
+
+    assert [{min(before)}, before] == set_to
+    assert before == os.sched_getaffinity(0)
+
+
+def test_each_thread_gets_the_context_and_side_threads_do_not_break_a_capture():
+    """A thread's first call sets torch's context; only a side thread leaves the strict capture mode."""
+    fake = FakeCuda()
+    driver = CudaDriver(api=fake)
+    for _ in range(2):
+        driver.stream()
+    side = threading.Thread(target=lambda: [driver.stream(), driver.event()])
+    side.start()
+    side.join()
+
+    mine = threading.get_ident()
+    assert [(mine, "context")] == [entry for entry in fake.threads if entry[0] == mine]
+    assert ["context", "CU_STREAM_CAPTURE_MODE_RELAXED"] == [what for thread, what in fake.threads if thread != mine]
+
+
+def test_a_machine_without_the_bindings_is_told_what_to_install(monkeypatch):
+    """No traceback of an import: one line with the extra to install."""
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(ConfigError, match=r"no CUDA bindings .*install tokenpool\[cuda\]"):
+        CudaDriver()
+
+
+def test_a_tensor_lies_where_it_was_asked_for():
+    """It has its own storage of the asked bytes, over addresses that need not be mapped."""
+    device = FakeCudaDevice()
+    address = device.reserve(2 * PAGE)
+    tensor = device.tensor(address + 256, PAGE)
+
+    assert (address + 256, PAGE, torch.int8) == (tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor.dtype)

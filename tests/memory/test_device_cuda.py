@@ -61,7 +61,10 @@ def test_handles_are_made_once_and_mapped_again():
     assert not device.fake.handles
 
 
-@pytest.mark.parametrize("call", ["cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemsetD8Async", "cuStreamSynchronize"])
+MAP_CALLS = ["cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemsetD8Async", "cuStreamSynchronize"]
+
+
+@pytest.mark.parametrize("call", MAP_CALLS)
 def test_a_failed_map_maps_nothing(call):
     """Whichever call fails, nothing stays mapped and no handle is lost."""
     device = FakeCudaDevice()

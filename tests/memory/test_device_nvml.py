@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a GPU as NVML tells it, with a module in pynvml's place."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tokenpool.errors import ConfigError
+from tokenpool.memory.device_nvml import read_gpu
+
+pytestmark = pytest.mark.cpu
+
+GIB = 1 << 30
+
+
+class NVMLError(Exception):
+    pass
+
+
+class FakeNvml:
+    """pynvml for one GPU named GPU-1; `broken` are calls that NVML does not support here."""
+
+    NVMLError = NVMLError
+
+    def __init__(self, total: int, free: int, processes: dict[int, int | None], broken: tuple[str, ...] = ()) -> None:
+        self._memory = SimpleNamespace(total=total, free=free)
+        self._processes = [SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in processes.items()]
+        self._broken = broken
+        self.open = 0
+
+    def _check(self, call: str) -> None:
+        assert self.open == 1 or call == "nvmlInit"
+        if call in self._broken:
+            raise NVMLError(f"{call}: Not Supported")
+
+    def nvmlInit(self) -> None:
+        self._check("nvmlInit")
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        self._check("nvmlDeviceGetHandleByUUID")
+        if uuid != "GPU-1":
+            raise NVMLError("Not Found")
+        return "handle"
+
+    def nvmlDeviceGetMemoryInfo(self, gpu: str) -> SimpleNamespace:
+        self._check("nvmlDeviceGetMemoryInfo")
+        return self._memory
+
+    def nvmlDeviceGetName(self, gpu: str) -> str:
+        return "Fake 100"
+
+    def nvmlDeviceGetUtilizationRates(self, gpu: str) -> SimpleNamespace:
+        self._check("nvmlDeviceGetUtilizationRates")
+        return SimpleNamespace(gpu=25)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, gpu: str) -> list[SimpleNamespace]:
+        self._check("nvmlDeviceGetComputeRunningProcesses")
+        return self._processes
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    def install(*args, **kwargs) -> FakeNvml:
+        made = FakeNvml(*args, **kwargs)
+        monkeypatch.setitem(sys.modules, "pynvml", made)
+        return made
+
+    return install
+
+
+def test_a_pool_gets_what_is_free_less_a_reserve(nvml):
+    """The budget counts from what is free, not from what the GPU has; NVML is left closed."""
+    module = nvml(80 * GIB, 70 * GIB, {os.getpid(): GIB, 4711: 9 * GIB})
+    status = read_gpu("GPU-1")
+
+    assert 58 * GIB == status.budget_bytes()
+    assert ("Fake 100", 0.25, {4711: 9 * GIB}) == (status.name, status.busy_frac, status.foreign())
+    assert "process 4711 holds 9GiB" == status.describe_foreign()
+    assert 0 == module.open
+
+
+def test_a_small_gpu_keeps_a_reserve_all_the_same(nvml):
+    """A CUDA context and activations do not shrink with the GPU."""
+    nvml(8 * GIB, 6 * GIB, {})
+
+    assert 4 * GIB == read_gpu("GPU-1").budget_bytes()
+
+
+def test_a_gpu_that_others_fill_is_refused_by_name(nvml):
+    """The error says how much is free and who holds the rest."""
+    nvml(80 * GIB, 11 * GIB, {4711: 60 * GIB, 4712: None})
+    with pytest.raises(ConfigError, match="11GiB of 80GiB are free.*12GiB in reserve.*4711 holds 60GiB.*4712 holds an"):
+        read_gpu("GPU-1").budget_bytes()
+
+
+def test_what_a_gpu_does_not_tell_is_left_out(nvml):
+    """Utilisation and processes are not told everywhere; memory is enough."""
+    nvml(80 * GIB, 80 * GIB, {1: 1}, broken=("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetComputeRunningProcesses"))
+    status = read_gpu("GPU-1")
+
+    assert (None, {}, "") == (status.busy_frac, status.processes, status.describe_foreign())
+
+
+@pytest.mark.parametrize("broken", ["nvmlInit", "nvmlDeviceGetMemoryInfo"])
+def test_a_broken_nvml_is_a_setting_to_correct(nvml, broken):
+    """One line of ours instead of an NVMLError, and NVML is left closed."""
+    module = nvml(GIB, GIB, {}, broken=(broken,))
+    with pytest.raises(ConfigError, match=f"device: NVML cannot be asked: {broken}: Not Supported"):
+        read_gpu("GPU-1")
+    assert 0 == module.open
+
+
+def test_a_missing_nvml_names_the_extra(monkeypatch):
+    """Without the package the error says which extra brings it."""
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(ConfigError, match=r"install tokenpool\[cuda\]"):
+        read_gpu("GPU-1")

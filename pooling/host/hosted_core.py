@@ -13,7 +13,8 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.engine import EngineCoreRequestType, FinishReason
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType, FinishReason
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -23,6 +24,7 @@ from tokenpool.config import SLO
 from tokenpool.host.affinity import use_all_cpus
 from tokenpool.host.input_receiver import InputReceiver
 from tokenpool.host.output_sender import OutputSender
+from tokenpool.host.resume import ContinuedRequest, restore_in_worker, restore_request
 from tokenpool.policy.slo import SloAccount, SloBook
 
 _NEED_NO_WEIGHTS = frozenset(
@@ -151,9 +153,20 @@ class HostedEngineCore(EngineCoreProc):
     def process_output_sockets(self, *args: Any) -> None:
         """Nothing: `output_queue` sends by itself."""
 
+    def preprocess_add_request(self, request: EngineCoreRequest) -> tuple[Request, int]:
+        """Make the scheduler's request of a message; one that another engine began goes on where that ended."""
+        made, wave = super().preprocess_add_request(request)
+        if isinstance(request, ContinuedRequest):
+            restore_request(made, request.delivered_token_ids, self.structured_output_manager)
+        return made, wave
+
     def add_request(self, request: Request, request_wave: int = 0) -> None:
-        """Queue a request in vLLM's scheduler and start its clock."""
-        self._book.start(request.request_id, _CLASS, self._slo, request.arrival_time)
+        """Queue a request in vLLM's scheduler and start its clock, or let it go on."""
+        delivered = request.num_output_tokens
+        self._book.start(request.request_id, _CLASS, self._slo, request.arrival_time, delivered)
+        if delivered and not self.scheduler.use_v2_model_runner:
+            data = NewRequestData.from_request(request, ())
+            self.model_executor.collective_rpc(restore_in_worker, args=(data, list(request.output_token_ids)))
         super().add_request(request, request_wave)
 
     def abort_requests(self, request_ids: list[str]) -> None:

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import zmq
 from vllm.utils.network_utils import make_zmq_socket
-from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import FT_UTILITY_METHOD, MultiModalCacheMissError
 from vllm.v1.serial_utils import MsgpackDecoder
+
+from tokenpool.host.resume import ContinuedRequest
 
 if TYPE_CHECKING:
     from tokenpool.host.hosted_core import HostedEngineCore
@@ -35,7 +37,7 @@ class InputReceiver:
     def __init__(self, core: HostedEngineCore) -> None:
         self._core = core
         oob = core.tensor_ipc_receiver
-        self._decode_add = MsgpackDecoder(EngineCoreRequest, oob_tensor_provider=oob).decode
+        self._decode_add = MsgpackDecoder(ContinuedRequest, oob_tensor_provider=oob).decode
         self._decode = MsgpackDecoder(oob_tensor_provider=oob).decode
         self._bell, self._rope = socket.socketpair()  # closing the rope wakes whoever polls the bell
         self._thread = threading.current_thread()

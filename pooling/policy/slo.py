@@ -39,7 +39,7 @@ class RequestTimeline:
 
     __slots__ = (
         "arrival_s", "num_delivered", "num_on_time", "slo",
-        "_good_s", "_run_start_s", "_credit_s", "_first_s", "_last_s",
+        "_good_s", "_run_start_s", "_credit_s", "_first", "_first_s", "_last_s",
     )  # fmt: skip
 
     def __init__(self, slo: SLO | None, arrival_s: float) -> None:
@@ -54,8 +54,13 @@ class RequestTimeline:
         self._good_s = 0.0
         self._run_start_s = 0.0
         self._credit_s = 0.0
+        self._first = 0  # the first token that was seen here
         self._first_s = 0.0
         self._last_s = 0.0
+
+    def go_on_after(self, num_tokens: int) -> None:
+        """Begin with token `num_tokens`; what was before it is not judged here."""
+        self.num_delivered = self.num_on_time = self._first = num_tokens
 
     @property
     def next_due_s(self) -> float:
@@ -65,7 +70,8 @@ class RequestTimeline:
     @property
     def tpot_s(self) -> float | None:
         """Mean seconds from token to token so far; None with fewer than two tokens."""
-        return (self._last_s - self._first_s) / (self.num_delivered - 1) if self.num_delivered > 1 else None
+        gaps = self.num_delivered - self._first - 1
+        return (self._last_s - self._first_s) / gaps if gaps > 0 else None
 
     def deliver(self, now_s: float, num_tokens: int = 1) -> int:
         """Take in tokens delivered now; returns how many of them are on time."""
@@ -73,7 +79,7 @@ class RequestTimeline:
         self.num_delivered += num_tokens
         since_s = now_s - self.arrival_s
         self._last_s = since_s
-        if not first:
+        if first == self._first:
             self._first_s = since_s
         if slo is None:
             self.num_on_time += num_tokens
@@ -237,10 +243,15 @@ class SloBook:
         """By class name; see `account`."""
         self._requests: dict[str, tuple[SloAccount, RequestTimeline]] = {}
 
-    def start(self, request_id: str, name: str, slo: SLO | None, arrival_s: float) -> None:
-        """A request of class `name` comes in; the class is the model's name unless there are finer ones."""
+    def start(self, request_id: str, name: str, slo: SLO | None, arrival_s: float, num_delivered: int = 0) -> None:
+        """A request of class `name` comes in; the class is the model's name unless there are finer ones.
+
+        `num_delivered` tokens came from elsewhere: they count there, and token i stays due when it was.
+        """
         account = self.account(name)
-        self._requests[request_id] = account, account.start(slo, arrival_s)
+        timeline = account.start(slo, arrival_s)
+        timeline.go_on_after(num_delivered)
+        self._requests[request_id] = account, timeline
 
     def account(self, name: str) -> SloAccount:
         """The account of a class, empty if it had no request yet."""

@@ -18,10 +18,12 @@ from tokenpool.host.trace import chrome_trace
 from tokenpool.serve.admission import FORECAST_PERIOD_S, Gate
 from tokenpool.serve.auth import ApiKeyAuth
 from tokenpool.serve.host_process import HostProcess
+from tokenpool.serve.host_watch import HostWatch
 from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_model
 from tokenpool.serve.model_client import ModelClient
 from tokenpool.serve.names import check_names, names_of
 from tokenpool.serve.router import ModelApp, ModelRouter
+from tokenpool.serve.tenants import TenantBook
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,10 @@ class PoolServer:
 
     def __init__(self, config: PoolConfig, plans: list[ModelPlan], outer: Starlette) -> None:
         self.config = config
-        self.router = ModelRouter(outer, max_request_bytes=config.max_request_bytes)
-        self.app = ApiKeyAuth(self.router, api_keys=config.api_key, admin_keys=config.admin_key)
+        self.tenants = TenantBook(config.tenants) if config.tenants else None
+        self.router = ModelRouter(outer, max_request_bytes=config.max_request_bytes, tenants=self.tenants)
+        options = self.tenants.auth_options() if self.tenants else {}
+        self.app = ApiKeyAuth(self.router, api_keys=config.api_key, admin_keys=config.admin_key, **options)
         self.host_restarts = 0
         self.stopping = False
         self._plans = {plan.spec.name: plan for plan in plans}
@@ -43,7 +47,9 @@ class PoolServer:
         self._host: HostProcess | None = None
         self._changing = asyncio.Lock()  # one model is added or removed at a time
         self._tasks: list[asyncio.Task[None]] = []
-        self._host_config = host_config(config)
+        self._watching: asyncio.Task[None] | None = None
+        self._host_config = host_config(config, plans)
+        self.watch = HostWatch(self.router.models, lambda: self._host.call if self._host else None)
         outer.state.pool = self
 
     # -- life ----------------------------------------------------------------------------------------
@@ -52,6 +58,7 @@ class PoolServer:
         """Start the host and all models; raises PoolError, with nothing left running, when one cannot be served."""
         for plan in self._plans.values():
             self.router.add(self._model_app(plan.spec))
+        self._watching = asyncio.create_task(self.watch.run())
         try:
             await self._start_host()
         except BaseException:
@@ -61,10 +68,11 @@ class PoolServer:
 
     async def stop(self) -> None:
         """Finish what was accepted, at most `shutdown_timeout` long, then end everything."""
-        self.stopping = True
+        self.stopping = self.watch.stopping = True
         for task in self._tasks:
             task.cancel()
         limit_s = self.config.shutdown_timeout_s
+        await self.router.let_through(limit_s)
         drained = await asyncio.gather(*(client.drain(limit_s) for client in self._clients.values()))
         for client, done in zip(self._clients.values(), drained, strict=True):
             if not done:
@@ -75,6 +83,8 @@ class PoolServer:
             await client.close()
         if self._host is not None:
             await self._host.stop(10.0)
+        if self._watching is not None:
+            self._watching.cancel()
         self._clients.clear()
 
     @property
@@ -211,17 +221,22 @@ class PoolServer:
     async def state(self) -> dict[str, Any]:
         """The pool's state: models, host memory map, restarts."""
         try:
-            host = await self._host.call("state") if self._host else None
+            host = await self.watch.state()
         except PoolError as error:
             host = {"error": str(error)}
         models = {
-            name: {"state": model.state, "inflight": model.inflight, "model": self._plans[name].spec.model}
+            name: {
+                "state": model.state,
+                "inflight": model.inflight,
+                "model": self._plans[name].spec.model if name in self._plans else None,
+            }
             for name, model in self.router.models.items()
-            if name in self._plans
         }
         pid = self._host.pid if self._host else None
         return {
             "ready": self.ready,
+            "stopping": self.stopping,
+            "progress": self.watch.progress(),
             "host_pid": pid,
             "host_restarts": self.host_restarts,
             "models": models,

@@ -37,6 +37,7 @@ class Metric:
 
 
 _MODEL = ("model_name",)
+_TENANT = ("tenant", "model_name")
 _LIST = (
     # per model, from the host
     Metric("tokenpool:steps", "counter", "Engine steps run.", _MODEL),
@@ -69,6 +70,10 @@ _LIST = (
     Metric("tokenpool:ledger_ok", "gauge", "1 while the books of pages and host memory agree, else 0."),
     # from the frontend
     Metric("tokenpool:refused_requests", "counter", "Requests not taken in, by HTTP status.", ("model_name", "status")),
+    Metric("tokenpool:tenant_requests", "counter", "Requests of a tenant taken in.", _TENANT),
+    Metric("tokenpool:tenant_tokens", "counter", "Tokens of a tenant, by kind.", (*_TENANT, "kind")),
+    Metric("tokenpool:tenant_refused_requests", "counter", "Requests of a tenant refused.", (*_TENANT, "reason")),
+    Metric("tokenpool:tenant_held_requests", "gauge", "Requests of a tenant held before the engine.", _TENANT),
     Metric("tokenpool:models", "gauge", "Models by what /v1/models says of them.", ("state",)),
     Metric("tokenpool:host_restarts", "counter", "Times a dead engine host was started again."),
 )

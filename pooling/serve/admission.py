@@ -19,6 +19,7 @@ from starlette.types import Message, Scope
 from tokenpool.config import SLO, Admission
 from tokenpool.policy.admission import AdmissionLimits, AdmissionMode, Admit, Reject, judge
 from tokenpool.serve.auth import error_response
+from tokenpool.serve.tenant_line import TenantLine
 
 FORECAST_PERIOD_S = 0.5
 """How often the host is asked while it matters."""
@@ -86,6 +87,8 @@ class Gate:
     """Calls without the first byte of an answer: they wait, or will be answered in one piece."""
     last_wait_s: float = 1.0
     """How long the call had waited that began to be answered last."""
+    line: TenantLine | None = None
+    """Where requests of tenants wait; None in a pool without tenants."""
     _refused: dict[int, int] = field(default_factory=lambda: dict.fromkeys(_KINDS, 0))
     _forecast: Forecast | None = None
     _admitted_since: int = 0
@@ -106,11 +109,14 @@ class Gate:
         self._forecast = Forecast(load["first_token_in_s"], load["prefill_s"], time.monotonic())
         self._admitted_since = 0
 
-    def admit(self, scope: Scope, path: str) -> Ticket | Response:
-        """Take a request in, which counts at once, or return the answer that refuses it."""
-        if scope["type"] != "http" or scope["method"] != "POST" or path.endswith(_UNQUEUED_PATHS):
+    def admit(self, scope: Scope, path: str, tenant: str | None = None) -> Ticket | Response:
+        """Take a request in, which counts at once, or return the answer that refuses it.
+
+        A full queue refuses those tenants that hold their part of it; one that holds less comes in.
+        """
+        if not waits_for_tokens(scope, path):
             return Ticket(None)
-        answer = self._decide()
+        answer = self._decide(tenant)
         if not isinstance(answer, Reject):
             self._admitted_since += 1
             return Ticket(self)
@@ -124,9 +130,11 @@ class Gate:
         refused, self._refused = self._refused, dict.fromkeys(_KINDS, 0)
         return refused
 
-    def _decide(self) -> Admit | Reject | None:
+    def _decide(self, tenant: str | None) -> Admit | Reject | None:
         bound, tokens_bound = self.limits.max_waiting, self.limits.max_waiting_tokens
         is_full = bound is not None and self.unanswered >= bound
+        if is_full and tenant is not None and self.line is not None and self.line.is_within_share(tenant, bound):
+            return None
         if not is_full and tokens_bound is None and not self.wants_forecast:
             return None
         engine = self.engine() if is_full or tokens_bound is not None else EngineQueue()
@@ -136,15 +144,23 @@ class Gate:
             num_waiting=max(0, self.unanswered - engine.begun),
             waiting_tokens=engine.waiting_tokens,
             prompt_tokens=0,  # the app tokenizes
-            wait_s=self._wait_s(),
+            wait_s=self._wait_s(tenant),
             ttft_s=self.ttft_s,
         )
 
-    def _wait_s(self) -> float:
+    def _wait_s(self, tenant: str | None) -> float:
         """Seconds that a new request would wait, as far as is known."""
         forecast = self._forecast
         if not self.wants_forecast:
             return self.last_wait_s
         if forecast is None or time.monotonic() - forecast.as_of_s > _FORECAST_LIFE_S:
             return 0.0  # nothing is known against it
-        return forecast.first_token_in_s + self._admitted_since * forecast.prefill_s
+        before = self._admitted_since
+        if tenant is not None and self.line is not None:  # the host does not know of those that are held
+            before = self.line.num_before(tenant)
+        return forecast.first_token_in_s + before * forecast.prefill_s
+
+
+def waits_for_tokens(scope: Scope, path: str) -> bool:
+    """Tell whether a request's answer comes from the engine."""
+    return scope["type"] == "http" and scope["method"] == "POST" and not path.endswith(_UNQUEUED_PATHS)

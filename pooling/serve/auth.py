@@ -25,6 +25,9 @@ POOL_PREFIX = "/v1/pool"
 OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/ping"})
 """Probes: answered without a key."""
 
+TENANT_KEY = "tokenpool.tenant"
+"""Where the scope of a request has the account of its tenant, in a pool with tenants."""
+
 _MAX_DECODE_ROUNDS = 8
 
 
@@ -94,11 +97,11 @@ class ApiKeyAuth:
 
     A key comes as ``Authorization: Bearer KEY`` or as ``x-api-key: KEY`` (Anthropic clients).
 
-    | path                  | needs                                                            |
-    |-----------------------|------------------------------------------------------------------|
-    | in `open_paths`       | nothing; the path must match exactly                             |
-    | touches ``/v1/pool``  | an admin key; without any configured, always refused with 403    |
-    | any other             | an API key or an admin key, if API keys are configured           |
+    | path                  | needs                                                               |
+    |-----------------------|---------------------------------------------------------------------|
+    | in `open_paths`       | nothing; the path must match exactly                                |
+    | touches ``/v1/pool``  | an admin key; without any configured, always refused with 403       |
+    | any other             | an API, tenant or admin key, if API or tenant keys are configured   |
 
     OPTIONS passes (CORS preflights carry no key), so a route behind this must not act on OPTIONS.
     """
@@ -109,12 +112,21 @@ class ApiKeyAuth:
         *,
         api_keys: Iterable[str],
         admin_keys: Iterable[str],
+        tenant_keys: Iterable[tuple[bytes, object]] = (),
+        default_tenant: object = None,
         open_paths: Iterable[str] = OPEN_PATHS,
     ) -> None:
+        """`tenant_keys` are SHA-256 digests, each with what the request's scope then has at `TENANT_KEY`.
+
+        Any other request that is let through, but for probes, has `default_tenant` there, unless it is None.
+        """
         self.app = app
         self._admin_digests = _digests("admin_key", admin_keys)
-        self._api_digests = _digests("api_key", api_keys)
-        self._user_digests = [*self._api_digests, *self._admin_digests]
+        api_digests, tenants = _digests("api_key", api_keys), list(tenant_keys)
+        self._default_tenant = default_tenant
+        self._is_open = not api_digests and not tenants
+        self._user_digests = [*api_digests, *self._admin_digests, *(digest for digest, _ in tenants)]
+        self._owners = [default_tenant] * (len(self._user_digests) - len(tenants)) + [owner for _, owner in tenants]
         self._open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,17 +145,23 @@ class ApiKeyAuth:
             return None
         if touches_pool_api(path):
             return self._admin_refusal(scope)
-        if not self._api_digests or route_path(scope) in self._open_paths:
+        if route_path(scope) in self._open_paths:
             return None
-        if _carries_key(scope, self._user_digests):
-            return None
-        return _unauthorized("Missing or invalid API key.")
+        owner = self._default_tenant
+        if not self._is_open:
+            found = _carried_key(scope, self._user_digests)
+            if found is None:
+                return _unauthorized("Missing or invalid API key.")
+            owner = self._owners[found]
+        if owner is not None:
+            scope[TENANT_KEY] = owner
+        return None
 
     def _admin_refusal(self, scope: Scope) -> Response | None:
         if not self._admin_digests:
             message = f"The pool API below {POOL_PREFIX} is off: set admin_key in the pool file to use it."
             return error_response(403, "PermissionDeniedError", message)
-        if _carries_key(scope, self._admin_digests):
+        if _carried_key(scope, self._admin_digests) is not None:
             return None
         return _unauthorized("Missing or invalid admin key.")
 
@@ -161,9 +179,12 @@ def _digests(setting: str, keys: Iterable[str]) -> list[bytes]:
     return [hashlib.sha256(key.encode()).digest() for key in keys]
 
 
-def _carries_key(scope: Scope, digests: list[bytes]) -> bool:
-    """Compare every presented key with every digest: the time taken tells nothing about the keys."""
-    found = False
+def _carried_key(scope: Scope, digests: list[bytes]) -> int | None:
+    """Return which digest is that of a presented key, the last one of several.
+
+    Compares every presented key with every digest: the time taken tells nothing about the keys.
+    """
+    found = None
     for name, value in scope["headers"]:
         if name == b"authorization":
             scheme, _, value = value.partition(b" ")
@@ -172,6 +193,6 @@ def _carries_key(scope: Scope, digests: list[bytes]) -> bool:
         elif name != b"x-api-key":
             continue
         presented = hashlib.sha256(value.strip()).digest()
-        for digest in digests:
-            found |= hmac.compare_digest(presented, digest)
+        for i, digest in enumerate(digests):
+            found = i if hmac.compare_digest(presented, digest) else found
     return found

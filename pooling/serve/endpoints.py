@@ -22,8 +22,9 @@ from tokenpool.config import PoolConfig
 from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, ModelUnavailableError, PoolError
 from tokenpool.host.metrics import LabelledGauge
 from tokenpool.metric_registry import metric
-from tokenpool.serve.auth import error_response
+from tokenpool.serve.auth import TENANT_KEY, error_response
 from tokenpool.serve.router import ModelApp
+from tokenpool.serve.tenant_metrics import show_tenants
 from tokenpool.units import parse_seconds
 
 _REFUSED = metric("refused_requests").make()
@@ -46,6 +47,7 @@ def build_outer_app(cors: dict[str, Any]) -> Starlette:
         Route("/v1/models/{name:path}", show_model, **get),
         Route("/v1/pool/state", pool_state, **get),
         Route("/v1/pool/trace", pool_trace, **get),
+        Route("/v1/pool/tenants", pool_tenants, **get),
         Route("/v1/pool/check", pool_check, methods=["POST"]),
         Route("/v1/pool/models", add_model, methods=["POST"]),
         Route("/v1/pool/models/{name:path}", remove_model, methods=["DELETE"]),
@@ -86,6 +88,8 @@ async def metrics(request: Request) -> Response:
             _REFUSED.labels(name, str(status)).inc(count)
     _MODELS.replace(Counter((model.state,) for model in pool.router.models.values()))
     counted = getattr(request.app.state, "counted_restarts", 0)
+    if pool.tenants is not None:
+        show_tenants(pool.tenants, pool.router.models)
     _RESTARTS.inc(pool.host_restarts - counted)
     request.app.state.counted_restarts = pool.host_restarts
     return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
@@ -93,18 +97,25 @@ async def metrics(request: Request) -> Response:
 
 async def list_models(request: Request) -> Response:
     """All models and adapters in OpenAI's form, each with the pool's state."""
-    cards = [c for m in request.app.state.pool.router.models.values() for c in await _cards(m)]
+    cards = [c for m in _models_of(request) for c in await _cards(m)]
     return JSONResponse({"object": "list", "data": cards})
 
 
 async def show_model(request: Request) -> Response:
     """One model's card."""
     name = request.path_params["name"]
-    for model in request.app.state.pool.router.models.values():
+    for model in _models_of(request):
         for card in await _cards(model):
             if card["id"] == name:
                 return JSONResponse(card)
     return _unknown(request, name)
+
+
+def _models_of(request: Request) -> list[ModelApp]:
+    """The models that whoever asks may use."""
+    account = request.scope.get(TENANT_KEY)
+    models = request.app.state.pool.router.models.values()
+    return [model for model in models if account is None or account.config.may_use(model.name)]
 
 
 async def _cards(model: ModelApp) -> list[dict[str, Any]]:
@@ -119,6 +130,16 @@ async def _cards(model: ModelApp) -> list[dict[str, Any]]:
 async def pool_state(request: Request) -> Response:
     """Memory map, queues and totals."""
     return JSONResponse(await request.app.state.pool.state())
+
+
+async def pool_tenants(request: Request) -> Response:
+    """Each tenant's limits, what is left of them, and its usage per model."""
+    pool = request.app.state.pool
+    report = pool.tenants.report() if pool.tenants is not None else {}
+    for name, tenant in report.items():
+        lines = {model.name: model.gate.line for model in pool.router.models.values()}
+        tenant["held"] = {model: line.num_held(name) for model, line in lines.items() if line is not None}
+    return JSONResponse({"tenants": report})
 
 
 async def pool_trace(request: Request) -> Response:
@@ -159,7 +180,7 @@ async def remove_model(request: Request) -> Response:
 
 
 def _unknown(request: Request, name: str) -> Response:
-    known = ", ".join(request.app.state.pool.router.models)
+    known = ", ".join(model.name for model in _models_of(request))
     message = f"The model `{name}` does not exist. Known models: {known}"
     return error_response(404, "NotFoundError", message, "model")
 

@@ -24,6 +24,7 @@ from tokenpool.host.hosted_model import HostedModelSpec
 from tokenpool.serve.admission import EngineQueue
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, first_line
+from tokenpool.serve.tenant_meter import meter
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class ModelClient:
             disable_log_stats=plan.args.disable_log_stats,
             client_addresses={"input_address": addresses.inputs[0], "output_address": addresses.outputs[0]},
         )
+        meter(engine)
         return cls(plan, engine, None, AsyncExitStack(), state)
 
     async def _build_app(self) -> None:

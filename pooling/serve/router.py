@@ -8,22 +8,24 @@ is any ASGI callable, and the few attributes read from ``app.state`` are optiona
 
 from __future__ import annotations
 
-import json
+import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Mapping
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-import msgspec
 from starlette.datastructures import Headers, QueryParams
-from starlette.formparsers import FormParser, MultiPartParser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .admission import Gate, Ticket
-from .auth import POOL_PREFIX, error_response, route_path, scope_below, touches_pool_api
+from .admission import Gate, Ticket, waits_for_tokens
+from .auth import POOL_PREFIX, TENANT_KEY, error_response, route_path, scope_below, touches_pool_api
+from .request_body import MAX_DEPTH, UnreadableModelError, body_model, is_too_deep, replay
+from .tenant_line import TenantLine
+from .tenants import CURRENT_CALL, Account, Call, TenantBook
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,6 @@ ANY_MODEL_PATHS = frozenset({"/", "/docs", "/openapi.json", "/redoc"})
 _MODELS_PREFIX = "/models/"
 _RESPONSES_PREFIX = "/v1/responses/"
 _BODILESS_METHODS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
-_FORM_PIECE_BYTES = 64 * 1024
 _MAX_RETRY_AFTER_S = 3600.0
 
 
@@ -99,12 +100,13 @@ class ModelRouter:
     Lifespan events are not handled: run uvicorn with ``lifespan="off"``.
     """
 
-    def __init__(self, outer: ASGIApp, *, max_request_bytes: int) -> None:
+    def __init__(self, outer: ASGIApp, *, max_request_bytes: int, tenants: TenantBook | None = None) -> None:
         self.outer_paths: set[str] = set(OUTER_PATHS)
         self.outer_prefixes: tuple[str, ...] = OUTER_PREFIXES
         self._outer = outer
         self._max_request_bytes = max_request_bytes
         self._models: dict[str, ModelApp] = {}
+        self._tenants = tenants
 
     @property
     def models(self) -> Mapping[str, ModelApp]:
@@ -116,10 +118,18 @@ class ModelRouter:
         if model.name in self._models:
             raise ValueError(f"model {model.name!r} is in the pool already")
         self._models[model.name] = model
+        if self._tenants is not None:
+            model.gate.line = TenantLine(self._tenants.weight_of)
 
     def remove(self, name: str) -> ModelApp:
         """Stop to route to model `name` and return it; its calls in flight go on. Raises KeyError."""
         return self._models.pop(name)
+
+    async def let_through(self, limit_s: float) -> None:
+        """Wait until no tenant's request is held before an engine, at most `limit_s`; for a shutdown."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and any(len(m.gate.line or ()) for m in self._models.values()):
+            await asyncio.sleep(0.02)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request or websocket; what cannot be routed is answered here, never raised."""
@@ -137,22 +147,40 @@ class ModelRouter:
                 await send({"type": "websocket.close", "code": refused.close_code, "reason": ""})
 
     async def _route(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers, app_receive = Headers(scope=scope), receive
         model, scope = self._by_prefix(path, scope)
         body: bytes | None = b""
         if scope["type"] == "http" and (scope["method"] not in _BODILESS_METHODS or _announces_body(headers)):
             body = await self._read_body(headers, receive)
             if body is None:
                 return
-            receive = _replay(body, receive)
+            if is_too_deep(body, headers.get("content-type", "")):
+                message = f"The JSON of the request is nested deeper than {MAX_DEPTH} levels."
+                raise _RefusedError(error_response(400, "BadRequestError", message))
+            app_receive = replay(body, receive)
         model = model or await self._by_request(path, scope, headers, body or b"")
         if model.state != "resident":
             raise _RefusedError(model.refusal(), close_code=1013)
-        ticket = model.gate.admit(scope, path)
+        account: Account | None = scope.get(TENANT_KEY)
+        if account is not None and (refusal := account.refusal(scope, model.name)) is not None:
+            raise _RefusedError(refusal)
+        ticket = model.gate.admit(scope, path, account and account.config.name)
         if isinstance(ticket, Response):
+            if account is not None:
+                account.refused[model.name, "queue"] += 1
             raise _RefusedError(ticket)
-        del body  # from here on the app alone decides how long it lives
-        await _call(model, ticket, scope, receive, send)
+        if account is None:
+            del body  # from here on the app alone decides how long it lives
+            await _call(model, ticket, scope, app_receive, send)
+            return
+        call = account.begin(scope, model.name, len(body or b""))
+        del body
+        try:
+            if not waits_for_tokens(scope, path) or await _hold(model, call, receive):
+                await _call_for(model, call, ticket, scope, app_receive, send)
+        finally:
+            ticket.close()
+            call.close()
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
         """Return the whole body, or None if the client went away. One chunk is returned without a copy."""
@@ -195,8 +223,8 @@ class ModelRouter:
 
     async def _by_request(self, path: str, scope: Scope, headers: Headers, body: bytes) -> ModelApp:
         try:
-            name = await _body_model(headers, body) if body else None
-        except _UnreadableModelError:
+            name = await body_model(headers, body) if body else None
+        except UnreadableModelError:
             return self._any_model()  # vLLM's own validation says what is wrong with it
         query = scope.get("query_string", b"")
         if name := name or (QueryParams(query).get("model") if b"model" in query else None):
@@ -248,17 +276,6 @@ class _RefusedError(Exception):
         self.close_code = close_code
 
 
-class _UnreadableModelError(Exception):
-    """The body is there, but no model's name can be read from it."""
-
-
-class _ModelField(msgspec.Struct):
-    model: Any = None
-
-
-_DECODE_MODEL = msgspec.json.Decoder(_ModelField).decode
-
-
 def _not_found(message: str, param: str | None) -> _RefusedError:
     return _RefusedError(error_response(404, "NotFoundError", message, param))
 
@@ -267,56 +284,34 @@ def _announces_body(headers: Headers) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0").strip("0") != ""
 
 
-async def _body_model(headers: Headers, body: bytes) -> str | None:
-    """Return the body's `model`, or None if it is absent, null or empty, as vLLM treats them alike."""
-    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        name = await _form_model(headers, body, content_type)
-    else:
-        name = _json_model(body)
-    if name is not None and not isinstance(name, str):
-        raise _UnreadableModelError
-    return name or None
-
-
-def _json_model(body: bytes) -> Any:
+async def _hold(model: ModelApp, call: Call, receive: Receive) -> bool:
+    """Wait for the call's turn; False if its client has gone away meanwhile."""
+    if model.gate.line is None:
+        return True
+    model.inflight += 1
     try:
-        return _DECODE_MODEL(body).model
-    except (msgspec.DecodeError, ValueError, RecursionError):
-        # What vLLM's json.loads takes and msgspec does not: NaN, a byte order mark, UTF-16, lone surrogates.
-        try:
-            return json.loads(body).get("model")
-        except (ValueError, AttributeError, RecursionError):
-            raise _UnreadableModelError from None
+        is_there = await model.gate.line.enter(call, receive)
+    finally:
+        model.inflight -= 1
+    if is_there and model.state != "resident":
+        raise _RefusedError(model.refusal())
+    return is_there
 
 
-async def _form_model(headers: Headers, body: bytes, content_type: str) -> Any:
-    """Parse the form only as far as its `model` field: clients send it before megabytes of audio."""
+async def _call_for(
+    model: ModelApp, call: Call, ticket: Ticket, scope: Scope, receive: Receive, send: Send
+) -> None:
+    """Run the model's app on a tenant's account."""
 
-    async def pieces() -> AsyncGenerator[bytes, None]:
-        for start in range(0, len(body), _FORM_PIECE_BYTES):
-            yield body[start : start + _FORM_PIECE_BYTES]
-            if any(key == "model" for key, _ in getattr(parser, "items", ())):
-                return
+    async def dressed(message: Message) -> None:
+        call.dress(message)
+        await send(message)
 
-    parser = (MultiPartParser if content_type.startswith("multipart") else FormParser)(headers, pieces())
+    token = CURRENT_CALL.set(call)
     try:
-        form = await parser.parse()
-    except Exception as exc:
-        # Whatever a hostile form breaks in the parser breaks again in the app, which answers for it.
-        raise _UnreadableModelError from exc
-    await form.close()
-    return form.get("model")
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that yields the body once, then the real messages: the app sees its client go."""
-    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replayed() -> Message:
-        return pending.pop() if pending else await receive()
-
-    return replayed
+        await _call(model, ticket, scope, receive, dressed)
+    finally:
+        CURRENT_CALL.reset(token)
 
 
 async def _call(model: ModelApp, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:

@@ -158,7 +158,7 @@ def test_json_is_read_as_vllm_reads_it(body: bytes) -> None:
 @pytest.mark.parametrize(
     "body",
     [b"{", b"[]", b"3", b'"org/b"', b"null", b'{"model": 3}', b'{"model": ["org/b"]}', b'{"model": {}}']
-    + [b'{"x": ' + b"[" * 100_000, b'{"model": "\xff"}', b"\x00", b" "],
+    + [b'{"x": ' + b"[" * 100, b'{"model": "\xff"}', b"\x00", b" "],
 )
 def test_unreadable_bodies_go_to_an_app(body: bytes) -> None:
     """A body no model can be read from reaches a resident app whole: vLLM's own validation refuses it."""

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where requests of tenants wait for one model: here, in fair shares, not in vLLM's queue, which is first come first.
+
+Only a few requests without a token are with the engine at a time; whose is next is decided when one of them gets its
+first token. So a tenant with a thousand waiting requests is as far from its turn as one with a single one.
+Imports no vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from functools import partial
+
+from starlette.types import Receive
+
+from tokenpool.policy.fairness import FairQueue
+from tokenpool.serve.tenants import Call
+
+ENGINE_QUEUE = 4
+"""Requests without a token that the engine has at a time. More would fill its steps better while prompts are short, but
+all of them go before a tenant that comes now."""
+
+
+class TenantLine:
+    """The line in front of one model; lives on one event loop."""
+
+    def __init__(self, weight_of: Callable[[str], float], engine_queue: int = ENGINE_QUEUE) -> None:
+        self._queue: FairQueue[tuple[Call, asyncio.Future[float]]] = FairQueue(weight_of)
+        self._engine_queue = engine_queue
+        self._ahead = 0  # calls let through that have no token yet
+
+    def __len__(self) -> int:
+        """Calls that are held."""
+        return len(self._queue)
+
+    def num_held(self, tenant: str) -> int:
+        """Calls of one tenant that are held."""
+        return self._queue.num_waiting(tenant)
+
+    def num_before(self, tenant: str) -> int:
+        """About how many held calls go before a new one of `tenant`: its own, and as many of each other's."""
+        own = self.num_held(tenant)
+        return own + sum(min(own + 1, self.num_held(name)) for name in self._queue.tenants if name != tenant)
+
+    def is_within_share(self, tenant: str, bound: int) -> bool:
+        """Whether a tenant holds less of a line of `bound` calls than an equal part for each that has calls here."""
+        tenants = {*self._queue.tenants, tenant}
+        return self.num_held(tenant) < bound // len(tenants)
+
+    async def enter(self, call: Call, receive: Receive) -> bool:
+        """Wait for the call's turn; False if its client has gone away meanwhile. `Call.close` must follow in any case."""
+        granted: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        entry = (call, granted)
+        since_s = time.monotonic()
+        self._queue.push(call.account.config.name, entry)
+        self._let_through()
+        if granted.done():
+            return True
+        gone = asyncio.create_task(_disconnect(receive))
+        try:
+            await asyncio.wait({granted, gone}, return_when=asyncio.FIRST_COMPLETED)
+            call.held_s = time.monotonic() - since_s
+            return granted.done()
+        finally:
+            if not granted.done():
+                self._queue.discard(call.account.config.name, entry)
+            gone.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await gone
+
+    def _let_through(self) -> None:
+        while self._ahead < self._engine_queue and (taken := self._queue.pop()) is not None:
+            tenant, (call, granted), charged = taken
+            self._ahead += 1
+            call.on_begun = self._one_less
+            call.on_end = partial(self._settle, tenant, charged, call)
+            granted.set_result(charged)
+
+    def _settle(self, tenant: str, charged: float, call: Call) -> None:
+        self._queue.settle(tenant, charged, call.cost)
+
+    def _one_less(self) -> None:
+        self._ahead -= 1
+        self._let_through()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

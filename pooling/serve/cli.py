@@ -16,6 +16,7 @@ USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [po
        tokenpool trace [--url URL] [--admin-key KEY] [--seconds N] --json FILE | --png FILE
        tokenpool sim --requests FILE --gpus N --gpu NAME --policy NAME [more flags: --help]
        tokenpool plan --trace FILE --gpu NAME [--models FILE] [more flags: --help]
+       tokenpool key new | tokenpool key hash
 
 pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --weights auto|movable|fixed
             --kv-floor-pages N --turn-policy NAME --max-request SIZE --admin-key KEY
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     commands = {"serve": _serve, "validate": _validate, "doctor": _doctor, "trace": _trace, "sim": _sim, "plan": _plan}
+    commands["key"] = _key
     if command not in commands:
         return _fail(f"unknown command {command!r}; known: {', '.join(commands)}")
     if command == "serve" and ("-h" in rest or "--help" in rest):
@@ -116,6 +118,12 @@ def _plan(words: list[str]) -> int:
     from tokenpool.serve.sim_tool import plan_gpus
 
     return plan_gpus(words)
+
+
+def _key(words: list[str]) -> int:
+    from tokenpool.serve.key_tool import key
+
+    return key(words)
 
 
 if __name__ == "__main__":

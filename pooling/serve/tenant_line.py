@@ -46,12 +46,12 @@ class TenantLine:
         return own + sum(min(own + 1, self.num_held(name)) for name in self._queue.tenants if name != tenant)
 
     def is_within_share(self, tenant: str, bound: int) -> bool:
-        """Whether a tenant holds less of a line of `bound` calls than an equal part for each that has calls here."""
+        """Whether others have calls here and a tenant less than an equal part of a line of `bound` calls."""
         tenants = {*self._queue.tenants, tenant}
-        return self.num_held(tenant) < bound // len(tenants)
+        return len(tenants) > 1 and self.num_held(tenant) < bound // len(tenants)
 
     async def enter(self, call: Call, receive: Receive) -> bool:
-        """Wait for the call's turn; False if its client has gone away meanwhile. `Call.close` must follow in any case."""
+        """Wait for the call's turn; False if its client has gone away meanwhile. The call must be closed after it."""
         granted: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         entry = (call, granted)
         since_s = time.monotonic()

@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 POOL_PREFIX = "/v1/pool"
 """Everything below this path is the pool's admin API."""
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/ping"})
-"""Probes: answered without a key."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/ping", "/pool"})
+"""Probes, and the status page, which asks for the admin key itself: answered without a key."""
 
 TENANT_KEY = "tokenpool.tenant"
 """Where the scope of a request has the account of its tenant, in a pool with tenants."""

@@ -24,6 +24,7 @@ from tokenpool.host.metrics import LabelledGauge
 from tokenpool.metric_registry import metric
 from tokenpool.serve.auth import TENANT_KEY, error_response
 from tokenpool.serve.router import ModelApp
+from tokenpool.serve.status_page import status_page
 from tokenpool.serve.tenant_metrics import show_tenants
 from tokenpool.units import parse_seconds
 
@@ -43,6 +44,7 @@ def build_outer_app(cors: dict[str, Any]) -> Starlette:
         Route("/load", load, **get),
         Route("/version", version, **get),
         Route("/metrics", metrics, **get),
+        Route("/pool", status_page, **get),
         Route("/v1/models", list_models, **get),
         Route("/v1/models/{name:path}", show_model, **get),
         Route("/v1/pool/state", pool_state, **get),

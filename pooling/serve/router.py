@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 ModelState = Literal["loading", "resident", "draining", "unavailable", "failed"]
 
 OUTER_PATHS = frozenset(
-    {"/v1/models", "/metrics", "/health", "/ready", "/live", "/load", "/version", "/ping", POOL_PREFIX}
+    {"/v1/models", "/metrics", "/health", "/ready", "/live", "/load", "/version", "/ping", "/pool", POOL_PREFIX}
 )
 """Answered once for the whole pool."""
 

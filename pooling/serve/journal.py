@@ -113,6 +113,10 @@ class Journal(Generic[Place]):
         entry.more_input(request)
         return entry, False
 
+    def get(self, request_id: str) -> JournalEntry[Place] | None:
+        """The entry of an unfinished request."""
+        return self._entries.get(request_id)
+
     def at(self, place: Place | None) -> list[JournalEntry[Place]]:
         """The requests that `place` has; with None those that wait for an engine."""
         return [entry for entry in self._entries.values() if entry.place is place]

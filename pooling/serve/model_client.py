@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frontend's side of one model: vLLM's AsyncLLM and FastAPI app on an engine of the host."""
+"""The frontend's side of one model: vLLM's AsyncLLM and FastAPI app on the engines that the hosts have of it."""
 
 from __future__ import annotations
 
@@ -16,78 +16,71 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostedModelSpec
+from tokenpool.patches.engine_client import handing_in
 from tokenpool.serve.admission import EngineQueue
+from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, first_line
 from tokenpool.serve.tenant_meter import meter
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_LIMIT_S = 5.0
-
 
 class ModelClient:
-    """A served model: its engine runs in `host`, its HTTP routes are `app`."""
+    """A served model: its routes are `app`, its engines are in the hosts that `join`."""
 
-    def __init__(self, plan: ModelPlan, engine: AsyncLLM, app: Any, lifespan: AsyncExitStack, state: dict) -> None:
+    def __init__(self, plan: ModelPlan, core: PoolEngineClient, engine: AsyncLLM, state: dict[str, Any]) -> None:
         self.plan = plan
+        self.core = core
+        """Where the engines are, and which request is at which."""
         self.engine = engine
-        self.app = app
+        self.app: Any = None
         self.added = state
-        """What the host said about the model when it was added."""
-        self._lifespan = lifespan
+        """What the first host said about the model when it was added."""
+        self._lifespan = AsyncExitStack()
+        core.fail = self._fail
 
     @classmethod
     async def start(cls, plan: ModelPlan, host: HostProcess) -> ModelClient:
-        """Load the model in the host and build its app; raises PoolError when the host cannot take it."""
+        """Load the model in a host and build its app; raises PoolError when the host cannot take it."""
         config = await asyncio.to_thread(plan.engine_config)
-        addresses = host.new_addresses()
-        spec = HostedModelSpec(
-            name=plan.spec.name,
-            vllm_config=config,
-            addresses=addresses,
-            slo=plan.spec.slo,
-            priority=plan.spec.priority,
-            weight_bytes=plan.weight_bytes,
-            log_stats=not plan.args.disable_log_stats,
-        )
+        core, client = PoolEngineClient(config), None
+        state = await _add_to(host, plan, config, core)
         try:
-            state = await host.call("add_model", spec)
-        except Exception as error:
-            raise _as_pool_error(plan, error) from error
-        client = None
-        try:
-            client = await cls._connect(plan, config, addresses, state)
+            with handing_in(core):
+                engine = await asyncio.to_thread(
+                    AsyncLLM.from_vllm_config,
+                    vllm_config=config,
+                    usage_context=UsageContext.OPENAI_API_SERVER,
+                    enable_log_requests=plan.args.enable_log_requests,
+                    disable_log_stats=plan.args.disable_log_stats,
+                )
+            meter(engine)
+            client = cls(plan, core, engine, state)
             await client._build_app()
             return client
         except BaseException as error:
             with contextlib.suppress(HostError):  # a host that is gone holds nothing either
                 await host.call("remove_model", plan.spec.name)
             if client is not None:
-                await client.close(removed=True)
+                await client.close()
+            else:
+                core.close()
             if not isinstance(error, Exception):
                 raise
             raise _as_pool_error(plan, error) from error
 
-    @classmethod
-    async def _connect(
-        cls, plan: ModelPlan, config: VllmConfig, addresses: EngineAddresses, state: dict[str, Any]
-    ) -> ModelClient:
-        engine = await asyncio.to_thread(
-            AsyncLLM.from_vllm_config,
-            vllm_config=config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=plan.args.enable_log_requests,
-            disable_log_stats=plan.args.disable_log_stats,
-            client_addresses={"input_address": addresses.inputs[0], "output_address": addresses.outputs[0]},
-        )
-        meter(engine)
-        return cls(plan, engine, None, AsyncExitStack(), state)
+    async def join(self, host: HostProcess) -> None:
+        """Load the model in one more host, or in one that has come back, and let it take requests.
+
+        Raises PoolError when the host cannot take it.
+        """
+        config = await asyncio.to_thread(self.plan.engine_config)
+        await _add_to(host, self.plan, config, self.core)
 
     async def _build_app(self) -> None:
         tasks = await self.engine.get_supported_tasks()
@@ -124,29 +117,61 @@ class ModelClient:
         """End every unfinished request."""
         await self.engine.abort(list(self.engine.output_processor.request_states), internal=True)
 
-    def declare_dead(self) -> None:
-        """The host is gone: end all waiting requests with an error now, instead of never."""
-        core = self.engine.engine_core
-        core.resources.engine_dead = True
-        core.outputs_queue.put_nowait(EngineDeadError())
+    def _fail(self, request_id: str, error: Exception) -> None:
+        """End a request, with all that belongs to it, with an error that its client reads."""
+        processor = self.engine.output_processor
+        state = processor.request_states.get(request_id)
+        if state is None:
+            return
+        whole = state.parent_req.request_id if state.parent_req else request_id
+        self.core.abort(processor.abort_requests([whole], internal=True))
+        state.queue.put(error)
 
-    async def close(self, *, removed: bool = False) -> None:
-        """Free the client. Its engine is gone, or `removed` from the host, or ends together with the host."""
+    async def close(self) -> None:
+        """Free the client. Its engines are gone, or are removed from their hosts, or end together with them."""
         if self.engine.output_handler is not None:
             self.engine.output_handler.cancel()
-        resources = self.engine.engine_core.resources
-        if removed and not resources.engine_dead:
-            # The last word of a removed engine, which vLLM takes for its death: nothing comes after it.
-            deadline = time.monotonic() + _CLOSE_LIMIT_S
-            while not resources.engine_dead and time.monotonic() < deadline:
-                await asyncio.sleep(0.01)
-        # What killed the engine is in the queue and refers to it: a cycle that would hold the sockets until the next
-        # full garbage collection.
-        outputs = self.engine.engine_core.outputs_queue
-        while not outputs.empty():
-            outputs.get_nowait()
         await self._lifespan.aclose()
+        self.core.close()
         await asyncio.to_thread(self.engine.shutdown)
+
+
+async def _add_to(host: HostProcess, plan: ModelPlan, config: VllmConfig, core: PoolEngineClient) -> dict[str, Any]:
+    """Load a model in a host and connect to it; returns what the host says of it."""
+    addresses = host.new_addresses()
+    spec = HostedModelSpec(
+        name=plan.spec.name,
+        vllm_config=config,
+        addresses=addresses,
+        slo=plan.spec.slo,
+        priority=plan.spec.priority,
+        weight_bytes=plan.weight_bytes,
+        log_stats=not plan.args.disable_log_stats,
+    )
+    try:
+        state = await host.call("add_model", spec)
+    except Exception as error:
+        raise _as_pool_error(plan, error) from error
+    try:
+        await _join(host, core, addresses)
+    except BaseException:
+        with contextlib.suppress(HostError):
+            await host.call("remove_model", plan.spec.name)
+        raise
+    return state
+
+
+async def _join(host: HostProcess, core: PoolEngineClient, addresses: EngineAddresses) -> None:
+    """Connect to the engine, unless the host ends first: then nobody would ever answer."""
+    joining, ending = asyncio.create_task(core.join(host.name, addresses)), asyncio.create_task(host.wait())
+    try:
+        await asyncio.wait({joining, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if not joining.done():
+            core.lost(host.name)
+        await joining
+    finally:
+        joining.cancel()
+        ending.cancel()
 
 
 def _as_pool_error(plan: ModelPlan, error: Exception) -> PoolError:

@@ -105,17 +105,23 @@ class PoolServer:
 
     async def _start_model(self, plan: ModelPlan) -> ModelClient:
         assert self._host is not None
+        name = plan.spec.name
+        client = self._clients.get(name)
         try:
-            client = await ModelClient.start(plan, self._host)
+            if client is None:
+                client = self._clients[name] = await ModelClient.start(plan, self._host)
+            else:
+                await client.join(self._host)
         except CapacityError as error:
             if self.config.weights == "movable" or not error.holders:
                 raise
             # Others hold the pages: weights of unknown size before, or a model that came later than the plan.
             raise CapacityError(f"{error}; or let weights leave the device (weights: movable)") from error
-        self._clients[plan.spec.name] = client
-        model = self.router.models[plan.spec.name]
-        model.app, model.state, model.gate.engine = client.app, "resident", client.queue
-        logger.info("model ready model=%s seconds=%.2f", plan.spec.name, client.added["build_s"])
+        model = self.router.models[name]
+        model.app, model.gate.engine = client.app, client.queue
+        if model.state != "draining":
+            model.state = "resident"
+        logger.info("model ready model=%s seconds=%.2f", name, client.added["build_s"])
         return client
 
     # -- supervision ---------------------------------------------------------------------------------
@@ -146,12 +152,9 @@ class PoolServer:
         for model in self.router.models.values():
             if model.state != "draining":
                 model.state, model.retry_after_s = "unavailable", 5.0
-        clients, self._clients = self._clients, {}
-        for client in clients.values():
-            client.declare_dead()
-        await asyncio.sleep(0)  # lets the waiting requests see it
-        for client in clients.values():
-            await client.close()
+        assert self._host is not None
+        for client in self._clients.values():
+            client.core.lost(self._host.name)
         multiprocess.mark_process_dead(pid, os.environ["PROMETHEUS_MULTIPROC_DIR"])
 
     async def _forecast(self) -> None:
@@ -200,23 +203,33 @@ class PoolServer:
             raise KeyError(name)
         async with self._changing:
             client = self._clients.get(name)
-            if client is None or self._host is None:
+            if client is None or model.state != "resident":
                 raise ModelUnavailableError(f"model {name!r} is {model.state}", retry_after_s=5.0)
             model.state = "draining"
-            if not await client.drain(drain_s):
-                await client.abort_all()
-                await client.drain(5.0)
-            while True:
-                try:
-                    await self._host.call("remove_model", name)
-                    break
-                except HostError as error:
-                    if name not in self._clients or "still has requests" not in str(error):
-                        raise
-                    await asyncio.sleep(0.05)
+        if not await client.drain(drain_s):  # a host that dies meanwhile comes back with the model and finishes
+            await client.abort_all()
+            await client.drain(5.0)
+        async with self._changing:
+            await self._unload(name)
             self.router.remove(name)
             del self._plans[name], self._clients[name]
-            await client.close(removed=True)
+            await client.close()
+
+    async def _unload(self, name: str) -> None:
+        while self._host is not None and not self._host.ended:
+            try:
+                await self._host.call("remove_model", name)
+                return
+            except HostError as error:
+                if "still has requests" not in str(error) and not await self._ends_soon():
+                    raise
+            await asyncio.sleep(0.05)
+
+    async def _ends_soon(self) -> bool:
+        """Whether the host is going: it stops to answer a moment before it can be seen to have ended."""
+        assert self._host is not None
+        await asyncio.sleep(0.5)
+        return self._host.ended
 
     async def state(self) -> dict[str, Any]:
         """The pool's state: models, host memory map, restarts."""

@@ -52,6 +52,7 @@ class EngineGlobals:
         """
         rope = importlib.import_module("vllm.model_executor.layers.rotary_embedding")._ROPE_DICT
         shared, random_state = dict(rope), torch.get_rng_state()
+        cuda_random_state = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
         self._save()
         self._clear()
         rope.clear()
@@ -65,6 +66,8 @@ class EngineGlobals:
             rope.clear()
             rope.update(shared)
             torch.set_rng_state(random_state)
+            if cuda_random_state is not None:
+                torch.cuda.set_rng_state(cuda_random_state)
 
     def _save(self) -> None:
         if self._current is not None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from tokenpool.errors import ConfigError, HostError, PoolError
 from tokenpool.host.affinity import use_all_cpus
+from tokenpool.host.device_choice import WORKERS, make_device, make_room_for_loading, spare_host_bytes
 from tokenpool.host.engine_globals import EngineGlobals
 from tokenpool.host.heap import release_engine
 from tokenpool.host.hosted_core import HostedEngineCore
@@ -29,7 +30,6 @@ from tokenpool.host.turn_chooser import TurnChooser
 from tokenpool.memory.arena import KVArena
 from tokenpool.memory.copy_engine import CopyEngine
 from tokenpool.memory.device import Device
-from tokenpool.memory.device_cpu import CpuDevice
 from tokenpool.memory.host_ledger import HostLedger
 from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.memory.ledger import PageLedger, PageUse
@@ -52,7 +52,7 @@ class EngineHost:
         apply_all()
         self.config = config
         self.ledger = PageLedger(config.device_memory // config.page_size, config.page_size)
-        self.arena = KVArena(device or CpuDevice(link_bytes_per_s=config.cpu_link), self.ledger, poison=poison)
+        self.arena = KVArena(device or make_device(config.page_size, config.cpu_link), self.ledger, poison=poison)
         self.allocator = SlabAllocator(self.ledger, self.arena)
         self.models: dict[str, HostedModel] = {}
         self.on_idle: Callable[[], None] = lambda: None
@@ -73,7 +73,8 @@ class EngineHost:
             copier=CopyEngine(**side),
             fetcher=CopyEngine(**side, name="weights-fetch"),
         )
-        self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device))
+        spare_bytes = spare_host_bytes(self.arena.device, config.host_memory)
+        self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device, spare_bytes=spare_bytes))
         self.trace = TraceLog()
         copies = CopyModel()
         room = RoomMaker(
@@ -170,11 +171,12 @@ class EngineHost:
         logger.info("model removed model=%s", name)
 
     def _build_core(self, spec: HostedModelSpec, build: ModelBuild) -> HostedEngineCore:
+        loading_pages = -(-spec.weight_bytes // self.config.page_size) if self.config.movable_weights else 0
+        make_room_for_loading(self.arena.device, self.weights.make_room, loading_pages)
         cache = spec.vllm_config.cache_config
         cache.kv_cache_layout = LAYOUT
         cache.kv_cache_memory_bytes = self.arena.span_bytes
-        if spec.vllm_config.device_config.device_type == "cpu":
-            spec.vllm_config.parallel_config.worker_cls = "tokenpool.host.worker.PooledCPUWorker"
+        spec.vllm_config.parallel_config.worker_cls = WORKERS[spec.vllm_config.device_config.device_type]
         with self.progress.building(spec.name), self._globals.building(spec.name), building(build):
             return HostedEngineCore(
                 spec.vllm_config,

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import torch
-from vllm.distributed import parallel_state
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tokenpool.host import cpu_mla
+from tokenpool.host.expert_group import ensure_expert_group
 from tokenpool.patches.build_context import current_build
 from tokenpool.patches.cpu_gemm import use_plain_gemm
 
@@ -16,22 +15,10 @@ class PooledCPUWorker(CPUWorker):
     """A CPUWorker that shares process groups and KV memory with the other engines of its host."""
 
     def init_device(self) -> None:
-        """Set up the worker; the first engine's process groups are used by all.
-
-        vLLM makes the expert-parallel group together with the others, and only for a mixture of experts: when
-        the first model of the process was dense, the first MoE model finds the groups made and this one missing.
-        """
+        """Set up the worker; the first engine's process groups are used by all."""
         cpu_mla.register()
         super().init_device()
-        if self.model_config.is_moe and parallel_state._EP is None:
-            world = parallel_state.get_world_group()
-            parallel_state._EP = parallel_state.init_model_parallel_group(
-                [world.ranks],
-                world.local_rank,
-                torch.distributed.get_backend(world.device_group),
-                group_name="ep",
-                use_all2all=self.parallel_config.use_all2all,
-            )
+        ensure_expert_group(self)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the weights and, if they are to be movable, move them before anything is computed with them."""

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which device a host uses: the one of the platform that vLLM has found."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from vllm.platforms import current_platform
+
+from tokenpool.errors import ConfigError
+from tokenpool.memory.device import Device
+from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.device_cuda import CudaDevice
+
+logger = logging.getLogger(__name__)
+
+CUDA_WARNING = "CUDA is not yet run on hardware by this project: see docs/gpu.md for what was and was not checked"
+
+WORKERS = {"cpu": "tokenpool.host.worker.PooledCPUWorker", "cuda": "tokenpool.host.cuda_worker.PooledCUDAWorker"}
+"""vLLM's device type -> the worker class for it."""
+
+
+def make_device(page_size: int, cpu_link: int | None = None) -> Device:
+    """The device of this process; `page_size` and `cpu_link` as in HostConfig. A CUDA device is warned about.
+
+    Raises ConfigError for a platform without a device, or whose device cannot be used.
+    """
+    if current_platform.is_cpu():
+        return CpuDevice(link_bytes_per_s=cpu_link)
+    if current_platform.is_cuda():
+        logger.warning(CUDA_WARNING)
+        return CudaDevice(page_size)
+    raise ConfigError(
+        f"{current_platform.device_name} is not supported: install tokenpool[cpu] or tokenpool[cuda]", key="device"
+    )
+
+
+def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_pages: int) -> None:
+    """Before a model is built whose movable weights need `num_pages`, or fixed ones none beyond those it holds.
+
+    On a GPU vLLM loads into torch's memory, outside the pool's pages, and movable weights go from there into pages:
+    for a while they are there twice. `make_room` frees so many pages, and the memory of all free pages goes back to
+    the GPU. Nothing is mapped in between, for all that happens on this thread. Raises CapacityError like `make_room`.
+    """
+    if isinstance(device, CudaDevice):
+        make_room(2 * num_pages)
+        device.release_unused()
+
+
+def spare_host_bytes(device: Device, host_memory: int) -> int:
+    """How much of the host memory for KV stays allocated while it is empty: page-locking it anew is slow."""
+    return host_memory // 8 if isinstance(device, CudaDevice) else 0

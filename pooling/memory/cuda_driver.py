@@ -61,7 +61,7 @@ class CudaDriver:
 
     def __init__(self, ordinal: int = 0, api: Any = None) -> None:
         self.ordinal = ordinal
-        self._api = api or _load()
+        self._api = api or load_driver_api()
         self._maker = threading.get_ident()
         self._thread = threading.local()
         self._call("cuInit", 0)
@@ -185,7 +185,8 @@ class CudaDriver:
         self._on_device("cuMemcpyDtoHAsync", host_address, address, nbytes, stream)
 
 
-def _load() -> Any:
+def load_driver_api() -> Any:
+    """The module of cuda-bindings, its driver found; raises ConfigError without one of them. Makes no context."""
     try:
         driver = importlib.import_module("cuda.bindings.driver")
         driver.cuInit(0)

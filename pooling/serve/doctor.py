@@ -21,7 +21,6 @@ def doctor(words: list[str]) -> int:
 def _report_versions() -> bool:
     import psutil
     import torch
-    from vllm.platforms import current_platform
 
     import tokenpool
     from tokenpool.patches import vllm_version
@@ -29,10 +28,35 @@ def _report_versions() -> bool:
 
     print(f"tokenpool {tokenpool.__version__}, python {sys.version.split()[0]}")
     print(f"vllm {vllm_version()}, torch {torch.__version__}")
-    print(f"device {current_platform.device_name}: {'supported' if current_platform.is_cpu() else 'not supported yet'}")
+    device_ok = _report_device()
     memory = psutil.virtual_memory()
     print(f"host memory {format_bytes(memory.total)}, available {format_bytes(memory.available)}")
-    return current_platform.is_cpu()
+    return device_ok
+
+
+def _report_device() -> bool:
+    from vllm.platforms import current_platform
+
+    from tokenpool.host.device_choice import CUDA_WARNING
+    from tokenpool.memory.cuda_driver import load_driver_api
+    from tokenpool.memory.device_nvml import read_gpu
+    from tokenpool.units import format_bytes
+
+    if not current_platform.is_cuda():
+        is_cpu = current_platform.is_cpu()
+        print(f"device {current_platform.device_name}: {'supported' if is_cpu else 'not supported'}")
+        return is_cpu
+    try:
+        status = read_gpu(current_platform.get_device_uuid())
+        load_driver_api()
+    except PoolError as error:
+        print(f"device cuda: {error}")
+        return False
+    busy = "load unknown" if status.busy_frac is None else f"{status.busy_frac:.0%} busy"
+    memory = f"{format_bytes(status.free_bytes)} of {format_bytes(status.total_bytes)} free"
+    print("; ".join(filter(None, [f"device cuda: {status.name}, {memory}, {busy}", status.describe_foreign()])))
+    print(f"  {CUDA_WARNING}")
+    return True
 
 
 def _report_patches() -> bool:

@@ -18,6 +18,7 @@ from vllm.usage.usage_lib import UsageContext
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, PoolError
 from tokenpool.host.hosted_model import HostConfig
+from tokenpool.memory.device_nvml import read_gpu
 from tokenpool.policy.turns import load_turn_policy
 from tokenpool.serve.flags import parse_serve_flags
 from tokenpool.serve.names import check_names
@@ -83,8 +84,8 @@ def plan_model(spec: ModelSpec) -> ModelPlan:
 
 def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
     """Plan every model and the budget; returns the config with `device_memory` set."""
-    if not current_platform.is_cpu():
-        raise PoolError(f"device {current_platform.device_name} is not supported yet: install tokenpool[cpu]")
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        raise PoolError(f"device {current_platform.device_name} is not supported: install tokenpool[cpu] or [cuda]")
     plans = [plan_model(spec) for spec in config.models]
     check_names(plans)
     for plan in plans:
@@ -122,6 +123,8 @@ def _auto_device_memory(config: PoolConfig, plans: list[ModelPlan]) -> int:
     asked = [plan.args.kv_cache_memory_bytes for plan in plans]
     if all(asked):
         return sum(asked) + sum(_needed_pages(config, plan) for plan in plans) * config.page_size + config.page_size
+    if current_platform.is_cuda():
+        return read_gpu(current_platform.get_device_uuid()).budget_bytes()
     return int(psutil.virtual_memory().available * _AUTO_CPU_FRACTION)
 
 

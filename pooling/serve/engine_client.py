@@ -64,6 +64,9 @@ class PoolEngineClient(AsyncMPClient):
         route: Route = least_loaded,
     ) -> None:
         """`client_index` is the place of this frontend in the addresses of the engines."""
+        # vLLM sends an image once and then its hash only, which an engine that comes later does not know. It sends the
+        # image each time where several frontends share an engine; this is how it knows that.
+        vllm_config.parallel_config._api_process_count = 2
         self.vllm_config = vllm_config
         self.client_index = client_index
         self.engine_ranks_managed = [0]

@@ -10,7 +10,6 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any
 
-from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.sampling_params import RequestOutputKind
@@ -49,7 +48,7 @@ class ModelClient:
         """Load the model in a host and build its app; raises PoolError when the host cannot take it."""
         config = await asyncio.to_thread(plan.engine_config)
         core, client = PoolEngineClient(config), None
-        state = await _add_to(host, plan, config, core)
+        state = await _add_to(host, plan, core)
         try:
             with handing_in(core):
                 engine = await asyncio.to_thread(
@@ -79,8 +78,7 @@ class ModelClient:
 
         Raises PoolError when the host cannot take it.
         """
-        config = await asyncio.to_thread(self.plan.engine_config)
-        await _add_to(host, self.plan, config, self.core)
+        await _add_to(host, self.plan, self.core)
 
     async def _build_app(self) -> None:
         tasks = await self.engine.get_supported_tasks()
@@ -136,12 +134,12 @@ class ModelClient:
         await asyncio.to_thread(self.engine.shutdown)
 
 
-async def _add_to(host: HostProcess, plan: ModelPlan, config: VllmConfig, core: PoolEngineClient) -> dict[str, Any]:
+async def _add_to(host: HostProcess, plan: ModelPlan, core: PoolEngineClient) -> dict[str, Any]:
     """Load a model in a host and connect to it; returns what the host says of it."""
     addresses = host.new_addresses()
     spec = HostedModelSpec(
         name=plan.spec.name,
-        vllm_config=config,
+        vllm_config=await asyncio.to_thread(plan.engine_config),
         addresses=addresses,
         slo=plan.spec.slo,
         priority=plan.spec.priority,

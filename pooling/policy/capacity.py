@@ -63,8 +63,8 @@ class Action(StrEnum):
 class StepCosts:
     """What steps of a model take, on a host of speed 1; the coefficients of `policy.cost_model`.
 
-        prefill   prefill_s + prefill_per_token_s * prompt tokens
-        decode    step_s + step_per_request_s * requests + step_per_token_s * context tokens
+    prefill   prefill_s + prefill_per_token_s * prompt tokens
+    decode    step_s + step_per_request_s * requests + step_per_token_s * context tokens
     """
 
     step_s: float = 0.02
@@ -157,6 +157,8 @@ class CapacityHost:
     """Seats that are coming now."""
     since_role_s: float = _INF
     """Seconds since its role was changed; inf = never."""
+    since_move_s: float = _INF
+    """Seconds since a seat came here or began to leave; what was measured before that says little; inf = never."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
 from tokenpool.errors import ConfigError, HostError, PoolError
 from tokenpool.host.affinity import use_all_cpus
 from tokenpool.host.device_choice import WORKERS, make_device, make_room_for_loading, spare_host_bytes
 from tokenpool.host.engine_globals import EngineGlobals
+from tokenpool.host.group_executor import group_executor
 from tokenpool.host.heap import release_engine
 from tokenpool.host.hosted_core import HostedEngineCore
 from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
@@ -23,6 +26,7 @@ from tokenpool.host.model_build import LAYOUT, ModelBuild, weight_bytes_of
 from tokenpool.host.pressure import PressureRelief
 from tokenpool.host.progress import BuildProgress
 from tokenpool.host.quarantine import Quarantine
+from tokenpool.host.rank_group import RankGroup
 from tokenpool.host.residency import ResidencyManager
 from tokenpool.host.room_maker import RoomMaker
 from tokenpool.host.trace import TraceLog
@@ -33,6 +37,7 @@ from tokenpool.memory.device import Device
 from tokenpool.memory.host_ledger import HostLedger
 from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.memory.ledger import PageLedger, PageUse
+from tokenpool.memory.mirrored_device import MirroredDevice
 from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.memory.weights import WeightStore
 from tokenpool.patches import apply_all
@@ -52,7 +57,11 @@ class EngineHost:
         apply_all()
         self.config = config
         self.ledger = PageLedger(config.device_memory // config.page_size, config.page_size)
-        self.arena = KVArena(device or make_device(config.page_size, config.cpu_link), self.ledger, poison=poison)
+        device = device or make_device(config.page_size, config.cpu_link)
+        self.group = RankGroup(config.tensor_parallel_size) if config.tensor_parallel_size > 1 else None
+        if self.group is not None:
+            device = MirroredDevice(device, self.group.repeat)
+        self.arena = KVArena(device, self.ledger, poison=poison)
         self.allocator = SlabAllocator(self.ledger, self.arena)
         self.models: dict[str, HostedModel] = {}
         self.on_idle: Callable[[], None] = lambda: None
@@ -101,6 +110,11 @@ class EngineHost:
         """Load a model and give it turns; raises PoolError and leaves no trace if it cannot be added."""
         if spec.name in self.models:
             raise ConfigError(f"model {spec.name!r} is in the pool already: give the new one another name")
+        if spec.vllm_config.parallel_config.world_size != self.config.tensor_parallel_size:
+            raise ConfigError(
+                f"model {spec.name!r}: all models of a host need the same --tensor-parallel-size, here "
+                f"{self.config.tensor_parallel_size}"
+            )
         start = time.perf_counter()
         movable = self.config.movable_weights
         weight_pages = [] if movable else self._take_weight_pages(spec.name, spec.weight_bytes)
@@ -184,6 +198,7 @@ class EngineHost:
                 slo=spec.slo,
                 log_stats=spec.log_stats,
                 notify=lambda: self._notify(spec.name),
+                executor_class=group_executor(self.group, spec.name) if self.group else UniProcExecutor,
             )
 
     def _take_weight_pages(self, name: str, nbytes: int) -> list[int]:
@@ -235,7 +250,7 @@ class EngineHost:
             self._turns.changed(hosted.name)
             executed = True
         else:
-            hosted.quarantine.step_done()
+            hosted.quarantine.step_done(executed)
             self._turns.observe_step(hosted, time.perf_counter() - step_start, executed)
         self.swapper.after_step(hosted)
         hosted.core.forget_finished()

@@ -27,6 +27,8 @@ class HostConfig:
     """Whether weights may leave the device while their model rests."""
     cpu_link: int | None = None
     """Bytes per second of copies to and from the CPU device; None = as fast as memory is."""
+    tensor_parallel_size: int = 1
+    """Ranks that every model of the host runs on; all sizes are those of one rank."""
     host_memory: int = 8 << 30
     """Host memory for copies of movable weights and for KV that is off the device."""
 

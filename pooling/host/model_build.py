@@ -76,26 +76,14 @@ class ModelBuild:
         """Layer name -> (num_blocks, heads, states, content) view of the arena with the model's block stride."""
         if not kv_cache_config.kv_cache_tensors:
             return {}
+        self._refuse_kinds(kv_cache_config)
         self._refuse_backends()
         strides = {tensor.block_stride for tensor in kv_cache_config.kv_cache_tensors}
         if len(strides) != 1:
             raise ModelRefusedError(self.name, f"KV caches of several block strides {sorted(strides)}", "")
         arena = self._allocator.arena
         self.view = arena.open_view(self.name, strides.pop())
-        buffer = arena.tensor(self.view)
-        caches: dict[str, Any] = {}
-        for tensor in kv_cache_config.kv_cache_tensors:
-            group_id, spec = self._spec_of(kv_cache_config, tensor.layers[0])
-            views = create_kv_cache_views(
-                buffer,
-                spec,
-                kv_cache_config.num_blocks,
-                layout,
-                tensor,
-                kernel_block_size=kernel_block_sizes[group_id] if kernel_block_sizes else None,
-            )
-            caches.update(zip(tensor.layers, views, strict=True))
-        return caches
+        return kv_cache_views(arena.tensor(self.view), kv_cache_config, layout, kernel_block_sizes)
 
     def adopt_weights(self, model_runner: Any) -> None:
         """Move the weights of the model, and of its draft model, into the store; nothing without one."""
@@ -107,9 +95,10 @@ class ModelBuild:
         draft = getattr(getattr(model_runner, "drafter", None), "model", None)
         models = [model, draft] if isinstance(draft, torch.nn.Module) else [model]
         # Tried now and not when host memory is short: here it needs no second copy, and nobody waits for a token.
-        self._store.adopt(
-            self.name, movable_tensors(*models), checkpoint_reload(model, self._config), verify_reload=True
-        )
+        # The other ranks of a group do not read the checkpoint again: their host copies stay, and so does ours.
+        alone = self._config.parallel_config.world_size == 1
+        reload = checkpoint_reload(model, self._config) if alone else None
+        self._store.adopt(self.name, movable_tensors(*models), reload, verify_reload=True)
         self.fixed_bytes = fixed_bytes(*models)
 
     def undo(self) -> None:
@@ -120,18 +109,13 @@ class ModelBuild:
             self._allocator.arena.close_view(self.name)
         self.view = self.pool = None
 
-    def _spec_of(self, kv_cache_config: KVCacheConfig, layer: str) -> tuple[int, Any]:
-        for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
-            if layer in group.layer_names:
-                spec = group.kv_cache_spec
-                if isinstance(spec, UniformTypeKVCacheSpecs):
-                    spec = spec.kv_cache_specs[layer]
-                if isinstance(spec, MambaSpec):
-                    raise ModelRefusedError(self.name, "state-space (Mamba) layers", "serve it outside the pool")
-                if not getattr(spec, "has_layer_views", True):  # vLLM 0.29 has no other kind
-                    raise ModelRefusedError(self.name, f"KV cache kind {type(spec).__name__}", "")
-                return group_id, spec
-        raise AssertionError(f"layer {layer} is in no KV cache group")
+    def _refuse_kinds(self, kv_cache_config: KVCacheConfig) -> None:
+        for tensor in kv_cache_config.kv_cache_tensors:
+            _, spec = _spec_of(kv_cache_config, tensor.layers[0])
+            if isinstance(spec, MambaSpec):
+                raise ModelRefusedError(self.name, "state-space (Mamba) layers", "serve it outside the pool")
+            if not getattr(spec, "has_layer_views", True):  # vLLM 0.29 has no other kind
+                raise ModelRefusedError(self.name, f"KV cache kind {type(spec).__name__}", "")
 
     def _refuse_backends(self) -> None:
         for layer in self._config.compilation_config.static_forward_context.values():
@@ -153,3 +137,30 @@ def weight_bytes_of(model: Any) -> int:
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def kv_cache_views(
+    buffer: torch.Tensor, kv_cache_config: KVCacheConfig, layout: Any, kernel_block_sizes: list[int] | None
+) -> dict[str, Any]:
+    """Layer name -> (num_blocks, heads, states, content) view of `buffer`, flat bytes that start at block 0."""
+    caches: dict[str, Any] = {}
+    for tensor in kv_cache_config.kv_cache_tensors:
+        group_id, spec = _spec_of(kv_cache_config, tensor.layers[0])
+        views = create_kv_cache_views(
+            buffer,
+            spec,
+            kv_cache_config.num_blocks,
+            layout,
+            tensor,
+            kernel_block_size=kernel_block_sizes[group_id] if kernel_block_sizes else None,
+        )
+        caches.update(zip(tensor.layers, views, strict=True))
+    return caches
+
+
+def _spec_of(kv_cache_config: KVCacheConfig, layer: str) -> tuple[int, Any]:
+    for group_id, group in enumerate(kv_cache_config.kv_cache_groups):
+        if layer in group.layer_names:
+            spec = group.kv_cache_spec
+            return group_id, spec.kv_cache_specs[layer] if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+    raise AssertionError(f"layer {layer} is in no KV cache group")

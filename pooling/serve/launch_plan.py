@@ -44,9 +44,14 @@ class ModelPlan:
     args: Namespace
     """vLLM's parsed serve flags; its app is built from them."""
     weight_bytes: int
-    """Size of a local checkpoint's weights; 0 when the model is not a local folder."""
+    """Size of a local checkpoint's weights, of each rank its share; 0 when the model is not a local folder."""
     checked: VllmConfig | None = None
     """The engine config that was checked, to be read and not changed; None for a model added at run time."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that the model runs on."""
+        return self.args.tensor_parallel_size
 
     def engine_config(self) -> VllmConfig:
         """A fresh engine config, which an engine may change; raises ConfigError of one line."""
@@ -79,7 +84,7 @@ def plan_model(spec: ModelSpec) -> ModelPlan:
         raise error.under(source=f"model {spec.name!r}") from error
     check_flags(spec.name, args)
     args.api_key = None  # keys are checked once, in front of all models
-    return ModelPlan(spec, args, _checkpoint_bytes(path.expanduser()))
+    return ModelPlan(spec, args, -(-_checkpoint_bytes(path.expanduser()) // args.tensor_parallel_size))
 
 
 def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
@@ -88,6 +93,7 @@ def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
         raise PoolError(f"device {current_platform.device_name} is not supported: install tokenpool[cpu] or [cuda]")
     plans = [plan_model(spec) for spec in config.models]
     check_names(plans)
+    _check_ranks(plans)
     for plan in plans:
         plan.checked = plan.engine_config()
     if config.device_memory is None:
@@ -104,7 +110,7 @@ def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
     return config, plans
 
 
-def host_config(config: PoolConfig) -> HostConfig:
+def host_config(config: PoolConfig, plans: list[ModelPlan]) -> HostConfig:
     """What the host is given of a planned pool."""
     assert config.device_memory is not None and config.host_memory is not None
     return HostConfig(
@@ -115,6 +121,7 @@ def host_config(config: PoolConfig) -> HostConfig:
         policy_options=config.scheduling.options,
         movable_weights=config.weights == "movable",
         host_memory=config.host_memory,
+        tensor_parallel_size=plans[0].num_ranks,
         cpu_link=config.cpu_link,
     )
 
@@ -126,6 +133,14 @@ def _auto_device_memory(config: PoolConfig, plans: list[ModelPlan]) -> int:
     if current_platform.is_cuda():
         return read_gpu(current_platform.get_device_uuid()).budget_bytes()
     return int(psutil.virtual_memory().available * _AUTO_CPU_FRACTION)
+
+
+def _check_ranks(plans: list[ModelPlan]) -> None:
+    sizes = {plan.spec.name: plan.num_ranks for plan in plans}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ConfigError(f"models of one pool need the same, here {listed}: serve the others in a pool of their own",
+                          key="--tensor-parallel-size")
 
 
 def _needed_pages(config: PoolConfig, plan: ModelPlan) -> int:

@@ -66,7 +66,7 @@ class PooledLLM(Mapping[str, LLM]):
         self._thread.start()
         self._host: HostProcess | None = None
         try:
-            self._host = self._await(HostProcess.start(host_config(config), plans[0].checked))
+            self._host = self._await(HostProcess.start(host_config(config, plans), plans[0].checked))
             self._watch(asyncio.run_coroutine_threadsafe(self._host.wait(), self._loop))
             for plan in plans:
                 self._llms[plan.spec.name] = self._load(plan)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+from vllm.platforms import current_platform
+
 from tokenpool.errors import ModelRefusedError
 
 _OUTSIDE = "serve it with plain vLLM outside the pool"
@@ -33,7 +35,7 @@ def check_config(name: str, config: Any) -> None:
         "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
         "an EC connector (--ec-transfer-config)": config.ec_transfer_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "tensor parallelism (not yet)": parallel.tensor_parallel_size > 1,
+        "tensor parallelism (on the CPU only yet)": parallel.tensor_parallel_size > 1 and not current_platform.is_cpu(),
         "data parallelism": parallel.data_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
         "speculative decoding (not yet)": config.speculative_config is not None,

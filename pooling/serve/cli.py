@@ -16,6 +16,7 @@ USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [po
        tokenpool trace [--url URL] [--admin-key KEY] [--seconds N] --json FILE | --png FILE
        tokenpool sim --requests FILE --gpus N --gpu NAME --policy NAME [more flags: --help]
        tokenpool plan --trace FILE --gpu NAME [--models FILE] [more flags: --help]
+       tokenpool bench serve --models A,B --rate R | --trace FILE [more flags: --help]
        tokenpool key new | tokenpool key hash
 
 pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --weights auto|movable|fixed
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     commands = {"serve": _serve, "validate": _validate, "doctor": _doctor, "trace": _trace, "sim": _sim, "plan": _plan}
-    commands["key"] = _key
+    commands |= {"bench": _bench, "key": _key}
     if command not in commands:
         return _fail(f"unknown command {command!r}; known: {', '.join(commands)}")
     if command == "serve" and ("-h" in rest or "--help" in rest):
@@ -118,6 +119,12 @@ def _plan(words: list[str]) -> int:
     from tokenpool.serve.sim_tool import plan_gpus
 
     return plan_gpus(words)
+
+
+def _bench(words: list[str]) -> int:
+    from tokenpool.serve.bench_serve import bench
+
+    return bench(words)
 
 
 def _key(words: list[str]) -> int:

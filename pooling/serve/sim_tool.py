@@ -28,14 +28,17 @@ from tokenpool.sim.workload import ModelCosts, Workload
 from tokenpool.units import parse_bytes, parse_seconds
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError where argparse would end the process."""
+
     def error(self, message: str) -> NoReturn:
+        """Say what is wrong with the command line."""
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def simulate(words: list[str]) -> int:
     """Run `tokenpool sim`; raises ConfigError for settings and files that cannot be."""
-    parser = _Parser("tokenpool sim", description="Serve a request file in simulated time and print what was on time.")
+    parser = Parser("tokenpool sim", description="Serve a request file in simulated time and print what was on time.")
     _add_common(parser, "--requests")
     parser.add_argument("--gpus", type=int, required=True, help="devices; a tensor parallel group counts as one")
     parser.add_argument("--policy", required=True, help="slack, aegaeon, sllm, ...; see docs/simulation.md")
@@ -65,13 +68,13 @@ def simulate(words: list[str]) -> int:
     print(f"  first token, p50 / p99         {result['ttft_p50_s']:.2f} s / {result['ttft_p99_s']:.2f} s")
     print(f"  failed / not finished          {result['n_failed']} / {result['n_unfinished']}")
     print(f"  busy / waiting / link in use   {_percents(result)}")
-    _write(flags.json, result)
+    write_json(flags.json, result)
     return 0
 
 
 def plan_gpus(words: list[str]) -> int:
     """Run `tokenpool plan`; raises ConfigError for settings and files that cannot be."""
-    parser = _Parser("tokenpool plan", description="Find the least number of GPUs for a trace, dedicated and pooled.")
+    parser = Parser("tokenpool plan", description="Find the least number of GPUs for a trace, dedicated and pooled.")
     _add_common(parser, "--trace")
     parser.add_argument("--target", type=float, default=0.99, help="share of tokens on time (default: %(default)s)")
     parser.add_argument("--max-requests", type=int, default=20_000, help="simulate the first N (default: %(default)s)")
@@ -81,7 +84,7 @@ def plan_gpus(words: list[str]) -> int:
     limits = {"link_bytes_per_s": flags.link_gbs * 1e9, "max_requests": flags.max_requests}
     answer = plan(workload, costs, gpu(flags.gpu), _slo(flags), flags.target, **limits)
     print(describe(answer))
-    _write(flags.json, answer.to_json())
+    write_json(flags.json, answer.to_json())
     if flags.png:
         _draw(answer, flags.png)
     return 0
@@ -173,7 +176,8 @@ def _percents(result: Mapping[str, float]) -> str:
     return " / ".join(f"{100 * result[key]:.0f} %" for key in ("busy_frac", "waited_frac", "link_frac"))
 
 
-def _write(path: Path | None, values: Mapping[str, Any]) -> None:
+def write_json(path: Path | None, values: Mapping[str, Any]) -> None:
+    """Write a result to `path`, unless it is None; raises ConfigError."""
     if path is not None:
         try:
             path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.dashboards.series import VLLM
 from tests.helpers.server import PoolServerProcess
 from tokenpool.metric_registry import METRICS
 
@@ -49,6 +50,14 @@ def test_a_healthy_pool_says_so(pool_server):
     values = {(name, *labels.values()): value for _, _, name, labels, value in scraped(pool_server)}
     assert values["tokenpool:ledger_ok",] == 1
     assert values["tokenpool:models", "resident"] == len(pool_server.pool["models"])
+
+
+def test_vllm_metrics_of_the_dashboards_are_exported(pool_server):
+    """Each vLLM series that a dashboard names is in a scrape, with the labels that the dashboards rely on."""
+    chat(pool_server)
+    families = text_string_to_metric_families(pool_server.request("GET", "/metrics").text)
+    seen = {sample.name: frozenset(sample.labels) for family in families for sample in family.samples}
+    assert {name: seen.get(name) for name in VLLM} == {name: frozenset(labels) for name, labels in VLLM.items()}
 
 
 def test_the_readme_lists_every_metric_with_its_labels():

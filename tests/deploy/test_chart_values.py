@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chart's values: every key is in the schema and explained, typos are refused, the pool keys are the loader's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.helpers.charts import CHART, VALUES_FILES
+from tokenpool.cluster_config import CLUSTER_PARSERS
+from tokenpool.config import SLO, Admission, ModelSpec, PoolConfig, Scheduling
+from tokenpool.tenant_config import TENANT_PARSERS
+
+pytestmark = pytest.mark.deploy
+
+SCHEMA = json.loads((CHART / "values.schema.json").read_text())
+VALUES_TEXT = (CHART / "values.yaml").read_text()
+VALUES = yaml.safe_load(VALUES_TEXT)
+WRITTEN_BY_THE_CHART = {"host", "port", "api_key", "admin_key"}
+
+
+def deeply(base: Any, change: Any) -> Any:
+    """Values as Helm lays one file over another: mappings are merged, everything else is replaced."""
+    if not (isinstance(base, dict) and isinstance(change, dict)):
+        return change
+    return base | {key: deeply(base.get(key), value) for key, value in change.items()}
+
+
+def objects(schema: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, schema) of every object in a schema that lists its keys."""
+    if isinstance(schema, dict):
+        if "properties" in schema and not isinstance(schema["properties"].get("type"), str):
+            yield path, schema
+        for key, value in schema.items():
+            yield from objects(value, f"{path}/{key}")
+
+
+def config_keys(cls: type) -> set[str]:
+    """The keys of a section of the pool file: its fields without their unit suffix."""
+    return {re.sub(r"_(s|bytes)$", "", f.name) for f in fields(cls)}
+
+
+@pytest.mark.parametrize("path", [CHART / "values.yaml", *VALUES_FILES], ids=lambda path: path.name)
+def test_values_files_fit_the_schema(path: Path):
+    """The defaults and every example are allowed."""
+    jsonschema.validate(deeply(VALUES, yaml.safe_load(path.read_text())), SCHEMA)
+
+
+def test_every_object_of_the_schema_is_closed():
+    """An unknown key is an error at every depth; only maps of names to texts are open."""
+    found = dict(objects(SCHEMA))
+    assert len(found) > 20
+    assert not [path for path, schema in found.items() if schema.get("additionalProperties") is not False]
+
+
+def test_the_schema_refuses_a_typo_at_every_depth():
+    """Each key of the defaults, misspelt, is refused."""
+
+    def misspelt(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        if isinstance(values, dict):
+            for key, value in values.items():
+                yield (*path, key)
+                yield from misspelt(value, (*path, key))
+
+    open_maps = {("monitoring", "dashboards", "labels")}
+    checked = 0
+    for path in misspelt(VALUES):
+        if path[:-1] in open_maps:
+            continue
+        broken = json.loads(json.dumps(VALUES))
+        parent = broken
+        for key in path[:-1]:
+            parent = parent[key]
+        parent[path[-1] + "x"] = parent[path[-1]]
+        with pytest.raises(jsonschema.ValidationError, match="Additional properties"):
+            jsonschema.validate(broken, SCHEMA)
+        checked += 1
+    assert checked > 90
+
+
+def test_the_schema_knows_every_value_and_the_values_every_key():
+    """No key of the schema lacks a default, but optional ones of the pool file; no default lacks a schema."""
+
+    def compare(values: dict[str, Any], schema: dict[str, Any], path: str) -> None:
+        known = set(schema["properties"]) - ({"global"} if not path else set())
+        if path != "/pool":
+            assert set(values) == known, path
+        for key, value in values.items():
+            if isinstance(value, dict) and "properties" in schema["properties"][key]:
+                compare(value, schema["properties"][key], f"{path}/{key}")
+
+    compare(VALUES, SCHEMA, "")
+
+
+def test_every_value_is_explained():
+    """Above each key stands a comment, or its section has one that is about all of its keys."""
+    lines = VALUES_TEXT.splitlines()
+    unexplained = []
+    for i, line in enumerate(lines):
+        match = re.match(r"( *)([A-Za-z_]+):(.*)", line)
+        inside_a_model = line.startswith(("      ", "    - "))
+        is_section = match and not match[3].strip() and lines[i + 1].startswith(match[1] + "  #")
+        if match and not inside_a_model and not is_section and not lines[i - 1].lstrip().startswith("#"):
+            unexplained.append(line)
+    explained_by_section = [f"{key}:" for key in ("ray", "head", "frontends", "hosts", "monitoring", "egress")]
+    assert [line for line in unexplained if line.strip() not in explained_by_section] == []
+
+
+@pytest.mark.parametrize(
+    "place, keys",
+    [
+        ("properties/pool", config_keys(PoolConfig) - WRITTEN_BY_THE_CHART),
+        ("definitions/model", config_keys(ModelSpec)),
+        ("definitions/model/properties/slo", config_keys(SLO)),
+        ("definitions/admission", config_keys(Admission)),
+        ("properties/pool/properties/scheduling", config_keys(Scheduling)),
+        ("definitions/cluster", set(CLUSTER_PARSERS)),
+        ("definitions/tenant", set(TENANT_PARSERS)),
+    ],
+)
+def test_the_schema_has_the_keys_of_the_pool_file(place, keys):
+    """A key that the pool file gains or loses must be added to or taken from deploy/chart/values.schema.json."""
+    schema = SCHEMA
+    for step in place.split("/"):
+        schema = schema[step]
+    assert set(schema["properties"]) == keys

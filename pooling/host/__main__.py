@@ -18,6 +18,7 @@ from tokenpool.host.control import ControlServer
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostConfig, HostedModelSpec
+from tokenpool.host.kv_exchange import KVExchange
 from tokenpool.host.metrics import HostMetrics
 from tokenpool.host.state import host_load, host_state, host_trace, model_state
 
@@ -41,6 +42,8 @@ def main(control_path: str, config_json: str) -> None:
         """A model from a controller, which neither opens the spec nor knows vLLM."""
         host.add_model(replace(pickle.loads(spec), addresses=EngineAddresses(tuple(inputs), tuple(outputs))))
 
+    exchange = KVExchange(host, (host.config.node_ip, 0) if host.config.node_ip else f"{control_path}.kv")
+    host.on_add = exchange.add
     key = bytes.fromhex(os.environ.pop(CONTROL_KEY_VARIABLE))
     methods = {
         "add_model": add_model,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's control socket: frontends add and remove models and read its state; tokens never pass here."""
+"""A host's sockets for calls: models are added and removed and the state is read; tokens never pass here."""
 
 from __future__ import annotations
 
@@ -13,16 +13,24 @@ from tokenpool.errors import HostError
 
 logger = logging.getLogger(__name__)
 
+Address = str | tuple[str, int]
+"""Path of a Unix socket, or IP address and port."""
+
 
 class ControlServer:
-    """Answers calls on a Unix socket, one thread per connection; each call runs on the host loop's thread.
+    """Answers calls on a Unix socket, or on (IP address, port), one thread per connection; each call runs on the host loop's thread.
 
     Only `direct` methods run on the connection's own thread: they are answered while the loop builds a model.
     """
 
-    def __init__(self, path: str, key: bytes, run_on_loop: Callable[[Callable[[], Any]], Any]) -> None:
-        self._listener = Listener(path, family="AF_UNIX", authkey=key)
+    def __init__(self, address: Address, key: bytes, run_on_loop: Callable[[Callable[[], Any]], Any]) -> None:
+        self._listener = Listener(address, authkey=key)
         self._run_on_loop = run_on_loop
+
+    @property
+    def address(self) -> Address:
+        """Where it listens."""
+        return self._listener.address
 
     def serve(
         self, methods: Mapping[str, Callable[..., Any]], direct: Mapping[str, Callable[..., Any]] | None = None
@@ -59,13 +67,13 @@ class ControlServer:
                 logger.warning("nobody waits for the answer to a control call any more")
 
 
-def call_host(path: str, key: bytes, method: str, *args: Any) -> Any:
+def call_host(address: Address, key: bytes, method: str, *args: Any) -> Any:
     """Call a host and return its answer; raises what the call raised, or HostError when the host is gone.
 
     Blocks for as long as the call takes; use a thread.
     """
     try:
-        with Client(path, family="AF_UNIX", authkey=key) as connection:
+        with Client(address, authkey=key) as connection:
             connection.send((method, args))
             result = connection.recv()
     except (OSError, EOFError) as error:

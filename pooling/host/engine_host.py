@@ -64,6 +64,8 @@ class EngineHost:
         self.arena = KVArena(device, self.ledger, poison=poison)
         self.allocator = SlabAllocator(self.ledger, self.arena)
         self.models: dict[str, HostedModel] = {}
+        self.on_add: Callable[[HostedModel], None] = lambda hosted: None
+        """Called with each model before it gets its first turn."""
         self.on_idle: Callable[[], None] = lambda: None
         """Called before the loop sleeps and about twice a second otherwise; used for metrics."""
         self.progress = BuildProgress()
@@ -153,6 +155,7 @@ class EngineHost:
             release_engine(error)
             raise
         core.is_away = lambda: not self.residency.is_ready(hosted)
+        self.on_add(hosted)
         self._next_index += 1
         self.models[spec.name] = hosted
         self._notify(spec.name)

@@ -27,6 +27,8 @@ class HostConfig:
     """Whether weights may leave the device while their model rests."""
     cpu_link: int | None = None
     """Bytes per second of copies to and from the CPU device; None = as fast as memory is."""
+    node_ip: str | None = None
+    """Address at which hosts of other nodes reach this one for KV; None = only hosts of this machine do."""
     tensor_parallel_size: int = 1
     """Ranks that every model of the host runs on; all sizes are those of one rank."""
     host_memory: int = 8 << 30

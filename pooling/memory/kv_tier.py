@@ -9,9 +9,11 @@ Imports no vllm: a key is any bytes that name a block's content.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
 
 from tokenpool.memory.device import BlockCopy, Device
 from tokenpool.memory.host_ledger import HostLedger, HostUse
@@ -190,6 +192,24 @@ class HostKVTier:
         self.counters.cached_in_bytes += block_bytes
         self.counters.copies += 1
         return entry.tag
+
+    def read(self, model: str, keys: Iterable[bytes]) -> Iterator[tuple[bytes, int | None, bytes]]:
+        """Key, tag and a copy of the bytes of those cached blocks that are here."""
+        for key in keys:
+            if self._refresh(model, key):
+                entry = self._entries[model][key]
+                yield key, entry.tag, entry.slot.view().numpy().tobytes()
+
+    def put(self, model: str, key: bytes, tag: int | None, data: torch.Tensor) -> bool:
+        """Take in a block that another tier had, flat uint8; False if there is no memory for it."""
+        if self._refresh(model, key):
+            return True
+        slot = self._cached_slot(model, data.numel())
+        if slot is None:
+            return False
+        slot.view().copy_(data)
+        self._insert(model, key, tag, slot)
+        return True
 
     def discard(self, model: str, key: bytes) -> None:
         """Forget one cached block, if it is here: what it names is no longer what it was."""

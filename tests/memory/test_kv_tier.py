@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -276,3 +277,20 @@ def test_snapshot_names_what_is_held(region):
     tier.offer("a", KEYS[0], None, region.address("a", 0), 512)
     snapshot = tier.snapshot()
     assert ({"a": 1}, 4096, 512) == tuple(snapshot[k] for k in ("cached_blocks", "cached_bytes", "cached_out_bytes"))
+
+
+def test_cached_blocks_go_from_one_tier_to_another(region):
+    source, target = make_tier(region, 4096), make_tier(region, 512)
+    for block, key in enumerate(KEYS[:2]):
+        region.fill("a", block, 7 + block)
+        source.offer("a", key, block, region.address("a", block), SIZES[0])
+    taken = list(source.read("a", KEYS[:3]))
+    assert [(key, tag, set(data)) for key, tag, data in taken] == [(KEYS[0], 0, {7}), (KEYS[1], 1, {8})]
+    for key, tag, data in taken:  # there is room for one: the second takes the place of the first
+        assert target.put("a", key, tag, torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    assert list(target.entries_of("a")) == [KEYS[1]]
+    assert target.load("a", KEYS[1], region.address("a", 5)) == 1
+    assert region.value("a", 5) == 8
+    target.check()
+    nothing = make_tier(region, 0)
+    assert not nothing.put("a", KEYS[0], None, torch.zeros(SIZES[0], dtype=torch.uint8))

@@ -33,13 +33,16 @@ class Setup:
     max_model_len: int
     slo: SLO
     link_mib_per_s: float | None
+    page_mib: int = _PAGE_MIB
+    flags: Sequence[str] = common.MODEL_FLAGS[2:]
+    """Of every model, beside its length."""
 
     def describe(self) -> dict[str, Any]:
         """For the results."""
         return {
             "weight_mib": dict(self.mib_of),
             "device_mib": self.device_mib,
-            "page_mib": _PAGE_MIB,
+            "page_mib": self.page_mib,
             "max_model_len": self.max_model_len,
             "slo": asdict(self.slo),
             "link_mib_per_s": self.link_mib_per_s,
@@ -68,14 +71,14 @@ def prepare(
 @contextmanager
 def serve(setup: Setup, policy: str, log: Path, start_limit_s: float) -> Iterator[common.Server]:
     """A ready server with this turn policy; it is closed at the end."""
-    flags = ["--max-model-len", str(setup.max_model_len), *common.MODEL_FLAGS[2:]]
+    flags = ["--max-model-len", str(setup.max_model_len), *setup.flags]
     slo = {"ttft": f"{setup.slo.ttft_s}s", "tpot": f"{setup.slo.tpot_s}s"}
     scheduler, options = WITH_OPTIONS.get(policy, (policy, {}))
     config = {
         "models": [{"name": n, "model": str(path), "args": flags, "slo": slo} for n, path in setup.paths.items()],
         "device_memory": f"{setup.device_mib}MiB",
         "host_memory": f"{sum(setup.mib_of.values()) * 1.2 + 1024:.0f}MiB",
-        "page_size": f"{_PAGE_MIB}MiB",
+        "page_size": f"{setup.page_mib}MiB",
         "weights": "movable",
         "cpu_link": setup.link_mib_per_s and f"{setup.link_mib_per_s:.0f}MiB",
         "scheduling": {"policy": scheduler, "options": options},

@@ -71,13 +71,24 @@ class Rig:
     """Models with one request each that runs all the time; `step` runs a step of the model that `script` names.
 
     The host has `pages` pages, of which each model that is not away is promised `kv_pages`. The requests end after
-    `max_steps` steps.
+    `max_steps` steps. `weight_bytes` is the size of each checkpoint, `flags` are further engine arguments.
     """
 
     def __init__(
-        self, paths: Mapping[str, Path], pages: int, page_bytes: int, kv_pages: int, max_steps: int, seed: int
+        self,
+        paths: Mapping[str, Path],
+        pages: int,
+        page_bytes: int,
+        kv_pages: int,
+        max_steps: int,
+        seed: int,
+        *,
+        host_memory: int = 16 << 30,
+        weight_bytes: int = 0,
+        **flags: Any,
     ) -> None:
-        config = HostConfig(pages * page_bytes, page_bytes, kv_pages, movable_weights=True, host_memory=16 << 30)
+        self._weight_bytes, self._flags = weight_bytes, {"enforce_eager": True, **flags}
+        config = HostConfig(pages * page_bytes, page_bytes, kv_pages, movable_weights=True, host_memory=host_memory)
         self.host = EngineHost(config)
         self.script = Script()
         self.host._turns._policy = self.script
@@ -92,14 +103,14 @@ class Rig:
     def _add(self, name: str, path: Path, max_tokens: int) -> None:
         config = EngineArgs(
             model=str(path),
-            enforce_eager=True,
             dtype="bfloat16",
             block_size=BLOCK_TOKENS,
             max_model_len=max_tokens,
             max_num_batched_tokens=max_tokens,
             max_num_seqs=8,
+            **self._flags,
         ).create_engine_config()
-        core = self.host.add_model(HostedModelSpec(name, config)).core
+        core = self.host.add_model(HostedModelSpec(name, config, weight_bytes=self._weight_bytes)).core
         step_once = core.step_once
 
         def timed(**options: Any) -> bool:

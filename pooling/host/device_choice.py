@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from vllm.platforms import current_platform
 
-from tokenpool.errors import ConfigError
+from tokenpool.errors import CapacityError, ConfigError
 from tokenpool.memory.device import Device
 from tokenpool.memory.device_cpu import CpuDevice
 from tokenpool.memory.device_cuda import CudaDevice
@@ -40,11 +40,15 @@ def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_
     """Before a model is built whose movable weights need `num_pages`, or fixed ones none beyond those it holds.
 
     On a GPU vLLM loads into torch's memory, outside the pool's pages, and movable weights go from there into pages:
-    for a while they are there twice. `make_room` frees so many pages, and the memory of all free pages goes back to
-    the GPU. Nothing is mapped in between, for all that happens on this thread. Raises CapacityError like `make_room`.
+    for a while they are there twice. `make_room` frees so many pages, or half of them in a pool that is not as large,
+    and the memory of all free pages goes back to the GPU. Nothing is mapped in between, for all that happens on this
+    thread. Raises CapacityError like `make_room`.
     """
     if isinstance(device, CudaDevice):
-        make_room(2 * num_pages)
+        try:
+            make_room(2 * num_pages)
+        except CapacityError:  # beside its pages the GPU may have enough: if not, the loader says so
+            make_room(num_pages)
         device.release_unused()
 
 

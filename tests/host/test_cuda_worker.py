@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.utils import request_memory
 
 from tests.helpers.fake_cuda import GRANULARITY, FakeCudaDevice
-from tokenpool.errors import ConfigError
+from tokenpool.errors import CapacityError, ConfigError
 from tokenpool.host import cuda_copies, device_choice
 from tokenpool.host.cuda_worker import PooledCUDAWorker
 from tokenpool.host.engine_globals import EngineGlobals
@@ -124,10 +124,17 @@ def test_a_loader_finds_memory_on_a_gpu():
     address = device.reserve(4 * GRANULARITY)
     device.map_zeroed(address, 4 * GRANULARITY)
     device.unmap(address, 3 * GRANULARITY)
-    device_choice.make_room_for_loading(device, asked.append, 7)
-    device_choice.make_room_for_loading(CpuDevice(), asked.append, 7)
 
-    assert [14] == asked
+    def make_room(num_pages: int) -> None:
+        asked.append(num_pages)
+        if num_pages > 20:
+            raise CapacityError("too many")
+
+    device_choice.make_room_for_loading(device, make_room, 7)
+    device_choice.make_room_for_loading(device, make_room, 12)
+    device_choice.make_room_for_loading(CpuDevice(), make_room, 7)
+
+    assert [14, 24, 12] == asked
     assert 1 == len(device.fake.handles)
     assert 1 << 30 == device_choice.spare_host_bytes(device, 8 << 30)
     assert 0 == device_choice.spare_host_bytes(CpuDevice(), 8 << 30)

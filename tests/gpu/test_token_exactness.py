@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Law 1 on a real GPU: with switches at random token boundaries each model gives what it gives alone in plain vLLM.
+
+Weights and slabs are filled with NaN when they leave. Plain vLLM uses its own KV layout, so this also compares the
+pool's layout with it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: no token was compared on a GPU"),
+]
+
+KINDS = ("llama", "qwen2", "mixtral")
+PAGE, PAGES = 2 << 20, 8
+"""Two pages for the weights of a model, one for null blocks: not all models fit beside their KV."""
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
+MODES = {
+    "eager": {"enforce_eager": True},
+    "graphs": {"enforce_eager": False, "compilation_config": GRAPHS},
+    "compiled": {"enforce_eager": False},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_switches_at_random_token_boundaries_change_no_stream(mode, tmp_path):
+    """Eager first, then graphs, then torch.compile: the order in which to look for what is wrong."""
+    from tests.helpers.cases import make_cases, mixed
+    from tests.helpers.plain import run_plain
+    from tests.helpers.pooled import PooledModels
+    from tests.host.test_switching import RandomTurns
+
+    cases = make_cases(tmp_path, KINDS, mixed(5, 48), gpu_memory_utilization=0.3, **MODES[mode])
+    reference = run_plain(list(cases.values()))
+    pool = PooledModels(PAGES * PAGE, PAGE, poison=True, movable_weights=True, host_memory=1 << 30)
+    pool.host._turns._policy = RandomTurns(1)
+    for case in cases.values():
+        pool.add(case)
+    for case in cases.values():
+        pool.submit(case)
+    pool.run(each_step=lambda step: step % 25 or pool.check())
+
+    assert pool.host.residency.counters.weight_evictions > 10
+    compared = 0
+    for kind in KINDS:
+        for request_id, got in pool.results(kind).items():
+            want = reference[kind][request_id]
+            if not (got.preempted or want.preempted):
+                assert want.tokens == got.tokens, f"{request_id}: tokens differ"
+                compared += 1
+    assert compared >= 10, f"only {compared} streams were compared"
+    pool.close()

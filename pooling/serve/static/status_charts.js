@@ -53,7 +53,9 @@ function contextOf(canvas, width, height) {
 /** Draw the pages of one device as blocks in reading order; returns what lies at a point. */
 function drawMemory(canvas, memory, by, indexOf, lit) {
   const width = canvas.parentElement.clientWidth;
-  const size = width < 500 ? 9 : 11, gap = 2, columns = Math.max(8, Math.floor((width + gap) / (size + gap)));
+  const gap = 2, least = width < 500 ? 9 : 11, most = 22;
+  const size = Math.max(least, Math.min(most, Math.floor(width / Math.max(1, memory.total)) - gap));
+  const columns = Math.max(8, Math.floor((width + gap) / (size + gap)));
   const segments = cellsOf(memory, Math.min(columns * (width < 500 ? 10 : 6), 720));
   const count = sum(segments.map((s) => s.cells));
   const g = contextOf(canvas, width, Math.ceil(count / columns) * (size + gap));

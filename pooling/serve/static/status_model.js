@@ -71,7 +71,7 @@ function rowsOf(state) {
       loading: loading[name] ?? null,
       weights: parts.map((p) => p.state), kvOut: parts.some((p) => p.kv === "out"),
       hasTurn: hosts.some(([, host]) => host.current_model === name),
-      hasSlo: parts.some((p) => p.has_slo),
+      known: parts.length > 0, hasSlo: parts.some((p) => p.has_slo),
       running: total("running"), waiting: total("waiting"), goodput: total("goodput_tokens_per_s"),
       tokens: total("tokens"), onTime: total("tokens_on_time"), stepS: total("step_seconds"),
       ttft: worst("ttft_s"), tpot: worst("tpot_s"),
@@ -83,7 +83,10 @@ function rowsOf(state) {
 
 /** Word, tone and detail of a model's state. */
 function stateOf(row) {
-  if (row.loading) return { word: row.loading.phase, tone: "warn", detail: seconds(row.loading.elapsed_s) };
+  if (row.loading) {
+    const waits = row.loading.phase === "waiting";
+    return { word: waits ? "waits to load" : row.loading.phase, tone: waits ? "open" : "warn", detail: waits ? "" : seconds(row.loading.elapsed_s) };
+  }
   if (row.pool === "draining") return { word: "draining", tone: "warn", detail: `${row.inflight} left` };
   if (row.pool !== "resident") return { word: row.pool, tone: row.pool === "loading" ? "warn" : "bad", detail: "" };
   const kinds = [...new Set(row.weights)];
@@ -207,5 +210,5 @@ function seconds(s) {
   if (s < 120) return `${s.toFixed(0)} s`;
   return s < 7200 ? `${Math.floor(s / 60)} min` : s < 172800 ? `${(s / 3600).toFixed(1)} h` : `${(s / 86400).toFixed(1)} d`;
 }
-const percent = (share) => (share == null ? DASH : share > 0.9995 ? "100 %" : `${(share * 100).toFixed(share > 0.0995 ? 1 : 2)} %`);
+const percent = (share) => (share == null ? DASH : share > 0.9995 ? "100 %" : `${(share * 100).toFixed(share > 0.00995 || share === 0 ? 1 : 2)} %`);
 const rate = (n) => (n == null ? DASH : n >= 99.5 ? String(Math.round(n)) : n.toFixed(1));

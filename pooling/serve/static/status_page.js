@@ -169,7 +169,7 @@ function showFigures(hosts, rows) {
   figures([
     ["Models ready", rows.filter((r) => r.pool === "resident").length, `of ${rows.length}`],
     ["Goodput", rate(sum(rows.map((r) => r.goodput))), "tok/s", "on time, last 10 s"],
-    ["On time", percent(attainment), "", withSlo.length ? "of tokens, last minute" : "no model has an slo"],
+    ["On time", percent(attainment), "", withSlo.length || !rows.some((r) => r.known) ? "of tokens, last minute" : "no model has an slo"],
     ["Requests", sum(rows.map((r) => r.running)), "running", `${sum(rows.map((r) => r.waiting))} waiting`],
     ["Device time", rates ? percent(rates.busyShare) : DASH, "in steps", rates ? `${percent(rates.waitShare)} waiting for switches` : ""],
     ["Switches", rates ? rate(rates.switchesPerS) : DASH, "/s", rates ? `${percent(rates.waitedShare)} waited for` : ""],
@@ -203,7 +203,7 @@ function showMemory(hosts, rows) {
     const block = node.children[i] ?? node.appendChild(el("div", { className: "device" }, el("p"), el("canvas", { role: "img" }), el("p"), el("div", { className: "bar" })));
     const [title, canvas, hostTitle, bar] = block.children;
     const text = memorySummary(host, memory);
-    title.textContent = `${name}: ${text}`;
+    title.textContent = hosts.length > 1 ? `${name}: ${text}` : text;
     canvas.setAttribute("aria-label", `Pages of ${name}: ${text}`);
     const at = drawMemory(canvas, memory, by, indexOf, view.lit);
     canvas.onmousemove = (event) => hover(event, at(event.offsetX, event.offsetY), host);
@@ -214,7 +214,7 @@ function showMemory(hosts, rows) {
   const uses = by === "use" ? ["weights", "kv", "idle"].map((u) => chip(ink(USE_INK[u]), USE_NAME[u]))
     : [el("li", {}, "full colour weights, lighter KV in use, lightest KV idle")];
   uses.push(chip(ink("null"), "null blocks"), el("li", {}, el("i", { className: "chip free" }), "free"));
-  $("memory-legend").replaceChildren(...legend, ...uses);
+  $("memory-legend").replaceChildren(...uses, ...legend);
 }
 
 function memorySummary(host, memory) {
@@ -266,7 +266,8 @@ function showTurns(rows) {
     const block = node.children[i] ?? node.appendChild(el("div", { className: "device" }, el("p"), el("canvas", { role: "img" })));
     const shares = drawTurns(block.lastChild, spans, from, to, indexOf);
     const idle = Math.max(0, 1 - shares.busy - shares.waiting);
-    const text = `${trace.names.get(device) ?? `device ${device}`}: turns ${percent(shares.busy)}, waiting for switches ${percent(shares.waiting)}, idle ${percent(idle)}`
+    const name = devices.length > 1 ? `${trace.names.get(device) ?? `device ${device}`}: ` : "";
+    const text = `${name}turns ${percent(shares.busy)}, waiting for switches ${percent(shares.waiting)}, idle ${percent(idle)}`
       + (shares.rest ? `; ${shares.rest} more models had less` : "");
     block.firstChild.textContent = text;
     const top = shares.models.slice(0, 5).map(([n, s]) => `${n} ${percent(s)}`).join(", ");

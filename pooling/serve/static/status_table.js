@@ -9,8 +9,8 @@ const COLUMNS = [
   { key: "waiting", name: "Waiting", of: (r) => r.waiting },
   { key: "goodput", name: "Goodput tok/s", of: (r) => r.goodput, spark: true },
   { key: "onTime", name: "On time", of: (r) => (r.hasSlo ? poolHistory.attainment(r)?.share ?? 2 : 3), spark: true },
-  { key: "ttft", name: "TTFT p50 / p99", of: (r) => r.ttft?.p99 ?? -1 },
-  { key: "tpot", name: "TPOT p50 / p99", of: (r) => r.tpot?.p99 ?? -1 },
+  { key: "ttft", name: "TTFT p50 / p99", of: (r) => r.ttft?.p99 ?? -1, wide: true },
+  { key: "tpot", name: "TPOT p50 / p99", of: (r) => r.tpot?.p99 ?? -1, wide: true },
   { key: "weights", name: "Weights", of: (r) => r.weightBytes },
   { key: "kv", name: "KV pages", of: (r) => r.kvPages },
   { key: "device", name: "Device time", of: (r) => poolHistory.deviceShare(r.name) ?? -1 },
@@ -64,7 +64,7 @@ function showModels(rows) {
 }
 
 function newRow(r) {
-  const cells = COLUMNS.map((c) => el("td", { className: c.text ? "text" : "", "data-label": c.key === "index" ? null : c.name }));
+  const cells = COLUMNS.map((c) => el("td", { className: c.text ? "text" : c.wide ? "wide" : "", "data-label": c.key === "index" ? null : c.name }));
   const node = el("tr", {}, ...cells);
   cells.forEach((cell, i) => { if (COLUMNS[i].spark) cell.append(el("span"), sparkNode()); });
   node.onmouseenter = () => { view.lit = r.name; redrawMemory(); };
@@ -102,7 +102,7 @@ function fillRow(r) {
 function showAttainment(cell, r) {
   const a = r.hasSlo ? poolHistory.attainment(r) : null;
   const label = cell.firstChild;
-  label.textContent = !r.hasSlo ? "no slo" : a ? percent(a.share) : DASH;
+  label.textContent = r.known && !r.hasSlo ? "no slo" : a ? percent(a.share) : DASH;
   label.className = !a ? "old" : !a.recent ? "old" : a.share < 0.9 ? "missed" : a.share < 0.99 ? "near" : "";
   label.title = a ? (a.recent ? "tokens on time, last minute" : "tokens on time since the start; none in the last minute") : "";
   cell.lastChild.toggleAttribute("hidden", !r.hasSlo);

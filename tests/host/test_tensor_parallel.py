@@ -39,9 +39,9 @@ def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
     """Room for the weights of one model and some KV, turns of one token: everything moves all the time."""
     pool = {
         "models": [{"name": kind, "model": str(tiny_models.path(kind)), "args": ARGS} for kind in KINDS],
-        "device_memory": "5MiB",
+        "device_memory": "1536KiB",
         "host_memory": "64MiB",
-        "page_size": "256KiB",
+        "page_size": "64KiB",
         "weights": "movable",
         "scheduling": {"policy": "round_robin"},
         "admin_key": "test-admin-key",
@@ -100,7 +100,7 @@ def test_a_model_comes_and_goes_on_all_ranks(server: PoolServerProcess, tiny_mod
 
 
 def test_a_dead_rank_ends_the_host_and_the_pool_comes_back(server: PoolServerProcess) -> None:
-    host = server.host_pid()
+    host = server.host_pid
     before = _ask(server, "llama", REQUESTS[1])
     follower = next(pid for pid in child_pids(host) if _is_follower(pid))
     os.kill(follower, signal.SIGKILL)

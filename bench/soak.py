@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a pool hold for long? Mixed load on many models for half an hour, with everything that may leak.
+
+12 tiny models on memory for a few of them; two tenants, one of which runs into its limits. Requests of mixed lengths
+come at random, some clients hang up in the middle of a stream, and a thirteenth model is added and removed all the
+time. Memory of the processes is read every 10 s. At the end the load stops and the books are checked.
+
+    rss_slope_mib_per_h   of a straight line through the memory of all processes over the last two thirds
+    errors                answers that nobody asked for: neither 200, nor 429 of the tenant with limits, nor hung up
+    ledger_ok             1 if the books of the memory agree once the pool is idle, else 0
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: only bench/ itself is on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import aiohttp  # noqa: E402
+import yaml  # noqa: E402
+
+from bench import common  # noqa: E402
+
+ADMIN_KEY = "soak-admin"
+POLITE, LIMITED = "soak-polite-key", "soak-limited-key"
+KINDS = ("llama", "qwen2", "qwen3", "gemma3")
+_NUM_MODELS = 12
+_SAMPLE_S = 10.0
+_EXTRA = "extra"
+_HANG_UP_FRAC = 0.15
+_LEN_TOKENS = (3, 300)
+_OUT_TOKENS = (1, 120)
+
+
+@dataclass(frozen=True, slots=True)
+class Soak:
+    """See the module; memory in MiB."""
+
+    rss_slope_mib_per_h: float
+    errors: int
+    ledger_ok: int
+    answers: Mapping[str, int]
+    tokens: int
+    models_added: int
+    samples: Sequence[Mapping[str, float]]
+    """Seconds since the load began; proportional set size of frontend and host; requests so far."""
+    state: Mapping[str, Any]
+    better: Mapping[str, str]
+
+
+class _Load:
+    def __init__(self, port: int, models: Sequence[str], rate_per_s: float, seed: int) -> None:
+        self.answers: Counter[str] = Counter()
+        self.tokens = 0
+        self.models_added = 0
+        self._base = f"http://127.0.0.1:{port}"
+        self._models, self._rate_per_s = list(models), rate_per_s
+        self._random = random.Random(seed)
+
+    async def run(self, end_s: float, extra: Mapping[str, Any]) -> None:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            churn = asyncio.create_task(self._churn(session, end_s, extra))
+            running: set[asyncio.Task[None]] = set()
+            while time.monotonic() < end_s:
+                await asyncio.sleep(self._random.expovariate(self._rate_per_s))
+                task = asyncio.create_task(self._request(session))
+                running.add(task)
+                task.add_done_callback(running.discard)
+            await asyncio.gather(churn, *running)
+
+    async def _request(self, session: aiohttp.ClientSession) -> None:
+        draw = self._random
+        key = LIMITED if draw.random() < 0.3 else POLITE
+        body = {
+            "model": draw.choice(self._models),
+            "prompt": [draw.randrange(3, 512) for _ in range(draw.randint(*_LEN_TOKENS))],
+            "max_tokens": draw.randint(*_OUT_TOKENS),
+            "ignore_eos": True,
+            "temperature": draw.choice([0.0, 1.0]),
+            "stream": draw.random() < 0.7,
+        }
+        hang_up_after = draw.randint(1, 10) if body["stream"] and draw.random() < _HANG_UP_FRAC else None
+        headers = {"Authorization": f"Bearer {key}"}
+        try:
+            async with session.post(f"{self._base}/v1/completions", json=body, headers=headers) as response:
+                num_chunks = 0
+                async for line in response.content:
+                    num_chunks += line.startswith(b"data: {")
+                    if num_chunks == hang_up_after:
+                        self.answers["hung up"] += 1
+                        return
+                self.tokens += body["max_tokens"] if response.status == 200 else 0
+                self.answers[f"{response.status} {'limited' if key == LIMITED else 'polite'}"] += 1
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self.answers[type(error).__name__] += 1
+
+    async def _churn(self, session: aiohttp.ClientSession, end_s: float, extra: Mapping[str, Any]) -> None:
+        """Add a model, use it, remove it, again and again."""
+        headers, admin = {"Authorization": f"Bearer {ADMIN_KEY}"}, f"{self._base}/v1/pool/models"
+        while time.monotonic() < end_s:
+            async with session.post(admin, json=extra, headers=headers) as response:
+                self.answers[f"add {response.status}"] += 1
+            self.models_added += 1
+            body = {"model": _EXTRA, "prompt": [5, 6, 7], "max_tokens": 8, "ignore_eos": True}
+            async with session.post(f"{self._base}/v1/completions", json=body, headers=headers) as response:
+                self.answers[f"extra {response.status}"] += 1
+            async with session.delete(f"{admin}/{_EXTRA}?drain=10s", headers=headers) as response:
+                self.answers[f"remove {response.status}"] += 1
+            with suppress(asyncio.TimeoutError):
+                await asyncio.sleep(20)
+
+    @property
+    def errors(self) -> int:
+        """Answers that nobody asked for."""
+        wanted = ("200 limited", "200 polite", "429 limited", "hung up", "add 201", "extra 200", "remove 200")
+        return sum(count for answer, count in self.answers.items() if answer not in wanted)
+
+
+def run(
+    *, minutes: float, rate: float, png: Path | None, seed: int, start_limit_s: float, logs: Path | None
+) -> Soak:
+    """Serve and load for `minutes`."""
+    with common.scratch(logs) as (folder, log_folder, stack):
+        kinds = [KINDS[i % len(KINDS)] for i in range(_NUM_MODELS + 1)]
+        *paths, extra = common.make_models(folder / "models", kinds).items()
+        pool_file = folder / "pool.yaml"
+        pool_file.write_text(yaml.safe_dump(_pool(dict(paths))))
+        env = {"SOAK_POLITE": POLITE, "SOAK_LIMITED": LIMITED}
+        names = [name for name, _ in paths]
+        server = common.Server([*common.POOL, str(pool_file)], names, log_folder / "soak.log", **env)
+        stack.callback(server.close)
+        common.wait_until_ready([server], start_limit_s)
+        return _soak(server, {"name": _EXTRA, "model": str(extra[1]), "args": _args()}, minutes, rate, seed, png)
+
+
+def _soak(
+    server: common.Server, extra: Mapping[str, Any], minutes: float, rate: float, seed: int, png: Path | None
+) -> Soak:
+    load = _Load(server.port, sorted(server.models), rate, seed)
+    samples: list[dict[str, float]] = []
+    begun_s = time.monotonic()
+
+    async def sample() -> None:
+        while True:
+            pids = [process.pid for process in server.tree()]
+            memory = await asyncio.to_thread(common.memory_of, pids)
+            passed_s, count = time.monotonic() - begun_s, sum(load.answers.values())
+            samples.append({"s": passed_s, "pss_mib": memory["pss"] / 2**20, "requests": count})
+            if len(samples) % 6 == 0:
+                common.progress(f"{passed_s:.0f} s: {samples[-1]['pss_mib']:.0f} MiB, {dict(load.answers)}")
+            await asyncio.sleep(_SAMPLE_S)
+
+    async def both() -> None:
+        sampler = asyncio.create_task(sample())
+        await load.run(begun_s + 60 * minutes, extra)
+        sampler.cancel()
+
+    asyncio.run(both())
+    ledger_ok = _is_clean(server)
+    state = server.get("/v1/pool/state", key=ADMIN_KEY)["host"]
+    state.pop("models", None)
+    if png:
+        _plot(samples, png)
+    return Soak(
+        rss_slope_mib_per_h=3600 * _slope(samples[len(samples) // 3 :]),
+        errors=load.errors,
+        ledger_ok=ledger_ok,
+        answers=dict(sorted(load.answers.items())),
+        tokens=load.tokens,
+        models_added=load.models_added,
+        samples=samples,
+        state=state,
+        better={"rss_slope_mib_per_h": "lower", "errors": "lower", "ledger_ok": "higher"},
+    )
+
+
+def _is_clean(server: common.Server) -> int:
+    """Whether the pool comes to rest and its books agree."""
+    end_s = time.monotonic() + 60
+    while time.monotonic() < end_s:
+        models = server.get("/v1/pool/state", key=ADMIN_KEY)["host"]["models"].values()
+        if not any(model["running"] or model["waiting"] for model in models):
+            with suppress(OSError):
+                server.get("/v1/pool/check", key=ADMIN_KEY, body={})
+                return 1
+            return 0
+        time.sleep(0.5)
+    return 0
+
+
+def _slope(samples: Sequence[Mapping[str, float]]) -> float:
+    """MiB per second of the least-squares line."""
+    mean_s = sum(sample["s"] for sample in samples) / len(samples)
+    mean_mib = sum(sample["pss_mib"] for sample in samples) / len(samples)
+    above = sum((sample["s"] - mean_s) * (sample["pss_mib"] - mean_mib) for sample in samples)
+    return above / sum((sample["s"] - mean_s) ** 2 for sample in samples)
+
+
+def _args() -> list[str]:
+    return list(common.MODEL_FLAGS)
+
+
+def _pool(paths: Mapping[str, Path]) -> dict[str, Any]:
+    slo = {"ttft": "10s", "tpot": "500ms"}
+    return {
+        "models": [{"name": n, "model": str(p), "args": _args(), "slo": slo} for n, p in paths.items()],
+        "device_memory": "12MiB",
+        "host_memory": "256MiB",
+        "page_size": "256KiB",
+        "weights": "movable",
+        "admin_key": ADMIN_KEY,
+        "tenants": [
+            {"name": "polite", "keys": ["${SOAK_POLITE}"]},
+            {"name": "limited", "keys": ["${SOAK_LIMITED}"], "requests_per_minute": 60, "max_concurrent": 3},
+        ],
+    }
+
+
+def _plot(samples: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Memory over time; needs matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        common.progress("no picture: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 3.5), layout="constrained")
+    minutes = [sample["s"] / 60 for sample in samples]
+    axis.plot(minutes, [sample["pss_mib"] for sample in samples], label="memory of all processes (PSS)")
+    axis.set(xlabel="minutes", ylabel="MiB", ylim=(0, None))
+    other = axis.twinx()
+    other.plot(minutes, [sample["requests"] for sample in samples], color="tab:orange", label="requests")
+    other.set_ylabel("requests")
+    figure.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Read the flags, run, report."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0, help="of load (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=4.0, help="requests per second (default: %(default)s)")
+    parser.add_argument("--png", type=Path, help="draw memory over time into this file")
+    common.report("soak", run, parser.parse_args(), ["rss_slope_mib_per_h", "errors", "ledger_ok"])
+
+
+if __name__ == "__main__":
+    main()

@@ -104,7 +104,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 
 {{- define "tokenpool.frontendMemory" -}}
 {{- $derived := printf "%dMi" (div (include "tokenpool.processBytes" . | int64) 1048576) -}}
-{{- default $derived .Values.ray.frontends.memory -}}
+{{- default $derived .Values.ray.frontend.memory -}}
 {{- end -}}
 
 {{- define "tokenpool.shm" -}}

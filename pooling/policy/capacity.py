@@ -118,7 +118,8 @@ class CapacitySeat:
     is_coming: bool = False
     """Its weights are on the way to the host's memory; it serves nothing yet, but its room is taken."""
     is_leaving: bool = False
-    """It takes no new requests and is unloaded when those that it has are done; its room is still taken."""
+    """It is to go: it takes new requests only while no other seat of its model serves, and is unloaded when those that
+    it has are done. Its room is still taken. The seat that a MOVE comes from is leaving from the decision on."""
     num_running: int = 0
     """Requests that have KV and decode."""
     num_waiting: int = 0

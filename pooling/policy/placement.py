@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which host serves a new request: one that runs its model already, unless that host has too much to do.
+"""Where work goes: a new request to a host that runs its model already, a further seat to the emptiest host.
 
 Pure: values in, an index out; shared by the cluster and the simulator. Imports neither vllm nor ray.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import NamedTuple
+
+import numpy as np
 
 
 class HostView(NamedTuple):
@@ -45,3 +47,31 @@ def _key(host: HostView, full: float) -> tuple[float, ...]:
     index, load, link_load, more_load, more_link_load, is_active, is_resident = host
     over = max(0.0, load + more_load - full) + max(0.0, link_load + more_link_load - full)
     return over, not is_active, not is_resident, load + link_load, index
+
+
+def best_home(
+    loads: np.ndarray,
+    more_load: float,
+    free_bytes: np.ndarray,
+    mask: np.ndarray,
+    is_near: np.ndarray | None = None,
+    full: float = 0.9,
+) -> int:
+    """The index of the host for a further seat of a model, of those that `mask` names; one at least must be.
+
+    Args:
+        loads: share of each host's time that its work needs.
+        more_load: what the seat adds.
+        free_bytes: of host memory.
+        mask: hosts that have room and are fit for it.
+        is_near: hosts on a machine that has a seat of the model already; one elsewhere survives its loss.
+        full: load above which tokens come late.
+
+    Least overload first, then other machines, then the least load. Memory counts a fifth of load, so that models
+    nobody asks for are spread too. Ties go to the lowest index. O(hosts).
+    """
+    after = loads + more_load
+    key = 1e3 * np.maximum(0.0, after - full) + after - 0.2 * free_bytes / max(1.0, float(free_bytes.max()))
+    if is_near is not None:
+        key = key + 10.0 * is_near
+    return int(np.where(mask, key, np.inf).argmin())

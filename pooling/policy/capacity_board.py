@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The controller's working copy of a `CapacityView`: seats, room and loads, kept up to date decision by decision.
+
+What a model asks of a host is predicted from its traffic. With N = tokens per second * tpot requests decoding at a
+time on average, and a share x of its traffic there,
+
+    decode    (1 - exp(-x N)) * step_s / tpot  +  x N * (step_per_request_s + step_per_token_s * context) / tpot
+    prefill   x * (arrivals per second * prefill_s  +  prompt tokens per second * prefill_per_token_s)
+
+are shares of the host's time. The first term does not halve with x: a model in two places reads its weights twice.
+Weights of models that are busy at the same time and do not fit on the device together load the link.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from tokenpool.policy.capacity import CapacityModel, CapacityView, HostState, Role
+
+_DEFAULT_TPOT_S = 0.1
+_DEFAULT_TTFT_S = 10.0
+_WEIGHTS_FRAC = 0.8
+"""Of the device: the rest is left for KV."""
+_SIGMAS = 4.0
+"""By how many standard deviations of a Poisson count recent arrivals must exceed the long window's to be believed."""
+_MIN_BUSY_FRAC = 0.6
+"""A host that steps less has late tokens for another reason than too much work."""
+_MAX_SCALE = 3.0
+
+
+class Board:
+    """Hosts and models by number, in the order of the view.
+
+    `full` is the load up to which tokens are on time, `target` the share of tokens on time that is good enough.
+    """
+
+    def __init__(self, view: CapacityView, full: float, target: float) -> None:
+        self.view, self.full = view, full
+        hosts, models = view.hosts, view.models
+        self.host_of = {host.host: i for i, host in enumerate(hosts)}
+        self.model_of = {model.model: i for i, model in enumerate(models)}
+        self.is_up = np.array([host.state is HostState.UP for host in hosts], bool)
+        self.free_bytes = np.array([host.free_host_bytes for host in hosts], float)
+        self.device_bytes = np.array([host.device_bytes for host in hosts], float)
+        self.num_copies = np.array([host.num_copies for host in hosts], int)
+        self.speed = np.array([host.speed for host in hosts], float)
+        self.link = np.array([host.link_bytes_per_s for host in hosts], float)
+        nodes = {host.node: i for i, host in enumerate(hosts)}
+        self.node = np.array([nodes[host.node] for host in hosts], int)
+        self.entry = np.array([host.role is not Role.DECODE for host in hosts], bool)
+        """Whether requests may begin there."""
+        self.decode = np.array([host.role is not Role.PREFILL for host in hosts], bool)
+        """Whether requests may decode there."""
+        self.seats: list[list[int]] = [[] for _ in models]
+        """Hosts that are up by model, without those that it is leaving."""
+        self.on_host: list[list[int]] = [[] for _ in hosts]
+        """The same by host."""
+        self.taken: list[set[int]] = [set() for _ in models]
+        """Hosts by model where it has, or is losing, a seat."""
+        self.stranded: list[tuple[int, int]] = []
+        """(model, host) of seats on hosts that drain."""
+        self.bereft: set[int] = set()
+        """Models that had a seat on a host that is lost."""
+        self._read_seats()
+        self._read_traffic(models)
+        self._sum_up(target)
+
+    def _read_seats(self) -> None:
+        model_of, seats, taken = self.model_of, self.seats, self.taken
+        for h, host in enumerate(self.view.hosts):
+            state, here = host.state, self.on_host[h]
+            for seat in host.seats:
+                m = model_of.get(seat.model)
+                if m is None:
+                    continue  # a model that is being removed
+                if state is HostState.LOST:
+                    self.bereft.add(m)
+                    continue
+                taken[m].add(h)
+                if seat.is_leaving:
+                    continue
+                if state is HostState.UP:
+                    seats[m].append(h)
+                    here.append(m)
+                else:
+                    self.stranded.append((m, h))
+
+    def _read_traffic(self, models: Sequence[CapacityModel]) -> None:
+        rows = [
+            (
+                model.arrivals_per_s,
+                model.arrivals_per_s if model.recent_arrivals_per_s is None else model.recent_arrivals_per_s,
+                model.input_tokens_per_s,
+                model.output_tokens_per_s,
+                model.tpot_s if model.tpot_s < math.inf else _DEFAULT_TPOT_S,
+                model.ttft_s if model.ttft_s < math.inf else _DEFAULT_TTFT_S,
+                model.weight_bytes,
+                *_costs(model),
+            )
+            for model in models
+        ]
+        columns = np.array(rows, float).reshape(len(rows), 12).T
+        arrivals, recent, inputs, outputs, tpot_s, ttft_s, self.weight_bytes = columns[:7]
+        step_s, per_request_s, per_token_s, prefill_s, per_prompt_token_s = columns[7:]
+        window_s = self.view.short_window_s
+        # A rise is believed at once if it can hardly be chance, a fall when the long window shows it.
+        surely = recent * window_s > arrivals * window_s + _SIGMAS * np.sqrt(np.maximum(arrivals * window_s, 1.0))
+        self.rise = np.where(surely, recent / np.maximum(arrivals, 1e-9), 1.0)
+        self.rise[surely & (arrivals <= 0)] = 1.0
+        requests = np.maximum(arrivals, 1e-9)
+        context = (inputs + outputs / 2) / requests
+        self.tokens_per_s = outputs * self.rise
+        self.long_n = outputs * tpot_s
+        self.n = self.long_n * self.rise
+        self.per_step = step_s / tpot_s
+        self.per_request = (per_request_s + per_token_s * np.where(arrivals > 0, context, 0.0)) / tpot_s
+        self.long_prefill = arrivals * prefill_s + inputs * per_prompt_token_s
+        self.prefill = self.long_prefill * self.rise
+        self.ttft_s = np.minimum(ttft_s, _DEFAULT_TTFT_S)
+
+    def _sum_up(self, target: float) -> None:
+        """Loads of all hosts, scaled by what was measured where that is to be trusted."""
+        count = len(self.on_host)
+        m = np.array([m for m, hosts in enumerate(self.seats) for _ in hosts], int)
+        h = np.array([h for hosts in self.seats for h in hosts], int)
+        num_entry = np.bincount(m[self.entry[h]], minlength=len(self.seats))
+        num_decode = np.bincount(m[self.decode[h]], minlength=len(self.seats))
+        x_e = np.where(self.entry[h], 1 / np.maximum(1, num_entry[m]), 0.0)
+        x_d = np.where(self.decode[h], 1 / np.maximum(1, num_decode[m]), 0.0)
+
+        def total(values: np.ndarray) -> np.ndarray:
+            return np.bincount(h, values, minlength=count).astype(float)
+
+        def work(n: np.ndarray, prefill: np.ndarray) -> np.ndarray:
+            busy = -np.expm1(-x_d * n[m])
+            return total(busy * self.per_step[m] + x_d * n[m] * self.per_request[m] + x_e * prefill[m]) / self.speed
+
+        self.work = work(self.n, self.prefill)
+        self.held = total(-np.expm1(-(x_d * self.n[m] + x_e * self.prefill[m])) * self.weight_bytes[m])
+        self.tokens = total(np.where(self.decode[h], x_d, 0.0) * self.tokens_per_s[m])
+        self.scale = self._scales(work(self.long_n, self.long_prefill), target)
+
+    def _scales(self, work: np.ndarray, target: float) -> np.ndarray:
+        """How much more, or less, hosts have to do than predicted, from the share of tokens that came on time."""
+        scale = np.ones(len(work))
+        for h, host in enumerate(self.view.hosts):
+            if not self.is_up[h] or work[h] <= 0 or host.since_move_s < self.view.long_window_s:
+                continue
+            due = on_time = 0.0
+            for seat in host.seats:
+                if seat.tokens_per_s:
+                    due += seat.tokens_per_s
+                    on_time += seat.tokens_per_s * seat.on_time_frac
+            if not due:
+                continue
+            good_frac = on_time / due
+            if good_frac < target and host.busy_frac >= _MIN_BUSY_FRAC:
+                scale[h] = min(_MAX_SCALE, max(1.0, self.full / max(good_frac, 0.1) / work[h]))
+            elif good_frac >= target:
+                scale[h] = min(1.0, self.full / work[h])
+        return scale
+
+    # -- loads -----------------------------------------------------------------------------------------
+
+    def load(self, h: int, more_work: float = 0.0, more_held: float = 0.0) -> float:
+        """Share of the host's time that its work needs to be on time, with the share of its link's that is short."""
+        over = self.held[h] + more_held - _WEIGHTS_FRAC * self.device_bytes[h]
+        work = self.scale[h] * (self.work[h] + more_work)
+        return float(work + (over / (self.link[h] * _DEFAULT_TTFT_S) if over > 0 else 0.0))
+
+    def loads(self) -> np.ndarray:
+        """`load` of all hosts."""
+        over = np.maximum(0.0, self.held - _WEIGHTS_FRAC * self.device_bytes)
+        return self.scale * self.work + over / (self.link * _DEFAULT_TTFT_S)
+
+    def lost(self, load: float, tokens: float) -> float:
+        """Tokens per second that come late on a host with that load."""
+        return tokens * max(0.0, 1.0 - self.full / load) if load > 0 else 0.0
+
+    def parts(self, m: int, hosts: Sequence[int]) -> list[tuple[int, float, float, float]]:
+        """What the model asks of each of `hosts` if these are its seats: host, work, bytes held, tokens per second."""
+        num_entry = sum([bool(self.entry[h]) for h in hosts])
+        num_decode = sum([bool(self.decode[h]) for h in hosts])
+        n, prefill = float(self.n[m]), float(self.prefill[m])
+        found = []
+        for h in hosts:
+            x_e = 1 / num_entry if self.entry[h] else 0.0
+            x_d = 1 / num_decode if self.decode[h] else 0.0
+            steps = -math.expm1(-x_d * n) * self.per_step[m] + x_d * n * self.per_request[m]
+            held = -math.expm1(-(x_d * n + x_e * prefill)) * self.weight_bytes[m]
+            work = (steps + x_e * prefill) / self.speed[h]
+            found.append((h, float(work), float(held), float(x_d * self.tokens_per_s[m])))
+        return found
+
+    def load_after(self, m: int, after: Sequence[int], h: int) -> float:
+        """Load of one of the hosts if the model's seats were `after`."""
+        now = next((part for part in self.parts(m, self.seats[m]) if part[0] == h), (h, 0.0, 0.0, 0.0))
+        _, work, held, _ = next(part for part in self.parts(m, after) if part[0] == h)
+        return self.load(h, work - now[1], held - now[2])
+
+    def gain(self, m: int, after: Sequence[int]) -> float:
+        """Tokens on time per second won if the model's seats were `after`."""
+        change: dict[int, list[float]] = {}
+        for sign, hosts in ((-1.0, self.seats[m]), (1.0, after)):
+            for h, *values in self.parts(m, hosts):
+                sums = change.setdefault(h, [0.0, 0.0, 0.0])
+                for i, value in enumerate(values):
+                    sums[i] += sign * value
+        won = 0.0
+        for h, (work, held, tokens) in change.items():
+            load = self.load(h, work, held)
+            won += self.lost(self.load(h), self.tokens[h]) - self.lost(load, self.tokens[h] + tokens)
+        return won
+
+    # -- changes ---------------------------------------------------------------------------------------
+
+    def set_seats(self, m: int, after: Sequence[int]) -> None:
+        """The model's seats are `after` now; room for new ones is taken, that of left ones is not free yet."""
+        for sign, hosts in ((-1.0, self.seats[m]), (1.0, after)):
+            for h, work, held, tokens in self.parts(m, hosts):
+                self.work[h] += sign * work
+                self.held[h] += sign * held
+                self.tokens[h] += sign * tokens
+        for h in self.seats[m]:
+            if h not in after:
+                self.on_host[h].remove(m)
+        for h in after:
+            if h not in self.seats[m]:
+                self.on_host[h].append(m)
+                self.taken[m].add(h)
+                self.free_bytes[h] -= self.weight_bytes[m]
+                self.num_copies[h] += 1
+        self.seats[m] = list(after)
+
+    def set_role(self, h: int, role: Role) -> None:
+        """The host takes other work; its loads and those of hosts that share models with it stay as they were."""
+        self.entry[h], self.decode[h] = role is not Role.DECODE, role is not Role.PREFILL
+
+    def can_take(self, m: int, max_copies: int) -> np.ndarray:
+        """Which hosts have room for a new seat of the model, as a mask."""
+        model = self.view.models[m]
+        fits = self.is_up & (self.free_bytes >= model.weight_bytes)
+        fits &= self.device_bytes >= model.weight_bytes + model.min_kv_bytes
+        fits &= self.num_copies < max_copies
+        return fits
+
+
+def _costs(model: CapacityModel) -> tuple[float, ...]:
+    costs = model.costs
+    return (
+        costs.step_s,
+        costs.step_per_request_s,
+        costs.step_per_token_s,
+        costs.prefill_s,
+        costs.prefill_per_token_s,
+    )

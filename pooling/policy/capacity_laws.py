@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decisions do to a view, and the laws that every view keeps: for tests, and for trying a policy out on paper."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tokenpool.policy.capacity import (
+    Action,
+    CapacityDecision,
+    CapacityHost,
+    CapacitySeat,
+    CapacityView,
+    HostState,
+    Role,
+)
+from tokenpool.policy.turns import Residency
+
+
+def apply(view: CapacityView, decision: CapacityDecision) -> CapacityView:
+    """The view right after a decision: new seats are coming, left ones are leaving. O(hosts + models).
+
+    Raises ValueError if the decision breaks a law: no such host or seat, no room, a second seat on one host.
+    """
+    hosts = {host.host: host for host in view.hosts}
+    model = next((model for model in view.models if model.model == decision.model), None)
+    action, since_s = decision.action, 0.0
+    if action is Action.ROLE:
+        host = _host(hosts, decision.to_host)
+        hosts[host.host] = replace(host, role=decision.role or Role.MIXED, since_role_s=0.0)
+        return replace(view, hosts=tuple(hosts.values()))
+    if model is None:
+        raise ValueError(f"there is no model {decision.model!r}")
+    if action in (Action.PLACE, Action.REPLICATE, Action.MOVE):
+        host = _host(hosts, decision.to_host)
+        if host.state is not HostState.UP:
+            raise ValueError(f"{host.host} is {host.state}")
+        if any(seat.model == model.model for seat in host.seats):
+            raise ValueError(f"{model.model} is on {host.host} already")
+        if model.weight_bytes > host.free_host_bytes or model.weight_bytes + model.min_kv_bytes > host.device_bytes:
+            raise ValueError(f"{model.model} does not fit on {host.host}")
+        if decision.copy_bytes != model.weight_bytes:
+            raise ValueError(f"{model.model} has {model.weight_bytes} bytes, not {decision.copy_bytes}")
+        hosts[host.host] = replace(
+            host,
+            seats=(*host.seats, CapacitySeat(model.model, Residency.COLD, is_coming=True)),
+            free_host_bytes=host.free_host_bytes - model.weight_bytes,
+            num_copies=host.num_copies + 1,
+            since_move_s=0.0,
+        )
+    if action in (Action.DROP, Action.MOVE) and decision.from_host is not None:
+        host = _host(hosts, decision.from_host)
+        if not any(seat.model == model.model and not seat.is_leaving for seat in host.seats):
+            raise ValueError(f"{model.model} is not on {host.host}")
+        seats = tuple(replace(s, is_leaving=True) if s.model == model.model else s for s in host.seats)
+        hosts[host.host] = replace(host, seats=seats, since_move_s=0.0)
+    if action is Action.SHARE:
+        host, since_s = _host(hosts, decision.to_host), model.since_move_s
+        seats = tuple(replace(s, share=decision.share) if s.model == model.model else s for s in host.seats)
+        hosts[host.host] = replace(host, seats=seats)
+    models = tuple(replace(m, since_move_s=since_s) if m is model else m for m in view.models)
+    return replace(view, hosts=tuple(hosts.values()), models=models)
+
+
+def finish(view: CapacityView) -> CapacityView:
+    """The view when all copies have ended, what was leaving is unloaded and what was on lost hosts is forgotten."""
+    sizes = {model.model: model.weight_bytes for model in view.models}
+    hosts = []
+    for host in view.hosts:
+        if host.state is HostState.LOST:
+            hosts.append(replace(host, seats=()))
+            continue
+        freed = sum([sizes.get(seat.model, 0) for seat in host.seats if seat.is_leaving])
+        seats = tuple(
+            replace(seat, is_coming=False, residency=Residency.WARM if seat.is_coming else seat.residency)
+            for seat in host.seats
+            if not seat.is_leaving
+        )
+        hosts.append(replace(host, seats=seats, free_host_bytes=host.free_host_bytes + freed, num_copies=0))
+    return replace(view, hosts=tuple(hosts))
+
+
+def check(view: CapacityView) -> None:
+    """Raise ValueError if a host holds more than its memory, a model twice, or a pinned model where it may not be."""
+    pinned = {model.model: model.pinned for model in view.models if model.pinned}
+    for host in view.hosts:
+        names = [seat.model for seat in host.seats]
+        if host.free_host_bytes < 0:
+            raise ValueError(f"{host.host} holds {-host.free_host_bytes} bytes too many")
+        if len(set(names)) != len(names):
+            raise ValueError(f"{host.host} has a model twice")
+        for seat in host.seats:
+            if seat.is_coming and host.host not in pinned.get(seat.model, (host.host,)):
+                raise ValueError(f"{seat.model} is pinned elsewhere than {host.host}")
+
+
+def _host(hosts: dict[str, CapacityHost], name: str | None) -> CapacityHost:
+    if name not in hosts:
+        raise ValueError(f"there is no host {name!r}")
+    return hosts[name]

@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from tokenpool.errors import ConfigError, PoolError
+from tokenpool.serve.pool_query import ask_pool
 from tokenpool.units import parse_seconds
 
 USAGE = """usage: tokenpool trace [--url URL] [--admin-key KEY] [--seconds N] [--json FILE] [--png FILE]
@@ -40,7 +39,6 @@ _COLOURS = {
 _OTHER_COLOUR = "#333333"
 _LEAST_WIDTH_FRAC = 1 / 1500
 """Narrowest bar as a share of the picture, about a pixel: an eviction takes no time, but should be seen."""
-_FETCH_LIMIT_S = 60.0
 
 
 class Span(NamedTuple):
@@ -138,24 +136,7 @@ def _number(text: str) -> float | str:
 
 def _fetch(url: str, key: str | None, last_s: float | None) -> Any:
     query = "" if last_s is None else f"?seconds={last_s:g}"
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{url!r} is no address: write such as http://127.0.0.1:8000", key="--url")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}/v1/pool/trace{query}", headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=_FETCH_LIMIT_S) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        raise PoolError(f"{url} answers {error.code}: {_reason(error)}") from None
-    except (OSError, ValueError) as error:
-        raise PoolError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    try:
-        return json.load(error)["error"]["message"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return str(error.reason)
+    return ask_pool(url, key, f"/v1/pool/trace{query}")
 
 
 def _read(path: str) -> Any:

@@ -13,6 +13,7 @@ USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [po
        tokenpool serve pool.yaml [pool flags]
        tokenpool validate pool.yaml
        tokenpool doctor [pool.yaml]
+       tokenpool top [--url URL] [--admin-key KEY] [--interval SECONDS] [--once | --json]
        tokenpool trace [--url URL] [--admin-key KEY] [--seconds N] --json FILE | --png FILE
        tokenpool sim --requests FILE --gpus N --gpu NAME --policy NAME [more flags: --help]
        tokenpool plan --trace FILE --gpu NAME [--models FILE] [more flags: --help]
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     commands = {"serve": _serve, "validate": _validate, "doctor": _doctor, "trace": _trace, "sim": _sim, "plan": _plan}
     commands |= {"bench": _bench, "key": _key}
+    commands["top"] = _top
     if command not in commands:
         return _fail(f"unknown command {command!r}; known: {', '.join(commands)}")
     if command == "serve" and ("-h" in rest or "--help" in rest):
@@ -101,6 +103,12 @@ def _doctor(words: list[str]) -> int:
     from tokenpool.serve.doctor import doctor
 
     return doctor(words)
+
+
+def _top(words: list[str]) -> int:
+    from tokenpool.serve.top import top
+
+    return top(words)
 
 
 def _trace(words: list[str]) -> int:

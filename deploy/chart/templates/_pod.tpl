@@ -142,15 +142,6 @@ limits:
   {{- end }}
 {{- end -}}
 
-{{- define "tokenpool.podMetadata" -}}
-annotations:
-  # A changed pool file makes new pods.
-  checksum/pool: {{ include "tokenpool.poolFile" . | sha256sum }}
-  {{- with .Values.podAnnotations }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
-{{- end -}}
-
 {{- /* Argument: list of the root context and the component. */ -}}
 {{- define "tokenpool.rayPodMetadata" -}}
 {{- $root := index . 0 -}}
@@ -160,7 +151,9 @@ labels:
   {{- with $root.Values.podLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
-{{ include "tokenpool.podMetadata" $root }}
+{{- with $root.Values.podAnnotations }}
+annotations: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{- define "tokenpool.rayContainerBase" -}}

@@ -172,18 +172,16 @@ def _status(view: dict[str, Any], paint: Any) -> str:
 def _host_lines(name: str, host: dict[str, Any], width: int, paint: Any) -> list[str]:
     turn = host["current_model"] or "idle"
     first = (
-        f"{name}: turn {_cut(turn, 16)}  steps {host['busy_share']:.0%}  switch waits {host['wait_share']:.1%}  "
-        f"switches {host['switches_per_s']:.1f}/s, {host['waited_switch_share']:.0%} waited for"
+        f"{name}: turn {_cut(turn, 16)}  steps {host['busy_share']:.0%}  waits {host['wait_share']:.1%}  "
+        f"{host['switches_per_s']:.1f} switches/s ({host['waited_switch_share']:.0%} waited for)"
     )
     if host["age_s"] > 1:
         first += f"  ({host['age_s']:.0f} s old)"
     pages, num = host["pages"], host["num_pages"]
     memory = host["host_memory"]
-    used = memory["budget_bytes"] - memory["free_bytes"]
     copies = "  ".join(
-        f"{use.replace('_', ' ')} {_size(memory[use])}" for use in ("weights", "paused_kv", "cached_kv")
-        if memory.get(use)
-    )  # fmt: skip
+        f"{use.replace('_', ' ')} {_size(memory.get(use, 0))}" for use in ("weights", "paused_kv", "cached_kv")
+    )
     parts = [(letter, tone, pages[use]) for use, letter, tone in _USES]
     legend = "  ".join(f"{letter} {use.replace('_', ' ')} {pages[use]}" for use, letter, _ in _USES)
     total = _size(num * host["page_size"])
@@ -191,7 +189,7 @@ def _host_lines(name: str, host: dict[str, Any], width: int, paint: Any) -> list
         _cut(first, width),
         f"pages {_bar(parts, num, min(width, 100) - 6, paint)}",
         _cut(f"      {legend}  . free {pages['free']}  of {num} ({total})", width),
-        _cut(f"host memory {_size(used)} of {_size(memory['budget_bytes'])}: {copies or 'empty'}", width),
+        _cut(f"host  {copies}  free {_size(memory['free_bytes'])}  of {_size(memory['budget_bytes'])}", width),
     ]
 
 

@@ -62,8 +62,8 @@ class HostActor:
         return self._supervisor.order(order)
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call the host process: `state`, `load`, `check` or `trace`."""
-        if method not in ("state", "load", "check", "trace"):
+        """Call the host process: `state`, `load`, `check`, `trace` or `progress`."""
+        if method not in ("state", "load", "check", "trace", "progress"):
             raise HostError(f"{method} is no question: send an order")
         return self._supervisor.call(method, *args)
 
@@ -117,12 +117,11 @@ class Controller:
         await self._act()
         return self.reconciler.epoch, self.reconciler.identity
 
-    async def attach(self, frontend: str, revision: int, deployments: list[Deployment]) -> ClusterView:
+    async def attach(self, frontend: str, revision: int, deployments: list[Deployment]) -> None:
         """See Reconciler.attach."""
         self._begin()
         self.reconciler.attach(frontend, revision, deployments)
         await self._act()
-        return self.reconciler.view()
 
     async def deploy(self, deployment: Deployment, revision: int) -> None:
         """See Reconciler.deploy."""
@@ -144,18 +143,28 @@ class Controller:
         self.reconciler.left(model, host, life)
         await self._act()
 
+    async def join_failed(self, model: str, host: str, life: str, reason: str) -> None:
+        """See Reconciler.join_failed."""
+        self.reconciler.join_failed(model, host, life, reason, time.monotonic())
+        await self._act()
+
     async def watch(self, frontend: str, epoch: int, version: int) -> ClusterView | None:
-        """Return the view as soon as it is not the one the caller has; None after 30 s, or if it has to attach."""
+        """Return the view once it is not the one that the caller has, at once if it has to attach: then None.
+
+        Waits at most 30 s; the caller may get what it has.
+        """
         self._begin()
         assert self._changed is not None
         if self.reconciler.frontend != frontend:
             return None
         async with self._changed:
-            try:
-                async with asyncio.timeout(_WATCH_LIMIT_S):
-                    await self._changed.wait_for(lambda: self._is_news(epoch, version))
-            except TimeoutError:
-                pass
+            while not self.reconciler.is_settled or not self._is_news(epoch, version):
+                try:
+                    async with asyncio.timeout(_WATCH_LIMIT_S):
+                        await self._changed.wait()
+                except TimeoutError:
+                    if self.reconciler.is_settled:
+                        break
         return self.reconciler.view()
 
     async def decisions(self, limit: int | None = None) -> list[dict[str, Any]]:

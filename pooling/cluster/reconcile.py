@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenpool.cluster.decision_log import Decision, DecisionLog
-from tokenpool.cluster.placement import Placement, Situation
+from tokenpool.cluster.placement import Move, Placement, Situation
 from tokenpool.cluster.values import (
     ClusterView,
     Deployment,
@@ -29,9 +29,9 @@ from tokenpool.cluster.values import (
     SeatState,
     SeatView,
 )
-from tokenpool.errors import ConfigError, HostError, PoolError
+from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
 
-_FIRST_SETTLE_S = 60.0
+_FIRST_SETTLE_S = 300.0
 """Longest wait for all hosts of a new pool: the first to come shall not get every model."""
 _SETTLE_S = 3.0
 """Longest wait of a later controller for the hosts that its predecessor knew."""
@@ -94,7 +94,8 @@ class Reconciler:
         self._expected = set((snapshot or {}).get("hosts", ()))
         self._num_hosts = num_hosts if snapshot is None else 0
         self._settle_until_s = now_s + (_FIRST_SETTLE_S if snapshot is None else _SETTLE_S)
-        self._is_settled = False
+        self.is_settled = False
+        """Whether enough was known to decide; before that a view would tell frontends that hosts are gone."""
         self._min_changes: dict[tuple[str, str], int] = {}  # by (host, life): older reports are of the past
         self._last: dict[str, HostReport] = {}  # of every host that was ever there
         self._wall_clock = wall_clock
@@ -144,6 +145,15 @@ class Reconciler:
         seat = self.seats.get((model, host))
         if seat is not None and seat.life == life and seat.state is SeatState.LEAVING:
             seat.state, seat.ordered = SeatState.REMOVING, False
+
+    def join_failed(self, model: str, host: str, life: str, reason: str, now_s: float) -> None:
+        """The frontend cannot reach an engine: it is unloaded, and not loaded there again for a while."""
+        seat = self.seats.get((model, host))
+        if seat is not None and seat.life == life and seat.state is SeatState.SERVING:
+            seat.state, seat.ordered = SeatState.REMOVING, False
+            self._bar(model, host, now_s)
+            self._note("join_failed", reason, model, host)
+            self._changed()
 
     def host_reported(self, report: HostReport, now_s: float) -> None:
         """A host's supervisor is there and says what the host has loaded."""
@@ -201,14 +211,19 @@ class Reconciler:
         elif order.action == "add":
             del self.seats[pair]
             self._errors[name] = error if isinstance(error, PoolError) else HostError(f"{error}")
-            failures = self._bars[pair].failures + 1 if pair in self._bars else 1
-            wait_s = _BAR_S[min(failures, len(_BAR_S)) - 1]
-            self._bars[pair] = _Bar(now_s + wait_s, failures)
+            wait_s = self._bar(*pair, now_s)
             self._note("add_failed", f"{error}; not again for {wait_s:g} s", name, order.host)
         else:
             seat.ordered = False  # such as a request that is still there: told again in the next period
             self._note("remove_failed", f"{error}", name, order.host)
         self._changed()
+
+    def _bar(self, model: str, host: str, now_s: float) -> float:
+        bar = self._bars.get((model, host))
+        failures = bar.failures + 1 if bar else 1
+        wait_s = _BAR_S[min(failures, len(_BAR_S)) - 1]
+        self._bars[model, host] = _Bar(now_s + wait_s, failures)
+        return wait_s
 
     # -- what follows ----------------------------------------------------------------------------------
 
@@ -225,10 +240,12 @@ class Reconciler:
 
     def _settled(self, now_s: float) -> bool:
         """Whether enough is known to decide: a frontend said what it wants, the hosts what they have."""
-        if not self._is_settled and self.frontend is not None:
-            have_all = not self._expected and len(self.hosts) >= self._num_hosts
-            self._is_settled = have_all or now_s >= self._settle_until_s
-        return self._is_settled
+        if not self.is_settled and self.frontend is not None:
+            have_all = not self._expected and len(self.hosts) >= max(1, self._num_hosts)
+            self.is_settled = have_all or (now_s >= self._settle_until_s and bool(self.hosts))
+            if self.is_settled:
+                self._changed()
+        return self.is_settled
 
     def _leave_unwanted(self) -> None:
         for (name, host), seat in list(self.seats.items()):
@@ -248,7 +265,9 @@ class Reconciler:
             is_placed = seat.state in _TAKEN and self.models.get(name) == seat.deployment
             (placed if is_placed else leaving).setdefault(name, set()).add(host)
         situation = Situation(self.models, self.hosts, placed, leaving, barred, now_s)
-        for move in self._placement.decide(situation):
+        moves = self._placement.decide(situation)
+        self._note_homeless(placed, moves)
+        for move in moves:
             pair = (move.model, move.host)
             if move.action == "add" and pair not in self.seats:
                 self._note("add", move.reason, *pair)
@@ -256,6 +275,16 @@ class Reconciler:
                 self.seats[pair] = Seat(self.models[move.model], life, SeatState.WANTED)
             elif move.action == "remove" and pair in self.seats and self.seats[pair].state is SeatState.SERVING:
                 self._leave(*pair, move.reason)
+            self._changed()
+
+    def _note_homeless(self, placed: dict[str, set[str]], moves: list[Move]) -> None:
+        if not self.hosts:
+            return  # they are being started
+        homeless = {name for name, hosts in placed.items() if not hosts} - {move.model for move in moves}
+        for name in homeless - self._errors.keys():
+            problem = f"model {name!r}: no host has room for it; raise device_memory or host_memory, or add hosts"
+            self._errors[name] = CapacityError(problem)
+            self._note("not_placed", "no host has room for it", name)
             self._changed()
 
     def _leave(self, name: str, host: str, reason: str) -> None:

@@ -21,20 +21,11 @@ _SECRET = ("TOKEN", "KEY", "SECRET")
 _LOOK_S = 5.0
 
 
-def require_ray() -> Any:
-    """Import Ray; raises PoolError that says how to get it."""
-    try:
-        import ray
-    except ImportError as error:
-        raise PoolError("--cluster needs Ray: pip install 'tokenpool[cluster]'") from error
-    return ray
+def prepare(address: str) -> None:
+    """Set Ray's authentication, then import Ray, which reads it then; raises PoolError that says how to get Ray.
 
-
-def connect(address: str, config: ClusterConfig, num_hosts: int) -> None:
-    """Connect this process to a Ray cluster, or start one here for `local`; raises PoolError.
-
-    Ray's own authentication is set explicitly: a Ray that is started here gets a token nobody else knows, another one
-    is asked with the token if this user has one, and without if not. RAY_AUTH_MODE in the environment overrides.
+    A Ray that is started here gets a token that nobody else knows. Another one is asked with this user's token if
+    there is one, else without. RAY_AUTH_MODE in the environment overrides. Call it before vLLM, which imports Ray too.
     """
     if address == "local":
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -43,8 +34,17 @@ def connect(address: str, config: ClusterConfig, num_hosts: int) -> None:
     else:
         known = "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().exists()
         os.environ.setdefault("RAY_AUTH_MODE", "token" if known else "disabled")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray = require_ray()
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without a GPU leave the variable alone
+    try:
+        import ray  # noqa: F401
+    except ImportError as error:
+        raise PoolError("--cluster needs Ray: pip install 'tokenpool[cluster]'") from error
+
+
+def connect(address: str, config: ClusterConfig, num_hosts: int) -> None:
+    """Connect this process to a Ray cluster, or start one here for `local`, after `prepare`; raises PoolError."""
+    import ray
+
     options: dict[str, Any] = {"namespace": namespace_of(config), "logging_level": logging.WARNING}
     if address == "local":
         # The object store carries nothing of weight here: orders and reports.
@@ -59,6 +59,15 @@ def connect(address: str, config: ClusterConfig, num_hosts: int) -> None:
 def namespace_of(config: ClusterConfig) -> str:
     """Ray namespace of a pool's actors."""
     return f"tokenpool-{config.name}"
+
+
+def wanted_hosts(config: ClusterConfig, *, use_gpus: bool) -> int:
+    """How many hosts there are to be, with `hosts: auto` one per GPU that the cluster has now."""
+    if config.hosts is not None:
+        return config.hosts
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("GPU", 0))) if use_gpus else 1
 
 
 class Session:
@@ -78,26 +87,23 @@ class Session:
         self._host_config = dict(host_config)
         self._use_gpus = use_gpus
         namespace = namespace_of(config)
-        num_hosts = self._wanted_hosts()
+        num_hosts = wanted_hosts(config, use_gpus=use_gpus)
         options = {"name": "controller", "num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000}
         try:
             self.controller = ray.remote(Controller).options(**options).remote(config, num_hosts, namespace)
         except ValueError as error:
             problem = f"a pool named {config.name!r} runs in this cluster already: give this one another name"
             raise ConfigError(problem, key="cluster.name") from error
+        self.address: str = ray.util.get_node_ip_address()
+        """IP address of this node."""
         self.hosts: dict[str, Any] = {}
         self.add_hosts()
-
-    def _wanted_hosts(self) -> int:
-        if self._config.hosts is not None:
-            return self._config.hosts
-        return max(1, int(self._ray.cluster_resources().get("GPU", 0)) if self._use_gpus else 1)
 
     def add_hosts(self) -> None:
         """Start the host actors that are missing; Ray places them when there is room, also on nodes that join later."""
         from tokenpool.cluster.actors import HostActor
 
-        for index in range(len(self.hosts), self._wanted_hosts()):
+        for index in range(len(self.hosts), wanted_hosts(self._config, use_gpus=self._use_gpus)):
             name = f"host-{index}"
             options = {
                 "name": name,

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [pool flags]
        tokenpool serve pool.yaml [pool flags]
+       tokenpool serve pool.yaml --cluster [auto|local|ADDRESS]
+       tokenpool job [--address URL] [--submit] pool.yaml [pool flags]
        tokenpool validate pool.yaml
        tokenpool doctor [pool.yaml]
        tokenpool top [--url URL] [--admin-key KEY] [--interval SECONDS] [--once | --json]
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     commands = {"serve": _serve, "validate": _validate, "doctor": _doctor, "trace": _trace, "sim": _sim, "plan": _plan}
-    commands |= {"bench": _bench, "key": _key}
+    commands |= {"bench": _bench, "job": _job, "key": _key}
     commands["top"] = _top
     if command not in commands:
         return _fail(f"unknown command {command!r}; known: {', '.join(commands)}")
@@ -66,12 +68,17 @@ def _fail(message: str) -> int:
 
 
 def _serve(words: list[str]) -> int:
-    from tokenpool.serve.command_line import pool_from_command_line
+    from tokenpool.serve.command_line import pool_from_command_line, take_cluster
 
+    cluster, words = take_cluster(words)
     if (key := os.environ.pop("VLLM_API_KEY", None)) and not any(w.startswith("--api-key") for w in words):
         words = [*words, "--api-key", key]  # vLLM's variable; popped so that no model's app asks for it again
     # What needs no vLLM is checked first: a typo in a pool file answers at once.
     pool = pool_from_command_line(words)
+    if cluster is not None:
+        from tokenpool.cluster.session import prepare
+
+        prepare(cluster)
     # vLLM and prometheus_client read these once, at import. A second engine's client erases the metrics of the first
     # unless they live in files, and an engine that dies must not end the server: the supervisor restarts the host.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokenpool-metrics-")
@@ -80,7 +87,7 @@ def _serve(words: list[str]) -> int:
     from tokenpool.serve.run import serve
 
     apply_all()
-    status = serve(pool)
+    status = serve(pool, cluster, next((word for word in words if word.endswith((".yaml", ".yml"))), None))
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # an orderly interpreter exit takes seconds and prints what Triton leaks
@@ -97,6 +104,12 @@ def _validate(words: list[str]) -> int:
     apply_all()
     print(describe_plan(*plan_pool(pool)))
     return 0
+
+
+def _job(words: list[str]) -> int:
+    from tokenpool.serve.job_tool import job
+
+    return job(words)
 
 
 def _doctor(words: list[str]) -> int:

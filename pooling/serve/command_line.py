@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tokenpool.config import ModelSpec, PoolConfig, Scheduling, load_pool_file
-from tokenpool.errors import ConfigError
+from tokenpool.errors import ConfigError, check_setting
 from tokenpool.units import parse_bytes, parse_seconds
 
 
@@ -55,6 +56,28 @@ def pool_from_command_line(words: Sequence[str]) -> PoolConfig:
         models, flags = _model_of_flags(flags)
     specs = tuple(ModelSpec(name=_served_name(model, flags), model=model, args=tuple(flags)) for model in models)
     return PoolConfig(models=specs, **settings)
+
+
+def take_cluster(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split `--cluster [auto|local|ADDRESS]` off; returns the address, None without the flag, and the other words."""
+    rest = list(words)
+    for i, word in enumerate(rest):
+        flag, equals, value = word.partition("=")
+        if flag != "--cluster":
+            continue
+        following = rest[i + 1] if i + 1 < len(rest) else ""
+        if equals:
+            check_setting(bool(value), flag, "needs a value: auto, local or an address such as 10.0.0.1:6379")
+            return value, rest[:i] + rest[i + 1 :]
+        if _is_address(following):
+            return following, rest[:i] + rest[i + 2 :]
+        return "auto", rest[:i] + rest[i + 1 :]
+    return None, rest
+
+
+def _is_address(word: str) -> bool:
+    # Models and pool files may follow the flag: they are no addresses, as they have no port.
+    return word in ("auto", "local") or re.fullmatch(r"(ray://)?[^/\s]+:\d+", word) is not None
 
 
 def _take_pool_flags(words: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -50,6 +50,7 @@ def build_outer_app(cors: dict[str, Any]) -> Starlette:
         Route("/v1/pool/state", pool_state, **get),
         Route("/v1/pool/trace", pool_trace, **get),
         Route("/v1/pool/tenants", pool_tenants, **get),
+        Route("/v1/pool/decisions", pool_decisions, **get),
         Route("/v1/pool/check", pool_check, methods=["POST"]),
         Route("/v1/pool/models", add_model, methods=["POST"]),
         Route("/v1/pool/models/{name:path}", remove_model, methods=["DELETE"]),
@@ -149,6 +150,17 @@ async def pool_trace(request: Request) -> Response:
     last = request.query_params.get("seconds")
     last_s = None if last is None else parse_seconds(last, "seconds")
     return JSONResponse(await request.app.state.pool.trace(last_s))
+
+
+async def pool_decisions(request: Request) -> Response:
+    """What a cluster's controller decided and why, oldest first; `?limit=20` gives the last ones. Else 404."""
+    decisions = getattr(request.app.state.pool, "decisions", None)
+    if decisions is None:
+        return error_response(404, "NotFoundError", "The pool is not on a cluster: nothing is decided.")
+    limit = request.query_params.get("limit")
+    if limit is not None and not (limit.isascii() and limit.isdigit() and len(limit) < 9):
+        raise ConfigError("expected a whole number", key="limit")
+    return JSONResponse({"decisions": await decisions(None if limit is None else int(limit))})
 
 
 async def pool_check(request: Request) -> Response:

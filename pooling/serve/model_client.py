@@ -47,13 +47,24 @@ class ModelClient:
     async def start(cls, plan: ModelPlan, host: HostProcess) -> ModelClient:
         """Load the model in a host and build its app; raises PoolError when the host cannot take it."""
         config = await asyncio.to_thread(plan.engine_config)
-        core, client = PoolEngineClient(config), None
+        core = PoolEngineClient(config)
         state = await _add_to(host, plan, core)
+        try:
+            return await cls.over(plan, core, state)
+        except BaseException:
+            with contextlib.suppress(HostError):  # a host that is gone holds nothing either
+                await host.call("remove_model", plan.spec.name)
+            raise
+
+    @classmethod
+    async def over(cls, plan: ModelPlan, core: PoolEngineClient, state: dict[str, Any]) -> ModelClient:
+        """Build the app over a client that a host has joined; raises PoolError, with the client closed."""
+        client = None
         try:
             with handing_in(core):
                 engine = await asyncio.to_thread(
                     AsyncLLM.from_vllm_config,
-                    vllm_config=config,
+                    vllm_config=core.vllm_config,
                     usage_context=UsageContext.OPENAI_API_SERVER,
                     enable_log_requests=plan.args.enable_log_requests,
                     disable_log_stats=plan.args.disable_log_stats,
@@ -63,8 +74,6 @@ class ModelClient:
             await client._build_app()
             return client
         except BaseException as error:
-            with contextlib.suppress(HostError):  # a host that is gone holds nothing either
-                await host.call("remove_model", plan.spec.name)
             if client is not None:
                 await client.close()
             else:

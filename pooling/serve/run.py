@@ -10,10 +10,12 @@ import shutil
 import signal
 import socket
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 import uvloop
+from starlette.applications import Starlette
 from vllm.entrypoints.launchers.launcher import NoSignalServer, create_server_socket
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.utils.system_utils import set_ulimit
@@ -43,27 +45,45 @@ def describe_plan(config: PoolConfig, plans: list[ModelPlan]) -> str:
     return "\n".join(lines)
 
 
-def serve(config: PoolConfig) -> int:
-    """Serve until SIGTERM or SIGINT; returns 0 after a clean drain."""
+MakePool = Callable[[Starlette], PoolServer]
+"""Makes the server behind the port, given the app for pool-level paths."""
+
+
+def serve(config: PoolConfig, cluster: str | None = None, pool_file: str | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; returns 0 after a clean drain.
+
+    `cluster` is the address of a Ray cluster, `auto` or `local`; there `pool_file` is watched for changes.
+    """
     logging.basicConfig(level=os.environ.get("TOKENPOOL_LOG_LEVEL", "INFO"), format="%(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    config, plans = plan_pool(config)
     try:
         sock = create_server_socket((config.host or "", config.port), reuse_port=False)
     except OSError as error:
         where = f"{config.host or '*'}:{config.port}"
         raise ConfigError(f"cannot listen on {where}: {error.strerror}", key="port") from None
+    config, plans, make_pool = _plan(config, cluster, pool_file)
     set_ulimit()
     try:
-        uvloop.run(_serve(config, plans, sock))
+        uvloop.run(_serve(config, plans, sock, make_pool))
     finally:
         shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
     return 0
 
 
-async def _serve(config: PoolConfig, plans: list[ModelPlan], sock: socket.socket) -> None:
+def _plan(
+    config: PoolConfig, cluster: str | None, pool_file: str | None
+) -> tuple[PoolConfig, list[ModelPlan], MakePool]:
+    if cluster is None:
+        planned, plans = plan_pool(config)
+        return planned, plans, lambda outer: PoolServer(planned, plans, outer)
+    from tokenpool.serve.cluster_server import plan_on_cluster
+
+    return plan_on_cluster(config, cluster, pool_file)
+
+
+async def _serve(config: PoolConfig, plans: list[ModelPlan], sock: socket.socket, make_pool: MakePool) -> None:
     args = plans[0].args
-    pool = PoolServer(config, plans, build_outer_app(_cors(args)))
+    pool = make_pool(build_outer_app(_cors(args)))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,25 @@ def test_the_commands_are_those_of_the_chart():
     for _, container, _ in groups("raycluster.yaml"):
         (script,) = container["args"]
         assert script in chart
+
+
+def test_the_start_scripts_do_what_they_say(tmp_path):
+    """Head and hosts become Ray; the frontend joins without staying in the foreground, then becomes tokenpool."""
+    for name in ("ray", "tokenpool"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/bash\necho "{name} $* pid=$$" >> {tmp_path}/calls\n')
+        program.chmod(0o755)
+    start = "ray start --address=head:6379 --block --num-cpus=4"
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "KUBERAY_GEN_RAY_START_CMD": start}
+    calls = {}
+    for group, container, _ in groups("raycluster.yaml"):
+        script = container["args"][0].replace("ulimit -n 65536", "true")  # not everybody may raise it
+        done = subprocess.Popen([*container["command"], script], env=env)
+        assert done.wait(30) == 0
+        log = tmp_path / "calls"
+        calls[group.get("groupName", "head")] = log.read_text().replace(f"pid={done.pid}", "pid=1").splitlines()
+        log.unlink()
+    assert calls["head"] == calls["hosts"] == [f"{start} pid=1"]
+    join, serve = calls["frontend"]
+    assert join.startswith("ray start --address=head:6379 --num-cpus=4 pid=") and not join.endswith("pid=1")
+    assert serve == f"{SERVE} pid=1"

@@ -31,3 +31,11 @@ def rendered(helm: str) -> Callable[[Path], list[Manifest]]:
 def manifests(request: pytest.FixtureRequest, rendered: Callable[[Path], list[Manifest]]) -> list[Manifest]:
     """The objects of each file in deploy/chart/ci, in turn."""
     return rendered(request.param)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say aloud, once each, why deployment tests were skipped."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    reasons = [report.longrepr[2] for report in skipped if report.nodeid.startswith("tests/deploy/")]
+    for reason in sorted(set(reasons)):
+        terminalreporter.write_line(f"{reasons.count(reason)} tests: {reason.removeprefix('Skipped: ')}")

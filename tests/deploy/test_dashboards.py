@@ -21,6 +21,7 @@ from tests.helpers.promql import problems
 
 pytestmark = pytest.mark.deploy
 
+ROOT = Path(__file__).parents[2]
 DASHBOARDS = sorted((FILES / "dashboards").glob("*.json"))
 ALERTS = FILES / "alerts.yaml"
 
@@ -42,10 +43,11 @@ EXPRESSIONS = list(expressions())
 
 
 def promtool() -> str:
-    """PROMTOOL_BIN or the one on the PATH; skips loudly without."""
-    binary = os.environ.get("PROMTOOL_BIN") or shutil.which("promtool")
+    """PROMTOOL_BIN, what `make test-deploy` fetched, or the one on the PATH; skips loudly without."""
+    fetched = ROOT / "build" / "tools" / "promtool"
+    binary = os.environ.get("PROMTOOL_BIN") or (str(fetched) if fetched.exists() else shutil.which("promtool"))
     if binary is None:
-        pytest.skip("ALERTS ARE NOT RUN BY PROMETHEUS ITSELF: no promtool on the PATH, PROMTOOL_BIN names one")
+        pytest.skip("ALERTS ARE NOT RUN BY PROMETHEUS ITSELF: no promtool on the PATH; PROMTOOL_BIN names one")
     return binary
 
 
@@ -121,7 +123,7 @@ def test_every_legend_names_labels_that_the_query_keeps():
 
 def test_every_alert_is_in_the_operations_guide():
     """docs/operations.md says what to do about each."""
-    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    text = (ROOT / "docs" / "operations.md").read_text()
     missing = [rule["alert"] for rule in rules()["groups"][0]["rules"] if f"`{rule['alert']}`" not in text]
     assert not missing
 

@@ -28,14 +28,14 @@ check() {  # NAME SECONDS COMMAND...
   printf '%-14s %-14s %s\n' "$name" "$word" "$(grep -h '^result:' "$out/$name.log" | tail -1)" >> "$table"
 }
 
-check doctor 40 "$python" -m tokenpool.serve.cli doctor
-check memory_laws 60 "$python" -m pytest -x -rs tests/gpu/test_device_laws.py
-check eager 60 "$python" -m pytest -x -rs tests/gpu/test_token_exactness.py -k eager
-check graphs 60 "$python" -m pytest -x -rs tests/gpu/test_token_exactness.py -k graphs
-check link 40 "$python" -m bench.gpu.link --json "$out/link.json"
-check switch_1b 60 "$python" -m bench.gpu.switch --shapes 1b --json "$out/switch_1b.json"
+check doctor 30 "$python" -m tokenpool.serve.cli doctor
+check memory_laws 40 "$python" -m pytest -x -rs tests/gpu/test_device_laws.py
+check eager 90 "$python" -m pytest -x -rs tests/gpu/test_token_exactness.py -k eager
+check graphs 90 "$python" -m pytest -x -rs tests/gpu/test_token_exactness.py -k graphs
+check link 30 "$python" -m bench.gpu.link --json "$out/link.json"
+check switch_1b 50 "$python" -m bench.gpu.switch --shapes 1b --json "$out/switch_1b.json"
 check switch_8b 90 "$python" -m bench.gpu.switch --shapes 8b --switches 6 --json "$out/switch_8b.json"
-check goodput 130 "$python" -m bench.gpu.goodput --policies slack --rates 1 --shapes 1b --requests 30 \
+check goodput 120 "$python" -m bench.gpu.goodput --policies slack --rates 1 --shapes 1b --requests 30 \
   --device-mib 8192 --json "$out/goodput.json"
 cat "$table"
 exit $failed

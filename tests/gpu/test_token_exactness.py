@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 KINDS = ("llama", "qwen2", "mixtral")
-PAGE, PAGES = 2 << 20, 8
+PAGE, PAGES = 2 << 20, 5
 """Two pages for the weights of a model, one for null blocks: not all models fit beside their KV."""
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}
 MODES = {
@@ -44,7 +44,8 @@ def test_switches_at_random_token_boundaries_change_no_stream(mode, tmp_path):
         pool.submit(case)
     pool.run(each_step=lambda step: step % 25 or pool.check())
 
-    assert pool.host.residency.counters.weight_evictions > 10
+    evictions = pool.host.residency.counters.weight_evictions
+    assert evictions > 10, f"only {evictions} evictions: nothing was shown"
     compared = 0
     for kind in KINDS:
         for request_id, got in pool.results(kind).items():

@@ -67,6 +67,7 @@ class Board:
         self._read_seats()
         self._read_traffic(models)
         self._sum_up(target)
+        self._now_in_lists()
 
     def _read_seats(self) -> None:
         model_of, seats, taken = self.model_of, self.seats, self.taken
@@ -165,70 +166,93 @@ class Board:
 
     # -- loads -----------------------------------------------------------------------------------------
 
-    def load(self, h: int, more_work: float = 0.0, more_held: float = 0.0) -> float:
-        """Share of the host's time that its work needs to be on time, with the share of its link's that is short."""
-        over = self.held[h] + more_held - _WEIGHTS_FRAC * self.device_bytes[h]
-        work = self.scale[h] * (self.work[h] + more_work)
-        return float(work + (over / (self.link[h] * _DEFAULT_TTFT_S) if over > 0 else 0.0))
-
-    def loads(self) -> np.ndarray:
+    def _now_in_lists(self) -> None:
+        """Single values are read and changed from here on, for which lists are several times as fast as arrays."""
+        self.loads = self._loads()
         """`load` of all hosts."""
+        for name in ("work", "held", "tokens", "scale", "speed", "link", "n", "per_step", "per_request", "prefill"):
+            setattr(self, name, getattr(self, name).tolist())
+        for name in ("weight_bytes", "tokens_per_s", "rise"):
+            setattr(self, name, getattr(self, name).tolist())
+        self.room = (_WEIGHTS_FRAC * self.device_bytes).tolist()
+        self.entry_list, self.decode_list = self.entry.tolist(), self.decode.tolist()
+
+    def _loads(self) -> np.ndarray:
         over = np.maximum(0.0, self.held - _WEIGHTS_FRAC * self.device_bytes)
         return self.scale * self.work + over / (self.link * _DEFAULT_TTFT_S)
 
+    def load(self, h: int, more_work: float = 0.0, more_held: float = 0.0) -> float:
+        """Share of the host's time that its work needs to be on time, with the share of its link's that is short."""
+        load = self.scale[h] * (self.work[h] + more_work)
+        over = self.held[h] + more_held - self.room[h]
+        return load + over / (self.link[h] * _DEFAULT_TTFT_S) if over > 0 else load
+
     def lost(self, load: float, tokens: float) -> float:
         """Tokens per second that come late on a host with that load."""
-        return tokens * max(0.0, 1.0 - self.full / load) if load > 0 else 0.0
+        return tokens * (1.0 - self.full / load) if load > self.full else 0.0
+
+    def kinds(self, hosts: Sequence[int]) -> tuple[int, int]:
+        """How many of the hosts take new requests, and how many let requests decode."""
+        entry, decode = self.entry_list, self.decode_list
+        return sum([entry[h] for h in hosts]), sum([decode[h] for h in hosts])
 
     def parts(self, m: int, hosts: Sequence[int]) -> list[tuple[int, float, float, float]]:
         """What the model asks of each of `hosts` if these are its seats: host, work, bytes held, tokens per second."""
-        num_entry = sum([bool(self.entry[h]) for h in hosts])
-        num_decode = sum([bool(self.decode[h]) for h in hosts])
-        n, prefill = float(self.n[m]), float(self.prefill[m])
+        num_entry, num_decode = self.kinds(hosts)
+        n, prefill, nbytes = self.n[m], self.prefill[m], self.weight_bytes[m]
+        by_kind: dict[tuple[bool, bool], tuple[float, float, float]] = {}
         found = []
         for h in hosts:
-            x_e = 1 / num_entry if self.entry[h] else 0.0
-            x_d = 1 / num_decode if self.decode[h] else 0.0
-            steps = -math.expm1(-x_d * n) * self.per_step[m] + x_d * n * self.per_request[m]
-            held = -math.expm1(-(x_d * n + x_e * prefill)) * self.weight_bytes[m]
-            work = (steps + x_e * prefill) / self.speed[h]
-            found.append((h, float(work), float(held), float(x_d * self.tokens_per_s[m])))
+            kind = self.entry_list[h], self.decode_list[h]
+            values = by_kind.get(kind)
+            if values is None:
+                x_e = 1 / num_entry if kind[0] else 0.0
+                x_d = 1 / num_decode if kind[1] else 0.0
+                steps = -math.expm1(-x_d * n) * self.per_step[m] + x_d * n * self.per_request[m]
+                held = -math.expm1(-(x_d * n + x_e * prefill)) * nbytes
+                values = by_kind[kind] = steps + x_e * prefill, held, x_d * self.tokens_per_s[m]
+            found.append((h, values[0] / self.speed[h], values[1], values[2]))
         return found
 
-    def load_after(self, m: int, after: Sequence[int], h: int) -> float:
-        """Load of one of the hosts if the model's seats were `after`."""
-        now = next((part for part in self.parts(m, self.seats[m]) if part[0] == h), (h, 0.0, 0.0, 0.0))
-        _, work, held, _ = next(part for part in self.parts(m, after) if part[0] == h)
-        return self.load(h, work - now[1], held - now[2])
+    def loads_after(self, m: int, after: Sequence[int]) -> dict[int, float]:
+        """Loads of the hosts `after` if these were the model's seats."""
+        now = {h: (work, held) for h, work, held, _ in self.parts(m, self.seats[m])}
+        found = {}
+        for h, work, held, _ in self.parts(m, after):
+            old = now.get(h, (0.0, 0.0))
+            found[h] = self.load(h, work - old[0], held - old[1])
+        return found
 
     def gain(self, m: int, after: Sequence[int]) -> float:
         """Tokens on time per second won if the model's seats were `after`."""
-        change: dict[int, list[float]] = {}
-        for sign, hosts in ((-1.0, self.seats[m]), (1.0, after)):
-            for h, *values in self.parts(m, hosts):
-                sums = change.setdefault(h, [0.0, 0.0, 0.0])
-                for i, value in enumerate(values):
-                    sums[i] += sign * value
+        change = {h: (-work, -held, -tokens) for h, work, held, tokens in self.parts(m, self.seats[m])}
+        for h, work, held, tokens in self.parts(m, after):
+            old = change.get(h, (0.0, 0.0, 0.0))
+            change[h] = work + old[0], held + old[1], tokens + old[2]
         won = 0.0
         for h, (work, held, tokens) in change.items():
-            load = self.load(h, work, held)
-            won += self.lost(self.load(h), self.tokens[h]) - self.lost(load, self.tokens[h] + tokens)
+            now, then = self.load(h), self.load(h, work, held)
+            if now > self.full or then > self.full:
+                won += self.lost(now, self.tokens[h]) - self.lost(then, self.tokens[h] + tokens)
         return won
 
     # -- changes ---------------------------------------------------------------------------------------
 
     def set_seats(self, m: int, after: Sequence[int]) -> None:
         """The model's seats are `after` now; room for new ones is taken, that of left ones is not free yet."""
-        for sign, hosts in ((-1.0, self.seats[m]), (1.0, after)):
+        before = self.seats[m]
+        for sign, hosts in ((-1.0, before), (1.0, after)):
             for h, work, held, tokens in self.parts(m, hosts):
                 self.work[h] += sign * work
                 self.held[h] += sign * held
                 self.tokens[h] += sign * tokens
-        for h in self.seats[m]:
+        for h in before:
+            self.loads[h] = self.load(h)
             if h not in after:
                 self.on_host[h].remove(m)
         for h in after:
-            if h not in self.seats[m]:
+            if h not in before:
+                self.loads[h] = self.load(h)
                 self.on_host[h].append(m)
                 self.taken[m].add(h)
                 self.free_bytes[h] -= self.weight_bytes[m]
@@ -237,7 +261,8 @@ class Board:
 
     def set_role(self, h: int, role: Role) -> None:
         """The host takes other work; its loads and those of hosts that share models with it stay as they were."""
-        self.entry[h], self.decode[h] = role is not Role.DECODE, role is not Role.PREFILL
+        self.entry[h] = self.entry_list[h] = role is not Role.DECODE
+        self.decode[h] = self.decode_list[h] = role is not Role.PREFILL
 
     def can_take(self, m: int, max_copies: int) -> np.ndarray:
         """Which hosts have room for a new seat of the model, as a mask."""

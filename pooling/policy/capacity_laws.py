@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from tokenpool.policy.capacity import (
     Action,
     CapacityDecision,
     CapacityHost,
+    CapacityModel,
     CapacitySeat,
     CapacityView,
     HostState,
@@ -18,48 +20,63 @@ from tokenpool.policy.turns import Residency
 
 
 def apply(view: CapacityView, decision: CapacityDecision) -> CapacityView:
-    """The view right after a decision: new seats are coming, left ones are leaving. O(hosts + models).
+    """`apply_all` for one decision."""
+    return apply_all(view, [decision])
 
-    Raises ValueError if the decision breaks a law: no such host or seat, no room, a second seat on one host.
+
+def apply_all(view: CapacityView, decisions: Iterable[CapacityDecision]) -> CapacityView:
+    """The view right after decisions, carried out in order: new seats are coming, left ones are leaving.
+
+    Raises ValueError if a decision breaks a law: no such host or seat, no room, a second seat on one host.
     """
     hosts = {host.host: host for host in view.hosts}
-    model = next((model for model in view.models if model.model == decision.model), None)
-    action, since_s = decision.action, 0.0
+    models = {model.model: model for model in view.models}
+    for decision in decisions:
+        _apply(hosts, models, decision)
+    return replace(view, hosts=tuple(hosts.values()), models=tuple(models.values()))
+
+
+def _apply(hosts: dict[str, CapacityHost], models: dict[str, CapacityModel], decision: CapacityDecision) -> None:
+    action = decision.action
     if action is Action.ROLE:
         host = _host(hosts, decision.to_host)
         hosts[host.host] = replace(host, role=decision.role or Role.MIXED, since_role_s=0.0)
-        return replace(view, hosts=tuple(hosts.values()))
+        return
+    model = models.get(decision.model or "")
     if model is None:
         raise ValueError(f"there is no model {decision.model!r}")
-    if action in (Action.PLACE, Action.REPLICATE, Action.MOVE):
+    if action is Action.SHARE:
         host = _host(hosts, decision.to_host)
-        if host.state is not HostState.UP:
-            raise ValueError(f"{host.host} is {host.state}")
-        if any(seat.model == model.model for seat in host.seats):
-            raise ValueError(f"{model.model} is on {host.host} already")
-        if model.weight_bytes > host.free_host_bytes or model.weight_bytes + model.min_kv_bytes > host.device_bytes:
-            raise ValueError(f"{model.model} does not fit on {host.host}")
-        if decision.copy_bytes != model.weight_bytes:
-            raise ValueError(f"{model.model} has {model.weight_bytes} bytes, not {decision.copy_bytes}")
-        hosts[host.host] = replace(
-            host,
-            seats=(*host.seats, CapacitySeat(model.model, Residency.COLD, is_coming=True)),
-            free_host_bytes=host.free_host_bytes - model.weight_bytes,
-            num_copies=host.num_copies + 1,
-            since_move_s=0.0,
-        )
-    if action in (Action.DROP, Action.MOVE) and decision.from_host is not None:
+        seats = tuple(replace(s, share=decision.share) if s.model == model.model else s for s in host.seats)
+        hosts[host.host] = replace(host, seats=seats)
+        return
+    if action in (Action.PLACE, Action.REPLICATE, Action.MOVE):
+        hosts[decision.to_host or ""] = _with_seat(_host(hosts, decision.to_host), model, decision.copy_bytes)
+    if action in (Action.DROP, Action.MOVE):
         host = _host(hosts, decision.from_host)
         if not any(seat.model == model.model and not seat.is_leaving for seat in host.seats):
             raise ValueError(f"{model.model} is not on {host.host}")
         seats = tuple(replace(s, is_leaving=True) if s.model == model.model else s for s in host.seats)
         hosts[host.host] = replace(host, seats=seats, since_move_s=0.0)
-    if action is Action.SHARE:
-        host, since_s = _host(hosts, decision.to_host), model.since_move_s
-        seats = tuple(replace(s, share=decision.share) if s.model == model.model else s for s in host.seats)
-        hosts[host.host] = replace(host, seats=seats)
-    models = tuple(replace(m, since_move_s=since_s) if m is model else m for m in view.models)
-    return replace(view, hosts=tuple(hosts.values()), models=models)
+    models[model.model] = replace(model, since_move_s=0.0)
+
+
+def _with_seat(host: CapacityHost, model: CapacityModel, copy_bytes: int) -> CapacityHost:
+    if host.state is not HostState.UP:
+        raise ValueError(f"{host.host} is {host.state}")
+    if any(seat.model == model.model for seat in host.seats):
+        raise ValueError(f"{model.model} is on {host.host} already")
+    if model.weight_bytes > host.free_host_bytes or model.weight_bytes + model.min_kv_bytes > host.device_bytes:
+        raise ValueError(f"{model.model} does not fit on {host.host}")
+    if copy_bytes != model.weight_bytes:
+        raise ValueError(f"{model.model} has {model.weight_bytes} bytes, not {copy_bytes}")
+    return replace(
+        host,
+        seats=(*host.seats, CapacitySeat(model.model, Residency.COLD, is_coming=True)),
+        free_host_bytes=host.free_host_bytes - model.weight_bytes,
+        num_copies=host.num_copies + 1,
+        since_move_s=0.0,
+    )
 
 
 def finish(view: CapacityView) -> CapacityView:

@@ -22,6 +22,8 @@ from tokenpool.policy.placement import best_home
 _NUM_TARGETS = 64
 _MODELS_PER_HOST = 8
 _CHANGES_PER_HOST = 4
+_MAX_LOOKS = 4000
+"""Seats that are looked at for relief, so that a bad day does not take longer than a good one by much."""
 _NEAR_FRAC = 0.95
 """What is nearly as good is taken if it copies less."""
 
@@ -132,9 +134,10 @@ class _Deciding:
         if model.pinned:
             return "pinned" if len(seats) < len(model.pinned) else ""
         wanted = max(1, model.min_replicas)
-        if sum([bool(board.entry[h]) for h in seats]) < wanted:
+        if not seats:
             return "entry"
-        return "decode" if sum([bool(board.decode[h]) for h in seats]) < wanted else ""
+        num_entry, num_decode = board.kinds(seats)
+        return "entry" if num_entry < wanted else "decode" if num_decode < wanted else ""
 
     def _home(self, m: int, kind: str) -> int | None:
         """The host for a seat that must be; None if there is none with room."""
@@ -154,7 +157,7 @@ class _Deciding:
         _, work, _, _ = board.parts(m, [int(mask.argmax())])[0]
         seats = board.seats[m]
         is_near = np.isin(board.node, board.node[seats]) if seats else None
-        return best_home(board.loads(), work / (1 + len(seats)), board.free_bytes, mask, is_near, board.full)
+        return best_home(board.loads, work / (1 + len(seats)), board.free_bytes, mask, is_near, board.full)
 
     def _limit(self, m: int) -> int:
         """Seats that the model may have; one of each kind is needed where roles are split."""
@@ -180,19 +183,19 @@ class _Deciding:
     def _relieve(self) -> list[int]:
         """Move or replicate models of hosts with too much to do; returns the hosts that stay so."""
         board = self.board
-        loads = board.loads()
-        over = [int(h) for h in np.flatnonzero(board.is_up & (loads > board.full))]
+        loads = board.loads.tolist()
+        over = [int(h) for h in np.flatnonzero(board.is_up & (board.loads > board.full))]
         over.sort(key=lambda h: (-board.lost(loads[h], board.tokens[h]), h))
-        calm = [int(h) for h in np.argsort(loads, kind="stable") if board.is_up[h] and loads[h] < board.full]
+        calm = [int(h) for h in np.argsort(board.loads, kind="stable") if board.is_up[h] and loads[h] < board.full]
         targets = calm[:_NUM_TARGETS]
-        budget = 1000  # evaluations, so that a bad day does not take longer than a period
+        budget = _MAX_LOOKS
         still_over = []
         for h in over:
             for _ in range(_CHANGES_PER_HOST):
                 if not self._has_room or budget <= 0 or not targets or board.load(h) <= board.full:
                     break
                 tried = self._movable(h)
-                budget -= 2 * len(tried)
+                budget -= sum([len(board.seats[m]) + 1 for m in tried])
                 if not self._relieve_once(h, tried, targets):
                     break
                 targets.sort(key=lambda g: (board.load(g), g))
@@ -230,7 +233,7 @@ class _Deciding:
                 limit = settings.target_load
                 if action is Action.REPLICATE:  # a model may be too much for two hosts as well
                     limit = max(limit, board.load(h))
-                if board.load_after(m, after, g) > limit:
+                if board.loads_after(m, after)[g] > limit:
                     continue
                 net = gain * (settings.horizon_s - copy_s) - copy_s * settings.copy_drag * board.tokens[g]
                 if net > 0 and (best is None or net * _NEAR_FRAC > best[0]):
@@ -275,24 +278,20 @@ class _Deciding:
                 continue
             if model.since_move_s < settings.quiet_s or board.rise[m] > 1:
                 continue
-            found = []
-            for h in seats:
+            # The busiest host first; with roles, the busiest that leaves enough of both kinds.
+            for h in sorted(seats, key=lambda h: (-board.loads[h], h)):
                 after = [s for s in seats if s != h]
                 if self._enough(m, after):
-                    worst = max(board.load_after(m, after, s) for s in after)
+                    worst = max(board.loads_after(m, after).values())
                     if worst < settings.drop_load:
-                        found.append((-board.load(h), h, worst, after))
-            if found:
-                _, h, worst, after = min(found)
-                name = self.view.hosts[h].host
-                reason = f"{model.model}: the other {len(after)} of {len(seats)} hosts need {worst:.0%} of their time"
-                self.made.append(CapacityDecision(Action.DROP, reason, model.model, name))
-                board.set_seats(m, after)
+                        name, count = self.view.hosts[h].host, len(seats)
+                        reason = f"{model.model}: the other {count - 1} of {count} hosts need {worst:.0%} of their time"
+                        self.made.append(CapacityDecision(Action.DROP, reason, model.model, name))
+                        board.set_seats(m, after)
+                    break
 
     def _enough(self, m: int, seats: list[int]) -> bool:
-        board, wanted = self.board, max(1, self.view.models[m].min_replicas)
-        entry, decode = (sum([bool(mask[h]) for h in seats]) for mask in (board.entry, board.decode))
-        return min(entry, decode) >= wanted
+        return min(self.board.kinds(seats)) >= max(1, self.view.models[m].min_replicas)
 
     def _add(
         self,

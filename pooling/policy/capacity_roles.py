@@ -63,15 +63,11 @@ def _demand(board: Board) -> tuple[float, float]:
         elif host.role is Role.DECODE:
             decode += board.load(h)
         else:
-            first = sum([float(board.prefill[m]) / _num_entries(board, m) for m in board.on_host[h]])
-            part = min(board.load(h), float(board.scale[h]) * first / host.speed)
+            first = sum([board.prefill[m] / max(1, board.kinds(board.seats[m])[0]) for m in board.on_host[h]])
+            part = min(board.load(h), board.scale[h] * first / host.speed)
             prefill += part
             decode += board.load(h) - part
     return prefill, decode
-
-
-def _num_entries(board: Board, m: int) -> int:
-    return max(1, sum([bool(board.entry[h]) for h in board.seats[m]]))
 
 
 def _busiest(prefill: float, decode: float, counts: dict[Role, int]) -> float:
@@ -89,8 +85,9 @@ def _spared(board: Board, h: int, new: Role) -> bool:
     """Whether all models of the host still have enough seats of both kinds with the role `new`."""
     for m in board.on_host[h]:
         others = [s for s in board.seats[m] if s != h]
-        entries = sum([bool(board.entry[s]) for s in others]) + (new is not Role.DECODE)
-        decodes = sum([bool(board.decode[s]) for s in others]) + (new is not Role.PREFILL)
-        if min(entries, decodes) < max(1, board.view.models[m].min_replicas):
+        num_entry, num_decode = board.kinds(others)
+        if min(num_entry + (new is not Role.DECODE), num_decode + (new is not Role.PREFILL)) < max(
+            1, board.view.models[m].min_replicas
+        ):
             return False
     return True

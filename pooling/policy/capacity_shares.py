@@ -48,7 +48,7 @@ def _shares(board: Board, h: int) -> dict[int, float]:
     need: dict[int, dict[int, float]] = {}
     for m in board.on_host[h]:
         work = next(work for host, work, _, _ in board.parts(m, board.seats[m]) if host == h)
-        need.setdefault(models[m].priority, {})[m] = float(board.scale[h]) * work
+        need.setdefault(models[m].priority, {})[m] = board.scale[h] * work
     if len(need) < 2:
         return {}
     left, shares = 1.0, {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 
 import pytest
@@ -23,9 +24,10 @@ from tests.helpers.charts import (
     refusal,
     render,
     selects,
-)  # fmt: skip
+)
 from tokenpool.config import PoolConfig, load_pool_file
 from tokenpool.serve.auth import OPEN_PATHS
+from tokenpool.units import parse_bytes, parse_seconds
 
 pytestmark = pytest.mark.deploy
 
@@ -192,6 +194,26 @@ def test_memory_limits_hold_the_budgets(manifests, tmp_path, monkeypatch):
             assert quantity(shm["sizeLimit"]) < quantity(memory["limits"])
 
 
+@pytest.mark.parametrize("size", ["3221225472", "24GiB", "1.5TiB", "16MB", "512 KiB", "100b", "7gi"])
+def test_sizes_are_read_as_the_pool_file_reads_them(helm, size):
+    """The chart's arithmetic on sizes agrees with ours, to the MiB."""
+    flag = "--set" if size.isdigit() else "--set-string"
+    words = ("--set", "device=cuda,memory.base=1GiB,memory.perModel=1KiB,memory.headroom=1")
+    (_, template), *_ = pod_templates(render(*words, flag, f"pool.host_memory={size}"))
+    limit = quantity(template["spec"]["containers"][0]["resources"]["limits"]["memory"])
+    assert limit == pytest.approx(parse_bytes(int(size) if size.isdigit() else size) + (2 << 30) + 1024, abs=1 << 20)
+
+
+@pytest.mark.parametrize("time", ["90", "90s", "1.5m", "400ms", "0.5h", "250us"])
+def test_times_are_read_as_the_pool_file_reads_them(helm, time):
+    """The chart's arithmetic on times agrees with ours, to the second."""
+    flag = "--set" if time.isdigit() else "--set-string"
+    manifests = render(flag, f"pool.shutdown_timeout={time}", "--set", "drain.delaySeconds=0,drain.extraSeconds=15")
+    ((_, template),) = pod_templates(manifests)
+    grace = template["spec"]["terminationGracePeriodSeconds"]
+    assert grace == 15 + math.ceil(parse_seconds(int(time) if time.isdigit() else time))
+
+
 def test_a_gpu_is_asked_for_by_engine_hosts_only(manifests):
     """Device cuda means one GPU per engine host, device cpu none; Ray is told the same."""
     on_gpu = "-cuda" in only(manifests, "Pod")["spec"]["containers"][0]["image"]
@@ -301,6 +323,7 @@ def test_a_changed_pool_file_makes_new_pods(helm):
         ("pool.device_memory=auto", "device_memory"),
         ("pool.models[0].nmae=x", "nmae"),
         ("replicas=2", "replicas"),
+        ("pool.host_memory=7g", "host_memory"),
         ("device=gpu", "device"),
         ("gpu.count=2", "gpu.count"),
         ("keys.api[0].secert=x", "secert"),

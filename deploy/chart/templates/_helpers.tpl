@@ -48,9 +48,10 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- /* Bytes of a pool file's size, as decimal digits: 24GiB, 1.5 TB, 1073741824. */ -}}
 {{- define "tokenpool.bytes" -}}
 {{- if kindIs "string" . -}}
-{{- $scales := dict "" 1.0 "b" 1.0 "k" 1000.0 "m" 1000000.0 "g" 1000000000.0 "t" 1000000000000.0 "ki" 1024.0 "mi" 1048576.0 "gi" 1073741824.0 "ti" 1099511627776.0 -}}
+{{- $scales := dict "" 1.0 "b" 1.0 "kb" 1000.0 "mb" 1000000.0 "gb" 1000000000.0 "tb" 1000000000000.0 "ki" 1024.0 "mi" 1048576.0 "gi" 1073741824.0 "ti" 1099511627776.0 -}}
 {{- $number := regexFind "^[0-9.]+" (trim .) -}}
-{{- $unit := trimPrefix $number (trim .) | trim | lower | trimSuffix "b" -}}
+{{- $unit := trimPrefix $number (trim .) | trim | lower -}}
+{{- if hasSuffix "ib" $unit -}}{{- $unit = trimSuffix "b" $unit -}}{{- end -}}
 {{- if not (and $number (hasKey $scales $unit)) -}}
 {{- fail (printf "%q is no size: write such as 24GiB; `auto` would look at the node's memory, not at the pod's" .) -}}
 {{- end -}}

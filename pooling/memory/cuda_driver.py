@@ -107,9 +107,9 @@ class CudaDriver:
 
     # -- addresses and memory ------------------------------------------------------------------------
 
-    def reserve(self, nbytes: int, align: int) -> int:
-        """Reserve a range of addresses."""
-        return int(self._on_device("cuMemAddressReserve", nbytes, align, 0, 0))
+    def reserve(self, nbytes: int) -> int:
+        """Reserve a range of addresses, aligned as handles need it."""
+        return int(self._on_device("cuMemAddressReserve", nbytes, 0, 0, 0))
 
     def free(self, address: int, nbytes: int) -> None:
         """Give a reserved range back, in which nothing is mapped."""

@@ -72,8 +72,8 @@ class CudaDevice:
     # -- addresses and pages -------------------------------------------------------------------------
 
     def reserve(self, nbytes: int) -> int:
-        """Reserve a range that begins at a multiple of the page size."""
-        return self.driver.reserve(nbytes, self.granularity)
+        """Reserve a range of addresses; raises CudaError when the driver refuses."""
+        return self.driver.reserve(nbytes)
 
     def release(self, address: int, nbytes: int) -> None:
         """Give the range back; pages still mapped there are free afterwards."""

@@ -120,9 +120,9 @@ class FakeCuda:
         return Result.CUDA_SUCCESS, GRANULARITY
 
     def _cuMemAddressReserve(self, nbytes: int, align: int, address: int, flags: int) -> Any:
-        assert nbytes % GRANULARITY == align % GRANULARITY == address == flags == 0
-        start = _libc.mmap(None, nbytes + align, 0, 0x4022, -1, 0)
-        place = -(-start // align) * align
+        assert nbytes % GRANULARITY == align == address == flags == 0
+        start = _libc.mmap(None, nbytes + GRANULARITY, 0, 0x4022, -1, 0)
+        place = -(-start // GRANULARITY) * GRANULARITY
         self.reserved[place] = nbytes
         return Result.CUDA_SUCCESS, place
 

@@ -23,7 +23,7 @@ CODE = """
 from tokenpool.memory.cuda_driver import CudaDriver, CudaError
 driver = CudaDriver(3)
 print(driver.pci_bus_id(), driver.granularity())
-address = driver.reserve(4 << 20, 2 << 20)
+address = driver.reserve(4 << 20)
 handle = driver.create(2 << 20)
 driver.map(address, 2 << 20, handle)
 driver.allow(address, 2 << 20)
@@ -52,7 +52,7 @@ cuDevicePrimaryCtxRetain 40
 cuDeviceGetPCIBusId 32 40
 cuCtxSetCurrent 0x77
 cuMemGetAllocationGranularity type=1 location=1:3 flag=0
-cuMemAddressReserve 0x400000 0x200000 0 0
+cuMemAddressReserve 0x400000 0 0 0
 cuMemCreate 0x200000 location=1:3 0
 cuMemMap 0xa00000000000 0x200000 0 0xb0b0
 cuMemSetAccess 0xa00000000000 0x200000

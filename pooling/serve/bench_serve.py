@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
     add("--trace", type=Path, help="requests as CSV or CSV.gz in place of made-up ones; layouts: docs/planning.md")
-    add("--models", type=lambda text: text.split(","), help="names, with commas; models of a trace are dealt out to them")
+    add("--models", type=lambda text: text.split(","), help="names, with commas; a trace is dealt out to them")
     add("--rate", "--request-rate", type=float, help="requests per second of all models; a trace is sped up to it")
     add("--duration", help="of made-up arrivals (default: 60s), or how much of a trace is played (default: all)")
     add("--num-prompts", type=int, help="play the first N requests only")

@@ -114,13 +114,13 @@ class SimDevice:
             seat = self.seats[model] = Seat(model, len(self.seats), self._costs(model))
         return seat
 
-    def arrive(self, request: Timeline, now_s: float) -> None:
-        """A request comes in; one that has tokens already brings its KV, which lies in host memory."""
+    def arrive(self, request: Timeline, now_s: float, *, has_kv: bool = True) -> None:
+        """A request comes in; one that has tokens already brings its KV, which lies in host memory, if `has_kv`."""
         seat = self.seat(request.spec.model)
         if not seat.has_work:
             self.active.append(seat)
             self.active.sort(key=lambda s: s.index)
-        if request.num_delivered:
+        if request.num_delivered and has_kv:
             seat.resume(request)
         else:
             seat.waiting.append(request)
@@ -145,6 +145,16 @@ class SimDevice:
             raise MemoryError(f"{model} does not fit on the device beside what is there")
         seat.residency = Residency.RESIDENT
         self.memory.free_bytes -= seat.costs.weight_bytes
+
+    def fail(self) -> list[Timeline]:
+        """It is gone, with its steps that run and all KV; returns the requests that were here, oldest first."""
+        self._version += 1
+        self._leap = self._pending = self._current = None
+        lost = [r for s in self.active for r in (*s.admitted, *s.running, *s.paused, *s.waiting)]
+        self.seats.clear()
+        self.active.clear()
+        self.memory = DeviceMemory(self.spec, self.seats)
+        return sorted(lost, key=lambda request: request.arrival_s)
 
     def give_up(self, before_s: float) -> None:
         """Fail the waiting requests without a token that arrived before `before_s`."""

@@ -136,6 +136,11 @@ class DeviceMemory:
         seat.kv_bytes = 0.0
         self._out_free_s = max(self._out_free_s, self._now_s) + self.out_s(nbytes)
 
+    def forget(self, seat: Seat) -> None:
+        """The model is unloaded; it must have no request. Weights on their way go when they have come."""
+        if seat.residency is Residency.RESIDENT:
+            self._evict(seat)
+
     def make_room(self, nbytes: float, p_reuse: Reuse, *, keep: frozenset[str], spare: str | None = None) -> bool:
         """Evict until `nbytes` are free; False, and nothing left, if all that may leave is too little."""
         missing = nbytes - self.free_bytes

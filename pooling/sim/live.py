@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A simulated cluster whose models are on some hosts only, with a controller that moves them, and hosts that fail.
+
+    pool = LivePool(specs, make_policy, costs, slo, LiveCapacity())
+    result = pool.run(workload)
+    pool.decisions      # what was decided, and when
+
+The weights of a seat that is coming take the time of their bytes on the host's way from disk or from other machines,
+one after the other. Requests of a model without a seat that serves wait until there is one. What a lost host had is
+served elsewhere from the start, with the tokens that were delivered as a longer prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tokenpool.config import SLO
+from tokenpool.policy.capacity import (
+    Action,
+    CapacityDecision,
+    CapacityHost,
+    CapacityPolicy,
+    CapacitySeat,
+    CapacityView,
+    HostState,
+    Role,
+)
+from tokenpool.policy.turns import Residency, TurnPolicy
+from tokenpool.sim.cluster import Cluster
+from tokenpool.sim.device import DeviceSpec, SimDevice
+from tokenpool.sim.first_seats import first_seats
+from tokenpool.sim.live_measures import LONG_S, SHORT_S, Punctuality, Traffic
+from tokenpool.sim.result import SimResult
+from tokenpool.sim.router import PlacementRouter
+from tokenpool.sim.timeline import Timeline
+from tokenpool.sim.workload import ModelCosts, Workload
+
+_INF = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSettings:
+    """Of the hosts and the controller."""
+
+    period_s: float = 5.0
+    """Between two looks of the controller."""
+    host_bytes: int = 256 << 30
+    """Of host memory for weights, per host."""
+    load_bytes_per_s: float = 2e9
+    """At which a host gets weights that it does not have."""
+    hosts_per_node: int = 8
+    min_replicas: int = 1
+    forecast_s: float = 60.0
+    """The first seats are those for the traffic of so many seconds from the begin on."""
+
+
+@dataclass(slots=True)
+class _Seat:
+    """One model on one host."""
+
+    is_coming: bool = True
+    is_leaving: bool = False
+    share: float | None = None
+
+
+class _Call:
+    """Takes the place of a device in the cluster's heap of events."""
+
+    def __init__(self, call: Callable[[float], None]) -> None:
+        self._call = call
+
+    def wake(self, now_s: float, _: int) -> None:
+        """The time has come."""
+        self._call(now_s)
+
+
+class _Parking:
+    """Takes the place of a device that is yet to be found: for requests without a seat, and while KV is on its way."""
+
+    def __init__(self, arrive: Callable[[Timeline, float], None]) -> None:
+        self.arrive = arrive
+
+
+class LivePool(Cluster):
+    """See the module; `capacity` None = the first seats stay for ever. `failures` are (seconds, host index)."""
+
+    def __init__(
+        self,
+        specs: Sequence[DeviceSpec],
+        make_policy: Callable[[], TurnPolicy],
+        costs: Mapping[str, ModelCosts],
+        slo: SLO,
+        capacity: CapacityPolicy | None,
+        settings: LiveSettings | None = None,
+        failures: Sequence[tuple[float, int]] = (),
+    ) -> None:
+        self.decisions: list[tuple[float, CapacityDecision]] = []
+        """With the time of each; the first seats are not in it."""
+        self.first: dict[str, tuple[int, ...]] = {}
+        """Hosts that each model began on."""
+        self._settings, self._capacity, self._failures = settings or LiveSettings(), capacity, failures
+        self._costs, self._place = costs, PlacementRouter()
+        count = len(specs)
+        self._seats: list[dict[str, _Seat]] = [{} for _ in range(count)]
+        self._hosts_of: dict[str, list[int]] = {model: [] for model in costs}
+        self._is_lost, self._loads_until_s = [False] * count, [0.0] * count
+        self._since_role_s, self._moved_s = [-_INF] * count, [0.0] * count
+        self._model_moved_s = dict.fromkeys(costs, 0.0)
+        self._traffic = {model: Traffic() for model in costs}
+        self._punctuality = [Punctuality() for _ in range(count)]
+        self._device_of: dict[Timeline, int] = {}
+        self._waiting: list[tuple[Timeline, bool]] = []
+        self._courier = _Parking(lambda request, now_s: self._send(request, now_s, decodes=True))
+        self._gate = _Parking(lambda request, now_s: self._send(request, now_s))
+        super().__init__(specs, make_policy, self, costs.__getitem__, slo)
+
+    # -- the run -----------------------------------------------------------------------------------------
+
+    def run(self, workload: Workload, *, drain_s: float = 600.0) -> SimResult:
+        """See `Cluster.run`."""
+        requests, settings = workload.requests, self._settings
+        self._last_arrival_s = requests[-1].arrival_s if requests else 0.0
+        for model, hosts in first_seats(self._view(0.0), workload, settings.forecast_s, self.slo).items():
+            self.first[model] = hosts
+            for h in hosts:
+                self._seats[h][model] = _Seat(is_coming=False)
+                self._hosts_of[model].append(h)
+        self._at(settings.period_s, _Call(self._tick), 0)
+        for time_s, h in self._failures:
+            self._at(time_s, _Call(lambda now_s, h=h: self._lose(h, now_s)), 0)
+        return super().run(workload, drain_s=drain_s)
+
+    def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> Any:
+        """See `Router`."""
+        self._traffic[request.spec.model].arrive(request)
+        return self._gate
+
+    def hand_over(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> SimDevice:
+        """Not used: `_hand_over` looks for the device when the KV has been copied."""
+        raise NotImplementedError
+
+    def _send(self, request: Timeline, now_s: float, *, decodes: bool = False, has_kv: bool = True) -> None:
+        """To the best of the hosts that serve its model in that role, or into the line for the next that does."""
+        model, bad = request.spec.model, "prefill" if decodes else "decode"
+        able = [h for h in self._hosts_of[model] if self.devices[h].spec.role != bad]
+        serving = [h for h in able if not self._seats[h][model].is_coming]
+        found = [h for h in serving if not self._seats[h][model].is_leaving] or serving
+        if not found:
+            self._waiting.append((request, decodes and has_kv))
+            return
+        device = self.devices[found[0]]
+        if len(found) > 1:
+            device = self._place.route(request, now_s, [self.devices[h] for h in found])
+        self._device_of[request] = device.index
+        device.arrive(request, now_s, has_kv=has_kv)
+
+    def _hand_over(self, request: Timeline, now_s: float, copy_s: float) -> None:
+        self._punctuality[self._device_of.pop(request)].end(request)
+        self._at(now_s + copy_s, self._courier, request)
+
+    def _done(self, request: Timeline) -> None:
+        h = self._device_of.pop(request, None)
+        if h is not None:
+            self._punctuality[h].end(request)
+        if not request.failed:
+            self._traffic[request.spec.model].end(request)
+        super()._done(request)
+
+    # -- the controller ------------------------------------------------------------------------------------
+
+    def _tick(self, now_s: float) -> None:
+        here: list[list[Timeline]] = [[] for _ in self.devices]
+        for request, h in self._device_of.items():
+            here[h].append(request)
+        for device, book, requests in zip(self.devices, self._punctuality, here, strict=True):
+            book.tick(now_s, device.busy_s, requests)
+        for h, seats in enumerate(self._seats):
+            for model in [model for model, seat in seats.items() if seat.is_leaving]:
+                self._try_unload(h, model)
+        if self._capacity is not None:
+            for decision in self._capacity.decide(self._view(now_s)):
+                self.decisions.append((now_s, decision))
+                self._carry_out(decision, now_s)
+        if now_s < self._last_arrival_s or self._result.open:
+            self._at(now_s + self._settings.period_s, _Call(self._tick), 0)
+
+    def _view(self, now_s: float) -> CapacityView:
+        slo = {"ttft_s": self.slo.ttft_s, "tpot_s": self.slo.tpot_s, "min_replicas": self._settings.min_replicas}
+        models = [
+            self._traffic[model].seen(model, costs, now_s, since_move_s=now_s - self._model_moved_s[model], **slo)
+            for model, costs in self._costs.items()
+        ]
+        hosts = [self._host(h, now_s) for h in range(len(self.devices))]
+        return CapacityView(now_s, hosts, models, LONG_S, SHORT_S)
+
+    def _host(self, h: int, now_s: float) -> CapacityHost:
+        device, book, settings = self.devices[h], self._punctuality[h], self._settings
+        state = HostState.LOST if self._is_lost[h] else HostState.UP
+        seats = []
+        for model, seat in self._seats[h].items():
+            tokens_per_s, on_time_frac = book.of(model)
+            at = device.seats.get(model)
+            seats.append(
+                CapacitySeat(
+                    model,
+                    Residency.COLD if seat.is_coming else at.residency if at else Residency.WARM,
+                    seat.is_coming,
+                    seat.is_leaving,
+                    at.num_decoding if at else 0,
+                    len(at.waiting) if at else 0,
+                    tokens_per_s,
+                    on_time_frac,
+                    seat.share,
+                )
+            )
+        held = sum([self._costs[model].weight_bytes for model in self._seats[h]])
+        return CapacityHost(
+            f"h{h}",
+            f"n{h // settings.hosts_per_node}",
+            device.spec.memory_bytes,
+            settings.host_bytes - held,
+            Role(device.spec.role),
+            state,
+            seats,
+            book.busy_frac() if now_s else 0.0,
+            link_bytes_per_s=device.spec.link_bytes_per_s,
+            load_bytes_per_s=settings.load_bytes_per_s,
+            num_copies=sum([seat.is_coming for seat in self._seats[h].values()]),
+            since_role_s=now_s - self._since_role_s[h],
+            since_move_s=now_s - self._moved_s[h],
+        )
+
+    def _carry_out(self, decision: CapacityDecision, now_s: float) -> None:
+        action, model = decision.action, decision.model
+        target, source = (int(name[1:]) if name else None for name in (decision.to_host, decision.from_host))
+        if action is Action.ROLE:
+            device = self.devices[target]
+            device.spec = replace(device.spec, role=str(decision.role))
+            self._since_role_s[target] = now_s
+            self._send_waiting(now_s)
+            return
+        if action is Action.SHARE:
+            self._seats[target][model].share = decision.share
+            return
+        if target is not None:
+            self._seats[target][model] = _Seat()
+            self._hosts_of[model].append(target)
+            self._moved_s[target] = now_s
+            start_s = max(now_s, self._loads_until_s[target])
+            ready_s = self._loads_until_s[target] = start_s + decision.copy_bytes / self._settings.load_bytes_per_s
+            self._at(ready_s, _Call(lambda now_s: self._ready(target, model, now_s)), 0)
+        if source is not None and action in (Action.MOVE, Action.DROP):
+            self._seats[source][model].is_leaving = True
+            self._moved_s[source] = now_s
+        self._model_moved_s[model] = now_s
+
+    def _ready(self, h: int, model: str, now_s: float) -> None:
+        if not self._is_lost[h]:
+            self._seats[h][model].is_coming = False
+            self._send_waiting(now_s)
+
+    def _try_unload(self, h: int, model: str) -> None:
+        """A seat that is leaving goes when its requests have ended and another one serves."""
+        others = [g for g in self._hosts_of[model] if g != h and not self._seats[g][model].is_coming]
+        at = self.devices[h].seats.get(model)
+        if others and not self._seats[h][model].is_coming and (at is None or not at.has_work):
+            if at is not None:
+                self.devices[h].memory.forget(at)
+            del self._seats[h][model]
+            self._hosts_of[model].remove(h)
+
+    def _lose(self, h: int, now_s: float) -> None:
+        self._is_lost[h] = True
+        for model in self._seats[h]:
+            self._hosts_of[model].remove(h)
+        if self._capacity is None:
+            self._seats[h].clear()
+        for request in self.devices[h].fail():
+            self._device_of.pop(request, None)
+            self._send(request, now_s, has_kv=False)
+
+    def _send_waiting(self, now_s: float) -> None:
+        waiting, self._waiting = self._waiting, []
+        for request, has_kv in waiting:
+            self._send(request, now_s, decodes=has_kv, has_kv=has_kv)

@@ -124,7 +124,7 @@ def frame(view: dict[str, Any], *, width: int = 80, height: int | None = 24, col
     """The lines of one frame: at most `width` columns and `height` lines; None = as many as there are models."""
     paint = _painter(colours)
     width = max(width, _LEAST_WIDTH)
-    lines = [_status(view, paint)]
+    lines = _status(view, paint)
     for name, host in view["hosts"].items():
         lines += _host_lines(name if len(view["hosts"]) > 1 else "device", host, width, paint)
     if view["error"]:
@@ -148,7 +148,7 @@ def _importance(model: dict[str, Any]) -> tuple[bool, float, float]:
     return (model["loading"] is None, -(model["running"] + model["waiting"]), -model["goodput_tokens_per_s"])
 
 
-def _status(view: dict[str, Any], paint: Any) -> str:
+def _status(view: dict[str, Any], paint: Any) -> list[str]:
     num = len(view["models"])
     progress = view["progress"]
     if view["stopping"]:
@@ -166,7 +166,7 @@ def _status(view: dict[str, Any], paint: Any) -> str:
         parts.append(f"{view['host_restarts']} host restarts")
     goodput = sum(model["goodput_tokens_per_s"] for model in view["models"])
     running, waiting = (sum(model[key] for model in view["models"]) for key in ("running", "waiting"))
-    return "  ".join([*parts, f"{goodput:.0f} tok/s on time", f"{running} running, {waiting} waiting"])
+    return ["  ".join(parts), f"{goodput:.0f} tok/s on time, {running} requests running, {waiting} waiting"]
 
 
 def _host_lines(name: str, host: dict[str, Any], width: int, paint: Any) -> list[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -31,16 +32,24 @@ def find_browser() -> str | None:
     return os.environ.get("TOKENPOOL_TEST_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
+def _pipe() -> tuple[int, int]:
+    """A pipe whose ends are not among the descriptors that a shell gives a meaning."""
+    ends = os.pipe()
+    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in ends)
+    for end in ends:
+        os.close(end)
+    return high[0], high[1]
+
+
 class Browser:
     """One Chromium process; `with Browser(path) as browser: page = browser.page()`."""
 
     def __init__(self, path: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tokenpool-browser-", ignore_cleanup_errors=True)
-        to_browser, self._write = os.pipe()
-        self._read, from_browser = os.pipe()
+        (to_browser, self._write), (self._read, from_browser) = _pipe(), _pipe()
         command = shlex.join([path, *_FLAGS, f"--user-data-dir={self._folder.name}", "about:blank"])
         # The pipe must be descriptors 3 and 4 there.
-        words = ["sh", "-c", f"exec {command} 3<&{to_browser} 4>&{from_browser}"]
+        words = ["bash", "-c", f"exec {command} 3<&{to_browser} 4>&{from_browser}"]
         self._process = subprocess.Popen(words, pass_fds=(to_browser, from_browser), stdin=subprocess.DEVNULL,
                                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         os.close(to_browser)

@@ -93,6 +93,14 @@ OVERVIEW = (
     Panel("Attainment since the host started", "Share on time by token, by whole request and weighted by time.",
           "percentunit", ((f"max by (model_name, share) ({ours('slo_attainment', MODELS)})",
                            "{{model_name}} {{share}}"),), top=1.0),
+    Panel("Tokens by tenant", "Prompt and completion tokens per second.", "short",
+          ((_rate("tenant_tokens", MODELS, "tenant, kind"), "{{tenant}} {{kind}}"),), stacked=True),
+    Panel("Requests refused by tenant", "By the limit that refused them.", "reqps",
+          ((_rate("tenant_refused_requests", MODELS, "tenant, reason"), "{{tenant}} {{reason}}"),)),
+    Panel("Requests held by tenant", "Requests that wait in front of the engines for their tenant's share.", "short",
+          ((f"sum by (tenant) ({ours('tenant_held_requests', MODELS)})", "{{tenant}}"),)),
+    Panel("Decisions", "What the controller of a cluster decided; /v1/pool/decisions has the reasons.", "ops",
+          ((_rate("decisions", HOST, "action"), "{{action}}"),)),
 )  # fmt: skip
 
 DEVICE = (

@@ -188,7 +188,7 @@ def _arrivals(rng: random.Random, rate: float, duration_s: float) -> list[float]
 async def _play(port: int, requests: list[BenchRequest], seed: int) -> list[Outcome]:
     url = f"http://127.0.0.1:{port}"
     outcomes = await bench_client.replay(url, requests, seed=seed, drain_s=DRAIN_S, keys=KEYS)
-    await bench_client.wait_until_idle(url, DRAIN_S)
+    await bench_client.wait_until_idle(url, DRAIN_S, KEYS["polite"])
     return outcomes
 
 

@@ -162,9 +162,9 @@ def counts(outcomes: Sequence[Outcome], *, by_kind: bool = False) -> dict[str, i
     return dict(Counter(text or "done" for text in texts))
 
 
-async def wait_until_idle(url: str, limit_s: float = 60.0) -> None:
-    """Wait until the server has no request any more; raises TimeoutError."""
-    async with aiohttp.ClientSession() as session:
+async def wait_until_idle(url: str, limit_s: float = 60.0, key: str = "") -> None:
+    """Wait until the server has no request any more; raises TimeoutError. `key` is any that it takes."""
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as session:
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
             with contextlib.suppress(aiohttp.ClientError):

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _ACK_LIMIT_S = 5.0
 _WATCH_LIMIT_S = 30.0
+_PARENT_LOOK_S = 0.5
 
 
 def _log_to_stderr() -> None:
@@ -54,8 +55,9 @@ class HostActor:
             node=context.get_node_id(),
             address=ray.util.get_node_ip_address(),
         )
-        self._supervisor.start()
         self._gone = threading.Event()
+        self._supervisor.start()
+        threading.Thread(target=_end_with_parent, name="raylet-watch", daemon=True).start()
 
     def order(self, order: Order) -> int:
         """See HostSupervisor.order."""
@@ -104,6 +106,7 @@ class Controller:
         self._held: set[tuple[str, int]] = set()
         self._changed: asyncio.Condition | None = None
         self._seen_version = -1
+        threading.Thread(target=_end_with_parent, name="raylet-watch", daemon=True).start()
 
     # -- calls -------------------------------------------------------------------------------------------
 
@@ -248,6 +251,14 @@ class Controller:
         if snapshot != self._saved:
             _write(self._path, snapshot)
             self._saved = snapshot
+
+
+def _end_with_parent() -> None:
+    """End this process once its raylet is gone: Ray counts it as lost, and a worker may outlive its raylet."""
+    raylet = os.getppid()
+    while os.getppid() == raylet:
+        time.sleep(_PARENT_LOOK_S)
+    os._exit(1)  # and with it, by the kernel, the host process
 
 
 def snapshot_path(config: ClusterConfig) -> Path:

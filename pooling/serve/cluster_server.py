@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from vllm.platforms import current_platform
 
 from tokenpool.cluster.session import Session, connect, wanted_hosts
-from tokenpool.cluster.values import ClusterView
+from tokenpool.cluster.values import ClusterView, Deployment
 from tokenpool.config import PoolConfig
 from tokenpool.errors import ConfigError, HostError
 from tokenpool.host.trace import chrome_trace
@@ -130,6 +130,7 @@ class ClusterServer(PoolServer):
         self._revision = 1
         self._frontend = token_hex(4)
         self._models: dict[str, ClusterModel] = {}
+        self._deployments: dict[str, Deployment] = {}
         self._folder = tempfile.mkdtemp(prefix="tokenpool-")  # mode 0700: only this user reaches the sockets
         always_tcp = config.cluster.transport == "tcp"
         self._endpoints = EndpointMaker(self._folder, session.address, always_tcp=always_tcp)
@@ -146,9 +147,10 @@ class ClusterServer(PoolServer):
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _start_host(self) -> None:
-        for plan in self._plans.values():
-            self._models[plan.spec.name] = self._model(plan)
-        self._deployments = {name: await model.deployment() for name, model in self._models.items()}
+        for name, plan in self._plans.items():
+            model = self._model(plan)
+            self._deployments[name] = await model.deployment()
+            self._models[name] = model
         self._following = asyncio.create_task(self._follow())
         await asyncio.gather(*(self._until_served(name) for name in list(self._models)))
 
@@ -233,8 +235,9 @@ class ClusterServer(PoolServer):
     async def _start_model(self, plan: ModelPlan) -> ModelClient:
         name = plan.spec.name
         self._revision += 1
-        model = self._models[name] = self._model(plan)
+        model = self._model(plan)
         self._deployments[name] = await model.deployment()
+        self._models[name] = model
         try:
             await self._insist("deploy", self._deployments[name], self._revision)
             return await self._until_served(name)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +75,9 @@ class PoolServerProcess:
     Host and port are added to `pool`; `models` entries get TINY_ARGS where they set no other value.
     """
 
-    def __init__(self, pool: Mapping[str, Any], *, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, pool: Mapping[str, Any], *, env: Mapping[str, str] | None = None, flags: Sequence[str] = ()
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tokenpool-test-")
         self.port = _free_port()
         models = [{**model, "args": TINY_ARGS | model.get("args", {})} for model in pool["models"]]
@@ -84,6 +86,7 @@ class PoolServerProcess:
         self.api_key: str | None = pool.get("api_key")
         self.admin_key: str | None = pool.get("admin_key")
         self.process: subprocess.Popen[bytes] | None = None
+        self._flags = list(flags)
         self._env = {**os.environ, **ENV, **(env or {})}
         self._pool_file = Path(self._folder.name, "pool.yaml")
         self._log_file = Path(self._folder.name, "log")
@@ -93,7 +96,7 @@ class PoolServerProcess:
         self._pool_file.write_text(yaml.safe_dump(self.pool, sort_keys=False))
         with self._log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tokenpool.serve.cli", "serve", str(self._pool_file)],
+                [sys.executable, "-m", "tokenpool.serve.cli", "serve", str(self._pool_file), *self._flags],
                 cwd=REPOSITORY, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:

@@ -36,7 +36,8 @@ USAGE = """usage: tokenpool top [--url URL] [--admin-key KEY] [--interval SECOND
 
 q or Ctrl-C ends it. Colours are off where the output is no terminal, and with NO_COLOR set.
 `waits` is the share of time that the device waited for switches. TTFT and TPOT are medians of the requests of the last
-minute. Bars: # weights, + KV in use, - KV idle, = null blocks, . free."""
+minute. Bar: # weights, + KV in use, - KV idle, = null blocks, . free. `host` is host memory: copies of weights, KV of
+paused requests, cached KV."""
 
 _HOME, _CLEAR_REST, _CLEAR_LINE = "\x1b[H", "\x1b[J", "\x1b[K"
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"

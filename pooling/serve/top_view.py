@@ -166,7 +166,7 @@ def _status(view: dict[str, Any], paint: Any) -> list[str]:
         parts.append(f"{view['host_restarts']} host restarts")
     goodput = sum(model["goodput_tokens_per_s"] for model in view["models"])
     running, waiting = (sum(model[key] for model in view["models"]) for key in ("running", "waiting"))
-    return ["  ".join(parts), f"{goodput:.0f} tok/s on time, {running} requests running, {waiting} waiting"]
+    return ["  ".join(parts), f"{goodput:.0f} tok/s on time; requests: {running} running, {waiting} waiting"]
 
 
 def _host_lines(name: str, host: dict[str, Any], width: int, paint: Any) -> list[str]:
@@ -179,9 +179,8 @@ def _host_lines(name: str, host: dict[str, Any], width: int, paint: Any) -> list
         first += f"  ({host['age_s']:.0f} s old)"
     pages, num = host["pages"], host["num_pages"]
     memory = host["host_memory"]
-    copies = "  ".join(
-        f"{use.replace('_', ' ')} {_size(memory.get(use, 0))}" for use in ("weights", "paused_kv", "cached_kv")
-    )
+    uses = {"weights": "weights", "paused": "paused_kv", "cached": "cached_kv"}
+    held = ", ".join(f"{word} {_size(memory.get(use, 0))}" for word, use in uses.items())
     parts = [(letter, tone, pages[use]) for use, letter, tone in _USES]
     legend = "  ".join(f"{letter} {use.replace('_', ' ')} {pages[use]}" for use, letter, _ in _USES)
     total = _size(num * host["page_size"])
@@ -189,7 +188,7 @@ def _host_lines(name: str, host: dict[str, Any], width: int, paint: Any) -> list
         _cut(first, width),
         f"pages {_bar(parts, num, min(width, 100) - 6, paint)}",
         _cut(f"      {legend}  . free {pages['free']}  of {num} ({total})", width),
-        _cut(f"host  {copies}  free {_size(memory['free_bytes'])}  of {_size(memory['budget_bytes'])}", width),
+        _cut(f"host  {held}, free {_size(memory['free_bytes'])} of {_size(memory['budget_bytes'])}", width),
     ]
 
 

@@ -158,10 +158,15 @@ function axis(g, left, width, top, spanS, muted, line) {
   g.textAlign = "left";
 }
 
+/** A text cut in its middle: names of models of a kind differ at their ends. */
 function clipped(g, text, width) {
   if (g.measureText(text).width <= width) return text;
-  while (text && g.measureText(`${text}\u2026`).width > width) text = text.slice(0, -1);
-  return `${text}\u2026`;
+  let left = Math.ceil(text.length / 2), right = left;
+  const cut = () => `${text.slice(0, left)}\u2026${text.slice(right)}`;
+  while (left > 0 && g.measureText(cut()).width > width) {
+    if (left > text.length - right) left--; else right++;
+  }
+  return cut();
 }
 
 const SVG = "http://www.w3.org/2000/svg";

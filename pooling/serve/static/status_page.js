@@ -42,7 +42,7 @@ async function poll() {
     wait = RETRY_MS;
   }
   show();
-  if (wait || view.down) timer = setTimeout(poll, wait || RETRY_MS);
+  if (!document.hidden && (wait || view.down)) timer = setTimeout(poll, wait || RETRY_MS);
 }
 
 async function pollTrace() {

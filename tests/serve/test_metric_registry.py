@@ -17,7 +17,8 @@ from tokenpool.metric_registry import METRICS
 pytestmark = pytest.mark.vllm
 
 RARE = {"tokenpool:refused_requests", "tokenpool:cost_error", "tokenpool:decisions"}
-"""Families without a sample before something is refused or predicted, or without a cluster."""
+RARE |= {name for name in METRICS if name.startswith("tokenpool:tenant_")}
+"""Families without a sample before something is refused or predicted, and those of clusters and tenants."""
 README = Path(__file__).parents[2] / "README.md"
 
 

@@ -46,7 +46,6 @@ from tokenpool.policy.cost_model import CopyModel, CostModel
 from tokenpool.policy.turns import Phase, load_turn_policy
 
 logger = logging.getLogger(__name__)
-_MAX_SWITCH_FAILURES = 8
 _T = TypeVar("_T")
 
 
@@ -65,7 +64,7 @@ class EngineHost:
         self.allocator = SlabAllocator(self.ledger, self.arena)
         self.models: dict[str, HostedModel] = {}
         self.on_add: Callable[[HostedModel], None] = lambda hosted: None
-        """Called with each model before it gets its first turn."""
+        """Called with each new model."""
         self.on_idle: Callable[[], None] = lambda: None
         """Called before the loop sleeps and about twice a second otherwise; used for metrics."""
         self.progress = BuildProgress()
@@ -102,6 +101,7 @@ class EngineHost:
         self._inputs: set[str] = set()  # models with new input; set operations are atomic under the GIL
         self._active: dict[str, HostedModel] = {}
         self._current: HostedModel | None = None
+        self._previous: HostedModel | None = None  # whose turn ended; its last outputs may still be due
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._next_index = 0
         self._stopping = False
@@ -174,8 +174,8 @@ class EngineHost:
         self._relief.forget(name)
         self.residency.forget(name)
         self._turns.changed(name)
-        if self._current is hosted:
-            self._current = None
+        self._current = None if self._current is hosted else self._current
+        self._previous = None if self._previous is hosted else self._previous
         hosted.core.close()
         if name in self.weights:
             self.weights.remove(name)
@@ -236,10 +236,9 @@ class EngineHost:
         self._drain_inputs()
         if self.residency.busy():
             self._note_failures(self.residency.poll())
-        chosen = self._choose()
-        if chosen is None or not self._make_ready(chosen[0]):
+        hosted, admit = self._choose() or (None, False)
+        if hosted is None or not self._make_ready(hosted):
             return False
-        hosted, admit = chosen
         if hosted is not self._current:
             self._switch_to(hosted)
         hosted.core.run_deferred()
@@ -255,13 +254,27 @@ class EngineHost:
         else:
             hosted.quarantine.step_done(executed)
             self._turns.observe_step(hosted, time.perf_counter() - step_start, executed)
+        self._after_step(hosted)
+        self._relief.after_step(hosted.name, hosted.core, executed)
+        if self._previous is not None:
+            self._end_turn(self._previous)
+        return executed
+
+    def _after_step(self, hosted: HostedModel) -> None:
         self.swapper.after_step(hosted)
         hosted.core.forget_finished()
         if not hosted.core.has_work():
             self._active.pop(hosted.name, None)
             self.residency.room.changed()
-        self._relief.after_step(hosted.name, hosted.core, executed)
-        return executed
+
+    def _end_turn(self, hosted: HostedModel) -> None:
+        """Send what a model's last step gave, which with async scheduling ran on while the next turn began."""
+        self._previous = None
+        if hosted.core.batch_queue and self._current is not None:
+            self._globals.enter(hosted.name)
+            hosted.core.drain_batches()
+            self._after_step(hosted)
+            self._globals.enter(self._current.name)
 
     def _drain_inputs(self) -> None:
         while self._inputs:
@@ -314,22 +327,15 @@ class EngineHost:
         return True
 
     def _note_failures(self, failed: list[tuple[str, PoolError]]) -> None:
-        """Try a model again later whose switch failed; after several failures its requests end with an error."""
         for name, error in failed:
-            hosted = self.models[name]
-            hosted.failures += 1
-            hosted.retry_at_s = time.monotonic() + min(0.01 * 2**hosted.failures, 1.0)
-            logger.error("model cannot come in model=%s failures=%d reason=%s", name, hosted.failures, error)
-            if hosted.failures >= _MAX_SWITCH_FAILURES:
-                hosted.failures = 0
-                for request_id in list(hosted.core.scheduler.requests):
-                    hosted.core.fail_request(request_id)
+            if self.models[name].put_off(error):
                 self._notify(name)
 
     def _switch_to(self, hosted: HostedModel) -> None:
         if self._current is not None:
             self.switches += 1
             self._turns.note_turn(self._current)
+            self._previous = self._current
         self._globals.enter(hosted.name)
         if hosted.build.pool is not None:
             self.allocator.touch(hosted.name)

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass, field
 
 from vllm.config import VllmConfig
 
 from tokenpool.config import SLO
+from tokenpool.errors import PoolError
 from tokenpool.host.hosted_core import EngineAddresses, HostedEngineCore
 from tokenpool.host.model_build import ModelBuild
 from tokenpool.host.quarantine import Quarantine
 from tokenpool.policy.cost_model import CostModel
+
+logger = logging.getLogger(__name__)
+_MAX_SWITCH_FAILURES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,18 @@ class HostedModel:
     """Switches to it that failed in a row."""
     retry_at_s: float = 0.0
     """Not brought in before this moment of the monotonic clock."""
+
+    def put_off(self, error: PoolError) -> bool:
+        """Try it again later, as a switch to it failed; True if after several failures its requests were ended."""
+        self.failures += 1
+        self.retry_at_s = time.monotonic() + min(0.01 * 2**self.failures, 1.0)
+        logger.error("model cannot come in model=%s failures=%d reason=%s", self.name, self.failures, error)
+        if self.failures < _MAX_SWITCH_FAILURES:
+            return False
+        self.failures = 0
+        for request_id in list(self.core.scheduler.requests):
+            self.core.fail_request(request_id)
+        return True
 
     @property
     def name(self) -> str:

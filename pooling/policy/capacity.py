@@ -111,7 +111,7 @@ class CapacityModel:
 
 @dataclass(frozen=True, slots=True)
 class CapacitySeat:
-    """One model on one host; rates and shares are over the long window."""
+    """One model on one host; rates and shares are over the window of seats."""
 
     model: str
     residency: Residency = Residency.WARM
@@ -147,7 +147,7 @@ class CapacityHost:
     state: HostState = HostState.UP
     seats: Sequence[CapacitySeat] = ()
     busy_frac: float = 0.0
-    """Share of its time in steps, over the long window."""
+    """Share of its time in steps, over the window of seats."""
     speed: float = 1.0
     """How fast its steps are beside those that `CapacityModel.costs` tell of."""
     link_bytes_per_s: float = 16e9
@@ -171,6 +171,8 @@ class CapacityView:
     models: Sequence[CapacityModel]
     long_window_s: float = 60.0
     short_window_s: float = 10.0
+    seat_window_s: float = 20.0
+    """Of what seats and hosts report: it must be short, because nothing is believed of a host until it is over."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ _SIGMAS = 4.0
 _MIN_BUSY_FRAC = 0.6
 """A host that steps less has late tokens for another reason than too much work."""
 _MAX_SCALE = 3.0
+_UNSURE = 1.1
+"""What the load of a host must exceed, times the load that is full, while there is no measurement of it as it is."""
 
 
 class Board:
@@ -111,6 +113,8 @@ class Board:
         surely = recent * window_s > arrivals * window_s + _SIGMAS * np.sqrt(np.maximum(arrivals * window_s, 1.0))
         self.rise = np.where(surely, recent / np.maximum(arrivals, 1e-9), 1.0)
         self.rise[surely & (arrivals <= 0)] = 1.0
+        self.fades = recent * window_s < arrivals * window_s - _SIGMAS * np.sqrt(np.maximum(arrivals * window_s, 1.0))
+        """Whether the traffic is about to go: nothing is moved for it."""
         requests = np.maximum(arrivals, 1e-9)
         context = (inputs + outputs / 2) / requests
         self.tokens_per_s = outputs * self.rise
@@ -147,8 +151,10 @@ class Board:
     def _scales(self, work: np.ndarray, target: float) -> np.ndarray:
         """How much more, or less, hosts have to do than predicted, from the share of tokens that came on time."""
         scale = np.ones(len(work))
+        self.limit = np.full(len(work), _UNSURE * self.full)
+        """Load above which a host is relieved: more where only the prediction says so."""
         for h, host in enumerate(self.view.hosts):
-            if not self.is_up[h] or work[h] <= 0 or host.since_move_s < self.view.long_window_s:
+            if not self.is_up[h] or work[h] <= 0 or host.since_move_s < self.view.seat_window_s:
                 continue
             due = on_time = 0.0
             for seat in host.seats:
@@ -158,6 +164,7 @@ class Board:
             if not due:
                 continue
             good_frac = on_time / due
+            self.limit[h] = self.full
             if good_frac < target and host.busy_frac >= _MIN_BUSY_FRAC:
                 scale[h] = min(_MAX_SCALE, max(1.0, self.full / max(good_frac, 0.1) / work[h]))
             elif good_frac >= target:
@@ -213,6 +220,10 @@ class Board:
                 values = by_kind[kind] = steps + x_e * prefill, held, x_d * self.tokens_per_s[m]
             found.append((h, values[0] / self.speed[h], values[1], values[2]))
         return found
+
+    def share_of(self, m: int, h: int) -> float:
+        """Share of the host's time that the model needs there now."""
+        return next((self.scale[h] * work for s, work, _, _ in self.parts(m, self.seats[m]) if s == h), 0.0)
 
     def loads_after(self, m: int, after: Sequence[int]) -> dict[int, float]:
         """Loads of the hosts `after` if these were the model's seats."""

@@ -40,7 +40,7 @@ class LiveCapacity:
     """A seat is given up only if the others stay below this load."""
     target_frac: float = 0.97
     """Share of tokens on time that is good enough."""
-    settle_s: float = 30.0
+    settle_s: float = 20.0
     """A model that moved within so many seconds does not move again to relieve a host."""
     quiet_s: float = 180.0
     """A model must have been where it is for so long before a seat of it is dropped."""
@@ -52,6 +52,8 @@ class LiveCapacity:
     """Share of the receiving host's tokens put at risk while weights come."""
     min_gain_frac: float = 0.02
     """The least gain, as a share of the tokens of the host that is relieved."""
+    min_split: float = 0.3
+    """A model is given a second seat only if it takes such a share of the host to be relieved; smaller ones move."""
     max_copies: int = 2
     """Seats that may be coming to one host at a time; twice as many for models that would have no seat."""
     max_decisions: int = 128
@@ -184,7 +186,7 @@ class _Deciding:
         """Move or replicate models of hosts with too much to do; returns the hosts that stay so."""
         board = self.board
         loads = board.loads.tolist()
-        over = [int(h) for h in np.flatnonzero(board.is_up & (board.loads > board.full))]
+        over = [int(h) for h in np.flatnonzero(board.is_up & (board.loads > board.limit))]
         over.sort(key=lambda h: (-board.lost(loads[h], board.tokens[h]), h))
         calm = [int(h) for h in np.argsort(board.loads, kind="stable") if board.is_up[h] and loads[h] < board.full]
         targets = calm[:_NUM_TARGETS]
@@ -209,7 +211,10 @@ class _Deciding:
         found = [
             m
             for m in board.on_host[h]
-            if not models[m].pinned and (models[m].since_move_s >= self.settings.settle_s) and board.tokens_per_s[m] > 0
+            if not models[m].pinned
+            and (models[m].since_move_s >= self.settings.settle_s)
+            and board.tokens_per_s[m] > 0
+            and not board.fades[m]
         ]
         found.sort(key=lambda m: (-board.n[m] / len(board.seats[m]), m))
         return found[:_MODELS_PER_HOST]
@@ -222,8 +227,11 @@ class _Deciding:
             if g is None:
                 continue
             seats = board.seats[m]
-            options = [(Action.MOVE, [*(s for s in seats if s != h), g])]
-            if len(seats) < self._limit(m):
+            options = []
+            if all(board.loads[s] > settings.target_load for s in seats):  # else the router can relieve the host
+                options.append((Action.MOVE, [*(s for s in seats if s != h), g]))
+            part = board.share_of(m, h)
+            if len(seats) < self._limit(m) and part >= settings.min_split:
                 options.append((Action.REPLICATE, [*seats, g]))
             copy_s = self.view.models[m].weight_bytes / self.view.hosts[g].load_bytes_per_s
             for action, after in options:

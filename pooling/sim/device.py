@@ -252,7 +252,16 @@ class SimDevice:
         """Start what is missing for a step; returns when it will be there."""
         if seat.residency is Residency.RESIDENT and not seat.kv_out_bytes:
             return now_s
-        return self.memory.load(seat, now_s, self._p_reuse(now_s), keep=frozenset((seat.name,)))
+        keep = frozenset((seat.name,))
+        try:
+            return self.memory.load(seat, now_s, self._p_reuse(now_s), keep=keep)
+        except MemoryError:
+            if not seat.num_decoding:
+                raise
+            # Its KV filled the device and went out for others, of whom a rest stays: it is computed anew.
+            self.memory.clear_kv(seat)
+            seat.drop_kv()
+            return self.memory.load(seat, now_s, self._p_reuse(now_s), keep=keep)
 
     def _prefetch(self, seat: Seat, run: Seat, evict: str | None, now_s: float) -> None:
         if seat.residency is not Residency.WARM or not self.spec.can_prefetch:

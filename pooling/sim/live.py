@@ -31,7 +31,7 @@ from tokenpool.policy.turns import Residency, TurnPolicy
 from tokenpool.sim.cluster import Cluster
 from tokenpool.sim.device import DeviceSpec, SimDevice
 from tokenpool.sim.first_seats import first_seats
-from tokenpool.sim.live_measures import LONG_S, SHORT_S, Punctuality, Traffic
+from tokenpool.sim.live_measures import LONG_S, SEAT_S, SHORT_S, Punctuality, Traffic
 from tokenpool.sim.result import SimResult
 from tokenpool.sim.router import PlacementRouter
 from tokenpool.sim.timeline import Timeline
@@ -193,7 +193,7 @@ class LivePool(Cluster):
             for model, costs in self._costs.items()
         ]
         hosts = [self._host(h, now_s) for h in range(len(self.devices))]
-        return CapacityView(now_s, hosts, models, LONG_S, SHORT_S)
+        return CapacityView(now_s, hosts, models, LONG_S, SHORT_S, SEAT_S)
 
     def _host(self, h: int, now_s: float) -> CapacityHost:
         device, book, settings = self.devices[h], self._punctuality[h], self._settings

@@ -12,7 +12,7 @@ from tokenpool.policy.slo import RateWindow
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts
 
-LONG_S, SHORT_S = 60, 10
+LONG_S, SHORT_S, SEAT_S = 60, 10, 20
 _FIRST_GUESS_TOKENS = 256
 """Length of an answer, before the first has ended."""
 _FADE = 0.98
@@ -81,7 +81,7 @@ class Punctuality:
         counts = {model: (delivered, on_time) for model, (delivered, on_time) in self._counts.items()}
         self._counts = {}
         self._ticks.append((now_s, busy_s, counts))
-        while len(self._ticks) > 1 and self._ticks[1][0] <= now_s - LONG_S:
+        while len(self._ticks) > 1 and self._ticks[1][0] <= now_s - SEAT_S:
             self._ticks.popleft()
 
     def busy_frac(self) -> float:

@@ -123,6 +123,12 @@ class Seat:
         self.count_waiting()
         self.count_running()
 
+    def drop_kv(self) -> None:
+        """The KV of all requests is dropped, wherever it is."""
+        self.running += self.paused
+        self.paused = []
+        self.preempt_all()
+
     def preempt_all(self) -> None:
         """The KV of all running requests is dropped; the oldest is prefilled again first."""
         self.waiting.extendleft(reversed(self.running))

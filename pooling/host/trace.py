@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 _HOST_TRACK = 0
@@ -42,12 +42,21 @@ def chrome_trace(events: Iterable[Event]) -> dict[str, Any]:
     Some 4 us per event, so it is no work for the host loop's thread when the log is full.
     Source: "Trace Event Format", complete events (`ph: X`), times in microseconds.
     """
-    events = list(events)
+    return chrome_traces({"tokenpool host": events})
+
+
+def chrome_traces(events_of: Mapping[str, Iterable[Event]]) -> dict[str, Any]:
+    """The events of several hosts in one trace: each host is a process of its own, in the order given."""
+    parts = [_of_host(pid, host, list(events)) for pid, (host, events) in enumerate(events_of.items(), 1)]
+    return {"traceEvents": [entry for part in parts for entry in part], "displayTimeUnit": "ms"}
+
+
+def _of_host(pid: int, host: str, events: list[Event]) -> list[dict[str, Any]]:
     tracks: dict[str, int] = {}
     for event in events:
         tracks.setdefault(event.model, len(tracks) + _HOST_TRACK + 1)
-    named = [_metadata("process_name", _HOST_TRACK, "tokenpool host")]
-    named += [_metadata("thread_name", track, model) for model, track in tracks.items()]
+    named = [_metadata("process_name", pid, _HOST_TRACK, host)]
+    named += [_metadata("thread_name", pid, track, model) for model, track in tracks.items()]
     spans = [
         {
             "name": event.kind,
@@ -55,14 +64,14 @@ def chrome_trace(events: Iterable[Event]) -> dict[str, Any]:
             "ph": "X",
             "ts": round(event.start_s * 1e6, 1),
             "dur": round(event.duration_s * 1e6, 1),
-            "pid": 1,
+            "pid": pid,
             "tid": tracks[event.model],
             "args": {"model": event.model, **event.details},
         }
         for event in events
     ]
-    return {"traceEvents": named + spans, "displayTimeUnit": "ms"}
+    return named + spans
 
 
-def _metadata(name: str, track: int, value: str) -> dict[str, Any]:
-    return {"name": name, "ph": "M", "pid": 1, "tid": track, "args": {"name": value}}
+def _metadata(name: str, pid: int, track: int, value: str) -> dict[str, Any]:
+    return {"name": name, "ph": "M", "pid": pid, "tid": track, "args": {"name": value}}

@@ -20,7 +20,7 @@ from tokenpool.cluster.session import Session, connect, wanted_hosts
 from tokenpool.cluster.values import ClusterView, Deployment
 from tokenpool.config import PoolConfig
 from tokenpool.errors import ConfigError, HostError
-from tokenpool.host.trace import chrome_trace
+from tokenpool.host.trace import chrome_traces
 from tokenpool.metric_registry import metric
 from tokenpool.serve.cluster_model import ClusterModel, EndpointMaker
 from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_pool
@@ -297,12 +297,10 @@ class ClusterServer(PoolServer):
         }
 
     async def trace(self, last_s: float | None) -> dict[str, Any]:
-        """All hosts' traces in Chrome's format, model names with the host in front."""
+        """All hosts' traces in Chrome's format, each host as a process of its own."""
         answers = await self._hosts.ask("trace", last_s)
-        events = [
-            event for host, answer in sorted(answers.items()) if not isinstance(answer, Exception) for event in answer
-        ]
-        return await asyncio.to_thread(chrome_trace, events)
+        events = {host: answer for host, answer in sorted(answers.items()) if not isinstance(answer, Exception)}
+        return await asyncio.to_thread(chrome_traces, events)
 
     async def decisions(self, limit: int | None) -> list[dict[str, Any]]:
         """What the controller decided and why, oldest first; raises PoolError while it is away."""

@@ -23,6 +23,13 @@ def hosts_of(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: host for name, host in found.items() if isinstance(host, dict) and host.get("num_pages")}
 
 
+def _errors(state: dict[str, Any]) -> dict[str, str]:
+    """What hosts say that gave an error instead of their state, by name."""
+    hosts = state.get("hosts")
+    found = hosts if isinstance(hosts, dict) else {"the engine host": state.get("host")}
+    return {name: host["error"] for name, host in found.items() if isinstance(host, dict) and "error" in host}
+
+
 def summarize(now: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
     """The figures of one frame. Rates are those between two states, or since the start without `before`."""
     hosts = hosts_of(now)
@@ -32,7 +39,7 @@ def summarize(now: dict[str, Any], before: dict[str, Any] | None = None) -> dict
         "stopping": now.get("stopping", False),
         "progress": now.get("progress"),
         "host_restarts": now.get("host_restarts", 0),
-        "error": (now.get("host") or {}).get("error"),
+        "errors": _errors(now),
         "hosts": {name: _host(host, earlier.get(name)) for name, host in hosts.items()},
         "models": [_model(name, pool, now, hosts, earlier) for name, pool in now.get("models", {}).items()],
     }
@@ -127,8 +134,7 @@ def frame(view: dict[str, Any], *, width: int = 80, height: int | None = 24, col
     lines = _status(view, paint)
     for name, host in view["hosts"].items():
         lines += _host_lines(name if len(view["hosts"]) > 1 else "device", host, width, paint)
-    if view["error"]:
-        lines.append(paint(f"the engine host does not answer: {view['error']}"[:width], "bad"))
+    lines += [paint(_cut(f"{name} does not answer: {error}", width), "bad") for name, error in view["errors"].items()]
     name_width = max(8, min(max((len(m["name"]) for m in view["models"]), default=5), width - 66))
     header = f"{'MODEL':{name_width}}  {'STATE':15}{'RUN':>4}{'WAIT':>5}{'TOK/S':>8}{'ON TIME':>9}"
     lines += ["", paint(f"{header}{'TTFT':>9}{'TPOT':>9}{'KV':>5}", "bold")]

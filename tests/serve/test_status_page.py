@@ -280,10 +280,11 @@ def test_several_hosts_and_decisions(changed: Any) -> None:
         {"at_s": 1.0, "action": "add", "reason": "first", "model": "llama", "host": "node-a"},
         {"at_s": 2.0, "action": "remove", "reason": evil, "model": "llama", "host": "node-b"},
     ]
-    two = "(s) => { s.hosts = {'node-a': s.host, 'node-b': {...s.host}}; delete s.host; }"
+    two = "(s) => { s.hosts = {'node-a': s.host, 'node-b': {...s.host}, 'node-c': {error: 'gone'}}; delete s.host; }"
     page = changed(two, decisions=decisions)
     assert 2 == page.run("document.querySelectorAll('#memory canvas').length")
     assert "node-b: 96 pages" in page.text("#memory")
+    assert "node-c does not answer: gone" == page.text("#banner")
     listed = page.run("[...document.querySelectorAll('#decisions li')].map(li => li.innerText)")
     assert ["remove", "add"] == [text.split("\n")[1] for text in listed]
     assert evil in listed[0]

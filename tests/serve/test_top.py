@@ -124,6 +124,7 @@ def test_several_hosts_are_summed(state: dict[str, Any]) -> None:
     assert ["node-a", "node-b"] == list(view["hosts"])
     assert 5 == model_of(view, "llama")["running"]
     assert 2 == sum(line.startswith(("node-a: ", "node-b: ")) for line in lines)
+    assert "node-c does not answer: gone" in lines
 
 
 def test_loading_draining_and_a_dead_host_are_said(state: dict[str, Any]) -> None:

@@ -14,6 +14,12 @@ function hostsOf(state) {
 }
 const usable = ([, host]) => Boolean(host && host.num_pages);
 
+/** Hosts that gave an error instead of their state, as [name, error]. */
+function failuresOf(state) {
+  const all = state.hosts ? Object.entries(state.hosts) : [["The engine host", state.host]];
+  return all.filter(([, host]) => host?.error).map(([name, host]) => [name, host.error]);
+}
+
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 
 /** Hue of a model by its place in the pool: fixed ones first, then by the golden angle. */

@@ -103,8 +103,8 @@ function connected() {
   if (state.stopping) link("warn", "draining: the server is stopping");
   else if (state.progress) link("warn", `loading ${state.progress.done} of ${state.progress.total}`);
   else link(state.ready ? "good" : "bad", state.ready ? "ready" : "not ready");
-  const host = state.host;
-  banner(host?.error ? `The engine host does not answer: ${host.error}` : "", "bad");
+  const silent = failuresOf(state).map(([name, error]) => `${name} does not answer: ${error}`);
+  banner(silent.join(". "), "bad");
 }
 
 function disconnected(error) {

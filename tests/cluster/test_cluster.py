@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.ray_nodes import ENV, RayNodes
 from tests.conftest import TinyModels
-from tests.helpers.ray_nodes import ENV, RayNodes
 from tests.helpers.server import WAIT_LIMIT_S, PoolServerProcess, is_running, poll
 
 pytestmark = pytest.mark.ray

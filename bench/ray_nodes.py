@@ -4,6 +4,7 @@
     with RayNodes(num_nodes=2, cpus_per_node=1) as nodes:
         ...                      # nodes.address
         nodes.kill(0)            # SIGKILL of a node's raylet
+        nodes.add()              # a new node, the last of nodes.raylets
 
 The child matters: Ray reads its authentication mode when it is imported, which vLLM may have done in a test process.
 """
@@ -42,18 +43,24 @@ class RayNodes:
     def __enter__(self) -> RayNodes:
         self._folder = tempfile.mkdtemp(prefix="tp-ray-", dir="/tmp")  # short: it holds Unix sockets
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.helpers.ray_nodes", self._folder, *self._arguments],
-            cwd=Path(__file__).parents[2], env={**os.environ, **ENV}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "bench.ray_nodes", self._folder, *self._arguments],
+            cwd=Path(__file__).parents[1], env={**os.environ, **ENV}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, start_new_session=True,
         )  # fmt: skip
+        try:
+            told = self._hear()
+        except BaseException:
+            self.__exit__()
+            raise
+        self.address, self.raylets = told["address"], told["raylets"]
+        return self
+
+    def _hear(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = next((line for line in self._process.stdout if line.startswith("{")), None)
         if line is None:
-            self.__exit__()
             raise AssertionError("the Ray nodes do not start")
-        told = json.loads(line)
-        self.address, self.raylets = told["address"], told["raylets"]
-        return self
+        return json.loads(line)
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
@@ -70,6 +77,13 @@ class RayNodes:
         """End a node as if its machine had lost power, as far as Ray can tell."""
         os.kill(self.raylets[index], signal.SIGKILL)
 
+    def add(self) -> None:
+        """Start one more node, alike the others."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("add\n")
+        self._process.stdin.flush()
+        self.raylets.append(self._hear()["raylet"])
+
 
 def _main(folder: str, num_nodes: int, cpus_per_node: int) -> None:
     from ray.cluster_utils import Cluster
@@ -78,9 +92,13 @@ def _main(folder: str, num_nodes: int, cpus_per_node: int) -> None:
     head = {**common, "num_cpus": 0, "_system_config": _SYSTEM_CONFIG, "temp_dir": folder}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=cpus_per_node, **common) for _ in range(num_nodes)]
-    raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
-    print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
-    sys.stdin.read()
+
+    def raylet(node: Any) -> int:
+        return node.all_processes["raylet"][0].process.pid
+
+    print(json.dumps({"address": cluster.address, "raylets": [raylet(node) for node in nodes]}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps({"raylet": raylet(cluster.add_node(num_cpus=cpus_per_node, **common))}), flush=True)
     cluster.shutdown()
 
 

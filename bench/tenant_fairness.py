@@ -99,7 +99,7 @@ def run(
             pool_file.write_text(json.dumps(_pool(paths[MODEL], name, limit)))  # JSON is YAML
             servers[name] = common.Server([*common.POOL, str(pool_file)], [MODEL], log_folder / f"{name}.log")
             stack.callback(servers[name].close)
-        _wait_until_ready(list(servers.values()), start_limit_s)
+        wait_until_ready(list(servers.values()), start_limit_s)
         for number in range(-1, rounds):  # the first one warms up
             for arm, (name, second) in ARMS.items():
                 per_s = 0.0 if arm == "alone" else limit / 60 * (1 if arm == "neighbour" else flood)
@@ -128,7 +128,7 @@ def run(
     )
 
 
-def _wait_until_ready(servers: Sequence[common.Server], limit_s: float) -> None:
+def wait_until_ready(servers: Sequence[common.Server], limit_s: float) -> None:
     """By the probe, which asks for no key; raises TimeoutError, and RuntimeError when a server has ended."""
     end_s = time.monotonic() + limit_s
     for server in servers:

@@ -7,7 +7,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType, FinishReason
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
+from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.request import Request, RequestStatus
 
@@ -60,6 +61,8 @@ class CoreCounters:
     """Running totals of one engine, plain integers because they change on every step."""
 
     steps: int = 0
+    results: int = 0
+    """Steps that computed something and whose output came."""
     turns: int = 0
     step_seconds: float = 0.0
     crashed_steps: int = 0
@@ -81,6 +84,7 @@ class HostedEngineCore(EngineCoreProc):
         slo: SLO | None,
         log_stats: bool,
         notify: Callable[[], None],
+        executor_class: type[Executor] = UniProcExecutor,
     ) -> None:
         self._pool_addresses = addresses
         self._receiver: InputReceiver | None = None
@@ -92,21 +96,36 @@ class HostedEngineCore(EngineCoreProc):
         """Whether the weights or the KV are off the device; set by a host that moves them."""
         self.deferred: list[tuple[EngineCoreRequestType, Any]] = []
         """Utility calls that wait until the model is back."""
+        self.on_crash: Callable[[Exception], None] = _raise
+        """Told of a crash of a step that the host did not ask for; set by the model's quarantine."""
         self.last_scheduled: Any = None
         """The SchedulerOutput of the last step."""
+        self.in_flight: list[Any] = []
+        """SchedulerOutputs of the steps whose output has not come; between steps those of `batch_queue`."""
         try:
-            super().__init__(vllm_config, True, "", UniProcExecutor, log_stats)
+            super().__init__(vllm_config, True, "", executor_class, log_stats)
         except BaseException:
             self._close_sockets(tell=False)
             raise
         self.process_input_queue_block = False
-        schedule = self.scheduler.schedule
+        self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        """Note what the scheduler hands out, and when the output of that is back."""
+        schedule, update = self.scheduler.schedule, self.scheduler.update_from_output
 
         def schedule_and_keep(*args: Any) -> Any:
             self.last_scheduled = schedule(*args)
+            self.in_flight.append(self.last_scheduled)
             return self.last_scheduled
 
-        self.scheduler.schedule = schedule_and_keep
+        def update_and_drop(scheduler_output: Any, *args: Any) -> Any:
+            outputs = update(scheduler_output, *args)
+            self.in_flight = [output for output in self.in_flight if output is not scheduler_output]
+            self.counters.results += scheduler_output.total_num_scheduled_tokens > 0
+            return outputs
+
+        self.scheduler.schedule, self.scheduler.update_from_output = schedule_and_keep, update_and_drop
 
     # -- overrides of EngineCoreProc -----------------------------------------------------------------
 
@@ -210,11 +229,12 @@ class HostedEngineCore(EngineCoreProc):
     # -- what the host calls -------------------------------------------------------------------------
 
     def step_once(self, *, admit: bool = True) -> bool:
-        """Run one engine step and send its outputs; returns whether the model ran.
+        """Run one engine step and send its outputs; returns False if the engine could do nothing.
 
-        With `admit` false no waiting request is scheduled: a decode step.
+        With `admit` false no waiting request is scheduled: a decode step. With async scheduling the outputs are those
+        of an earlier step, or none, and the engine still does something while a step is under way.
         """
-        start = time.perf_counter()
+        start, results = time.perf_counter(), self.counters.results
         if admit or self.scheduler._pause_state != PauseState.UNPAUSED:
             outputs, executed = self.step_fn()
         else:
@@ -224,18 +244,25 @@ class HostedEngineCore(EngineCoreProc):
                 outputs, executed = self.step_fn()
             finally:
                 self.scheduler._pause_state = PauseState.UNPAUSED
-        for client_outputs in (outputs or {}).items():
-            self.output_queue.put_nowait(client_outputs)
-            self._count(client_outputs[1].outputs)
+        self._send(outputs or {})
         self.post_step(executed)
         self.counters.steps += 1
         self.counters.step_seconds += time.perf_counter() - start
-        return executed
+        computing = any(output.total_num_scheduled_tokens for output in self.in_flight)
+        return executed or computing or self.counters.results > results
+
+    def _send(self, outputs: Mapping[int, Any]) -> None:
+        for client_outputs in outputs.items():
+            self.output_queue.put_nowait(client_outputs)
+            self._count(client_outputs[1].outputs)
 
     def forget_finished(self) -> None:
-        """Let the worker forget requests that ended, when no others would make it step; computes nothing."""
-        if self.has_work() and not self.scheduler.has_unfinished_requests():
-            self.step_once()
+        """Let the worker forget requests that ended, when no others would make it step; computes nothing.
+
+        Afterwards no step is in flight, not even one for a request that ended before.
+        """
+        while self.has_work() and not self.scheduler.has_unfinished_requests():
+            self._step_unasked()
 
     def run_deferred(self) -> None:
         """Answer the utility calls that waited for the model."""
@@ -243,18 +270,42 @@ class HostedEngineCore(EngineCoreProc):
             self._handle_client_request(*self.deferred.pop(0))
 
     def drain_batches(self) -> None:
-        """Wait for the steps in flight, with async scheduling one, so that nothing reads or writes KV any more.
+        """Take the outputs of the steps in flight, with async scheduling up to two, so that none uses KV or weights.
 
-        Nothing new is scheduled meanwhile. Not yet run on hardware: without async scheduling there is no queue.
+        Nothing new is scheduled meanwhile. Without async scheduling there is no queue.
         """
         if not self.batch_queue:
             return
         before, self.scheduler._pause_state = self.scheduler._pause_state, PauseState.PAUSED_ALL
         try:
             while self.batch_queue:
-                self.step_once()
+                self._step_unasked()
         finally:
             self.scheduler._pause_state = before
+
+    def _step_unasked(self) -> None:
+        try:
+            self.step_once()
+        except Exception as error:  # any exception of a model's code
+            self.on_crash(error)
+
+    def drop_batches(self) -> set[str]:
+        """After a crash: take the outputs of the steps before it and forget the rest; waits for the device.
+
+        Returns the requests of the forgotten steps, all of which must be preempted.
+        """
+        while self.batch_queue:
+            future, scheduled, _ = self.batch_queue.pop()
+            try:
+                output = future.result()
+            except Exception:  # the crash that is being handled, or one that it caused
+                continue
+            if self.in_flight[0] is scheduled:
+                self._send(self.scheduler.update_from_output(scheduled, output))
+        lost, self.in_flight = self.in_flight, []
+        for scheduled in lost:  # the runner may not have heard of these; being told twice does no harm
+            self.scheduler.finished_req_ids |= scheduled.finished_req_ids - self.scheduler.requests.keys()
+        return {request_id for scheduled in lost for request_id in scheduled.num_scheduled_tokens}
 
     def preempt_newest(self) -> Request | None:
         """Preempt the request that runs shortest, as vLLM does when blocks run out; None if none runs."""
@@ -287,3 +338,7 @@ class HostedEngineCore(EngineCoreProc):
             self._outbox.close()
         if self._receiver is not None:
             self._receiver.stop()
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -30,7 +30,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from tokenpool.errors import CapacityError, SwitchError
 from tokenpool.host.pool_relabel import IdMap
-from tokenpool.host.runner_adapter import RunnerAdapter, make_runner_adapter
+from tokenpool.host.runner_adapter import RunnerAdapter, adapter_of
 from tokenpool.memory.kv_tier import HostKVTier, KVImage
 from tokenpool.memory.states import KVState, check_transition
 
@@ -89,9 +89,8 @@ class KVSwapper:
 
     def add(self, hosted: SwappableModel) -> None:
         """Take a freshly built model in; raises ModelRefusedError if its model runner is not known."""
-        runner = hosted.core.model_executor.driver_worker.worker.model_runner
         if hosted.build.pool is not None:
-            self._adapters[hosted.name] = make_runner_adapter(hosted.name, runner)
+            self._adapters[hosted.name] = adapter_of(hosted.name, hosted.core.model_executor)
             hosted.build.pool.use_tier(self.tier)
 
     def forget(self, model: str) -> None:
@@ -149,7 +148,8 @@ class KVSwapper:
         start = time.perf_counter()
         pool, name = hosted.build.pool, hosted.name
         assert name in self._adapters and name not in self._swaps, f"{name!r} is not resident"
-        _check_token_boundary(hosted.core)
+        _check_token_boundary(hosted.core, self._adapters[name])
+        self.after_step(hosted)  # with async scheduling there was always another step under way until now
         blocks = pool.used_blocks()
         image = self._or_count_refusal(name, lambda: self.tier.new_image(name, pool.view.block_bytes, len(blocks)))
         try:
@@ -262,10 +262,9 @@ def _become(swap: _Swap, state: KVState) -> None:
     swap.state = state
 
 
-def _check_token_boundary(core: Any) -> None:
+def _check_token_boundary(core: Any, adapter: RunnerAdapter) -> None:
     """Raise AssertionError if a step of the engine is under way or left block ids for the next one."""
     assert not core.batch_queue, "steps are in flight: drain the engine's batch queue first"
-    runner = core.model_executor.driver_worker.worker.model_runner
-    assert getattr(runner, "execute_model_state", None) is None, "a step was executed but not sampled"
+    assert adapter.is_between_steps(), "a step was executed but not sampled"
     for manager in core.scheduler.kv_cache_manager.coordinator.single_type_managers:
         assert not manager.new_block_ids and not manager._pending_cow_copies, "block ids wait for the next step"

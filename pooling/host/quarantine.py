@@ -9,12 +9,12 @@ fails. If the engine crashes whatever it runs, it cannot go on.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
-from vllm.v1.request import Request, RequestStatus
+from vllm.v1.request import RequestStatus
 
 from tokenpool.errors import HostError
 from tokenpool.host.hosted_core import HostedEngineCore
+from tokenpool.host.runner_adapter import adapter_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +27,14 @@ class Quarantine:
     def __init__(self, model: str, core: HostedEngineCore) -> None:
         self._model = model
         self._core = core
+        self._runner = adapter_of(model, core.model_executor)
         self._suspects: list[tuple[str, int]] = []  # request id, output tokens when it became one
         # The scheduler's limit on admission; vLLM 0.29 has one limit for admission and for slots.
         separate = hasattr(core.scheduler, "max_num_active_reqs")
         self._limit = "max_num_active_reqs" if separate else "max_num_running_reqs"
         self._max_active = getattr(core.scheduler, self._limit)
-        self._crashes_in_a_row = 0
+        self._crashes_in_a_row = self._num_results = 0
+        core.on_crash = self.step_crashed
 
     @property
     def active(self) -> bool:
@@ -42,12 +44,14 @@ class Quarantine:
     def step_crashed(self, error: Exception) -> None:
         """Handle an exception of an engine step; raises HostError when the engine cannot go on."""
         scheduler = self._core.scheduler
+        self._note_results()
         self._core.counters.crashed_steps += 1
         self._crashes_in_a_row += 1
         logger.error("engine step crashed model=%s", self._model, exc_info=error)
-        if isinstance(error, MemoryError) or self._crashes_in_a_row > _MAX_CRASHES_IN_A_ROW:
+        if isinstance(error, (MemoryError, HostError)) or self._crashes_in_a_row > _MAX_CRASHES_IN_A_ROW:
             raise HostError(f"engine of {self._model!r} crashes on every step: {error}") from error
-        batch = [i for i in scheduler.prev_step_scheduled_req_ids if i in scheduler.requests]
+        lost = self._core.drop_batches()
+        batch = [i for i in scheduler.requests if i in lost]
         batch = batch or [request.request_id for request in scheduler.running]
         if not batch:
             raise HostError(f"engine of {self._model!r} crashed with no request in its batch: {error}") from error
@@ -61,9 +65,12 @@ class Quarantine:
         self._next_suspect()
 
     def step_done(self, executed: bool) -> None:
-        """Look at the result of a step that did not crash."""
+        """Look at the result of a step that did not crash; `executed` is what `step_once` returned."""
         if executed:
-            self._crashes_in_a_row = 0
+            self._note_results()
+        if not self._suspects:
+            return
+        self._core.drain_batches()  # no step ahead of the suspect's: it would be suspected too; may crash and call us
         if not self._suspects:
             return
         request_id, num_before = self._suspects[0]
@@ -90,21 +97,25 @@ class Quarantine:
 
     def _reset_engine(self) -> None:
         """Preempt everything and drop what the crashed step left behind."""
-        requests = self._preempt_all()
-        scheduler, runner = self._core.scheduler, self._runner()
-        for request in requests:
-            # The step's output never arrives: without this, later tokens would be taken for stale ones.
+        self._runner.drop_step()
+        self._preempt_all()
+        scheduler = self._core.scheduler
+        for request in scheduler.requests.values():
+            # Their output never arrives: without this, later tokens would be taken for stale ones.
             request.num_in_flight_tokens = request.num_stale_output_tokens = 0
             request.drop_stale_output = False
-            if request.request_id not in runner.requests:
-                request.status = RequestStatus.WAITING  # the runner never saw it: send it as new
+            if request.status == RequestStatus.PREEMPTED and not self._runner.can_resume(request.request_id):
+                request.status = RequestStatus.WAITING  # sent as new
         scheduler.prev_step_scheduled_req_ids.clear()
-        runner.execute_model_state = None
         # Hashes are entered when a step is scheduled, so the crashed one left hashes of blocks never computed.
         scheduler.kv_cache_manager.reset_prefix_cache()
 
-    def _preempt_all(self) -> list[Request]:
-        return list(iter(self._core.preempt_newest, None))
+    def _preempt_all(self) -> None:
+        while self._core.preempt_newest():
+            pass
 
-    def _runner(self) -> Any:
-        return self._core.model_executor.driver_worker.worker.model_runner
+    def _note_results(self) -> None:
+        """A step whose tokens came since the last look ends a row of crashes."""
+        if self._core.counters.results != self._num_results:
+            self._num_results = self._core.counters.results
+            self._crashes_in_a_row = 0

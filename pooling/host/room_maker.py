@@ -197,6 +197,7 @@ class RoomMaker:
         """Take one candidate out, a model's unused KV with its weights; an empty list if it cannot leave."""
         name, kind = candidate.owner, candidate.kind
         hosted, gone = self._models[name], []
+        hosted.core.drain_batches()
         if kind is not EvictionKind.WEIGHTS or self._can_leave_for_free(hosted):
             promised, nbytes = self._allocator.committed(name), self._swapper.bytes_out(hosted)
             try:
@@ -223,7 +224,6 @@ class RoomMaker:
 
     def _kv_out(self, hosted: HostedModel, nbytes: int) -> None:
         start = time.time()
-        hosted.core.drain_batches()
         self._swapper.out(hosted)
         end = time.time()
         if nbytes:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Maps the block ids that a model runner keeps between steps, for the two model runners of vLLM.
+"""What the pool does to the state that a model runner keeps between steps, for the two model runners of vLLM.
+
+It maps block ids when KV moves, and it drops what a crashed step left behind.
 
 A runner keeps ids in its table of requests and in the block tables of its batch. All else that it derives from them
 (slot mappings, attention metadata, CUDA graph inputs, block tables of drafters) it computes anew in each step. Ids of
@@ -19,10 +21,19 @@ from tokenpool.host.pool_relabel import IdMap
 
 
 class RunnerAdapter(Protocol):
-    """The one thing that moving KV blocks asks of a runner."""
+    """All that the pool asks of a runner, between two steps and on the thread that steps."""
 
     def remap(self, ids: IdMap) -> None:
-        """Rewrite every block id; called between two steps, on the thread that steps."""
+        """Rewrite every block id."""
+
+    def is_between_steps(self) -> bool:
+        """False while a step was executed and not sampled."""
+
+    def drop_step(self) -> None:
+        """Drop what a crashed step left behind; the requests of the batch are preempted."""
+
+    def can_resume(self, request_id: str) -> bool:
+        """Whether the scheduler may send a preempted request as one that the runner has seen before."""
 
 
 class RunnerAdapterV1:
@@ -30,7 +41,7 @@ class RunnerAdapterV1:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self.remap(IdMap(np.empty(0, np.int64), np.empty(0, np.int64)))  # fails here rather than in the first swap
+        _try_all(self)
 
     def remap(self, ids: IdMap) -> None:
         """Rewrite the ids of running and preempted requests, and the valid part of each row of the tables."""
@@ -43,13 +54,25 @@ class RunnerAdapterV1:
             # vLLM 0.29 may keep ids of kernel blocks, of which one KV block has several.
             rows[valid] = ids.translate(rows[valid], getattr(table, "blocks_per_kv_block", 1))
 
+    def is_between_steps(self) -> bool:
+        """See `RunnerAdapter`."""
+        return self._runner.execute_model_state is None
+
+    def drop_step(self) -> None:
+        """See `RunnerAdapter`; preempted requests leave the batch in the next step, with what is kept of their last."""
+        self._runner.execute_model_state = None
+
+    def can_resume(self, request_id: str) -> bool:
+        """See `RunnerAdapter`; a step may crash before the runner takes its new requests in."""
+        return request_id in self._runner.requests
+
 
 class RunnerAdapterV2:
     """vLLM's second model runner (CUDA's): tables on the device, gathered in each step."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self.remap(IdMap(np.empty(0, np.int64), np.empty(0, np.int64)))
+        _try_all(self)
 
     def remap(self, ids: IdMap) -> None:
         """Rewrite the tables in place, in stream order, and ids that are staged for them.
@@ -62,6 +85,35 @@ class RunnerAdapterV2:
             staged = table._staged_write_contents
             staged[:] = ids.translate(np.array(staged, dtype=np.int64), split).tolist()
             _translate_tensor(table.gpu, ids, split)
+
+    def is_between_steps(self) -> bool:
+        """See `RunnerAdapter`."""
+        return self._runner.execute_model_state is None
+
+    def drop_step(self) -> None:
+        """See `RunnerAdapter`; the runner forgets all requests, whose rows may be half written.
+
+        The scheduler sends preempted requests as new ones.
+        """
+        runner, states = self._runner, self._runner.req_states
+        runner.execute_model_state = None
+        for request_id in list(states.req_id_to_index):
+            runner._remove_request(request_id)
+        staged = (*runner.block_tables.block_tables, states.all_token_ids, states.total_len, states.num_computed_tokens)
+        for tensor in staged:
+            tensor.clear_staged_writes()
+
+    def can_resume(self, request_id: str) -> bool:
+        """See `RunnerAdapter`."""
+        return True
+
+
+def _try_all(adapter: RunnerAdapter) -> None:
+    """Do everything once to a runner without requests: what it lacks shows here rather than in the first swap."""
+    adapter.remap(IdMap(np.empty(0, np.int64), np.empty(0, np.int64)))
+    adapter.is_between_steps()
+    adapter.drop_step()
+    adapter.can_resume("")
 
 
 def _translate_tensor(table: torch.Tensor, ids: IdMap, split: int) -> None:
@@ -82,6 +134,13 @@ _ADAPTERS = {
     ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"): RunnerAdapterV2,
 }
 """By the class that a runner is derived from, named so that neither runner is imported for nothing."""
+
+
+def adapter_of(model: str, executor: Any) -> RunnerAdapter:
+    """The adapter for the runner of an engine's executor, on all its ranks; raises ModelRefusedError if none fits."""
+    adapter = make_runner_adapter(model, executor.driver_worker.worker.model_runner)
+    mirrored = getattr(executor, "mirrored", None)
+    return mirrored(adapter) if mirrored else adapter
 
 
 def make_runner_adapter(model: str, runner: Any) -> RunnerAdapter:

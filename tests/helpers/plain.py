@@ -103,11 +103,14 @@ def prompts_for(
     return prompts
 
 
-def run_plain(cases: list[Case], *, plain_gemm: bool = False) -> dict[str, dict[str, Result]]:
+def run_plain(
+    cases: list[Case], *, plain_gemm: bool = False, program: Sequence[str] = ("tests.helpers.plain",)
+) -> dict[str, dict[str, Result]]:
     """Run the cases one after another in one child process: case name -> request id -> result.
 
     With `plain_gemm` linear layers compute with the kernels that they have where weights are movable: others round
-    otherwise, and only equal kernels give equal logprobs.
+    otherwise, and only equal kernels give equal logprobs. `program` is a module that ends in `_main`, with its own
+    arguments before those of `_main`.
 
     Raises RuntimeError with the end of the child's output when any case fails.
     """
@@ -117,7 +120,7 @@ def run_plain(cases: list[Case], *, plain_gemm: bool = False) -> dict[str, dict[
         cases_file.write_text(json.dumps([asdict(case) for case in cases]))
         with log_file.open("w") as log:
             child = subprocess.run(
-                [sys.executable, "-m", "tests.helpers.plain", str(cases_file), str(results_file), str(int(plain_gemm))],
+                [sys.executable, "-m", *program, str(cases_file), str(results_file), str(int(plain_gemm))],
                 cwd=Path(__file__).parents[2],
                 env=os.environ | ENV | {"VLLM_PLUGINS": ""},
                 stdout=log,

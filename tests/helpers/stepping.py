@@ -25,6 +25,8 @@ class SteppedModels(PooledModels):
         """Steps by model: the time axis on which a run with moves and one without are the same."""
         self.moved_ids = 0
         """Blocks that came back under another id."""
+        self.drained = 0
+        """Moves that found a step in flight."""
         self._ballast: dict[str, list[int]] = {}
         self._prefills: dict[tuple[str, str], Any] = {}
 
@@ -63,6 +65,9 @@ class SteppedModels(PooledModels):
         """Move a model out, and take the pages it leaves, so that it cannot get them back."""
         ledger = self.host.ledger
         hosted = self.host.models[name]
+        self.drained += bool(hosted.core.batch_queue)
+        hosted.core.drain_batches()
+        self._collect()
         freed, nbytes, before = ledger.num_free, self.swapper.bytes_out(hosted), self.swapper.counters.bytes_out
         self.swapper.out(hosted)
         assert nbytes == self.swapper.counters.bytes_out - before

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.cases import greedy, make_cases
+from tests.helpers.crashes import crash_when
 from tests.helpers.plain import Case, RequestSpec, prompts_for
 
 pytestmark = pytest.mark.vllm
@@ -28,20 +29,6 @@ def _pool(cases):
     return pooled
 
 
-def _crash_when(pooled, model, condition) -> None:
-    """Let the model's runner raise whenever `condition(scheduler_output)` holds, as a broken kernel would."""
-    runner = pooled.host.models[model].core.model_executor.driver_worker.worker.model_runner
-    original = runner.execute_model
-
-    def execute_model(scheduler_output, *args, **kwargs):
-        runner_output = original(scheduler_output, *args, **kwargs)
-        if condition(scheduler_output):
-            raise RuntimeError("kernel failed")
-        return runner_output
-
-    runner.execute_model = execute_model
-
-
 @pytest.mark.parametrize("first_crash_at_step", [0, 5])
 def test_only_the_request_that_crashes_the_step_fails(cases, first_crash_at_step):
     """Whether at its prefill or later, the culprit ends with an error and all others with their full output."""
@@ -52,7 +39,7 @@ def test_only_the_request_that_crashes_the_step_fails(cases, first_crash_at_step
         seen.append("llama-2" in scheduler_output.num_scheduled_tokens)
         return seen[-1] and sum(seen) > first_crash_at_step
 
-    _crash_when(pooled, "llama", poisonous)
+    crash_when(pooled, "llama", poisonous)
     pooled.run()
     pooled.check()
     assert pooled.finish_reason("llama", "llama-2") == "error"
@@ -77,7 +64,7 @@ def test_a_step_that_crashes_once_costs_no_request(cases):
     undisturbed.close()
     disturbed = _pool(cases)
     steps = []
-    _crash_when(disturbed, "llama", lambda output: steps.append(1) or len(steps) == 4)
+    crash_when(disturbed, "llama", lambda output: steps.append(1) or len(steps) == 4)
     disturbed.run()
     assert {r: len(v.tokens) for r, v in disturbed.results("llama").items()} == {r: 30 for r in expected}
     # Recomputation moves the last bits, so a stream may leave its path, but not from the start.
@@ -91,7 +78,7 @@ def test_an_engine_that_always_crashes_ends_the_host(cases):
     from tokenpool.errors import HostError
 
     pooled = _pool(cases)
-    _crash_when(pooled, "llama", lambda output: True)
+    crash_when(pooled, "llama", lambda output: True)
     for request in prompts_for(7, 6):
         pooled.submit_one("llama", RequestSpec(f"more-{len(request)}", request, max_tokens=5), [])
     with pytest.raises(HostError, match="crashes on every step"):

@@ -3,19 +3,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from tests.helpers.plain import ENV
 from tokenpool.errors import ModelRefusedError
 from tokenpool.host.pool_relabel import IdMap
 from tokenpool.host.runner_adapter import RunnerAdapterV1, RunnerAdapterV2, make_runner_adapter
@@ -38,6 +32,29 @@ def make_v1(split: int = 1) -> SimpleNamespace:
     return SimpleNamespace(
         requests={"a": SimpleNamespace(block_ids=([3, 4, 7], [0, 9])), "preempted": SimpleNamespace(block_ids=([4],))},
         input_batch=SimpleNamespace(block_table=SimpleNamespace(block_tables=[table])),
+        execute_model_state=None,
+    )
+
+
+class StagedTable(SimpleNamespace):
+    """A table of the second runner with writes that wait."""
+
+    def __init__(self, rows: torch.Tensor, staged: Sequence[int] = ()) -> None:
+        super().__init__(gpu=rows, _staged_write_contents=list(staged))
+
+    def clear_staged_writes(self) -> None:
+        self._staged_write_contents.clear()
+
+
+def make_v2(*groups: StagedTable) -> SimpleNamespace:
+    """A runner with requests "a" and "b"."""
+    states = {name: StagedTable(torch.zeros(2), [1]) for name in ("all_token_ids", "total_len", "num_computed_tokens")}
+    req_states = SimpleNamespace(req_id_to_index={"a": 0, "b": 1}, **states)
+    return SimpleNamespace(
+        block_tables=SimpleNamespace(block_tables=list(groups)),
+        req_states=req_states,
+        _remove_request=req_states.req_id_to_index.pop,
+        execute_model_state=None,
     )
 
 
@@ -64,11 +81,11 @@ def test_tables_of_the_second_runner(split):
     """Device tables and staged ids of every group change in place."""
     rows = torch.tensor([[3, 4, 7, 0], [9, 9, 4, 3]], dtype=torch.int32)
     rows = (rows[:, :, None] * split + torch.arange(split)).reshape(2, -1).to(torch.int32)
-    groups = [SimpleNamespace(gpu=rows.clone(), _staged_write_contents=[]) for _ in range(2)]
+    groups = [StagedTable(rows.clone()) for _ in range(2)]
     tables = SimpleNamespace(block_tables=groups)
     if split > 1:
         tables.blocks_per_kv_block = [split] * 2
-    runner = SimpleNamespace(block_tables=SimpleNamespace(block_tables=[]))
+    runner = make_v2()
     adapter = RunnerAdapterV2(runner)
     runner.block_tables = tables
     groups[1]._staged_write_contents += [4 * split, 7 * split + split - 1]
@@ -87,9 +104,42 @@ def test_nothing_survived():
     runner = make_v1()
     RunnerAdapterV1(runner).remap(nothing)
     assert [0, 0, 0, 4] == runner.input_batch.block_table.block_tables[0].block_table.np[0].tolist()
-    group = SimpleNamespace(gpu=torch.tensor([[5, 6]], dtype=torch.int32), _staged_write_contents=[7])
-    RunnerAdapterV2(SimpleNamespace(block_tables=SimpleNamespace(block_tables=[group])))
+    group = StagedTable(torch.tensor([[5, 6]], dtype=torch.int32))
+    runner = make_v2()
+    adapter = RunnerAdapterV2(runner)
+    runner.block_tables.block_tables = [group]
+    group._staged_write_contents.append(7)
+    adapter.remap(nothing)
     assert ([[0, 0]], [0]) == (group.gpu.tolist(), group._staged_write_contents)
+
+
+def test_a_crashed_step_leaves_nothing_in_the_first_runner():
+    """The first runner keeps its requests, which the scheduler may resume; one that it never saw it may not."""
+    runner = make_v1()
+    adapter = RunnerAdapterV1(runner)
+    runner.execute_model_state = "left behind"
+    assert not adapter.is_between_steps()
+    adapter.drop_step()
+    assert adapter.is_between_steps()
+    assert (True, False) == (adapter.can_resume("a"), adapter.can_resume("new"))
+
+
+def test_a_crashed_step_leaves_nothing_in_the_second_runner():
+    """The second runner forgets all requests and writes that wait: the scheduler sends resumed requests as new."""
+    groups = [StagedTable(torch.zeros(2, 2, dtype=torch.int32)) for _ in range(2)]
+    runner = make_v2(*groups)
+    adapter = RunnerAdapterV2(runner)
+    again = make_v2(*groups)
+    adapter._runner = again
+    again.execute_model_state = "left behind"
+    groups[1]._staged_write_contents.append(3)
+    assert not adapter.is_between_steps()
+    adapter.drop_step()
+    assert adapter.is_between_steps() and adapter.can_resume("a")
+    assert {} == again.req_states.req_id_to_index
+    states = vars(again.req_states)
+    waiting = [*groups, *(states[name] for name in ("all_token_ids", "total_len", "num_computed_tokens"))]
+    assert [[]] * 5 == [tensor._staged_write_contents for tensor in waiting]
 
 
 def test_an_unknown_runner_is_refused():
@@ -99,28 +149,3 @@ def test_an_unknown_runner_is_refused():
     changed = type("Runner", (), {"__module__": "vllm.v1.worker.gpu_model_runner", "__qualname__": "GPUModelRunner"})
     with pytest.raises(ModelRefusedError, match="keeps its block tables otherwise: .*has no attribute 'requests'"):
         make_runner_adapter("m", changed())
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the second runner needs Triton")
-def test_moved_requests_on_the_second_runner(tmp_path):
-    """On vLLM's second model runner, one group and several: moved requests give what they give without moves."""
-    from tokenpool.demo.tiny_models import make_tiny_model
-
-    models = [str(make_tiny_model(kind, tmp_path / kind)) for kind in ("llama", "gemma3")]
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.second_runner", *models],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | ENV,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert child.returncode == 0, (child.stdout + child.stderr)[-4000:]
-    if "this vLLM finds no Triton" in child.stdout:
-        pytest.skip("this vLLM finds no Triton")
-    found = json.loads(next(line for line in child.stdout.splitlines() if line.startswith('{"moved_ids"')))
-    assert found["moved_ids"] > 50
-    for results in found["results"].values():
-        for index in range(3):
-            assert 24 == len(results[f"still-{index}"][0])
-            assert results[f"still-{index}"] == results[f"moved-{index}"]

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs pooled models on vLLM's second model runner, on the CPU, and tells what each request got.
+
+A process of its own, for the reason told in v2_runner.py. Each scenario returns plain values for its test.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.plain import Case
+from tests.helpers.v2_runner import async_scheduling_allowed, use_second_runner
+
+DEVICE_MEMORY, PAGE = 32 << 20, 256 << 10
+PLACES = ("before", "after", "sampling")
+CULPRIT = 1
+"""Which request crashes the engine."""
+
+
+def turns(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
+    """The host's own loop: a turn per token."""
+    from tests.helpers.pooled import PooledModels
+
+    pooled = PooledModels(DEVICE_MEMORY, PAGE, poison=True)
+    for case in cases:
+        pooled.add(case, async_scheduling=ahead)
+        pooled.submit(case)
+    pooled.run()
+    pooled.check()
+    result = {"switches": pooled.host.switches, "results": _results(pooled)}
+    pooled.close()
+    return result
+
+
+def moves(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
+    """Models leave and return at random token boundaries, into other blocks of slabs that were poisoned."""
+    from tests.helpers.stepping import RandomMoves, SteppedModels
+
+    pooled = SteppedModels(DEVICE_MEMORY, PAGE)
+    for case in cases:
+        pooled.add(case, async_scheduling=ahead)
+        pooled.submit(case)
+    pooled.run_all(RandomMoves(pooled, 1))
+    return _close_stepped(pooled)
+
+
+def hits(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
+    """One request after another, the second of a case with the prompt of the first, whose blocks have moved since."""
+    from tests.helpers.stepping import SteppedModels
+
+    pooled = SteppedModels(DEVICE_MEMORY, PAGE)
+    for case in cases:
+        pooled.add(case, async_scheduling=ahead)
+    for number in range(2):
+        for case in cases:
+            pooled.submit_one(case.name, case.requests[number], [])
+        pooled.run_all()
+        for case in cases:  # cached blocks leave for the host tier
+            pooled.out(case.name)
+            pooled.into(case.name)
+    cached = {case.name: pooled.num_cached_tokens(case.name, case.requests[1].request_id) for case in cases}
+    return _close_stepped(pooled) | {"cached": cached}
+
+
+def crashes(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
+    """By place in a step: its second step crashes once, and later one request crashes each step that it is in."""
+    return {place: _crash(cases[0], ahead, place) for place in PLACES}
+
+
+def _crash(case: Case, ahead: bool, place: str) -> dict[str, Any]:
+    from tests.helpers.crashes import crash_when
+    from tests.helpers.pooled import PooledModels
+
+    pooled = PooledModels(DEVICE_MEMORY, PAGE)
+    pooled.add(case, async_scheduling=ahead)
+    pooled.submit(case)
+    culprit = case.requests[CULPRIT].request_id
+    seen = []
+
+    def bad(scheduler_output: Any) -> bool:
+        seen.append(culprit in scheduler_output.num_scheduled_tokens)
+        return len(seen) == 2 or (seen[-1] and sum(seen) > 4)
+
+    crash_when(pooled, case.name, bad, place)
+    pooled.run()
+    pooled.check()
+    hosted = pooled.host.models[case.name]
+    runner = hosted.core.model_executor.driver_worker.worker.model_runner
+    result = {
+        "reasons": [pooled.finish_reason(case.name, request.request_id) for request in case.requests],
+        "crashed_steps": hosted.core.counters.crashed_steps,
+        "active": hosted.quarantine.active,
+        "left_in_runner": len(runner.req_states.req_id_to_index),
+        "results": _results(pooled),
+    }
+    pooled.close()
+    return result
+
+
+def _close_stepped(pooled: Any) -> dict[str, Any]:
+    from tokenpool.host.runner_adapter import RunnerAdapterV2
+
+    for name in pooled.host.models:
+        if pooled.swapper.is_out(name):
+            pooled.into(name)
+        assert isinstance(pooled.swapper._adapters[name], RunnerAdapterV2)
+    pooled.check()
+    result = {"moved_ids": pooled.moved_ids, "drained": pooled.drained, "results": _results(pooled)}
+    pooled.close()
+    return result
+
+
+def _results(pooled: Any) -> dict[str, Any]:
+    return {name: {key: asdict(result) for key, result in pooled.results(name).items()} for name in pooled.host.models}
+
+
+def _main(cases_file: str, results_file: str) -> None:
+    use_second_runner()
+    wanted = json.loads(Path(cases_file).read_text())
+    results = {}
+    with async_scheduling_allowed():
+        for scenario, fields in wanted.items():
+            cases = [_case(one) for one in fields]
+            for ahead in (False, True):
+                results[f"{scenario}-{ahead}"] = globals()[scenario](cases, ahead=ahead)
+    Path(results_file).write_text(json.dumps(results))
+
+
+def _case(fields: dict[str, Any]) -> Case:
+    from tests.helpers.plain import RequestSpec
+
+    return Case(**fields | {"requests": [RequestSpec(**request) for request in fields["requests"]]})
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

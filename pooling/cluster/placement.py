@@ -65,11 +65,11 @@ class KeepReplicas:
                     for host, report in situation.hosts.items()
                     if host not in placed[name]
                     and (name, host) not in situation.barred
-                    and fits(deployment, report, _on(host, placed, situation))
+                    and fits(deployment, report, deployments_on(host, placed, situation))
                 ]
                 if not free:
                     break
-                best = min(free, key=lambda host: (_load(_on(host, placed, situation)), host))
+                best = min(free, key=lambda host: (_load(deployments_on(host, placed, situation)), host))
                 reason = f"{len(placed[name])} of {self.replicas} replicas"
                 moves.append(Move("add", name, best, reason))
                 placed[name].add(best)
@@ -85,11 +85,24 @@ def fits(deployment: Deployment, report: HostReport, others: list[Deployment]) -
     return sum(_pages(d, report) for d in [*others, deployment]) <= pages
 
 
+def room_bytes(deployment: Deployment, report: HostReport) -> int:
+    """What a model takes of the budget that limits how many models a host can have."""
+    return deployment.weight_bytes if report.movable else _pages(deployment, report) * report.page_size
+
+
 def _pages(deployment: Deployment, report: HostReport) -> int:
     return -(-deployment.weight_bytes // report.page_size) + 1
 
 
-def _on(host: str, placed: Mapping[str, Set[str]], situation: Situation) -> list[Deployment]:
+def has_room(name: str, situation: Situation) -> bool:
+    """Whether any host that is there could take a model now, barred or not."""
+    model, placed = situation.models[name], situation.placed
+    hosts = situation.hosts.items()
+    return any(fits(model, report, deployments_on(host, placed, situation)) for host, report in hosts)
+
+
+def deployments_on(host: str, placed: Mapping[str, Set[str]], situation: Situation) -> list[Deployment]:
+    """The wanted models that are on a host, or leave it."""
     names = {name for where in (placed, situation.leaving) for name, hosts in where.items() if host in hosts}
     return [situation.models[name] for name in sorted(names) if name in situation.models]
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenpool.cluster.decision_log import Decision, DecisionLog
-from tokenpool.cluster.placement import Move, Placement, Situation
+from tokenpool.cluster.placement import Move, Placement, Situation, has_room
 from tokenpool.cluster.values import (
     ClusterView,
     Deployment,
@@ -266,7 +266,7 @@ class Reconciler:
             (placed if is_placed else leaving).setdefault(name, set()).add(host)
         situation = Situation(self.models, self.hosts, placed, leaving, barred, now_s)
         moves = self._placement.decide(situation)
-        self._note_homeless(placed, moves)
+        self._note_homeless(situation, moves)
         for move in moves:
             pair = (move.model, move.host)
             if move.action == "add" and pair not in self.seats:
@@ -277,11 +277,11 @@ class Reconciler:
                 self._leave(*pair, move.reason)
             self._changed()
 
-    def _note_homeless(self, placed: dict[str, set[str]], moves: list[Move]) -> None:
+    def _note_homeless(self, situation: Situation, moves: list[Move]) -> None:
         if not self.hosts:
             return  # they are being started
-        homeless = {name for name, hosts in placed.items() if not hosts} - {move.model for move in moves}
-        for name in homeless - self._errors.keys():
+        waiting = {name for name in self.models if not situation.placed[name]} - {move.model for move in moves}
+        for name in [name for name in waiting - self._errors.keys() if not has_room(name, situation)]:
             problem = f"model {name!r}: no host has room for it; raise device_memory or host_memory, or add hosts"
             self._errors[name] = CapacityError(problem)
             self._note("not_placed", "no host has room for it", name)

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The capacity policy behind the controller: what it sees of reports, and what becomes of its decisions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tokenpool.cluster.live_placement import LivePlacement
+from tokenpool.cluster.placement import Move, Situation
+from tokenpool.cluster.values import Deployment, Endpoints, HostedReport, HostReport
+from tokenpool.policy.capacity import Action, CapacityDecision, CapacityView
+from tokenpool.policy.capacity_live import LiveCapacity
+
+pytestmark = pytest.mark.cpu
+
+MIB = 1 << 20
+MODELS = {
+    name: Deployment(name, 1, weight_bytes=4 * MIB, details={"ttft_s": 1.0, "tpot_s": 0.05}) for name in ("a", "b")
+}
+
+
+class Script:
+    """A policy that says what the test wants, and keeps what it saw."""
+
+    def __init__(self, *answers: list[CapacityDecision]) -> None:
+        self.answers = list(answers)
+        self.seen: list[CapacityView] = []
+
+    def decide(self, view: CapacityView) -> list[CapacityDecision]:
+        self.seen.append(view)
+        return self.answers.pop(0) if self.answers else []
+
+
+def loaded(
+    second: float, *, tokens_per_s: float, late_frac: float, busy_frac: float, requests: int = 4
+) -> HostedReport:
+    """What a host says of a model whose totals grew at these rates for `second` seconds."""
+    tokens = int(tokens_per_s * second)
+    load = {
+        "state": "resident", "running": requests, "waiting": 0, "tokens": tokens,
+        "tokens_on_time": int(tokens * (1 - late_frac)), "step_seconds": busy_frac * second,
+        "attainment": {"num_requests": tokens // 100},
+        "costs": {"coefficients": {
+            "step_s": 0.04, "step_per_request_s": 0.001, "step_per_token_s": 0.0, "prefill_s": 0.02,
+            "prefill_per_token_s": 1e-4,
+        }},
+    }  # fmt: skip
+    return HostedReport(1, Endpoints("i", "o"), load)
+
+
+def host(name: str, **models: HostedReport) -> HostReport:
+    return HostReport(
+        name, f"{name}-1", 1, node=name, device_memory=64 * MIB, host_memory=64 * MIB, page_size=MIB, movable=True,
+        models=models,
+    )  # fmt: skip
+
+
+def situation(now_s: float, *hosts: HostReport, **placed: set[str]) -> Situation:
+    return Situation(MODELS, {h.host: h for h in hosts}, {"a": set(), "b": set()} | placed, {}, set(), now_s)
+
+
+def test_models_without_a_seat_get_one():
+    """The real policy places both models; nothing is left for the fallback."""
+    moves = LivePlacement(LiveCapacity(), replicas=1).decide(situation(0.0, host("h0"), host("h1")))
+
+    assert sorted((move.action, move.model) for move in moves) == [("add", "a"), ("add", "b")]
+    assert all(move.reason.startswith("place: ") for move in moves)
+
+
+def test_a_host_with_too_much_to_do_is_relieved():
+    """Two late models on one host, an idle host beside it: one of them gets a seat there."""
+    placement, moves = LivePlacement(LiveCapacity(), replicas=1), []
+    for second in range(40):
+        busy = loaded(second, tokens_per_s=80, late_frac=0.6, busy_frac=0.5)
+        moves += placement.decide(situation(float(second), host("h0", a=busy, b=busy), host("h1"), a={"h0"}, b={"h0"}))
+
+    assert {(move.action, move.host) for move in moves} == {("add", "h1")}
+
+
+def test_nothing_moves_without_load():
+    """An idle pool stays as it is."""
+    placement, moves = LivePlacement(LiveCapacity(), replicas=1), []
+    for second in range(300):
+        idle = loaded(second, tokens_per_s=0, late_frac=0, busy_frac=0, requests=0)
+        moves += placement.decide(situation(float(second), host("h0", a=idle, b=idle), host("h1"), a={"h0"}, b={"h0"}))
+
+    assert moves == []
+
+
+def test_rates_are_differences_of_totals():
+    """The policy sees tokens, arrivals and busy time per second, not totals since the host began."""
+    policy = Script()
+    placement = LivePlacement(policy, replicas=1)
+    for second in (1000, 1010, 1020):
+        busy = loaded(second, tokens_per_s=50, late_frac=0.2, busy_frac=0.25)
+        placement.decide(situation(float(second), host("h0", a=busy), a={"h0"}, b={"h0"}))
+
+    model, seat = policy.seen[-1].models[0], policy.seen[-1].hosts[0].seats[0]
+    assert (model.output_tokens_per_s, seat.tokens_per_s) == pytest.approx((50, 50))
+    assert model.arrivals_per_s == pytest.approx(0.5)
+    assert seat.on_time_frac == pytest.approx(0.8)
+    assert policy.seen[-1].hosts[0].busy_frac == pytest.approx(0.25)
+    assert model.costs.step_s == 0.04
+
+
+def test_a_move_removes_only_once_the_model_serves_there():
+    """The old seat goes when the new one is loaded, not before."""
+    here = host("h0", a=HostedReport(1, Endpoints("i", "o")), b=HostedReport(1, Endpoints("i", "o")))
+    move = CapacityDecision(Action.MOVE, "why", "a", "h0", "h1")
+    placement = LivePlacement(Script([move]), replicas=1)
+    first = placement.decide(situation(0.0, here, host("h1"), a={"h0"}, b={"h0"}))
+    second = placement.decide(situation(0.5, here, host("h1"), a={"h0", "h1"}, b={"h0"}))
+    there = host("h1", a=HostedReport(1, Endpoints("i", "o")))
+    third = placement.decide(situation(1.0, here, there, a={"h0", "h1"}, b={"h0"}))
+
+    assert first == [Move("add", "a", "h1", "move: why")]
+    assert second == []
+    assert [move[:3] for move in third] == [("remove", "a", "h0")]
+
+
+def test_a_move_whose_new_host_died_leaves_the_old_seat():
+    """Without the new seat the model stays where it is."""
+    here = host("h0", a=HostedReport(1, Endpoints("i", "o")), b=HostedReport(1, Endpoints("i", "o")))
+    placement = LivePlacement(Script([CapacityDecision(Action.MOVE, "why", "a", "h0", "h1")]), replicas=1)
+    placement.decide(situation(0.0, here, host("h1"), a={"h0"}, b={"h0"}))
+
+    assert placement.decide(situation(1.0, here, a={"h0"}, b={"h0"})) == []
+
+
+def test_what_the_policy_wants_on_a_barred_host_goes_elsewhere():
+    """A host that has just failed to load a model does not get it again at once."""
+    place = CapacityDecision(Action.PLACE, "why", "a", to_host="h0")
+    asked = replace(situation(0.0, host("h0"), host("h1"), b={"h0"}), barred={("a", "h0")})
+    moves = LivePlacement(Script([place]), replicas=1).decide(asked)
+
+    assert [move[:3] for move in moves] == [("add", "a", "h1")]

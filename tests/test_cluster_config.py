@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool file's `cluster` section: what it sets, and what is refused with a line that says what to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tokenpool.cluster_config import ClusterConfig
+from tokenpool.config import PoolConfig
+from tokenpool.errors import ConfigError
+
+pytestmark = pytest.mark.cpu
+
+
+def read(section: Any) -> ClusterConfig:
+    return PoolConfig.from_dict({"models": [{"name": "a", "model": "x/y"}], "cluster": section}).cluster
+
+
+def test_every_key_is_read():
+    """The values of the file are those of the config, times in seconds."""
+    expected = ClusterConfig("p", 4, 2.5, 2, 3, 1.0, 20.0, "tcp", "/state")
+    section = {
+        "name": "p", "hosts": 4, "num_cpus_per_host": 2.5, "replicas": 2, "max_replicas": 3,
+        "reconcile_period": "1s", "host_timeout": "20s", "transport": "tcp", "state_dir": "/state",
+    }  # fmt: skip
+
+    assert expected == read(section)
+
+
+def test_a_pool_without_the_section_has_defaults():
+    """One host per device, one replica."""
+    config = PoolConfig.from_dict({"models": [{"name": "a", "model": "x/y"}]}).cluster
+
+    assert ClusterConfig() == config == read({"hosts": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ({"hosts": 0}, "cluster.hosts: must be 1 or more, or auto"),
+        ({"host": 2}, "unknown key 'host', did you mean 'hosts'?"),
+        ({"hosts": "two"}, "cluster.hosts: expected a whole number"),
+        ({"hosts": 2, "replicas": 3}, "cluster.replicas: 3 replicas need as many hosts, there are 2"),
+        ({"replicas": 2, "max_replicas": 1}, r"cluster.max_replicas: must be replicas \(2\) or more"),
+        ({"num_cpus_per_host": 0}, "cluster.num_cpus_per_host: must be above 0"),
+        ({"num_cpus_per_host": True}, "cluster.num_cpus_per_host: expected a number"),
+        ({"reconcile_period": "1ms"}, "cluster.reconcile_period: must be 50ms to 60s"),
+        ({"host_timeout": "1s"}, "cluster.host_timeout: must be above 1s"),
+        ({"transport": "udp"}, "cluster.transport: must be one of auto, tcp"),
+        ({"name": "a b"}, "cluster.name: 'a b' is no cluster name"),
+    ],
+)
+def test_what_is_wrong_is_named(section, problem):
+    """A refusal names the key and the fix."""
+    with pytest.raises(ConfigError, match=problem):
+        read(section)

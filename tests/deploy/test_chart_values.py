@@ -70,6 +70,7 @@ def test_the_schema_refuses_a_typo_at_every_depth():
                 yield (*path, key)
                 yield from misspelt(value, (*path, key))
 
+    validator = jsonschema.Draft7Validator(SCHEMA)
     open_maps = {("monitoring", "dashboards", "labels")}
     checked = 0
     for path in misspelt(VALUES):
@@ -80,8 +81,8 @@ def test_the_schema_refuses_a_typo_at_every_depth():
         for key in path[:-1]:
             parent = parent[key]
         parent[path[-1] + "x"] = parent[path[-1]]
-        with pytest.raises(jsonschema.ValidationError, match="Additional properties"):
-            jsonschema.validate(broken, SCHEMA)
+        problems = [error.message for error in validator.iter_errors(broken)]
+        assert any("Additional properties" in problem for problem in problems), path
         checked += 1
     assert checked > 90
 

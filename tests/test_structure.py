@@ -41,7 +41,7 @@ def python_files(*folders: str) -> list[Path]:
     return files
 
 
-SOURCES = python_files("pooling", "scheduler_plugins", "patches", "bench")
+SOURCES = python_files("pooling", "scheduler_plugins", "patches", "bench", "deploy")
 TESTS = python_files("tests")
 OURS = python_files("pooling", "scheduler_plugins", "patches")
 

@@ -132,6 +132,7 @@ class HostWatch:
             if not await _ends(self._question, deadline):
                 return self._last_known()
         self._question = question = asyncio.create_task(self._ask(call))
+        question.add_done_callback(lambda task: task.cancelled() or task.exception())  # its asker may have given up
         if not await _ends(question, deadline):
             return self._last_known()
         return {**question.result(), "age_s": 0.0}

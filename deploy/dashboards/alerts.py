@@ -34,7 +34,7 @@ def rules() -> dict[str, Any]:
                "The engine host is dead and does not come back; the log of the pod says why."),
         _alert("TokenpoolHostRestarts", f"sum by (instance) (increase({ours('host_restarts')}[1h])) > 3", "0m",
                "warning", "{{ $labels.instance }}: {{ $value | humanize }} restarts of the engine host in an hour",
-               "Each restart ends the requests in flight and loads all models again."),
+               "Each restart holds up all streams while the models are loaded again, and some requests may fail."),
         _alert("TokenpoolCrashedSteps", f"sum by (model_name) (increase({ours('crashed_steps')}[15m])) > 0", "0m",
                "warning", "{{ $labels.model_name }}: {{ $value | humanize }} engine steps crashed",
                "The requests that crash a step alone were failed, the others go on."),

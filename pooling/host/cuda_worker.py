@@ -7,11 +7,13 @@ Not yet run on hardware: written against vLLM 0.32.0, vllm/v1/worker/gpu_worker.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from vllm.v1.worker.gpu_worker import Worker
 
 from tokenpool.host.expert_group import ensure_expert_group
+from tokenpool.host.runner_adapter import warm_up_in_null_block
 from tokenpool.patches.build_context import current_build
 
 
@@ -63,6 +65,11 @@ class PooledCUDAWorker(Worker):
         if build is not None:
             build.enter_phase("building engine")
         return nbytes
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile, warm kernels up and capture graphs, without a write to blocks that are not this model's."""
+        with warm_up_in_null_block(self.model_runner):
+            return super().compile_or_warm_up_model()
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
         """Torch's own allocator for everything: vLLM's `CuMemAllocator` refuses a second engine in a process.

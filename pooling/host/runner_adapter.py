@@ -11,6 +11,8 @@ null block: no kernel reads them, and they must not name another request's block
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -108,6 +110,25 @@ class RunnerAdapterV2:
         return True
 
 
+@contextmanager
+def warm_up_in_null_block(runner: Any) -> Iterator[None]:
+    """Send what a new engine's warm-up writes to its null block; the runner must have no requests.
+
+    The warm-up of the second runner makes requests up, with the block ids 1, 2, ... (vLLM's gpu/warmup.py). In a pool
+    there is another model's memory under them, or none.
+    """
+    tables = getattr(runner, "block_tables", None)  # the first runner has none; its dummy steps write nothing
+    if tables is None:
+        yield
+        return
+    assert not tables.redirect_writes_to_null_block
+    tables.redirect_writes_to_null_block = True
+    try:
+        yield
+    finally:
+        tables.redirect_writes_to_null_block = False
+
+
 def _try_all(adapter: RunnerAdapter) -> None:
     """Do everything once to a runner without requests: what it lacks shows here rather than in the first swap."""
     adapter.remap(IdMap(np.empty(0, np.int64), np.empty(0, np.int64)))
@@ -153,7 +174,8 @@ def make_runner_adapter(model: str, runner: Any) -> RunnerAdapter:
             return adapter(runner)
         except (AttributeError, TypeError, ValueError) as error:
             raise ModelRefusedError(
-                model, f"model runner {type(runner).__qualname__} keeps its block tables otherwise: {error}",
+                model,
+                f"model runner {type(runner).__qualname__} keeps its block tables otherwise: {error}",
                 "install a vLLM version that `tokenpool doctor` knows",
             ) from error
     raise ModelRefusedError(

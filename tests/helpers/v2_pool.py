@@ -22,16 +22,28 @@ CULPRIT = 1
 
 
 def turns(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
-    """The host's own loop: a turn per token."""
+    """The host's own loop, a turn per token; the second model is warmed up, as on CUDA, when the first has KV."""
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
+
     from tests.helpers.pooled import PooledModels
+    from tokenpool.host.runner_adapter import warm_up_in_null_block
 
     pooled = PooledModels(DEVICE_MEMORY, PAGE, poison=True)
     for case in cases:
         pooled.add(case, async_scheduling=ahead)
-        pooled.submit(case)
+    first, second = cases
+    pooled.submit(first)
+    for _ in range(3):
+        pooled.run_once()
+    worker = pooled.host.models[second.name].core.model_executor.driver_worker.worker
+    with warm_up_in_null_block(worker.model_runner):
+        warmed_up = run_mixed_prefill_decode_warmup(
+            worker.model_runner, worker.execute_model, worker.sample_tokens, num_tokens=200
+        )
+    pooled.submit(second)
     pooled.run()
     pooled.check()
-    result = {"switches": pooled.host.switches, "results": _results(pooled)}
+    result = {"warmed_up": warmed_up, "switches": pooled.host.switches, "results": _results(pooled)}
     pooled.close()
     return result
 

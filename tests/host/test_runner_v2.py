@@ -90,10 +90,11 @@ def _assert_equal(results: dict[str, Any], reference: dict[str, Any], suffix: st
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_a_turn_per_token_changes_no_stream(runs, ahead):
-    """Two models that take turns at every token give what each gives alone."""
+    """Two models that take turns at every token give what each gives alone, although one was warmed up meanwhile."""
     pooled, reference = runs
     found = pooled[f"turns-{ahead}"]
-    assert found["switches"] > 2 * MAX_TOKENS - 5
+    assert found["switches"] > MAX_TOKENS
+    assert found["warmed_up"]
     _assert_equal(found["results"], reference, f"-{ahead}")
 
 

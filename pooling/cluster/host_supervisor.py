@@ -93,7 +93,7 @@ class HostSupervisor:
                 hosted = self._models.get(name)
             if order.action == "add" and (hosted is None or hosted.version != order.deployment.version):
                 assert order.endpoints is not None
-                self.call("add_packed", order.deployment.payload, [order.endpoints.input], [order.endpoints.output])
+                self.call("add_packed", order.deployment.payload, *order.endpoints)
                 report = HostedReport(order.deployment.version, order.endpoints)
                 self._done(life, lambda: self._models.__setitem__(name, report))
             elif order.action == "remove" and hosted is not None:

@@ -30,6 +30,8 @@ class Endpoints(NamedTuple):
 
     input: str
     output: str
+    server_key: bytes = b""
+    """CURVE public key of the frontend, needed to connect; empty for Unix sockets."""
 
 
 @dataclass(frozen=True, slots=True)

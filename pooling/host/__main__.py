@@ -38,9 +38,10 @@ def main(control_path: str, config_json: str) -> None:
     def add_model(spec: HostedModelSpec) -> dict[str, Any]:
         return model_state(host, host.add_model(spec))
 
-    def add_packed(spec: bytes, inputs: list[str], outputs: list[str]) -> None:
+    def add_packed(spec: bytes, input_address: str, output_address: str, server_key: bytes) -> None:
         """A model from a controller, which neither opens the spec nor knows vLLM."""
-        host.add_model(replace(pickle.loads(spec), addresses=EngineAddresses(tuple(inputs), tuple(outputs))))
+        addresses = EngineAddresses((input_address,), (output_address,), server_key)
+        host.add_model(replace(pickle.loads(spec), addresses=addresses))
 
     exchange = KVExchange(host, (host.config.node_ip, 0) if host.config.node_ip else f"{control_path}.kv")
     host.on_add = exchange.add

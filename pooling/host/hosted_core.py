@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -41,6 +41,10 @@ class EngineAddresses:
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    server_key: bytes = b""
+    """CURVE public key of the frontend's sockets, in Z85; empty = they are plain."""
+    secret_key: bytes = field(default=b"", repr=False)
+    """The other half, in the frontend only; engines get none."""
 
 
 class Inbox(queue.Queue):
@@ -167,7 +171,7 @@ class HostedEngineCore(EngineCoreProc):
 
     @output_queue.setter
     def output_queue(self, plain: queue.Queue) -> None:
-        self._outbox = plain if self._pool_addresses is None else OutputSender(self._pool_addresses.outputs)
+        self._outbox = plain if self._pool_addresses is None else OutputSender(self._pool_addresses)
 
     def process_output_sockets(self, *args: Any) -> None:
         """Nothing: `output_queue` sends by itself."""

@@ -23,6 +23,7 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import FT_UTILITY_METHOD, MultiModalCacheMissError
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from tokenpool.host.curve import secured
 from tokenpool.host.resume import ContinuedRequest
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ class InputReceiver:
             poller = zmq.Poller()
             poller.register(self._bell, zmq.POLLIN)
             greeting = msgspec.msgpack.encode(self._core._make_ready_response())
+            keyed = secured(context, self._core._pool_addresses)
             for address in addresses:
-                made = make_zmq_socket(context, address, zmq.DEALER, identity=identity, bind=False, linger=0)
+                made = make_zmq_socket(keyed, address, zmq.DEALER, identity=identity, bind=False, linger=0)
                 stack.enter_context(made)
                 made.send(greeting)  # a frontend cannot send before it has heard from us
                 poller.register(made, zmq.POLLIN)

@@ -9,7 +9,7 @@ steps are short. Encoding costs some 20 us, sending is done by ZMQ's own thread.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 from vllm.utils.network_utils import make_zmq_socket
@@ -17,6 +17,10 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.serial_utils import MsgpackEncoder
 
 from tokenpool.host.affinity import unpinned
+from tokenpool.host.curve import secured
+
+if TYPE_CHECKING:
+    from tokenpool.host.hosted_core import EngineAddresses
 
 _LINGER_MS = 4000
 
@@ -24,12 +28,13 @@ _LINGER_MS = 4000
 class OutputSender:
     """Stands in for EngineCoreProc's `output_queue`; usable from any thread."""
 
-    def __init__(self, addresses: tuple[str, ...]) -> None:
+    def __init__(self, addresses: EngineAddresses) -> None:
         self._lock = threading.Lock()
         self._encoder = MsgpackEncoder()
         with unpinned():
             self._context = zmq.Context()
-            self._sockets = [make_zmq_socket(self._context, a, zmq.PUSH, linger=_LINGER_MS) for a in addresses]
+            context = secured(self._context, addresses)
+            self._sockets = [make_zmq_socket(context, a, zmq.PUSH, linger=_LINGER_MS) for a in addresses.outputs]
 
     def put_nowait(self, item: Any) -> None:
         """Send (client index, EngineCoreOutputs), or with ENGINE_CORE_DEAD tell all clients and close."""

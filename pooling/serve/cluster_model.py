@@ -11,6 +11,8 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import zmq
+
 from tokenpool.cluster.machine import machine_id
 from tokenpool.cluster.values import Deployment, Endpoints, ModelView, SeatState, SeatView
 from tokenpool.host.hosted_core import EngineAddresses
@@ -33,6 +35,7 @@ class EndpointMaker:
         self._address = address
         self._always_tcp = always_tcp
         self._num_made = 0
+        self._keys: tuple[bytes, bytes] = zmq.curve_keypair()
 
     def make(self, machine: str) -> Endpoints:
         """Unix sockets for a host on this machine, else TCP on this node's address."""
@@ -40,7 +43,12 @@ class EndpointMaker:
             self._num_made += 1
             base = f"ipc://{os.path.join(self._folder, str(self._num_made))}"
             return Endpoints(f"{base}.in", f"{base}.out")
-        return Endpoints(*(f"tcp://{self._address}:{port}" for port in self._free_ports()))
+        return Endpoints(*(f"tcp://{self._address}:{port}" for port in self._free_ports()), self._keys[0])
+
+    def addresses(self, made: Endpoints) -> EngineAddresses:
+        """What this frontend listens with, its secret key included."""
+        secret = self._keys[1] if made.server_key else b""
+        return EngineAddresses((made.input,), (made.output,), made.server_key, secret)
 
     def _free_ports(self) -> list[int]:
         sockets = [socket.socket() for _ in range(2)]
@@ -152,9 +160,9 @@ class ClusterModel:
 
     async def _join(self, key: tuple[str, str]) -> None:
         assert self._core is not None
-        input_address, output_address = self._offered[key]
+        addresses = self._endpoints.addresses(self._offered[key])
         try:
-            await self._core.join(_name(key), EngineAddresses((input_address,), (output_address,)))
+            await self._core.join(_name(key), addresses)
             async with self._building:
                 if self.client is None and self._fatal is None:
                     await self._build()

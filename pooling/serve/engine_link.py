@@ -18,6 +18,7 @@ from vllm.v1.engine.core_client import _process_utility_output
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from tokenpool.errors import HostError
+from tokenpool.host.curve import secured
 from tokenpool.host.hosted_core import EngineAddresses
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class EngineLink:
         self._encoder = MsgpackEncoder()
         self._engine = b""
         self._receiver: asyncio.Task[None] | None = None
+        context = secured(context, addresses)
         self._input = make_zmq_socket(context, addresses.inputs[client_index], zmq.ROUTER, bind=True, linger=0)
         try:
             self._output = make_zmq_socket(context, addresses.outputs[client_index], zmq.PULL, linger=0)

@@ -82,7 +82,7 @@ def flip(seed: int, hot_per_s: float = 14.0) -> Workload:
     return _workload([*first, *second], names)
 
 
-def drift(seed: int, total_per_s: float = 24.0, steps: int = 8) -> Workload:
+def drift(seed: int, total_per_s: float = 32.0, steps: int = 8) -> Workload:
     names = [f"m{i:02}" for i in range(12)]
     weights = [1 / rank**1.5 for rank in range(1, len(names) + 1)]
     requests: list[SimRequest] = []

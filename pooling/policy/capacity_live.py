@@ -113,8 +113,8 @@ class _Deciding:
         )
         drained = {m: h for m, h in reversed(board.stranded) if not models[m].pinned}
         for m in order:
-            while self._has_room and (kind := self._lacks(m)):
-                h = self._home(m, kind)
+            while self._has_room:
+                h = next((h for kind in self._lacks(m) if (h := self._home(m, kind)) is not None), None)
                 if h is None:
                     break
                 count, source = len(board.seats[m]), drained.pop(m, None)
@@ -129,17 +129,15 @@ class _Deciding:
             if not self._has_room:
                 return
 
-    def _lacks(self, m: int) -> str:
-        """`pinned`, `entry` or `decode` if the model needs a further seat of that kind, else an empty text."""
-        board, model = self.board, self.view.models[m]
-        seats = board.seats[m]
+    def _lacks(self, m: int) -> list[str]:
+        """Kinds of seats that the model needs more of, what it has least of first: `pinned`, `entry`, `decode`."""
+        model, seats = self.view.models[m], self.board.seats[m]
         if model.pinned:
-            return "pinned" if len(seats) < len(model.pinned) else ""
-        wanted = max(1, model.min_replicas)
-        if not seats:
-            return "entry"
-        num_entry, num_decode = board.kinds(seats)
-        return "entry" if num_entry < wanted else "decode" if num_decode < wanted else ""
+            return ["pinned"] if len(seats) < len(model.pinned) else []
+        counts, wanted = self.board.kinds(seats), max(1, model.min_replicas)
+        if min(counts) >= wanted:
+            return []
+        return [kind for count, kind in sorted(zip(counts, ("entry", "decode"), strict=True)) if count < wanted]
 
     def _home(self, m: int, kind: str) -> int | None:
         """The host for a seat that must be; None if there is none with room."""

@@ -44,7 +44,7 @@ class ClusterConfig:
     Deaths of processes and nodes are noticed through Ray, mostly within 2 s; this is for nodes that hang."""
     transport: str = "auto"
     """How tokens travel between frontend and hosts: `auto` = Unix sockets within a machine and TCP between machines,
-    `tcp` = always TCP. TCP is neither encrypted nor authenticated."""
+    `tcp` = always TCP. TCP is encrypted, with a key that only the hosts of the pool are told."""
     state_dir: str | None = None
     """Folder for the controller's snapshot; None = a folder of the user below the temporary one."""
 

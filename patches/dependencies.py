@@ -149,4 +149,24 @@ PATCHES = (
         reason="the grammar of a request that another engine began is advanced as the scheduler does it",
         removal=_REMOVAL,
     ),
+    Patch(
+        name="tenant_requests",
+        target="vllm.v1.engine.output_processor:OutputProcessor.add_request",
+        hashes=known(
+            v0_32_0="8e0315ddb4d60fdcf5aba8cdb2582506c782522bac45f56799004ba79450c670",
+            v0_29_0="9cb93995d340a491e4fe6524d42bb4bc07c04e570b8e2719bd39173a750f570e",
+        ),
+        reason="the meter of tenants extends it, to know for whom a request is",
+        removal=_REMOVAL,
+    ),
+    Patch(
+        name="tenant_tokens",
+        target="vllm.v1.engine.output_processor:OutputProcessor.process_outputs",
+        hashes=known(
+            v0_32_0="9e116796002e75f2193432db1c95c156d29577df8babe18d9108d4430f0a440d",
+            v0_29_0="0daaf1825a70c86a6d1fb23d9fb39030cb402eca5a5cc501072f4c21745e48b3",
+        ),
+        reason="the meter of tenants extends it, to count the tokens that come",
+        removal=_REMOVAL,
+    ),
 )

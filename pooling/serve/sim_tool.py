@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`tokenpool sim` and `tokenpool plan`: simulate a request file, and say how many GPUs it needs. Import no vLLM.
 
-    tokenpool sim --requests week.csv --gpus 16 --gpu h100-80g --policy slack --ttft 10 --tpot 0.1
-    tokenpool plan --trace week.csv --models kinds.yaml --gpu h100-80g --ttft 10 --tpot 0.1
+tokenpool sim --requests week.csv --gpus 16 --gpu h100-80g --policy slack --ttft 10 --tpot 0.1
+tokenpool plan --trace week.csv --models kinds.yaml --gpu h100-80g --ttft 10 --tpot 0.1
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import yaml
 
 from tokenpool.config import SLO
 from tokenpool.errors import ConfigError, config_errors_under, show
+from tokenpool.policy.capacity_live import LiveCapacity
 from tokenpool.sim import artifact
 from tokenpool.sim.costs import costs_of, estimate_costs
 from tokenpool.sim.gpus import gpu
+from tokenpool.sim.live import POOL_POLICIES, LivePool, LiveSettings
 from tokenpool.sim.plan import Plan
 from tokenpool.sim.planner import LINK_BYTES_PER_S, check_costs, plan
 from tokenpool.sim.systems import run_system, system
@@ -46,7 +48,20 @@ def simulate(words: list[str]) -> int:
     parser.add_argument(
         "--artifact-mode", action="store_true", help="costs and rules of the simulator in Aegaeon's artifact"
     )
+    parser.add_argument(
+        "--capacity", choices=("static", "live"), help="models on some devices only, fixed or moved; docs/capacity.md"
+    )
+    parser.add_argument("--host-memory", default="256GB", help="per device, for --capacity (default: %(default)s)")
+    parser.add_argument(
+        "--fail", action="append", default=[], metavar="SECONDS:DEVICE", help="lose a device then, for --capacity"
+    )
     flags = parser.parse_args(words)
+    if flags.capacity and (flags.artifact_mode or flags.policy not in POOL_POLICIES):
+        raise ConfigError(
+            f"goes with the policies {', '.join(POOL_POLICIES)}, without --artifact-mode", key="--capacity"
+        )
+    if flags.fail and not flags.capacity:
+        raise ConfigError("needs --capacity: else nothing says where the models of a lost device go", key="--fail")
     workload, costs = _inputs(flags, flags.requests)
     if flags.artifact_mode:
         known = ", ".join(sorted(artifact.KINDS))
@@ -57,10 +72,20 @@ def simulate(words: list[str]) -> int:
     else:
         check_costs(workload, costs, gpu(flags.gpu))
     per_gb = 2**30 if flags.artifact_mode else 1e9  # the artifact's GB
-    made = system(
-        flags.policy, flags.gpus, flags.gpu, flags.link_gbs * per_gb, flags.prefill_gpus, flags.artifact_mode
-    )
-    result = run_system(made, workload, costs.__getitem__, _slo(flags)).to_json()
+    made = system(flags.policy, flags.gpus, flags.gpu, flags.link_gbs * per_gb, flags.prefill_gpus, flags.artifact_mode)
+    if flags.capacity:
+        pool = LivePool.of(
+            made.specs,
+            flags.policy,
+            {model: costs[kind] for model, kind in workload.kinds.items()},
+            _slo(flags),
+            LiveCapacity() if flags.capacity == "live" else None,
+            LiveSettings(host_bytes=parse_bytes(flags.host_memory, "--host-memory")),
+            [_failure(text, flags.gpus) for text in flags.fail],
+        )
+        result = {**pool.run(workload).to_json(), **pool.moves_to_json()}
+    else:
+        result = run_system(made, workload, costs.__getitem__, _slo(flags)).to_json()
     print(f"{len(workload.requests)} requests for {len(workload.kinds)} models on {flags.gpus} x {flags.gpu}")
     print(f"  tokens on time                 {result['token_deadline_pct']:6.2f} %")
     print(f"  requests with all on time      {result['request_all_tokens_pct']:6.2f} %")
@@ -68,6 +93,8 @@ def simulate(words: list[str]) -> int:
     print(f"  first token, p50 / p99         {result['ttft_p50_s']:.2f} s / {result['ttft_p99_s']:.2f} s")
     print(f"  failed / not finished          {result['n_failed']} / {result['n_unfinished']}")
     print(f"  busy / waiting / link in use   {_percents(result)}")
+    if flags.capacity:
+        print(f"  moves                          {len(result['moves'])}, {result['moved_bytes'] / 1e9:.0f} GB copied")
     write_json(flags.json, result)
     return 0
 
@@ -170,6 +197,17 @@ def _own_costs(entry: Mapping[str, Any], gpu_name: str) -> ModelCosts:
         raise ConfigError(f"must be a whole number, not {show(count)}", key="num_gpus")
     weights, per_token = (parse_bytes(entry[key], key) for key in known[:2])
     return estimate_costs(weights, per_token, gpu(gpu_name), count)
+
+
+def _failure(text: str, num_gpus: int) -> tuple[float, int]:
+    seconds, _, device = text.partition(":")
+    try:
+        at_s, index = float(seconds), int(device)
+    except ValueError:
+        raise ConfigError(f"expected SECONDS:DEVICE such as 60:0, not {show(text)}", key="--fail") from None
+    if not (0 <= at_s and 0 <= index < num_gpus):
+        raise ConfigError(f"{show(text)}: there are devices 0 to {num_gpus - 1}, and times from 0 on", key="--fail")
+    return at_s, index
 
 
 def _percents(result: Mapping[str, float]) -> str:

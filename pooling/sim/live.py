@@ -27,7 +27,7 @@ from tokenpool.policy.capacity import (
     HostState,
     Role,
 )
-from tokenpool.policy.turns import Residency, TurnPolicy
+from tokenpool.policy.turns import Residency, TurnPolicy, load_turn_policy
 from tokenpool.sim.cluster import Cluster
 from tokenpool.sim.device import DeviceSpec, SimDevice
 from tokenpool.sim.first_seats import first_seats
@@ -38,6 +38,8 @@ from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts, Workload
 
 _INF = float("inf")
+POOL_POLICIES = ("slack", "request_level", "round_robin")
+"""Turn policies of a pool in which every device does everything; others come with a placement of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,26 @@ class LivePool(Cluster):
         self._courier = _Parking(lambda request, now_s: self._send(request, now_s, decodes=True))
         self._gate = _Parking(lambda request, now_s: self._send(request, now_s))
         super().__init__(specs, make_policy, self, costs.__getitem__, slo)
+
+    @classmethod
+    def of(cls, specs: Sequence[DeviceSpec], policy: str, *others: Any) -> LivePool:
+        """With the name of a turn policy in place of `make_policy`."""
+        return cls(specs, lambda: load_turn_policy(policy), *others)
+
+    def moves_to_json(self) -> dict[str, Any]:
+        """What was decided, as plain values: `moves`, and the bytes that were copied for them."""
+        moves = [
+            {
+                "at_s": at_s,
+                "action": str(d.action),
+                "model": d.model,
+                "from": d.from_host,
+                "to": d.to_host,
+                "why": d.reason,
+            }
+            for at_s, d in self.decisions
+        ]
+        return {"moves": moves, "moved_bytes": sum([d.copy_bytes for _, d in self.decisions])}
 
     # -- the run -----------------------------------------------------------------------------------------
 

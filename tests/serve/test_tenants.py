@@ -12,6 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
@@ -449,3 +451,32 @@ def test_a_line_tells_how_many_go_before():
         assert 0 == len(line)
 
     asyncio.run(main())
+
+
+@settings(max_examples=300, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([b"authorization", b"x-api-key", b"cookie", b"content-type"]),
+            st.binary(max_size=60) | st.sampled_from([b"Bearer", b"Bearer ", b"bearer  a0x", b"Basic a0", b"\xff"]),
+        ),
+        max_size=6,
+    )
+)
+def test_no_malformed_header_lets_anybody_in(headers):
+    """Whatever bytes the headers hold, without a key the answer is 401, and nothing breaks."""
+    book = TenantBook([TenantConfig("a", keys=tuple(_sha(f"a{i}") for i in range(3)))])
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("let in")
+
+    async def main() -> None:
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        auth = ApiKeyAuth(app, api_keys=["api"], admin_keys=["admin"], **book.auth_options())
+        await auth({**POST, "headers": headers}, asyncio.Event().wait, send)
+
+    asyncio.run(main())
+    assert 401 == sent[0]["status"]

@@ -19,6 +19,7 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tokenpool.host.hosted_core import EngineAddresses
+from tokenpool.policy.capacity import Role
 from tokenpool.serve.engine_link import EngineLink, LinkClosedError
 from tokenpool.serve.journal import Journal, JournalEntry
 
@@ -32,6 +33,7 @@ MAX_LOSSES = 3
 """A request with which so many hosts died is not given to another one."""
 
 _POLL_S = 0.02
+_KV_LIMIT_S = 30.0
 
 
 def least_loaded(request: EngineCoreRequest, loads: Mapping[str, int]) -> str:
@@ -76,6 +78,10 @@ class PoolEngineClient(AsyncMPClient):
         self.journal: Journal[EngineLink] = Journal()
         self.route = route
         """Chooses the host of each request that is sent; may be replaced at any time."""
+        self.roles: dict[str, Role] = {}
+        """What hosts do; those not named do everything. May be changed at any time; see `set_role`."""
+        self.num_handed_over = 0
+        """Requests that were moved from a host that only prefills to one that decodes."""
         self.fail: Callable[[str, Exception], None] = self._report_error
         """Ends a request, named by its id, that cannot go on; by default as one whose engine reports an error."""
         self._links: dict[str, EngineLink] = {}
@@ -83,6 +89,7 @@ class PoolEngineClient(AsyncMPClient):
         self._greeting: set[EngineLink] = set()
         self._loras: dict[int, LoRARequest] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
+        self._moves: dict[str, asyncio.Task[bool]] = {}
         self._joined = asyncio.Event()
         self._context = zmq.asyncio.Context()
         self._loop = asyncio.get_running_loop()
@@ -149,7 +156,7 @@ class PoolEngineClient(AsyncMPClient):
             if self._links:
                 for entry in self.journal.at(link):
                     if entry.obstacle() is None:
-                        self.move(entry.request_id)
+                        await self._moving(entry.request_id, None)
             await asyncio.sleep(_POLL_S)
 
     def move(self, request_id: str, host: str | None = None) -> None:
@@ -166,6 +173,52 @@ class PoolEngineClient(AsyncMPClient):
             link.abort([entry.wire_id])
             self._take_from(link, entry)
         self._assign(entry, target)
+
+    async def move_with_kv(self, request_id: str, host: str | None = None) -> bool:
+        """`move`, with the KV computed so far; returns whether it went along.
+
+        The request goes on where it is until its full blocks are in the other host's memory. If they cannot be had,
+        it moves all the same and is computed again. Raises KeyError as `move` does.
+        """
+        entry = self.journal.get(request_id)
+        source = entry.place if entry is not None else None
+        if entry is None or source is None:
+            raise KeyError(request_id)
+        target = self._links[host] if host is not None else self._choose(entry)
+        if target is None or target is source:
+            return False
+        with_kv = False
+        try:
+            async with asyncio.timeout(_KV_LIMIT_S):
+                offer = await source.call("export_kv", entry.wire_id)
+                with_kv = bool(offer["keys"]) and await target.call("import_kv", offer) > 0
+        except Exception as error:  # of vLLM's making: the engines' words, or a connection that is gone
+            logger.warning("request moves without its KV id=%s reason=%s", request_id, error)
+        if self.journal.get(request_id) is entry and entry.place is source and not target.closed:
+            self.move(request_id, target.host)
+        return with_kv
+
+    def set_role(self, host: str, role: Role) -> None:
+        """Say what `host` does from now on: new requests, running ones, or both.
+
+        Requests that a host has begun to decode stay there; those a host has only prefilled go to one that decodes as
+        soon as their first token is there. Without a host that may, any host does everything.
+        """
+        self.roles[host] = role
+
+    def _moving(self, request_id: str, host: str | None) -> asyncio.Task[bool]:
+        """The move of a request, begun if it is not under way."""
+        task = self._moves.get(request_id)
+        if task is None:
+            task = self._moves[request_id] = self._loop.create_task(self._move_if_possible(request_id, host))
+            task.add_done_callback(lambda _: self._moves.pop(request_id, None))
+        return task
+
+    async def _move_if_possible(self, request_id: str, host: str | None) -> bool:
+        try:
+            return await self.move_with_kv(request_id, host)
+        except KeyError:  # it has ended, or the host left
+            return False
 
     def lost(self, host: str) -> None:
         """`host` is gone: its requests go to the other hosts, or wait until one joins. Unknown names are ignored."""
@@ -239,13 +292,19 @@ class PoolEngineClient(AsyncMPClient):
         return outputs
 
     def _assign(self, entry: JournalEntry[EngineLink], link: EngineLink | None = None) -> None:
-        if link is None:
-            if not self._links:
-                return
-            loads = {host: link.load for host, link in self._links.items()}
-            link = self._links[self.route(entry.request, loads) if len(loads) > 1 else next(iter(loads))]
-        link.load += 1
-        link.add(self.journal.send(entry, link))
+        link = link or self._choose(entry)
+        if link is not None:
+            link.load += 1
+            link.add(self.journal.send(entry, link))
+
+    def _choose(self, entry: JournalEntry[EngineLink]) -> EngineLink | None:
+        """The host for a request, which waits without one: of those whose role it is, the one that `route` names."""
+        unfit = Role.PREFILL if entry.delivered else Role.DECODE
+        fit = [link for host, link in self._links.items() if self.roles.get(host) is not unfit]
+        loads = {link.host: link.load for link in fit or self._links.values()}
+        if not loads:
+            return None
+        return self._links[self.route(entry.request, loads) if len(loads) > 1 else next(iter(loads))]
 
     def _take_from(self, link: EngineLink, entry: JournalEntry[EngineLink]) -> None:
         link.load -= 1
@@ -256,6 +315,19 @@ class PoolEngineClient(AsyncMPClient):
         link.load -= len(ended)
         if outputs.outputs or outputs.scheduler_stats:
             self._outputs.put_nowait(outputs)
+        if self.roles.get(link.host) is Role.PREFILL:
+            for output in outputs.outputs:
+                self._hand_over(link, output.request_id)
+
+    def _hand_over(self, link: EngineLink, request_id: str) -> None:
+        """A request has its first token on a host that only prefills: another one is to go on with it."""
+        entry = self.journal.get(request_id)
+        if entry is None or entry.obstacle() is not None or request_id in self._moves:
+            return
+        target = self._choose(entry)
+        if target is not None and target is not link and self.roles.get(target.host) is not Role.PREFILL:
+            self.num_handed_over += 1
+            self._moving(request_id, target.host)
 
     def _give_up(self, entry: JournalEntry[EngineLink], message: str) -> None:
         self.journal.close(entry.request_id)
@@ -303,6 +375,8 @@ class PoolEngineClient(AsyncMPClient):
         if self.resources.engine_dead:
             return
         self.resources.engine_dead = True
+        for task in list(self._moves.values()):
+            task.cancel()
         for link in [*self._links.values(), *self._left, *self._greeting]:
             link.close()
         self._links.clear()

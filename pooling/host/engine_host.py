@@ -87,16 +87,12 @@ class EngineHost:
         self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device, spare_bytes=spare_bytes))
         self.trace = TraceLog()
         copies = CopyModel()
-        room = RoomMaker(
-            self.models, self.allocator, self.weights, self.swapper, self.host_ledger, copies, self.trace
-        )
+        room = RoomMaker(self.models, self.allocator, self.weights, self.swapper, self.host_ledger, copies, self.trace)
         self.residency = ResidencyManager(room, self.weights, self.swapper, copies, self.trace)
         policy = load_turn_policy(config.policy, dict(config.policy_options))
         self._turns = TurnChooser(policy, self.residency, self.trace)
         self._globals = EngineGlobals()
-        self._relief = PressureRelief(
-            self.allocator, config.kv_floor_pages, room.most_slabs_for, room.keep_promises
-        )
+        self._relief = PressureRelief(self.allocator, config.kv_floor_pages, room.most_slabs_for, room.keep_promises)
         self._wake = threading.Event()
         self._inputs: set[str] = set()  # models with new input; set operations are atomic under the GIL
         self._active: dict[str, HostedModel] = {}
@@ -176,6 +172,7 @@ class EngineHost:
         self._turns.changed(name)
         self._current = None if self._current is hosted else self._current
         self._previous = None if self._previous is hosted else self._previous
+        self._globals.enter(name)  # closing resets some
         hosted.core.close()
         if name in self.weights:
             self.weights.remove(name)
@@ -241,6 +238,7 @@ class EngineHost:
             return False
         if hosted is not self._current:
             self._switch_to(hosted)
+        self._globals.enter(hosted.name)  # another model may have been added or removed since its last step
         hosted.core.run_deferred()
         self.loops += 1
         step_start = time.perf_counter()
@@ -336,7 +334,6 @@ class EngineHost:
             self.switches += 1
             self._turns.note_turn(self._current)
             self._previous = self._current
-        self._globals.enter(hosted.name)
         if hosted.build.pool is not None:
             self.allocator.touch(hosted.name)
         self.residency.enter(hosted)

@@ -34,7 +34,6 @@ def prepare(address: str) -> None:
     else:
         known = "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().exists()
         os.environ.setdefault("RAY_AUTH_MODE", "token" if known else "disabled")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # actors without a GPU leave the variable alone
     try:
         import ray  # noqa: F401
     except ImportError as error:

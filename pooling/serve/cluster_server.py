@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 _DECISIONS = metric("decisions").make()
 _RETRY_S = 0.2
 _CALL_LIMIT_S = 30.0
+_LOOK_LIMIT_S = 5.0
+"""For what is asked all the time; a host that builds a model answers late."""
 _RETRY_CALLS_S = 60.0
 
 
@@ -98,7 +100,7 @@ class _Hosts:
 
     async def _ask_one(self, name: str, method: str, args: tuple[Any, ...]) -> Any:
         try:
-            async with asyncio.timeout(_CALL_LIMIT_S):
+            async with asyncio.timeout(_LOOK_LIMIT_S if method in ("state", "load", "progress") else _CALL_LIMIT_S):
                 return await self._session.hosts[name].call.remote(method, *args)
         except Exception as error:
             cause = getattr(error, "cause", None)
@@ -187,7 +189,7 @@ class ClusterServer(PoolServer):
                     await self._tell("attach", self._frontend, self._revision, wanted)
                     continue
             except Exception as error:
-                if epoch >= 0:
+                if epoch >= 0 and not self.stopping:
                     logger.warning("controller is away, serving goes on: %s", type(error).__name__)
                 await asyncio.sleep(_RETRY_S)
                 continue
@@ -280,7 +282,7 @@ class ClusterServer(PoolServer):
         }
         cluster = None if view is None else {"epoch": view.epoch, "revision": view.revision, "hosts": view.hosts}
         try:
-            async with asyncio.timeout(_CALL_LIMIT_S):
+            async with asyncio.timeout(_LOOK_LIMIT_S):
                 described = await self._tell("describe")
         except Exception as error:  # it may be away
             described = {"error": type(error).__name__}

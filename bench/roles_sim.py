@@ -25,9 +25,9 @@ from tokenpool.sim.workload import Workload
 
 GPU, KIND, NUM_GPUS, LINK_BYTES_PER_S = "h100-80g", "qwen2.5-7b", 8, 16e9
 _SLO = SLO(2.0, 0.05)
-_LOADS = {"prompt_heavy": (6.0, 0.25, 0.9), "output_heavy": (0.25, 3.0, 0.2)}
+_LOADS = {"prompt_heavy": (6.0, 0.25, 0.6), "output_heavy": (0.25, 3.0, 0.2)}
 """Factors of prompt and answer lengths, and requests per second for each model."""
-_SPLITS = (2, 3, 4, 5, 6)
+_SPLITS = (2, 4, 6)
 
 
 @dataclass(slots=True)
@@ -48,8 +48,7 @@ def simulate(workload: Workload, num_prefill: int, *, is_live: bool) -> dict[str
     base = DeviceSpec(gpu(GPU).pool_bytes, LINK_BYTES_PER_S, max_running=1024)
     roles = ["prefill"] * num_prefill + ["decode"] * (NUM_GPUS - num_prefill) if num_prefill else ["mixed"] * NUM_GPUS
     specs = [replace(base, role=role) for role in roles]
-    seats = NUM_GPUS if not num_prefill else min(num_prefill, NUM_GPUS - num_prefill)
-    settings = LiveSettings(host_bytes=2 << 40, min_replicas=seats)
+    settings = LiveSettings(host_bytes=2 << 40, is_everywhere=True)
     policy = LiveCapacity() if is_live else None
     pool = LivePool(specs, lambda: load_turn_policy("slack"), costs, _SLO, policy, settings)
     made = pool.run(workload, drain_s=60.0).to_json()
@@ -64,7 +63,7 @@ def run(seed: int, **_: object) -> RolesResult:
         names = [f"m{i:02}" for i in range(24)]
         kinds = dict.fromkeys(names, KIND)
         lengths = {"input_scale": inputs, "output_scale": outputs}
-        workload = generate.poisson(dict.fromkeys(names, rate), 180.0, seed, kinds=kinds, **lengths)
+        workload = generate.poisson(dict.fromkeys(names, rate), 90.0, seed, kinds=kinds, **lengths)
         arms = {"mixed": (0, False), **{f"split_{count}": (count, False) for count in _SPLITS}, "live": (4, True)}
         for arm, (count, is_live) in arms.items():
             made = runs[f"{name}_{arm}"] = simulate(workload, count, is_live=is_live)

@@ -54,6 +54,8 @@ class LiveSettings:
     """At which a host gets weights that it does not have."""
     hosts_per_node: int = 8
     min_replicas: int = 1
+    is_everywhere: bool = False
+    """Whether each model begins on every host, which must have the memory for it."""
     forecast_s: float = 60.0
     """The first seats are those for the traffic of so many seconds from the begin on."""
 
@@ -144,7 +146,10 @@ class LivePool(Cluster):
         """See `Cluster.run`."""
         requests, settings = workload.requests, self._settings
         self._last_arrival_s = requests[-1].arrival_s if requests else 0.0
-        for model, hosts in first_seats(self._view(0.0), workload, settings.forecast_s, self.slo).items():
+        everywhere = dict.fromkeys(self._costs, tuple(range(len(self.devices))))
+        view = self._view(0.0)
+        first = everywhere if settings.is_everywhere else first_seats(view, workload, settings.forecast_s, self.slo)
+        for model, hosts in first.items():
             self.first[model] = hosts
             for h in hosts:
                 self._seats[h][model] = _Seat(is_coming=False)

@@ -105,6 +105,23 @@ def test_the_book_keeps_classes_apart():
     assert math.inf == book.next_due_s("r1")
 
 
+def test_a_request_that_began_elsewhere_keeps_its_due_times():
+    """Token i is due when it always was; only the tokens that are delivered here are counted here."""
+    book = SloBook()
+    book.start("r", "chat", TEN, 0.0, 20)
+    assert pytest.approx(12.0) == book.next_due_s("r")
+    assert [1, 0] == [book.deliver("r", 1, 11.9), book.deliver("r", 1, 13.0)]
+    book.finish("r")
+    account = book.account("chat")
+    assert (2, 2, 1) == (account.tokens, account.tokens_due, account.tokens_on_time)
+
+    timeline = RequestTimeline(TEN, 0.0)
+    timeline.go_on_after(20)
+    for time_s in (12.0, 13.0, 16.0):
+        timeline.deliver(time_s)
+    assert 2.0 == timeline.tpot_s
+
+
 def test_rates_are_over_whole_seconds():
     """The second that still runs is left out; what is older than the window too."""
     window = RateWindow(longest_s=60)

@@ -53,7 +53,7 @@ class Quarantine:
         lost = self._core.drop_batches()
         batch = [i for i in scheduler.requests if i in lost]
         batch = batch or [request.request_id for request in scheduler.running]
-        if not batch:
+        if not batch and not lost:
             raise HostError(f"engine of {self._model!r} crashed with no request in its batch: {error}") from error
         self._reset_engine()
         if len(batch) == 1:

@@ -196,3 +196,21 @@ def test_a_turn_that_ended_keeps_no_tokens_back(cases, reference):
     assert 1 in in_flight
     _assert_equal(cases, reference, pooled)
     pooled.close()
+
+
+def test_a_crash_of_a_step_whose_requests_are_gone_costs_nothing(cases):
+    """A request that was aborted while its last step was in flight leaves nobody to blame: the engine goes on."""
+    case = replace(cases["llama"], requests=cases["llama"].requests[:1])
+    pooled = _pool(case)
+    count = []
+    crash_when(pooled, "llama", lambda output: count.append(1) or len(count) == 4, "sampling")
+    core = pooled.host.models["llama"].core
+    while len(count) < 4:
+        pooled.run_once()
+    pooled.abort("llama", case.requests[0].request_id)
+    pooled.run()
+    assert (1, False) == (core.counters.crashed_steps, pooled.host.models["llama"].quarantine.active)
+    pooled.submit_one("llama", cases["llama"].requests[1], [])
+    pooled.run()
+    assert TOKENS == len(pooled.results("llama")[cases["llama"].requests[1].request_id].tokens)
+    pooled.close()

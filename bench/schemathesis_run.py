@@ -48,7 +48,14 @@ class SchemathesisRun:
 
 
 def run(
-    *, schemathesis: str, max_examples: int, max_time_s: int, seed: int, start_limit_s: float, logs: Path | None
+    *,
+    schemathesis: str,
+    phases: str,
+    max_examples: int,
+    max_time_s: int,
+    seed: int,
+    start_limit_s: float,
+    logs: Path | None,
 ) -> SchemathesisRun:
     """Start both servers, let Schemathesis talk to the pool, and compare."""
     with common.scratch(logs) as (folder, log_folder, stack):
@@ -58,12 +65,13 @@ def run(
         pool = common.Server([*common.POOL, str(pool_file)], [MODEL], log_folder / "pool.log")
         stack.callback(pool.close)
         wait_until_ready([pool], start_limit_s)
-        har = folder / "run.har"
+        har, description = folder / "run.har", folder / "openapi.json"
         url = f"http://127.0.0.1:{pool.port}"
+        description.write_text(json.dumps(pool.get("/openapi.json", key=KEY, limit_s=120)))
         command = [
-            schemathesis, "run", f"{url}/openapi.json", "--url", url, "-H", f"Authorization: Bearer {KEY}",
+            schemathesis, "run", str(description), "--url", url, "-H", f"Authorization: Bearer {KEY}",
             "--checks", "not_a_server_error", "--max-examples", str(max_examples), "--max-time", str(max_time_s),
-            "--seed", str(seed), "--phases", "examples,coverage,fuzzing", "--no-shrink", "--continue-on-failure",
+            "--seed", str(seed), "--phases", phases, "--no-shrink", "--continue-on-failure",
             "--generation-database", "none", "--request-timeout", "60", "--report", "har", "--report-har-path",
             str(har), "--warnings", "off", "--no-color", "--output-sanitize", "false",
         ]  # fmt: skip
@@ -149,6 +157,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     add = parser.add_argument
     add("--schemathesis", default="schemathesis", help="path of the command (default: %(default)s)")
+    add("--phases", default="coverage,fuzzing", help="of Schemathesis (default: %(default)s)")
     add("--max-examples", type=int, default=20, help="per operation and phase (default: %(default)s)")
     add("--max-time-s", type=int, default=300, help="of the whole run (default: %(default)s)")
     common.report("schemathesis", run, parser.parse_args(), ["cases", "failures", "vllm_failures"])

@@ -5,7 +5,7 @@ The polite tenant sends the same open-loop trace in every arm; a second tenant d
 
     alone         it sends nothing
     neighbour     it sends what its limit allows
-    limited       it sends --flood times as much; what is over its limit is refused
+    limited       it sends --flood times as much; what is over its limits is refused
     fair          the same flood from a tenant without limits: only fair shares help
     unprotected   the same flood in a pool without tenants: first come, first served
 
@@ -68,6 +68,8 @@ class TenantFairness:
     change_neighbour_pct: float
     better: dict[str, str]
     ttft_p99_ms: dict[str, float]
+    ttft_p90_ms: dict[str, float]
+    ttft_p50_ms: dict[str, float]
     per_round: dict[str, list[float]]
     """p99 TTFT in ms of the polite tenant in each round."""
     arms: dict[str, dict[str, Any]]
@@ -81,6 +83,7 @@ def run(
     duration_s: float,
     rate: float,
     limit: int,
+    max_concurrent: int,
     flood: float,
     input_len: int,
     output_len: int,
@@ -96,7 +99,7 @@ def run(
         servers = {}
         for name in ("tenants", "unprotected"):
             pool_file = folder / f"{name}.yaml"
-            pool_file.write_text(json.dumps(_pool(paths[MODEL], name, limit)))  # JSON is YAML
+            pool_file.write_text(json.dumps(_pool(paths[MODEL], name, limit, max_concurrent)))  # JSON is YAML
             servers[name] = common.Server([*common.POOL, str(pool_file)], [MODEL], log_folder / f"{name}.log")
             stack.callback(servers[name].close)
         wait_until_ready(list(servers.values()), start_limit_s)
@@ -107,10 +110,10 @@ def run(
                 outcomes = asyncio.run(_play(servers[name].port, requests, seed * 1000 + number))
                 if number >= 0:
                     played[arm].append(outcomes)
-                    p99 = _p99_ms([outcomes])
+                    p99 = _ttft_ms([outcomes])
                     others = counts([o for o in outcomes if o.request.tenant != "polite"], by_kind=True)
                     common.progress(f"round {number} {arm}: polite p99 TTFT {p99:.1f} ms, the other {others}")
-    p99 = {arm: _p99_ms(runs) for arm, runs in played.items()}
+    p99 = {arm: _ttft_ms(runs) for arm, runs in played.items()}
 
     def change(arm: str, base: str = "alone") -> float:
         return 100 * (p99[arm] / p99[base] - 1)
@@ -123,7 +126,9 @@ def run(
         change_neighbour_pct=change("neighbour"),
         better={"pct": "lower"},
         ttft_p99_ms=p99,
-        per_round={arm: [_p99_ms([outcomes]) for outcomes in runs] for arm, runs in played.items()},
+        ttft_p90_ms={arm: _ttft_ms(runs, 90) for arm, runs in played.items()},
+        ttft_p50_ms={arm: _ttft_ms(runs, 50) for arm, runs in played.items()},
+        per_round={arm: [_ttft_ms([outcomes]) for outcomes in runs] for arm, runs in played.items()},
         arms={arm: _summaries(runs, SLO(*slo), duration_s) for arm, runs in played.items()},
     )
 
@@ -144,7 +149,7 @@ def wait_until_ready(servers: Sequence[common.Server], limit_s: float) -> None:
     common.progress("servers are ready")
 
 
-def _pool(path: Path, server: str, limit: int) -> dict[str, Any]:
+def _pool(path: Path, server: str, limit: int, max_concurrent: int) -> dict[str, Any]:
     pool = {
         "models": [{"name": MODEL, "model": str(path), "args": ["--max-model-len", "2048", *common.MODEL_FLAGS[2:]]}],
         "device_memory": "512MiB",
@@ -157,7 +162,7 @@ def _pool(path: Path, server: str, limit: int) -> dict[str, Any]:
         return pool
     del pool["api_key"]
     tenants = [{"name": name, "keys": hash_key(key)} for name, key in KEYS.items()]
-    tenants[1]["requests_per_minute"] = limit
+    tenants[1] |= {"requests_per_minute": limit, "max_concurrent": max_concurrent}
     return pool | {"tenants": tenants}
 
 
@@ -192,10 +197,10 @@ async def _play(port: int, requests: list[BenchRequest], seed: int) -> list[Outc
     return outcomes
 
 
-def _p99_ms(runs: list[list[Outcome]]) -> float:
-    """Of the polite tenant; a request without a token counts as endless."""
+def _ttft_ms(runs: list[list[Outcome]], percent: int = 99) -> float:
+    """A percentile of the polite tenant's times to the first token; a request without a token counts as endless."""
     ttfts = [o.ttft_s() for outcomes in runs for o in outcomes if o.request.tenant == "polite"]
-    return 1e3 * float(np.percentile([np.inf if ttft is None else ttft for ttft in ttfts], 99))
+    return 1e3 * float(np.percentile([np.inf if ttft is None else ttft for ttft in ttfts], percent))
 
 
 def _summaries(runs: list[list[Outcome]], slo: SLO, duration_s: float) -> dict[str, Any]:
@@ -216,6 +221,7 @@ def main() -> None:
     add("--duration-s", type=float, default=15.0, help="of an arm in a round (default: %(default)s)")
     add("--rate", type=float, default=8.0, help="of the polite tenant, per second (default: %(default)s)")
     add("--limit", type=int, default=120, help="requests per minute of the other one (default: %(default)s)")
+    add("--max-concurrent", type=int, default=2, help="requests at once of the other one (default: %(default)s)")
     add("--flood", type=float, default=20.0, help="times the limit that a flood is (default: %(default)s)")
     add("--input-len", type=int, default=64, help="prompt tokens (default: %(default)s)")
     add("--output-len", type=int, default=16, help="tokens of an answer (default: %(default)s)")

@@ -238,7 +238,7 @@ def _parent(pid: int) -> int:
 
 
 def run(
-    *, streams: int, tokens: int, prompt_len: int, device_memory: str, faults: Sequence[str], seed: int,
+    *, streams: int, tokens: int, prompt_len: int, device_memory: str, transport: str, faults: Sequence[str], seed: int,
     start_limit_s: float, logs: Path | None,
 ) -> Chaos:  # fmt: skip
     """The whole bench."""
@@ -249,7 +249,7 @@ def run(
         pool = {
             "models": [{"name": name, "model": str(path), "args": args} for name, path in paths.items()],
             "device_memory": device_memory, "host_memory": "512MiB", "page_size": "256KiB", "weights": "movable",
-            "admin_key": ADMIN_KEY, "cluster": {"hosts": NUM_NODES, "replicas": 2},
+            "admin_key": ADMIN_KEY, "cluster": {"hosts": NUM_NODES, "replicas": 2, "transport": transport},
         }  # fmt: skip
         pool_file = folder / "pool.yaml"
         pool_file.write_text(yaml.safe_dump(pool))
@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100, help="of each stream (default: %(default)s)")
     parser.add_argument("--prompt-len", type=int, default=48, help="tokens (default: %(default)s)")
     parser.add_argument("--device-memory", default="6MiB", help="of each host (default: %(default)s)")
+    parser.add_argument("--transport", default="auto", help="auto or tcp, of tokens (default: %(default)s)")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="in this order")
     flags = parser.parse_args()
     common.report("chaos", run, flags, ("lost", "wrong", "duplicated", "recovery_p99_s"))

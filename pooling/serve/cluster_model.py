@@ -27,6 +27,10 @@ Tell = Callable[..., Awaitable[Any]]
 """Calls the controller: the method's name and its arguments."""
 
 
+_BUILDING = asyncio.Lock()
+"""One app at a time, of all models: vLLM registers its metrics anew with each, which two threads must not do at once."""
+
+
 class EndpointMaker:
     """Makes addresses at which this frontend can listen for one engine."""
 
@@ -89,7 +93,6 @@ class ClusterModel:
         self._offered: dict[tuple[str, str], Endpoints] = {}  # by (host, life)
         self._joining: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._leaving: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._building = asyncio.Lock()
 
     async def deployment(self) -> Deployment:
         """What the controller and the hosts need to know of the model."""
@@ -163,7 +166,7 @@ class ClusterModel:
         addresses = self._endpoints.addresses(self._offered[key])
         try:
             await self._core.join(_name(key), addresses)
-            async with self._building:
+            async with _BUILDING:
                 if self.client is None and self._fatal is None:
                     await self._build()
         except Exception as error:

@@ -28,7 +28,7 @@ Tell = Callable[..., Awaitable[Any]]
 
 
 _BUILDING = asyncio.Lock()
-"""One app at a time, of all models: vLLM registers its metrics anew with each, which two threads must not do at once."""
+"""One app at a time, of all models: vLLM registers its metrics anew with each, and two threads must not do that."""
 
 
 class EndpointMaker:

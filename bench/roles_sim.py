@@ -3,8 +3,9 @@
 
     python -m bench.roles_sim --json bench/results/roles_sim.json
 
-Eight devices, 24 models of the kind qwen2.5-7b, all on every device; the same requests for each split. `live` begins
-with four of each and lets the capacity policy change roles. Handed-over KV goes through host memory, at 16 GB/s.
+Eight devices, models of the kind qwen2.5-7b, all in the memory of every host; the same requests for each split. About
+four models fit on a device at a time: with `--models 4` weights never move, with 24 they do. `live` begins with four
+hosts of each role and lets the capacity policy change them. Handed-over KV goes through host memory, at 16 GB/s.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from tokenpool.sim.workload import Workload
 
 GPU, KIND, NUM_GPUS, LINK_BYTES_PER_S = "h100-80g", "qwen2.5-7b", 8, 16e9
 _SLO = SLO(2.0, 0.05)
-_LOADS = {"prompt_heavy": (6.0, 0.25, 0.6), "output_heavy": (0.25, 3.0, 0.2)}
-"""Factors of prompt and answer lengths, and requests per second for each model."""
+_LOADS = {"prompt_heavy": (6.0, 0.25, 14.4), "output_heavy": (0.25, 3.0, 4.8)}
+"""Factors of prompt and answer lengths, and requests per second of all models together."""
 _SPLITS = (2, 4, 6)
 
 
@@ -56,14 +57,14 @@ def simulate(workload: Workload, num_prefill: int, *, is_live: bool) -> dict[str
     return {**made, "role_changes": changes, "roles_at_end": [device.spec.role for device in pool.devices]}
 
 
-def run(seed: int, **_: object) -> RolesResult:
+def run(seed: int, models: int = 24, **_: object) -> RolesResult:
     runs: dict[str, Any] = {}
     shares: list[float] = []
     for name, (inputs, outputs, rate) in _LOADS.items():
-        names = [f"m{i:02}" for i in range(24)]
+        names = [f"m{i:02}" for i in range(models)]
         kinds = dict.fromkeys(names, KIND)
         lengths = {"input_scale": inputs, "output_scale": outputs}
-        workload = generate.poisson(dict.fromkeys(names, rate), 90.0, seed, kinds=kinds, **lengths)
+        workload = generate.poisson(dict.fromkeys(names, rate / models), 90.0, seed, kinds=kinds, **lengths)
         arms = {"mixed": (0, False), **{f"split_{count}": (count, False) for count in _SPLITS}, "live": (4, True)}
         for arm, (count, is_live) in arms.items():
             made = runs[f"{name}_{arm}"] = simulate(workload, count, is_live=is_live)
@@ -75,7 +76,9 @@ def run(seed: int, **_: object) -> RolesResult:
 
 def main() -> None:
     keys = [f"{name}_{arm}" for name in _LOADS for arm in ("mixed", "split_best", "live")]
-    common.report("roles_sim", run, common.parser(__doc__).parse_args(), keys)
+    parser = common.parser(__doc__)
+    parser.add_argument("--models", type=int, default=24, help="(default: %(default)s)")
+    common.report("roles_sim", run, parser.parse_args(), keys)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +59,7 @@ class EngineLink:
         self._engine = b""
         self._receiver: asyncio.Task[None] | None = None
         context = secured(context, addresses)
+        self._clock_behind_s: float | None = None if addresses.outputs[client_index].startswith("ipc:") else math.inf
         self._input = make_zmq_socket(context, addresses.inputs[client_index], zmq.ROUTER, bind=True, linger=0)
         try:
             self._output = make_zmq_socket(context, addresses.outputs[client_index], zmq.PULL, linger=0)
@@ -126,6 +129,8 @@ class EngineLink:
                 if len(frames) == 1 and frames[0].buffer == EngineCoreProc.ENGINE_CORE_DEAD:
                     break
                 outputs: EngineCoreOutputs = decode(frames)
+                if self._clock_behind_s is not None:
+                    self._to_own_clock(outputs)
                 if outputs.utility_output is None:
                     self._on_outputs(self, outputs)
                 elif outputs.utility_output.call_id in self._calls:
@@ -133,3 +138,11 @@ class EngineLink:
         except Exception:  # whatever cannot be read, this engine cannot be listened to any more
             logger.exception("cannot read what the engine on host %s sends", self.host)
         self._on_end(self)
+
+    def _to_own_clock(self, outputs: EngineCoreOutputs) -> None:
+        """Shift times of another machine's monotonic clock, up to the shortest way that a message took."""
+        self._clock_behind_s = behind_s = min(self._clock_behind_s, time.monotonic() - outputs.timestamp)
+        outputs.timestamp += behind_s
+        for output in outputs.outputs:
+            for event in output.events or ():
+                event.timestamp += behind_s

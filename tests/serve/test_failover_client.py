@@ -8,6 +8,8 @@ engine can be made to say at the right moment, such as a word that comes after i
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,3 +234,22 @@ def test_an_engine_that_says_it_is_dead_is_lost(run) -> None:
         assert ["two"] == s.client.hosts
 
     run(test)
+
+
+def test_times_of_another_machine_become_our_own() -> None:
+    """A clock that is ahead or behind by hours does not show in latencies; distances stay as they are."""
+    from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
+
+    from tokenpool.serve.engine_link import EngineLink
+
+    link = EngineLink.__new__(EngineLink)
+    link._clock_behind_s = math.inf
+    told = time.monotonic() + 9999
+    event = EngineCoreEvent(EngineCoreEventType.QUEUED, told - 2)
+    first = EngineCoreOutputs(outputs=[EngineCoreOutput("a", [1], events=[event])], timestamp=told)
+    later = EngineCoreOutputs(timestamp=told - 1)
+    link._to_own_clock(first)
+    assert first.timestamp <= time.monotonic()
+    assert pytest.approx(2) == first.timestamp - event.timestamp
+    link._to_own_clock(later)
+    assert pytest.approx(1) == first.timestamp - later.timestamp

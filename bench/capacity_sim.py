@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def flip(seed: int, hot_per_s: float = 14.0) -> Workload:
     return _workload([*first, *second], names)
 
 
-def drift(seed: int, total_per_s: float = 32.0, steps: int = 8) -> Workload:
+def drift(seed: int, total_per_s: float = 19.0, steps: int = 5) -> Workload:
     names = [f"m{i:02}" for i in range(12)]
     weights = [1 / rank**1.5 for rank in range(1, len(names) + 1)]
     requests: list[SimRequest] = []
@@ -99,7 +100,7 @@ def constant(seed: int) -> Workload:
     return _workload(list(_traffic(rates, 0.0, 3600.0, seed)), names)
 
 
-def simulate(workload: Workload, *, has_controller: bool) -> tuple[dict[str, Any], LivePool]:
+def simulate(workload: Workload, *, has_controller: bool) -> dict[str, Any]:
     """Serve a workload; the figures hold tokens on time by the arrival of their requests, in buckets of 10 s."""
     costs = {model: costs_of(kind, GPU) for model, kind in workload.kinds.items()}
     spec = DeviceSpec(gpu(GPU).pool_bytes, LINK_BYTES_PER_S, max_running=1024)
@@ -115,12 +116,8 @@ def simulate(workload: Workload, *, has_controller: bool) -> tuple[dict[str, Any
         bucket = int(arrival_s // _BUCKET_S)
         on_time[bucket] = on_time.get(bucket, 0) + count
     series = [on_time.get(bucket, 0) / wanted[bucket] if bucket in wanted else 1.0 for bucket in range(max(wanted) + 1)]
-    moves = [
-        {"at_s": at_s, "action": str(d.action), "model": d.model, "from": d.from_host, "to": d.to_host, "why": d.reason}
-        for at_s, d in pool.decisions
-        if at_s <= workload.requests[-1].arrival_s
-    ]
-    return {**result.to_json(), "on_time_by_arrival": series, "moves": moves, "first": pool.first}, pool
+    moves = [move for move in pool.moves_to_json()["moves"] if move["at_s"] <= workload.requests[-1].arrival_s]
+    return {**result.to_json(), "on_time_by_arrival": series, "moves": moves, "first": pool.first}
 
 
 def adapt_s(series: list[float]) -> float:
@@ -132,13 +129,20 @@ def adapt_s(series: list[float]) -> float:
     return (len(series) - first) * _BUCKET_S
 
 
-def run(seed: int, png: Path | None = None, **_: object) -> CapacityResult:
+def _run_arm(name: str, side: str, seed: int) -> dict[str, Any]:
+    workload = {"flip": flip, "drift": drift, "constant": constant}[name](seed)
+    return simulate(workload, has_controller=side == "controller")
+
+
+def run(seed: int, processes: int = 2, png: Path | None = None, **_: object) -> CapacityResult:
+    arms = {f"{name}_{side}": (name, side) for name in ("flip", "drift") for side in ("static", "controller")}
+    arms["constant"] = "constant", "controller"
     runs: dict[str, Any] = {}
-    for name, workload in (("flip", flip(seed)), ("drift", drift(seed))):
-        for side in ("static", "controller"):
-            runs[f"{name}_{side}"], _pool = simulate(workload, has_controller=side == "controller")
-            common.progress(f"{name}, {side}: {runs[f'{name}_{side}']['token_deadline_pct']:.1f} % on time")
-    runs["constant"], _pool = simulate(constant(seed), has_controller=True)
+    with ProcessPoolExecutor(processes) as pool:
+        futures = {pool.submit(_run_arm, name, side, seed): arm for arm, (name, side) in arms.items()}
+        for future in as_completed(futures):
+            made = runs[futures[future]] = future.result()
+            common.progress(f"{futures[future]}: {made['token_deadline_pct']:.1f} % on time")
     settled = [move for move in runs["constant"]["moves"] if move["at_s"] > _SETTLED_S]
     if png:
         _draw(runs, png)
@@ -180,6 +184,7 @@ def _draw(runs: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser: argparse.ArgumentParser = common.parser(__doc__)
+    parser.add_argument("--processes", type=int, default=2, help="arms at a time (default: %(default)s)")
     parser.add_argument("--png", type=Path, help="draw the runs there; needs matplotlib")
     keys = ["attainment_static", "attainment_controller", "moves", "adapt_s", "drift_attainment_static"]
     keys += ["drift_attainment_controller", "drift_moves", "constant_moves_settling", "constant_moves_after"]

@@ -19,6 +19,7 @@ from typing import Any
 from tokenpool import units
 from tokenpool.errors import ConfigError, check_setting, show
 
+CAPACITIES = ("live", "fixed")
 TRANSPORTS = ("auto", "tcp")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -37,6 +38,14 @@ class ClusterConfig:
     """Hosts that serve each model, at least; 1 = a model whose host dies waits until another one has loaded it."""
     max_replicas: int | None = None
     """Hosts that may serve one model, at most; None = all of them."""
+    capacity: str = "live"
+    """`live` = the controller moves models to hosts that have time for them and gives them further hosts; `fixed` =
+    each model has `replicas` hosts, and moves only when one is lost."""
+    capacity_window_s: float = 60.0
+    """Seconds of traffic that `live` decides on, 6 to 3600; what it waits between two changes grows with it."""
+    prefill_hosts: int = 0
+    """Hosts that only prefill to begin with; the others then only decode. `live` changes roles by the load. 0 = all
+    hosts do both, always."""
     reconcile_period_s: float = 0.5
     """Seconds between two looks at what is wanted and what is there, 0.05 to 60; deaths are acted on at once."""
     host_timeout_s: float = 10.0
@@ -60,6 +69,15 @@ class ClusterConfig:
         if self.max_replicas is not None:
             problem = f"must be replicas ({self.replicas}) or more"
             check_setting(self.max_replicas >= self.replicas, "max_replicas", problem)
+        check_setting(self.capacity in CAPACITIES, "capacity", f"must be live or fixed, got {show(self.capacity)}")
+        check_setting(6 <= self.capacity_window_s <= 3600, "capacity_window", "must be 6s to 1h, such as 60s")
+        check_setting(self.prefill_hosts >= 0, "prefill_hosts", "must be 0 or more")
+        if self.capacity == "fixed":
+            check_setting(self.max_replicas is None, "max_replicas", "needs capacity: live; fixed keeps to replicas")
+            check_setting(self.prefill_hosts == 0, "prefill_hosts", "needs capacity: live")
+        if self.hosts is not None:
+            problem = f"must leave a host of {self.hosts} to decode: lower it, or raise hosts"
+            check_setting(self.prefill_hosts < self.hosts, "prefill_hosts", problem)
         check_setting(0.05 <= self.reconcile_period_s <= 60, "reconcile_period", "must be 50ms to 60s, such as 0.5s")
         check_setting(self.host_timeout_s > 1, "host_timeout", "must be above 1s, such as 10s")
         problem = f"must be one of {', '.join(TRANSPORTS)}, got {show(self.transport)}"
@@ -78,6 +96,9 @@ CLUSTER_PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "num_cpus_per_host": _number,
     "replicas": units.parse_int,
     "max_replicas": lambda value: None if value is None else units.parse_int(value),
+    "capacity": units.parse_text,
+    "capacity_window": units.parse_seconds,
+    "prefill_hosts": units.parse_int,
     "reconcile_period": units.parse_seconds,
     "host_timeout": units.parse_seconds,
     "transport": units.parse_text,

@@ -20,9 +20,10 @@ def read(section: Any) -> ClusterConfig:
 
 def test_every_key_is_read():
     """The values of the file are those of the config, times in seconds."""
-    expected = ClusterConfig("p", 4, 2.5, 2, 3, 1.0, 20.0, "tcp", "/state")
+    expected = ClusterConfig("p", 4, 2.5, 2, 3, "live", 30.0, 1, 1.0, 20.0, "tcp", "/state")
     section = {
         "name": "p", "hosts": 4, "num_cpus_per_host": 2.5, "replicas": 2, "max_replicas": 3,
+        "capacity": "live", "capacity_window": "30s", "prefill_hosts": 1,
         "reconcile_period": "1s", "host_timeout": "20s", "transport": "tcp", "state_dir": "/state",
     }  # fmt: skip
 
@@ -44,6 +45,11 @@ def test_a_pool_without_the_section_has_defaults():
         ({"hosts": "two"}, "cluster.hosts: expected a whole number"),
         ({"hosts": 2, "replicas": 3}, "cluster.replicas: 3 replicas need as many hosts, there are 2"),
         ({"replicas": 2, "max_replicas": 1}, r"cluster.max_replicas: must be replicas \(2\) or more"),
+        ({"capacity": "auto"}, "cluster.capacity: must be live or fixed, got 'auto'"),
+        ({"capacity": "fixed", "max_replicas": 2}, "cluster.max_replicas: needs capacity: live"),
+        ({"capacity": "fixed", "prefill_hosts": 1}, "cluster.prefill_hosts: needs capacity: live"),
+        ({"capacity_window": "1s"}, "cluster.capacity_window: must be 6s to 1h"),
+        ({"hosts": 2, "prefill_hosts": 2}, "cluster.prefill_hosts: must leave a host of 2 to decode"),
         ({"num_cpus_per_host": 0}, "cluster.num_cpus_per_host: must be above 0"),
         ({"num_cpus_per_host": True}, "cluster.num_cpus_per_host: expected a number"),
         ({"reconcile_period": "1ms"}, "cluster.reconcile_period: must be 50ms to 60s"),

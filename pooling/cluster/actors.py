@@ -19,12 +19,11 @@ import ray
 from ray.actor import ActorHandle
 
 from tokenpool.cluster.host_supervisor import HostSupervisor
-from tokenpool.cluster.live_placement import LivePlacement
+from tokenpool.cluster.live_placement import placement_of
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import ClusterView, Deployment, Endpoints, HostReport, Order, StaleEpochError
 from tokenpool.cluster_config import ClusterConfig
 from tokenpool.errors import HostError
-from tokenpool.policy.capacity_live import LiveCapacity
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ class Controller:
         self._path = snapshot_path(config)
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self.reconciler = Reconciler(
-            LivePlacement(LiveCapacity(), config.replicas, config.max_replicas, max(1.0, config.reconcile_period_s)),
+            placement_of(config),
             host_timeout_s=config.host_timeout_s,
             now_s=time.monotonic(),
             snapshot=_read(self._path) if restarted else None,

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets the capacity policy place models by what the hosts report: rates are differences of their running totals."""
+"""Lets the capacity policy place models by what the hosts report."""
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
-from tokenpool.cluster.placement import KeepReplicas, Move, Situation, room_bytes
+from tokenpool.cluster.placement import KeepReplicas, Move, Placement, Situation, room_bytes
+from tokenpool.cluster.traffic import TrafficBook
 from tokenpool.cluster.values import Deployment, HostReport
+from tokenpool.cluster_config import ClusterConfig
 from tokenpool.policy.capacity import (
     Action,
     CapacityHost,
@@ -18,65 +19,111 @@ from tokenpool.policy.capacity import (
     CapacityPolicy,
     CapacitySeat,
     CapacityView,
+    Role,
     StepCosts,
 )
+from tokenpool.policy.capacity_live import LiveCapacity
 from tokenpool.policy.turns import Residency
 
-_WINDOW_S = 60.0
-_SAMPLE_S = 1.0
-_USUAL_PROMPT_TOKENS = 256
-"""Hosts do not report lengths of prompts."""
 _ADDS = (Action.PLACE, Action.REPLICATE, Action.MOVE)
 
 
-class _Totals(NamedTuple):
-    at_s: float
-    requests: int
-    ended: int
-    tokens: int
-    on_time: int
-    step_s: float
+def placement_of(config: ClusterConfig) -> Placement:
+    """The placement that a pool file's cluster section asks for.
+
+    The windows and rests of the policy grow and shrink together with `capacity_window`.
+    """
+    if config.capacity == "fixed":
+        return KeepReplicas(config.replicas)
+    window_s, usual = config.capacity_window_s, LiveCapacity()
+    scale = window_s / ClusterConfig().capacity_window_s
+    policy = LiveCapacity(
+        settle_s=usual.settle_s * scale,
+        quiet_s=usual.quiet_s * scale,
+        role_s=usual.role_s * scale,
+        horizon_s=usual.horizon_s * scale,
+    )
+    return LivePlacement(
+        policy,
+        config.replicas,
+        config.max_replicas,
+        num_prefill=config.prefill_hosts,
+        period_s=max(1.0, config.reconcile_period_s),
+        window_s=window_s,
+    )
 
 
-class _Rates(NamedTuple):
-    arrivals_per_s: float = 0.0
-    wanted_tokens_per_s: float = 0.0
-    tokens_per_s: float = 0.0
-    on_time_frac: float = 1.0
-    busy_frac: float = 0.0
-
-
-@dataclass(slots=True)
 class LivePlacement:
     """A `Placement` that asks a `CapacityPolicy`, at most once per `period_s` while nothing is missing.
 
-    A MOVE is an add now and a remove once the model serves there. ROLE and SHARE are not carried out. What the policy
-    would put on a barred host, KeepReplicas puts elsewhere.
+    A MOVE is an add now and a remove once the model serves there. SHARE is not carried out: no turn policy knows
+    shares. What the policy would put on a barred host, KeepReplicas puts elsewhere.
     """
 
-    policy: CapacityPolicy
-    replicas: int
-    max_replicas: int | None = None
-    period_s: float = 1.0
-    _history: dict[tuple[str, str, str], deque[_Totals]] = field(default_factory=dict)  # by (model, host, life)
-    _moved_s: dict[str, float] = field(default_factory=dict)
-    _moves: dict[tuple[str, str], str] = field(default_factory=dict)  # (model, from) -> to
-    _asked_s: float = -math.inf
+    def __init__(
+        self,
+        policy: CapacityPolicy,
+        replicas: int,
+        max_replicas: int | None = None,
+        *,
+        num_prefill: int = 0,
+        period_s: float = 1.0,
+        window_s: float = 60.0,
+    ) -> None:
+        """`num_prefill` hosts begin as such that only prefill, and the others only decode; with 0 all do both.
+
+        Traffic is averaged over `window_s`, what seats did over a third of it, and rises are looked for in a sixth.
+        """
+        self.policy = policy
+        self.replicas = replicas
+        self.max_replicas = max_replicas
+        self.num_prefill = num_prefill
+        self.period_s = period_s
+        self._long_s, self._seat_s, self._short_s = window_s, window_s / 3, window_s / 6
+        self._traffic = TrafficBook(window_s)
+        self._begun_s: float | None = None
+        self._model_s: dict[str, float] = {}  # when a seat of it came or began to leave
+        self._host_s: dict[str, float] = {}
+        self._role_s: dict[str, float] = {}
+        self._moves: dict[tuple[str, str], str] = {}  # (model, from) -> to
+        self._asked_s = -math.inf
 
     def decide(self, situation: Situation) -> list[Move]:
         """The changes to make now."""
+        now_s = situation.now_s
+        if self._begun_s is None:
+            self._begun_s = now_s
+        self._traffic.take(now_s, situation.hosts.values(), situation.models)
+        if moves := self._first_roles(situation):
+            return self._noted(moves, now_s)
         moves = self._finish_moves(situation)
         is_whole = all(len(hosts) >= self.replicas for hosts in situation.placed.values())
-        if is_whole and situation.now_s - self._asked_s < self.period_s:
-            return moves
-        self._asked_s = situation.now_s
-        self._sample(situation)
-        asked, refused = self._ask(situation)
-        moves += asked
-        if refused:
-            moves += self._elsewhere(refused, asked, situation)
+        if not is_whole or now_s - self._asked_s >= self.period_s:
+            self._asked_s = now_s
+            asked, refused = self._ask(situation)
+            moves += asked
+            if refused:
+                moves += self._elsewhere(refused, asked, situation)
+        return self._noted(moves, now_s)
+
+    def _noted(self, moves: list[Move], now_s: float) -> list[Move]:
         for move in moves:
-            self._moved_s[move.model] = situation.now_s
+            if move.action == "role":
+                self._role_s[move.host] = now_s
+            else:
+                self._model_s[move.model] = self._host_s[move.host] = now_s
+        return moves
+
+    def _first_roles(self, situation: Situation) -> list[Move]:
+        """Roles of hosts that have none yet, in a pool whose operator has split them."""
+        if not self.num_prefill:
+            return []
+        moves = []
+        count = sum(situation.roles.get(host) is Role.PREFILL for host in situation.hosts)
+        for host in sorted(situation.hosts.keys() - situation.roles.keys()):
+            role = Role.PREFILL if count < self.num_prefill else Role.DECODE
+            count += role is Role.PREFILL
+            moves.append(Move("role", "", host, f"{role}: the pool file asks for {self.num_prefill} to prefill", role))
         return moves
 
     def _elsewhere(self, refused: set[str], asked: list[Move], situation: Situation) -> list[Move]:
@@ -92,16 +139,18 @@ class LivePlacement:
         moves, refused = [], set()
         for decision in self.policy.decide(self._view(situation)):
             name, source, target = decision.model, decision.from_host, decision.to_host
-            if name is None:
-                continue
-            if decision.action in _ADDS and (name, target) in situation.barred:
-                refused.add(name)
-            elif decision.action in _ADDS and target is not None:
-                moves.append(Move("add", name, target, f"{decision.action}: {decision.reason}"))
+            reason = f"{decision.action}: {decision.reason}"
+            if decision.action is Action.ROLE and target is not None:
+                moves.append(Move("role", "", target, reason, decision.role or Role.MIXED))
+            elif decision.action in _ADDS and name is not None and target is not None:
+                if (name, target) in situation.barred:
+                    refused.add(name)
+                    continue
+                moves.append(Move("add", name, target, reason))
                 if decision.action is Action.MOVE and source is not None:
                     self._moves[name, source] = target
-            elif decision.action is Action.DROP and source is not None:
-                moves.append(Move("remove", name, source, f"{decision.action}: {decision.reason}"))
+            elif decision.action is Action.DROP and name is not None and source is not None:
+                moves.append(Move("remove", name, source, reason))
         return moves, refused
 
     def _finish_moves(self, situation: Situation) -> list[Move]:
@@ -118,59 +167,40 @@ class LivePlacement:
 
     # -- what the policy sees --------------------------------------------------------------------------
 
-    def _sample(self, situation: Situation) -> None:
-        living = {}
-        for host, report in situation.hosts.items():
-            for name, hosted in report.models.items():
-                key = (name, host, report.life)
-                samples = living[key] = self._history.get(key) or deque()
-                if hosted.load and (not samples or situation.now_s - samples[-1].at_s >= _SAMPLE_S):
-                    samples.append(_totals(situation.now_s, hosted.load))
-                while samples and situation.now_s - samples[0].at_s > _WINDOW_S:
-                    samples.popleft()
-        self._history = living
-
-    def _rates(self, name: str, report: HostReport) -> _Rates:
-        samples = self._history.get((name, report.host, report.life), ())
-        if len(samples) < 2:
-            return _Rates()
-        first, last = samples[0], samples[-1]
-        seconds, tokens, ended = last.at_s - first.at_s, last.tokens - first.tokens, last.ended - first.ended
-        arrivals_per_s = max(0, last.requests - first.requests) / seconds
-        answer_tokens = tokens / ended if ended > 0 else 0.0
-        return _Rates(
-            arrivals_per_s,
-            max(tokens / seconds, arrivals_per_s * answer_tokens),
-            tokens / seconds,
-            min(1.0, (last.on_time - first.on_time) / tokens) if tokens else 1.0,
-            min(1.0, (last.step_s - first.step_s) / seconds),
-        )
-
     def _view(self, situation: Situation) -> CapacityView:
         hosts = [self._host(report, situation) for report in situation.hosts.values()]
         models = [self._model(deployment, situation) for deployment in situation.models.values()]
-        return CapacityView(situation.now_s, hosts, models, long_window_s=_WINDOW_S)
+        return CapacityView(situation.now_s, hosts, models, self._long_s, self._short_s, self._seat_s)
 
     def _host(self, report: HostReport, situation: Situation) -> CapacityHost:
-        seats, used = [], 0
+        seats, used, host, now_s = [], 0, report.host, situation.now_s
         for where, is_leaving in ((situation.placed, False), (situation.leaving, True)):
             for name, names in where.items():
-                if report.host in names and name in situation.models:
-                    seats.append(self._seat(name, report, is_leaving))
+                if host in names and name in situation.models:
+                    seats.append(self._seat(name, report, is_leaving or (name, host) in self._moves))
                     used += room_bytes(situation.models[name], report)
         budget = report.host_memory if report.movable else report.device_memory
+        came_s = self._traffic.since_s(report)
         return CapacityHost(
-            report.host,
+            host,
             report.node,
             report.device_memory,
             max(0, budget - used),
+            situation.roles.get(host, Role.MIXED),
             seats=seats,
-            busy_frac=min(1.0, sum(self._rates(name, report).busy_frac for name in report.models)),
+            busy_frac=min(1.0, sum(self._traffic.seat(name, report, self._seat_s).busy_frac for name in report.models)),
             num_copies=sum(seat.is_coming for seat in seats),
+            since_role_s=self._since(self._role_s, host, now_s),
+            since_move_s=min(self._since(self._host_s, host, now_s), math.inf if came_s is None else now_s - came_s),
         )
 
+    def _since(self, times_s: Mapping[str, float], name: str, now_s: float) -> float:
+        """Seconds since a change; a new controller does not know the last one, and waits as if it were just now."""
+        assert self._begun_s is not None
+        return now_s - times_s.get(name, self._begun_s)
+
     def _seat(self, name: str, report: HostReport, is_leaving: bool) -> CapacitySeat:
-        hosted, rates = report.models.get(name), self._rates(name, report)
+        hosted, rates = report.models.get(name), self._traffic.seat(name, report, self._seat_s)
         load = hosted.load if hosted else {}
         return CapacitySeat(
             name,
@@ -185,32 +215,26 @@ class LivePlacement:
 
     def _model(self, deployment: Deployment, situation: Situation) -> CapacityModel:
         name = deployment.name
-        on = [report for report in situation.hosts.values() if name in report.models]
-        rates = [self._rates(name, report) for report in on]
-        arrivals_per_s = sum(r.arrivals_per_s for r in rates)
+        rates = self._traffic.model(name, self._long_s)
+        loads = [report.models[name].load for report in situation.hosts.values() if name in report.models]
         return CapacityModel(
             name,
             deployment.weight_bytes,
             ttft_s=deployment.details.get("ttft_s", math.inf),
             tpot_s=deployment.details.get("tpot_s", math.inf),
             priority=deployment.priority,
-            arrivals_per_s=arrivals_per_s,
-            input_tokens_per_s=arrivals_per_s * _USUAL_PROMPT_TOKENS,
-            output_tokens_per_s=sum(r.wanted_tokens_per_s for r in rates),
-            costs=_costs([report.models[name].load for report in on]),
+            arrivals_per_s=rates.arrivals_per_s,
+            recent_arrivals_per_s=self._traffic.model(name, self._short_s).arrivals_per_s,
+            input_tokens_per_s=rates.input_tokens_per_s,
+            output_tokens_per_s=rates.wanted_tokens_per_s,
+            costs=_costs(loads),
             min_replicas=self.replicas,
             max_replicas=self.max_replicas,
-            since_move_s=situation.now_s - self._moved_s.get(name, -math.inf),
+            since_move_s=self._since(self._model_s, name, situation.now_s),
         )
 
 
-def _totals(now_s: float, load: Mapping[str, Any]) -> _Totals:
-    ended = load["attainment"]["num_requests"]
-    requests = ended + load["running"] + load["waiting"]
-    return _Totals(now_s, requests, ended, load["tokens"], load["tokens_on_time"], load["step_seconds"])
-
-
-def _costs(loads: list[Mapping[str, Any]]) -> StepCosts:
+def _costs(loads: list[dict[str, Any]]) -> StepCosts:
     for load in loads:
         if coefficients := load.get("costs", {}).get("coefficients"):
             return StepCosts(**coefficients)

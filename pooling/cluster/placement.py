@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from tokenpool.cluster.values import Deployment, HostReport
+from tokenpool.policy.capacity import Role
 
 
 class Move(NamedTuple):
     """One change of the placement."""
 
     action: str
-    """`add` or `remove`."""
+    """`add`, `remove` or `role`."""
     model: str
+    """Empty for `role`."""
     host: str
     reason: str
+    role: Role = Role.MIXED
+    """For `role`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,8 @@ class Situation:
     """(model, host) that failed lately."""
     now_s: float
     """Monotonic clock."""
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    """Of hosts that were given one; all others do everything."""
 
 
 class Placement(Protocol):

@@ -30,6 +30,7 @@ from tokenpool.cluster.values import (
     SeatView,
 )
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
+from tokenpool.policy.capacity import Role
 
 _FIRST_SETTLE_S = 300.0
 """Longest wait for all hosts of a new pool: the first to come shall not get every model."""
@@ -83,6 +84,8 @@ class Reconciler:
         self.models: dict[str, Deployment] = {}
         self.seats: dict[tuple[str, str], Seat] = {}
         """By (model, host)."""
+        self.roles = {host: Role(role) for host, role in (snapshot or {}).get("roles", {}).items()}
+        """Of hosts that were given one, also of such that are lost: they come back with it."""
         self.frontend: str | None = None
         self.version = 0
         """Grows with every change that frontends need to know."""
@@ -264,12 +267,15 @@ class Reconciler:
         for (name, host), seat in self.seats.items():
             is_placed = seat.state in _TAKEN and self.models.get(name) == seat.deployment
             (placed if is_placed else leaving).setdefault(name, set()).add(host)
-        situation = Situation(self.models, self.hosts, placed, leaving, barred, now_s)
+        situation = Situation(self.models, self.hosts, placed, leaving, barred, now_s, self.roles)
         moves = self._placement.decide(situation)
         self._note_homeless(situation, moves)
         for move in moves:
             pair = (move.model, move.host)
-            if move.action == "add" and pair not in self.seats:
+            if move.action == "role":
+                self._note("role", move.reason, host=move.host)
+                self.roles[move.host] = move.role
+            elif move.action == "add" and pair not in self.seats:
                 self._note("add", move.reason, *pair)
                 life = self.hosts[move.host].life
                 self.seats[pair] = Seat(self.models[move.model], life, SeatState.WANTED)
@@ -339,7 +345,8 @@ class Reconciler:
             version = self.models[name].version if name in self.models else -1
             models[name] = ModelView(version, self._seat_views(name), self._errors.get(name))
         lives = {host: report.life for host, report in self.hosts.items()}
-        return ClusterView(self.epoch, self.version, self.revision, models, lives, dict(self.log.totals))
+        roles = {host: role for host, role in self.roles.items() if host in lives and role is not Role.MIXED}
+        return ClusterView(self.epoch, self.version, self.revision, models, lives, roles, dict(self.log.totals))
 
     def _seat_views(self, name: str) -> dict[str, SeatView]:
         views = {}
@@ -351,7 +358,8 @@ class Reconciler:
 
     def snapshot(self) -> dict[str, Any]:
         """What the next controller needs beyond what hosts and frontends tell it; small and plain."""
-        return {"epoch": self.epoch, "revision": self.revision, "seq": self._seq, "hosts": sorted(self.hosts)}
+        plain = {"epoch": self.epoch, "revision": self.revision, "seq": self._seq, "hosts": sorted(self.hosts)}
+        return plain | ({"roles": dict(self.roles)} if self.roles else {})
 
     def check(self) -> None:
         """Prove that every seat is on a living host in that life; raises AssertionError."""

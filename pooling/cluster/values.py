@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from tokenpool.errors import PoolError
+from tokenpool.policy.capacity import Role
 
 
 class SeatState(StrEnum):
@@ -138,6 +139,8 @@ class ClusterView:
     models: dict[str, ModelView]
     hosts: dict[str, str]
     """Life of each host that is there."""
+    roles: dict[str, Role] = field(default_factory=dict)
+    """Of hosts that do not do everything."""
     num_decisions: dict[str, int] = field(default_factory=dict)
     """Decisions of this controller so far, by action."""
 

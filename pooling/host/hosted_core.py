@@ -71,6 +71,10 @@ class CoreCounters:
     step_seconds: float = 0.0
     crashed_steps: int = 0
     failed_requests: int = 0
+    requests: int = 0
+    """That began here; those that another host began and this one goes on with do not count."""
+    prompt_tokens: int = 0
+    """Of these requests."""
 
 
 class HostedEngineCore(EngineCoreProc):
@@ -187,6 +191,9 @@ class HostedEngineCore(EngineCoreProc):
         """Queue a request in vLLM's scheduler and start its clock, or let it go on."""
         delivered = request.num_output_tokens
         self._book.start(request.request_id, _CLASS, self._slo, request.arrival_time, delivered)
+        if not delivered:
+            self.counters.requests += 1
+            self.counters.prompt_tokens += request.num_prompt_tokens
         if delivered and not self.scheduler.use_v2_model_runner:
             data = NewRequestData.from_request(request, ())
             self.model_executor.collective_rpc(restore_in_worker, args=(data, list(request.output_token_ids)))

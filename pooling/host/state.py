@@ -39,6 +39,7 @@ def model_state(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
         "host_bytes": {use.value: host.host_ledger.held(name, use) for use in HostUse},
         "running": len(scheduler.running),
         "waiting": len(scheduler.waiting),
+        "finished": account.finished,
         "tokens": account.tokens,
         "tokens_on_time": account.tokens_on_time,
         "tokens_late": account.tokens - account.tokens_on_time,

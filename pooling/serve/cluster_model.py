@@ -17,6 +17,7 @@ from tokenpool.cluster.machine import machine_id
 from tokenpool.cluster.values import Deployment, Endpoints, ModelView, SeatState, SeatView
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostedModelSpec
+from tokenpool.policy.capacity import Role
 from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.launch_plan import ModelPlan
 from tokenpool.serve.model_client import ModelClient
@@ -120,9 +121,16 @@ class ClusterModel:
         """Whether a host takes its requests."""
         return self.client is not None and bool(self.client.core.hosts)
 
-    def apply(self, view: ModelView | None, lives: Mapping[str, str]) -> None:
+    @property
+    def num_handed_over(self) -> int:
+        """Requests that went from a host that prefills to one that decodes."""
+        return self._core.num_handed_over if self._core is not None else 0
+
+    def apply(self, view: ModelView | None, lives: Mapping[str, str], roles: Mapping[str, Role]) -> None:
         """Do what a new view asks for; returns at once, the work goes on in tasks."""
         assert self._core is not None
+        for host, life in lives.items():
+            self._core.set_role(_name((host, life)), roles.get(host, Role.MIXED))
         for key in [key for key in {*self._offered, *self._joining} if lives.get(key[0]) != key[1]]:
             self._forget(key)
         seats = view.seats if view is not None else {}
@@ -144,6 +152,7 @@ class ClusterModel:
         if task := self._joining.pop(key, None):
             task.cancel()
         self._core.lost(_name(key))
+        self._core.roles.pop(_name(key), None)
 
     def _follow(self, host: str, seat: SeatView) -> None:
         assert self._core is not None

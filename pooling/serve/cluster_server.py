@@ -206,7 +206,7 @@ class ClusterServer(PoolServer):
             self._counted[view.epoch, action] = count
             _DECISIONS.labels(action).inc(max(0, new))
         for name, model in self._models.items():
-            model.apply(view.models.get(name), view.hosts)
+            model.apply(view.models.get(name), view.hosts, view.roles)
 
     def _show(self, model: ClusterModel) -> None:
         """Let the router know whether the model takes requests."""
@@ -277,10 +277,13 @@ class ClusterServer(PoolServer):
                 "hosts": {h: seat.state for h, seat in view.models[name].seats.items()}
                 if view and name in view.models
                 else {},
+                "handed_over": self._models[name].num_handed_over if name in self._models else 0,
             }
             for name, app in self.router.models.items()
         }
-        cluster = None if view is None else {"epoch": view.epoch, "revision": view.revision, "hosts": view.hosts}
+        cluster: dict[str, Any] = {}
+        if view is not None:
+            cluster = {"epoch": view.epoch, "revision": view.revision, "hosts": view.hosts, "roles": view.roles}
         try:
             async with asyncio.timeout(_LOOK_LIMIT_S):
                 described = await self._tell("describe")
@@ -294,7 +297,7 @@ class ClusterServer(PoolServer):
             "host_restarts": 0,
             "models": models,
             "host": None,
-            "cluster": {**(cluster or {}), "controller": described},
+            "cluster": {**cluster, "controller": described},
             "hosts": hosts,
         }
 

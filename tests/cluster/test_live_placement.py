@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from tokenpool.cluster.live_placement import LivePlacement
-from tokenpool.cluster.placement import Move, Situation
+from tokenpool.cluster.live_placement import LivePlacement, placement_of
+from tokenpool.cluster.placement import KeepReplicas, Move, Situation
 from tokenpool.cluster.values import Deployment, Endpoints, HostedReport, HostReport
-from tokenpool.policy.capacity import Action, CapacityDecision, CapacityView
+from tokenpool.cluster_config import ClusterConfig
+from tokenpool.policy.capacity import Action, CapacityDecision, CapacityView, Role
 from tokenpool.policy.capacity_live import LiveCapacity
 
 pytestmark = pytest.mark.cpu
@@ -41,7 +42,7 @@ def loaded(
     load = {
         "state": "resident", "running": requests, "waiting": 0, "tokens": tokens,
         "tokens_on_time": int(tokens * (1 - late_frac)), "step_seconds": busy_frac * second,
-        "attainment": {"num_requests": tokens // 100},
+        "requests": tokens // 100, "prompt_tokens": tokens // 2, "finished": tokens // 100,
         "costs": {"coefficients": {
             "step_s": 0.04, "step_per_request_s": 0.001, "step_per_token_s": 0.0, "prefill_s": 0.02,
             "prefill_per_token_s": 1e-4,
@@ -57,8 +58,9 @@ def host(name: str, **models: HostedReport) -> HostReport:
     )  # fmt: skip
 
 
-def situation(now_s: float, *hosts: HostReport, **placed: set[str]) -> Situation:
-    return Situation(MODELS, {h.host: h for h in hosts}, {"a": set(), "b": set()} | placed, {}, set(), now_s)
+def situation(now_s: float, *hosts: HostReport, roles: dict[str, Role] | None = None, **placed: set[str]) -> Situation:
+    by_name = {h.host: h for h in hosts}
+    return Situation(MODELS, by_name, {"a": set(), "b": set()} | placed, {}, set(), now_s, roles or {})
 
 
 def test_models_without_a_seat_get_one():
@@ -100,6 +102,7 @@ def test_rates_are_differences_of_totals():
     model, seat = policy.seen[-1].models[0], policy.seen[-1].hosts[0].seats[0]
     assert (model.output_tokens_per_s, seat.tokens_per_s) == pytest.approx((50, 50))
     assert model.arrivals_per_s == pytest.approx(0.5)
+    assert model.input_tokens_per_s == pytest.approx(25)
     assert seat.on_time_frac == pytest.approx(0.8)
     assert policy.seen[-1].hosts[0].busy_frac == pytest.approx(0.25)
     assert model.costs.step_s == 0.04
@@ -109,15 +112,18 @@ def test_a_move_removes_only_once_the_model_serves_there():
     """The old seat goes when the new one is loaded, not before."""
     here = host("h0", a=HostedReport(1, Endpoints("i", "o")), b=HostedReport(1, Endpoints("i", "o")))
     move = CapacityDecision(Action.MOVE, "why", "a", "h0", "h1")
-    placement = LivePlacement(Script([move]), replicas=1)
+    policy = Script([move])
+    placement = LivePlacement(policy, replicas=1)
     first = placement.decide(situation(0.0, here, host("h1"), a={"h0"}, b={"h0"}))
-    second = placement.decide(situation(0.5, here, host("h1"), a={"h0", "h1"}, b={"h0"}))
+    second = placement.decide(situation(1.0, here, host("h1"), a={"h0", "h1"}, b={"h0"}))
     there = host("h1", a=HostedReport(1, Endpoints("i", "o")))
-    third = placement.decide(situation(1.0, here, there, a={"h0", "h1"}, b={"h0"}))
+    third = placement.decide(situation(1.5, here, there, a={"h0", "h1"}, b={"h0"}))
 
     assert first == [Move("add", "a", "h1", "move: why")]
     assert second == []
     assert [move[:3] for move in third] == [("remove", "a", "h0")]
+    seats = {(h.host, seat.model): seat for h in policy.seen[-1].hosts for seat in h.seats}
+    assert seats["h0", "a"].is_leaving and seats["h1", "a"].is_coming and not seats["h0", "b"].is_leaving
 
 
 def test_a_move_whose_new_host_died_leaves_the_old_seat():
@@ -136,3 +142,52 @@ def test_what_the_policy_wants_on_a_barred_host_goes_elsewhere():
     moves = LivePlacement(Script([place]), replicas=1).decide(asked)
 
     assert [move[:3] for move in moves] == [("add", "a", "h1")]
+
+
+def test_a_pool_without_roles_gets_none():
+    """Without `prefill_hosts` every host does everything."""
+    moves = LivePlacement(LiveCapacity(), replicas=1).decide(situation(0.0, host("h0"), host("h1")))
+
+    assert [move for move in moves if move.action == "role"] == []
+
+
+def test_split_hosts_get_roles_before_models_and_each_model_gets_a_seat_of_both_kinds():
+    """One host prefills, the other one decodes: both need every model."""
+    placement = LivePlacement(LiveCapacity(), replicas=1, num_prefill=1)
+    roles = {move.host: move.role for move in placement.decide(situation(0.0, host("h1"), host("h0")))}
+    moves = placement.decide(situation(0.5, host("h0"), host("h1"), roles=roles))
+
+    assert roles == {"h0": Role.PREFILL, "h1": Role.DECODE}
+    assert sorted(move[:3] for move in moves) == [("add", m, h) for m in ("a", "b") for h in ("h0", "h1")]
+
+
+def test_a_host_that_joins_a_split_pool_decodes_unless_prefill_hosts_are_missing():
+    """Roles that are there stay."""
+    placement = LivePlacement(Script(), replicas=1, num_prefill=1)
+    joined = placement.decide(situation(0.0, host("h0"), host("h2"), roles={"h0": Role.PREFILL}))
+    replaced = placement.decide(situation(1.0, host("h2"), host("h3"), roles={"h0": Role.PREFILL, "h2": Role.DECODE}))
+
+    assert [(move.host, move.role) for move in joined] == [("h2", Role.DECODE)]
+    assert [(move.host, move.role) for move in replaced] == [("h3", Role.PREFILL)]
+
+
+def test_a_role_that_the_policy_gives_is_a_move():
+    """With its reason; the policy then learns how long ago that was."""
+    policy = Script([CapacityDecision(Action.ROLE, "why", to_host="h1", role=Role.MIXED)])
+    placement = LivePlacement(policy, replicas=1)
+    moves = placement.decide(situation(0.0, host("h0"), host("h1"), a={"h0"}, b={"h0"}, roles={"h1": Role.DECODE}))
+    placement.decide(situation(7.0, host("h0"), host("h1"), a={"h0"}, b={"h0"}))
+
+    assert moves == [Move("role", "", "h1", "role: why", Role.MIXED)]
+    assert [h.role for h in policy.seen[0].hosts] == [Role.MIXED, Role.DECODE]
+    assert policy.seen[1].hosts[1].since_role_s == 7.0
+
+
+def test_the_config_chooses_the_placement():
+    """Fixed keeps replicas; a shorter window shortens what the policy waits, and the default changes nothing."""
+    fixed = placement_of(ClusterConfig(capacity="fixed", replicas=2))
+    usual, short = placement_of(ClusterConfig()), placement_of(ClusterConfig(capacity_window_s=30.0))
+
+    assert isinstance(fixed, KeepReplicas) and fixed.replicas == 2
+    assert isinstance(usual, LivePlacement) and usual.policy == LiveCapacity()
+    assert isinstance(short, LivePlacement) and short.policy.quiet_s == LiveCapacity().quiet_s / 2

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tokenpool.cluster.live_placement import LivePlacement
 from tokenpool.cluster.placement import KeepReplicas
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import (
@@ -20,6 +22,8 @@ from tokenpool.cluster.values import (
     StaleEpochError,
 )
 from tokenpool.errors import CapacityError, ConfigError
+from tokenpool.policy.capacity import Role
+from tokenpool.policy.capacity_live import LiveCapacity
 
 pytestmark = pytest.mark.cpu
 
@@ -214,6 +218,22 @@ def test_orders_of_a_replaced_controller_are_refused(snapshot):
     late = Order(old.epoch, old.identity, "h0", "h0-1", "remove", deployment("a"))
     with pytest.raises(StaleEpochError):
         rig.hosts["h0"].order(late)
+
+
+def test_roles_reach_frontends_and_the_next_controller():
+    """A decided role is logged with its reason, is in the view, and outlives the controller that decided it."""
+    rig = Rig(MemoryHost("h0"), MemoryHost("h1"))
+    rig.control._placement = LivePlacement(LiveCapacity(), 1, num_prefill=1)
+    attached(rig, deployment("a"))
+    roles = {"h0": Role.PREFILL, "h1": Role.DECODE}
+    snapshot = json.loads(json.dumps(rig.control.snapshot()))
+
+    assert rig.control.view().roles == roles
+    assert rig.loaded() == {"h0": ["a"], "h1": ["a"]}
+    logged = [decision for decision in rig.control.log.last() if decision["action"] == "role"]
+    assert [decision["host"] for decision in logged] == ["h0", "h1"] and all(d["reason"] for d in logged)
+    rig.control = rig.controller(snapshot, "second")
+    assert attached(rig, deployment("a")).control.view().roles == roles
 
 
 def test_a_new_controller_decides_without_hosts_that_died_with_the_old_one():

@@ -268,6 +268,9 @@ class PoolEngineClient(AsyncMPClient):
             self._assign(entry)
         elif entry.place is not None:
             entry.place.add(request)
+            if entry.ended:
+                entry.place.load -= 1
+                self.journal.close(entry.request_id)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Drop requests wherever they are, or where they would have waited."""

@@ -23,7 +23,10 @@ class JournalEntry(Generic[Place]):
     taken for an answer of the present one.
     """
 
-    __slots__ = ("_is_session", "_num_open_inputs", "delivered", "num_losses", "place", "request", "wire_id", "_sent")
+    __slots__ = (
+        "_input_ended", "_is_session", "_num_open_inputs", "_sent",
+        "delivered", "num_losses", "place", "request", "wire_id",
+    )  # fmt: skip
 
     def __init__(self, request: EngineCoreRequest) -> None:
         self.request = request
@@ -36,7 +39,8 @@ class JournalEntry(Generic[Place]):
         """How many engines died with it."""
         self._sent = 0
         self._is_session = request.resumable
-        self._num_open_inputs = 0
+        self._num_open_inputs = 1
+        self._input_ended = not request.resumable
 
     @property
     def request_id(self) -> str:
@@ -44,8 +48,16 @@ class JournalEntry(Generic[Place]):
         return self.request.request_id
 
     def more_input(self, request: EngineCoreRequest) -> None:
-        """Take in a further piece of streamed input, or with `resumable` unset the end of it."""
-        self._num_open_inputs += 1 if request.resumable else -1
+        """Take in a further piece of streamed input, each of which has an end of its own, or the end of all input."""
+        if request.resumable:
+            self._num_open_inputs += 1
+        else:
+            self._input_ended = True
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more is to come of the request."""
+        return self._input_ended and self._num_open_inputs <= 0
 
     def obstacle(self) -> str | None:
         """Why another engine could not go on with the request, or None if one can."""
@@ -75,12 +87,9 @@ class JournalEntry(Generic[Place]):
                 # Queued and first scheduled it was long ago, as far as its latencies go.
                 output.events = [e for e in output.events if e.type == EngineCoreEventType.PREEMPTED] or None
         self.delivered += output.new_token_ids
-        if output.finish_reason is None:
-            return False
-        if self._is_session and self._num_open_inputs:
+        if output.finish_reason is not None:
             self._num_open_inputs -= 1
-            return False
-        return True
+        return self.ended
 
 
 def _without_prompt_logprobs(params: SamplingParams) -> SamplingParams:

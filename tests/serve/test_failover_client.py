@@ -203,6 +203,28 @@ def test_a_request_with_streamed_input_fails_with_its_host(run) -> None:
     run(test)
 
 
+def test_streamed_input_stays_at_its_host(run) -> None:
+    """All pieces go where the first one went, also once the answer to one has ended; the last word ends the request."""
+
+    async def test(s: Setup) -> None:
+        one, two = await s.join("one"), await s.join("two")
+        await s.add("a", resumable=True)
+        await one.added()
+        one.say({"a": [1]}, finished={"a"})
+        assert {"a": [1]} == await s.next_tokens()
+        await s.add("b")
+        await two.added()
+        await s.add("a", resumable=True)
+        assert "a" == (await one.added()).request_id
+        one.say({"a": [2]}, finished={"a"})
+        assert {"a": [2]} == await s.next_tokens()
+        assert 1 == s.client.load("one")
+        await s.add("a", resumable=False)
+        assert ("a", 0) == ((await one.added()).request_id, s.client.load("one"))
+
+    run(test)
+
+
 def test_calls_go_to_all_hosts_and_wait_for_one(run) -> None:
     """The first host's answer is returned; adapters are loaded on hosts that join later."""
 

@@ -48,7 +48,11 @@ class ModelClient:
         """Load the model in a host and build its app; raises PoolError when the host cannot take it."""
         config = await asyncio.to_thread(plan.engine_config)
         core = PoolEngineClient(config)
-        state = await _add_to(host, plan, core)
+        try:
+            state = await _add_to(host, plan, core)
+        except BaseException:
+            core.close()
+            raise
         try:
             return await cls.over(plan, core, state)
         except BaseException:

@@ -25,7 +25,7 @@ pytestmark = [
 
 KINDS = ("llama", "qwen2", "gemma3")
 """gemma3 has several groups of blocks, which the runner writes with another kernel."""
-MAX_TOKENS, CRASH_TOKENS = 14, 5
+MAX_TOKENS, CRASH_TOKENS = 10, 5
 PLACES = ("before", "after", "sampling")
 
 
@@ -103,8 +103,8 @@ def test_moved_requests_give_the_streams_of_plain_vllm(runs, ahead):
     """KV that left at random tokens and came back under other ids, into poisoned slabs, changes no stream."""
     pooled, reference = runs
     found = pooled[f"moves-{ahead}"]
-    assert found["moved_ids"] > 20
-    assert (found["drained"] > 5) == ahead, "steps were not in flight when models left"
+    assert found["moved_ids"] > 10
+    assert (found["drained"] > 2) == ahead, "steps were not in flight when models left"
     _assert_equal(found["results"], reference, f"-{ahead}")
 
 

@@ -176,7 +176,7 @@ async def add_model(request: Request) -> Response:
     """Load one more model; the body is an entry of the pool file's `models`."""
     try:
         body = await request.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the body is no JSON: {error}") from error
     spec = PoolConfig.from_dict({"models": [body]}, source="request").models[0]
     added = await request.app.state.pool.add_model(spec)

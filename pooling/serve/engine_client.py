@@ -220,18 +220,21 @@ class PoolEngineClient(AsyncMPClient):
         except KeyError:  # it has ended, or the host left
             return False
 
-    def lost(self, host: str) -> None:
-        """`host` is gone: its requests go to the other hosts, or wait until one joins. Unknown names are ignored."""
+    def lost(self, host: str, *, blame: bool = True) -> None:
+        """`host` is gone: its requests go to the other hosts, or wait until one joins. Unknown names are ignored.
+
+        With `blame`, unless it was ended on purpose, one of its requests may be the cause: see MAX_LOSSES.
+        """
         for link in [*self._links.values(), *self._left, *self._greeting]:
             if link.host == host:
-                self._lost(link)
+                self._lost(link, blame)
 
     def _link_ended(self, link: EngineLink) -> None:
         level = logging.WARNING if link.load else logging.INFO
         logger.log(level, "engine ended host=%s requests=%d", link.host, link.load)
         self._lost(link)
 
-    def _lost(self, link: EngineLink) -> None:
+    def _lost(self, link: EngineLink, blame: bool = True) -> None:
         if self._links.get(link.host) is link:
             del self._links[link.host]
         self._left.discard(link)
@@ -240,7 +243,7 @@ class PoolEngineClient(AsyncMPClient):
         stranded = self.journal.at(link)
         for entry in stranded:
             self._take_from(link, entry)
-            entry.num_losses += 1
+            entry.num_losses += blame
         for entry in stranded:
             if entry.place is not None or self.journal.get(entry.request_id) is not entry:
                 continue  # it ended together with one before

@@ -145,16 +145,17 @@ class PoolServer:
                     break
                 except Exception:  # whatever stops a restart, the next attempt may work
                     logger.exception("engine host does not come back, trying again")
+                    died = await self._ends_soon()
                     await self._host.kill()
-                    await self._host_died(self._host.pid)
+                    await self._host_died(self._host.pid, blame=died)
 
-    async def _host_died(self, pid: int) -> None:
+    async def _host_died(self, pid: int, *, blame: bool = True) -> None:
         for model in self.router.models.values():
             if model.state != "draining":
                 model.state, model.retry_after_s = "unavailable", 5.0
         assert self._host is not None
         for client in self._clients.values():
-            client.core.lost(self._host.name)
+            client.core.lost(self._host.name, blame=blame)
         multiprocess.mark_process_dead(pid, os.environ["PROMETHEUS_MULTIPROC_DIR"])
 
     async def _forecast(self) -> None:

@@ -248,9 +248,13 @@ class Controller:
 
     def _save(self) -> None:
         snapshot = self.reconciler.snapshot()
-        if snapshot != self._saved:
+        if snapshot == self._saved:
+            return
+        self._saved = snapshot
+        try:
             _write(self._path, snapshot)
-            self._saved = snapshot
+        except OSError as error:  # the next controller asks the hosts; it only takes longer
+            logger.warning("snapshot not written path=%s: %s", self._path, error)
 
 
 def _end_with_parent() -> None:

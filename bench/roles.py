@@ -51,6 +51,9 @@ class Measured:
     itl_p50_s: float
     itl_p99_s: float
     handed_over: int
+    """Requests that went on at the other host."""
+    kv_blocks: int
+    """Blocks of KV, of 32 tokens, that went with them."""
     lost: int
 
 
@@ -78,7 +81,7 @@ async def _play(port: int, users: int, requests: int, prompt_len: int, num_token
 
 
 def _measure(server: common.Server, users: int, requests: int, load: tuple[int, int], seed: int) -> Measured:
-    before = cluster_load.state(server)["models"]["m"]["handed_over"]
+    before = _counted(server)
     start_s = time.monotonic()
     streams = asyncio.run(_play(server.port, users, requests, *load, seed))
     seconds = time.monotonic() - start_s
@@ -92,7 +95,7 @@ def _measure(server: common.Server, users: int, requests: int, load: tuple[int, 
         len(streams),
         round(sum(len(stream.times_s) for stream in streams) / seconds, 2),
         *(round(value, 4) for value in percents),
-        cluster_load.state(server)["models"]["m"]["handed_over"] - before,
+        *(late - early for late, early in zip(_counted(server), before, strict=True)),
         len(streams) - len(whole),
     )
 

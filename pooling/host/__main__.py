@@ -50,7 +50,7 @@ def main(control_path: str, config_json: str) -> None:
         "add_model": add_model,
         "add_packed": add_packed,
         "remove_model": host.remove_model,
-        "state": lambda: host_state(host),
+        "state": lambda: {**host_state(host), "kv_exchange": exchange.snapshot()},
         "load": lambda: host_load(host),
         "trace": lambda last_s: host_trace(host, last_s),
         "check": host.check,

@@ -60,6 +60,10 @@ class KVExchange:
         hosted.core.export_kv = lambda request_id: self._export(hosted, request_id)
         hosted.core.import_kv = lambda offer: self._import(hosted, offer)
 
+    def snapshot(self) -> dict[str, int]:
+        """KV blocks that went to other hosts' requests and came from other hosts, so far."""
+        return {"exported_blocks": self.exported_blocks, "imported_blocks": self.imported_blocks}
+
     def _export(self, hosted: HostedModel, request_id: str) -> Offer:
         """Copy the full blocks of a request into the tier and say where they are; without blocks if it has none."""
         pool, core = hosted.build.pool, hosted.core

@@ -100,6 +100,12 @@ def _measure(server: common.Server, users: int, requests: int, load: tuple[int, 
     )
 
 
+def _counted(server: common.Server) -> tuple[int, int]:
+    state = cluster_load.state(server)
+    blocks = [host["kv_exchange"]["imported_blocks"] for host in state["hosts"].values()]
+    return state["models"]["m"]["handed_over"], sum(blocks)
+
+
 def run(*, mib: float, users: int, requests: int, seed: int, start_limit_s: float, logs: Path | None) -> Roles:
     """The whole bench."""
     result = Roles()

@@ -215,6 +215,7 @@ class Rig:
                     return
 
     _switching = ""
+    """The host that was seen to move something."""
 
     def _kill(self, fault: str, controller: Mapping[str, Any], rng: random.Random) -> str:
         hosts = controller["hosts"]
@@ -230,7 +231,7 @@ class Rig:
             os.kill(controller["pid"], signal.SIGKILL)
             return "controller"
         os.kill(hosts[name]["actor_pid" if fault == "supervisor" else "pid"], signal.SIGKILL)
-        return name
+        return name if fault != "host_switch" or self._switching else f"{name}, no switch seen"
 
 
 def _parent(pid: int) -> int:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import shlex
+import sys
 
 import pytest
 
 from tokenpool.errors import ConfigError
+from tokenpool.serve.cli import main
 from tokenpool.serve.command_line import take_cluster
 from tokenpool.serve.job_tool import job, submit_line
 
@@ -35,6 +37,15 @@ def test_an_empty_address_is_refused():
     """`--cluster=` says nothing."""
     with pytest.raises(ConfigError, match="--cluster: needs a value"):
         take_cluster(["--cluster="])
+
+
+def test_a_cluster_needs_ray(pool_file, monkeypatch, capsys):
+    """Without Ray the flag is refused in one line that says what to install; vLLM is not even imported."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+    assert main(["serve", str(pool_file), "--cluster"]) == 2
+    assert "tokenpool: error: --cluster needs Ray: pip install 'tokenpool[cluster]'\n" == capsys.readouterr().err
 
 
 @pytest.fixture

@@ -129,8 +129,7 @@ class ClusterModel:
     def apply(self, view: ModelView | None, lives: Mapping[str, str], roles: Mapping[str, Role]) -> None:
         """Do what a new view asks for; returns at once, the work goes on in tasks."""
         assert self._core is not None
-        for host, life in lives.items():
-            self._core.set_role(_name((host, life)), roles.get(host, Role.MIXED))
+        self._core.roles = {_name((host, life)): roles[host] for host, life in lives.items() if host in roles}
         for key in [key for key in {*self._offered, *self._joining} if lives.get(key[0]) != key[1]]:
             self._forget(key)
         seats = view.seats if view is not None else {}
@@ -152,7 +151,6 @@ class ClusterModel:
         if task := self._joining.pop(key, None):
             task.cancel()
         self._core.lost(_name(key))
-        self._core.roles.pop(_name(key), None)
 
     def _follow(self, host: str, seat: SeatView) -> None:
         assert self._core is not None

@@ -90,7 +90,7 @@ class Controller:
         _log_to_stderr()
         self._config = config
         self._namespace = namespace
-        self._path = snapshot_path(config)
+        self._path = snapshot_path(config, ray.get_runtime_context().gcs_address)
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
         self.reconciler = Reconciler(
             placement_of(config),
@@ -265,10 +265,10 @@ def _end_with_parent() -> None:
     os._exit(1)  # and with it, by the kernel, the host process
 
 
-def snapshot_path(config: ClusterConfig) -> Path:
-    """Where the controller of a pool keeps its snapshot."""
+def snapshot_path(config: ClusterConfig, cluster: str) -> Path:
+    """Where the controller of a pool keeps its snapshot; a machine may have pools of one name in several clusters."""
     folder = config.state_dir or os.path.join(tempfile.gettempdir(), f"tokenpool-state-{os.getuid()}")
-    return Path(folder, f"{config.name}.json")
+    return Path(folder, f"{config.name}-{cluster.replace(':', '-')}.json")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 
 Three models of one size, each on one of two hosts: `busy` and `b` on one, `a` on the other. At first `busy` and `a`
 are asked, a host each. Then `b` is asked instead of `a`: both models that have work are on one host, the other host
-is idle. With `capacity: fixed` that stays so; with `live` the controller moves a model.
+is idle. With `capacity: fixed` that stays so; with `live` the controller moves a model, which here may have one seat
+only: half a model on each host needs more than half of its time.
 
 A model is asked for so many tokens per second that `--users` requests decode at a time if all are on time. Time per
 token of the SLO is `--slack` times what a step of so many requests takes, measured first on a host by itself: one
@@ -206,7 +207,7 @@ def run(
         phases = [(("busy", "a"), before_s), (("busy", "b"), after_s)]
         end_s = before_s + after_s
         arms = {}
-        for name, cluster in (("fixed", {}), ("live", {"capacity_window": f"{window_s}s"})):
+        for name, cluster in (("fixed", {}), ("live", {"capacity_window": f"{window_s}s", "max_replicas": 1})):
             section = {"hosts": 2, "capacity": name, **cluster}
             arms[name] = _arm(
                 name, pool | {"cluster": section}, folder, log_folder, phases, tpot_s, users, seed, start_limit_s

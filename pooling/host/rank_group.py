@@ -35,11 +35,10 @@ class RankGroup:
 
     def __init__(self, size: int) -> None:
         """Start the followers; they import vLLM while this process goes on."""
-        # vLLM's ranks of one node find their shared memory by this name.
-        os.environ["VLLM_DIST_IDENT"] = secrets.token_hex(8)
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="tokenpool-ranks-")
-        self.init_method = f"file://{self._folder.name}/store"
+        # vLLM names the ranks' shared memory after this file, which must therefore be like no other on the machine.
+        self.init_method = f"file://{self._folder.name}/tokenpool-{secrets.token_hex(8)}"
         """Where the ranks meet, for torch.distributed."""
         self._lock = threading.Lock()
         self._closing = False

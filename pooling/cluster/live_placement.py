@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from tokenpool.cluster.placement import KeepReplicas, Move, Placement, Situation, room_bytes
 from tokenpool.cluster.traffic import TrafficBook
@@ -168,17 +167,24 @@ class LivePlacement:
     # -- what the policy sees --------------------------------------------------------------------------
 
     def _view(self, situation: Situation) -> CapacityView:
-        hosts = [self._host(report, situation) for report in situation.hosts.values()]
-        models = [self._model(deployment, situation) for deployment in situation.models.values()]
+        on_host: dict[str, list[tuple[str, bool]]] = {host: [] for host in situation.hosts}  # model, is leaving
+        for where, is_leaving in ((situation.placed, False), (situation.leaving, True)):
+            for name in where.keys() & situation.models.keys():
+                for host in where[name] & on_host.keys():
+                    on_host[host].append((name, is_leaving))
+        costs: dict[str, StepCosts] = {}
+        for report in situation.hosts.values():
+            for name, hosted in report.models.items():
+                if name not in costs and (coefficients := hosted.load.get("costs", {}).get("coefficients")):
+                    costs[name] = StepCosts(**coefficients)
+        hosts = [self._host(report, sorted(on_host[host]), situation) for host, report in situation.hosts.items()]
+        models = [self._model(d, costs.get(d.name, StepCosts()), situation.now_s) for d in situation.models.values()]
         return CapacityView(situation.now_s, hosts, models, self._long_s, self._short_s, self._seat_s)
 
-    def _host(self, report: HostReport, situation: Situation) -> CapacityHost:
-        seats, used, host, now_s = [], 0, report.host, situation.now_s
-        for where, is_leaving in ((situation.placed, False), (situation.leaving, True)):
-            for name, names in where.items():
-                if host in names and name in situation.models:
-                    seats.append(self._seat(name, report, is_leaving or (name, host) in self._moves))
-                    used += room_bytes(situation.models[name], report)
+    def _host(self, report: HostReport, models: list[tuple[str, bool]], situation: Situation) -> CapacityHost:
+        host, now_s = report.host, situation.now_s
+        seats = [self._seat(name, report, is_leaving or (name, host) in self._moves) for name, is_leaving in models]
+        used = sum(room_bytes(situation.models[name], report) for name, _ in models)
         budget = report.host_memory if report.movable else report.device_memory
         came_s = self._traffic.since_s(report)
         return CapacityHost(
@@ -213,10 +219,9 @@ class LivePlacement:
             on_time_frac=rates.on_time_frac,
         )
 
-    def _model(self, deployment: Deployment, situation: Situation) -> CapacityModel:
+    def _model(self, deployment: Deployment, costs: StepCosts, now_s: float) -> CapacityModel:
         name = deployment.name
         rates = self._traffic.model(name, self._long_s)
-        loads = [report.models[name].load for report in situation.hosts.values() if name in report.models]
         return CapacityModel(
             name,
             deployment.weight_bytes,
@@ -227,15 +232,8 @@ class LivePlacement:
             recent_arrivals_per_s=self._traffic.model(name, self._short_s).arrivals_per_s,
             input_tokens_per_s=rates.input_tokens_per_s,
             output_tokens_per_s=rates.wanted_tokens_per_s,
-            costs=_costs(loads),
+            costs=costs,
             min_replicas=self.replicas,
             max_replicas=self.max_replicas,
-            since_move_s=self._since(self._model_s, name, situation.now_s),
+            since_move_s=self._since(self._model_s, name, now_s),
         )
-
-
-def _costs(loads: list[dict[str, Any]]) -> StepCosts:
-    for load in loads:
-        if coefficients := load.get("costs", {}).get("coefficients"):
-            return StepCosts(**coefficients)
-    return StepCosts()

@@ -7,9 +7,10 @@ is idle. With `capacity: fixed` that stays so; with `live` the controller moves 
 only: half a model on each host needs more than half of its time.
 
 A model is asked for so many tokens per second that `--users` requests decode at a time if all are on time. Time per
-token of the SLO is `--slack` times what a step of so many requests takes, measured first on a host by itself: one
-model needs about 1 / slack of a host, two need more than there is. Requests come in equal intervals; token i is due at
-arrival + ttft + i * tpot, with ttft = 20 tpot. The window of the controller is shorter than usual, to keep this short.
+token of the SLO is measured first: `--between` of the way from what a token takes when a model has a host for itself to
+what it takes when two share one. So one model is well within what a host can do, and two are not. Requests come in
+equal intervals; token i is due at arrival + ttft + i * tpot, with ttft = 20 tpot. The window of the controller is
+shorter than usual, to keep this short.
 
     attainment_*   share of tokens on time, of all that fell due after the flip
     moves          seats that the controller added for the load, in the whole run
@@ -75,7 +76,7 @@ class Moves:
     """Attainment before the flip."""
     tpot_s: float
     lost: int
-    """Streams that did not come whole, of both runs, but for those that were cut off at the end."""
+    """Streams of both runs that ended with an error; those that still ran at the end were cut off and do not count."""
     cores: int
     decisions: list[dict[str, Any]] = field(default_factory=list)
     """Of the controller, with `at_s` from the flip."""
@@ -123,7 +124,9 @@ def count_due(streams: Sequence[Stream], start_s: float, seconds: float, ttft_s:
     return [Due(*pair) for pair in zip(on_time, due, strict=True)]
 
 
-async def _load(server: common.Server, phases: Sequence[tuple[Sequence[str], float]], interval_s: float, seed: int):
+async def _load(
+    server: common.Server, phases: Sequence[tuple[Sequence[str], float]], interval_s: float, seed: int
+) -> list[Stream]:
     """Ask the models of each phase, each every `interval_s`; returns all streams, the last ones cut off."""
     prompts = itertools.cycle(common.random_prompts(seed, 997, _PROMPT))
     streams: list[Stream] = []
@@ -156,14 +159,19 @@ def _pool(paths: dict[str, Path], mib: float, slo: dict[str, Any] | None) -> dic
             "host_memory": memory, "page_size": "1MiB", "weights": "movable"}  # fmt: skip
 
 
-def _step_s(folder: Path, logs: Path, path: Path, mib: float, users: int, limit_s: float) -> float:
-    """Mean seconds from token to token of `users` streams on one host with nothing beside it."""
+def _token_s(folder: Path, logs: Path, paths: dict[str, Path], mib: float, users: int, limit_s: float) -> list[float]:
+    """Mean seconds from token to token of `users` streams of a model that has a host for itself, and of two on one."""
+    token_s = []
     with ExitStack() as stack:
-        server = cluster_load.start_single(stack, _pool({"busy": path}, mib, None), folder, logs / "step.log", limit_s)
-        for requests in (users, 3 * users):  # the first ones take longer
+        pair = {name: paths[name] for name in ("busy", "b")}
+        server = cluster_load.start_single(stack, _pool(pair, mib, None), folder, logs / "step.log", limit_s)
+        for names, requests in ((["busy", "b"], users), (["busy"], 3 * users), (["busy", "b"], 3 * users)):
             prompts = common.random_prompts(requests, requests, _PROMPT)
-            _, results = common.measure([common.Load(server.port, "busy", prompts, users, _ANSWER)])
-        return statistics.fmean(results[0].itl_s)
+            _, results = common.measure([common.Load(server.port, name, prompts, users, _ANSWER) for name in names])
+            if requests == users:
+                continue  # the first ones take longer
+            token_s.append(statistics.fmean(itl_s for result in results for itl_s in result.itl_s))
+        return token_s
 
 
 def _arm(
@@ -178,31 +186,32 @@ def _arm(
         common.progress(f"{name}: {at}")
         asyncio.run(_load(server, [(NAMES, 3.0)], 0.5, seed))  # the first requests of a model take longer
         start_s = time.time()
-        streams = asyncio.run(_load(server, phases, users and _ANSWER * tpot_s / users, seed))
-        end_s, flip_s = time.time(), phases[0][1]
+        streams = asyncio.run(_load(server, phases, _ANSWER * tpot_s / users, seed))
+        flip_s = phases[0][1]
         steps = count_due(streams, start_s, sum(seconds for _, seconds in phases), 20 * tpot_s, tpot_s)
         made = [d | {"at_s": round(d["at_s"] - start_s - flip_s, 2)} for d in cluster_load.decisions(server)]
-        lost = sum(bool(s.problem) for s in streams if s.arrival_s < end_s - 60)
-        problems = sorted({s.problem for s in streams if s.problem})
-        run = Run(flip_s, steps, made, lost or len(problems))
-        common.progress(f"{name}: {[round(step.frac, 2) for step in steps]} {problems[:3]}")
+        problems = [s.problem for s in streams if s.problem]
+        run = Run(flip_s, steps, made, len(problems))
+        common.progress(f"{name}: {[round(step.frac, 2) for step in steps]} {sorted(set(problems))[:3]}")
         for decision in run.moves():
             common.progress(f"{name}: {decision['at_s']} s after the flip: {decision['reason']}")
         return run
 
 
 def run(
-    *, mib: float, users: int, slack: float, before_s: float, after_s: float, window_s: float, tpot_ms: float | None,
+    *, mib: float, users: int, between: float, before_s: float, after_s: float, window_s: float, tpot_ms: float | None,
     png: Path | None, seed: int, start_limit_s: float, logs: Path | None,
 ) -> Moves:  # fmt: skip
     """The whole bench."""
     with common.scratch(logs) as (folder, log_folder, _):
         paths = sized_models.make_all(folder / "models", dict.fromkeys(NAMES, mib))
-        step_s = (
-            tpot_ms / 1e3 / slack if tpot_ms else _step_s(folder, log_folder, paths["busy"], mib, users, start_limit_s)
-        )
-        tpot_s = slack * step_s
-        common.progress(f"a step takes {1e3 * step_s:.1f} ms, tpot {1e3 * tpot_s:.1f} ms")
+        tpot_s = (tpot_ms or 0.0) / 1e3
+        if not tpot_s:
+            alone_s, both_s = _token_s(folder, log_folder, paths, mib, users, start_limit_s)
+            tpot_s = alone_s + between * (both_s - alone_s)
+            common.progress(
+                f"a token takes {alone_s:.4f} s, of two models on one host {both_s:.4f} s; tpot {tpot_s:.4f}"
+            )
         pool = _pool(paths, mib, {"ttft": f"{20 * tpot_s:.4f}s", "tpot": f"{tpot_s:.5f}s"})
         phases = [(("busy", "a"), before_s), (("busy", "b"), after_s)]
         end_s = before_s + after_s
@@ -258,7 +267,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--mib", type=float, default=192, help="size of each model (default: %(default)s)")
     parser.add_argument("--users", type=int, default=4, help="requests at a time of a model (default: %(default)s)")
-    parser.add_argument("--slack", type=float, default=1.6, help="tpot over the time of a step (default: %(default)s)")
+    parser.add_argument("--between", type=float, default=0.4, help="where tpot is, see above (default: %(default)s)")
     parser.add_argument("--before-s", type=float, default=20, help="until the flip (default: %(default)s)")
     parser.add_argument("--after-s", type=float, default=50, help="after the flip (default: %(default)s)")
     parser.add_argument("--window-s", type=float, default=18, help="cluster.capacity_window (default: %(default)s)")

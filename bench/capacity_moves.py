@@ -130,7 +130,7 @@ async def _load(
     """Ask the models of each phase, each every `interval_s`; returns all streams, the last ones cut off."""
     prompts = itertools.cycle(common.random_prompts(seed, 997, _PROMPT))
     streams: list[Stream] = []
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2)) as session:
         running: list[asyncio.Task[None]] = []
 
         async def ask(model: str, begin_s: float, end_s: float) -> None:

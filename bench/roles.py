@@ -70,7 +70,7 @@ class Roles:
 async def _play(port: int, users: int, requests: int, prompt_len: int, num_tokens: int, seed: int) -> list[Stream]:
     streams = [Stream("m", prompt, num_tokens) for prompt in common.random_prompts(seed, requests, prompt_len)]
     waiting = iter(streams)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2)) as session:
 
         async def user() -> None:
             for stream in waiting:

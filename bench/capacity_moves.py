@@ -156,7 +156,7 @@ def _pool(paths: dict[str, Path], mib: float, slo: dict[str, Any] | None) -> dic
     entries = [{"name": name, "model": str(path), "args": cluster_load.MODEL_ARGS} for name, path in paths.items()]
     memory = f"{round(mib * len(NAMES) * 1.3) + 128}MiB"
     return {"models": [e | ({"slo": slo} if slo else {}) for e in entries], "device_memory": memory,
-            "host_memory": memory, "page_size": "1MiB", "weights": "movable"}  # fmt: skip
+            "host_memory": memory, "page_size": "4MiB", "weights": "movable"}  # fmt: skip
 
 
 def _token_s(folder: Path, logs: Path, paths: dict[str, Path], mib: float, users: int, limit_s: float) -> list[float]:
@@ -265,8 +265,8 @@ def _draw(path: Path, fixed: Run, live: Run) -> None:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--mib", type=float, default=192, help="size of each model (default: %(default)s)")
-    parser.add_argument("--users", type=int, default=4, help="requests at a time of a model (default: %(default)s)")
+    parser.add_argument("--mib", type=float, default=320, help="size of each model (default: %(default)s)")
+    parser.add_argument("--users", type=int, default=3, help="requests at a time of a model (default: %(default)s)")
     parser.add_argument("--between", type=float, default=0.4, help="where tpot is, see above (default: %(default)s)")
     parser.add_argument("--before-s", type=float, default=20, help="until the flip (default: %(default)s)")
     parser.add_argument("--after-s", type=float, default=50, help="after the flip (default: %(default)s)")

@@ -69,8 +69,9 @@ dashboards: setup
 demo: setup
 	$(PY) -m tokenpool.demo
 
+# Two workers: much of the time a test waits for a process to start. More would need more cores and memory.
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-fast: setup
 	$(PY) -m pytest -m cpu

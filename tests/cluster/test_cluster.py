@@ -22,7 +22,7 @@ from tests.helpers.server import WAIT_LIMIT_S, PoolServerProcess, is_running, po
 
 pytestmark = pytest.mark.ray
 
-NUM_TOKENS = 160
+NUM_TOKENS = 400
 PROMPTS = [[11, 12, 13], [21, 22, 23, 24]]
 
 

@@ -17,7 +17,7 @@ from tests.helpers.server import PoolServerProcess, poll
 
 pytestmark = pytest.mark.vllm
 
-NUM_TOKENS = 200
+NUM_TOKENS = 440
 PROMPT = "hello world, this is a test of"  # below one block: a second run finds nothing in the prefix cache
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "minLength": 150}, "b": {"type": "integer"}}}
 GREEDY: dict[str, Any] = {"temperature": 0}

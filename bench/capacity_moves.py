@@ -176,7 +176,7 @@ def _token_s(folder: Path, logs: Path, paths: dict[str, Path], mib: float, users
 
 def _arm(
     name: str, pool: dict[str, Any], folder: Path, logs: Path, phases: Sequence[tuple[Sequence[str], float]],
-    tpot_s: float, users: int, seed: int, limit_s: float,
+    tpot_s: float, users: int, window_s: float, seed: int, limit_s: float,
 ) -> Run:  # fmt: skip
     with ExitStack() as stack:
         server = cluster_load.start_cluster(stack, pool, folder, logs / f"{name}.log", 2, limit_s)
@@ -184,7 +184,9 @@ def _arm(
         if at["busy"] != at["b"] or at["a"] == at["b"]:
             raise RuntimeError(f"the models are not spread as the bench needs it: {at}")
         common.progress(f"{name}: {at}")
-        asyncio.run(_load(server, [(NAMES, 3.0)], 0.5, seed))  # the first requests of a model take longer
+        for model in NAMES:  # the first requests of a model take longer
+            common.measure([common.Load(server.port, model, common.random_prompts(seed, 2, _PROMPT), 1, _ANSWER)])
+        time.sleep(window_s)  # until the controller has forgotten them
         start_s = time.time()
         streams = asyncio.run(_load(server, phases, _ANSWER * tpot_s / users, seed))
         flip_s = phases[0][1]
@@ -219,7 +221,16 @@ def run(
         for name, cluster in (("fixed", {}), ("live", {"capacity_window": f"{window_s}s", "max_replicas": 1})):
             section = {"hosts": 2, "capacity": name, **cluster}
             arms[name] = _arm(
-                name, pool | {"cluster": section}, folder, log_folder, phases, tpot_s, users, seed, start_limit_s
+                name,
+                pool | {"cluster": section},
+                folder,
+                log_folder,
+                phases,
+                tpot_s,
+                users,
+                window_s,
+                seed,
+                start_limit_s,
             )
         fixed, live = arms["fixed"], arms["live"]
         if png:

@@ -50,6 +50,8 @@ class Server:
 
     def __init__(self, words: Sequence[str], models: Sequence[str], log: Path, **env: str) -> None:
         self.port, self.models, self.log = _free_port(), set(models), log
+        self.key = ""
+        """What `is_ready` sends, for a server that asks for a key."""
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, *words, "--host", "127.0.0.1", "--port", str(self.port)]
         self.started_s = time.monotonic()
@@ -71,7 +73,7 @@ class Server:
             raise RuntimeError(f"the server ended with status {self.process.returncode}:\n{tail}")
         try:
             self.get("/health")
-            cards = self.get("/v1/models")["data"]
+            cards = self.get("/v1/models", key=self.key)["data"]
         except OSError:  # also urllib's errors
             return False
         # A pool lists models while they load, with their state; plain vLLM listens once its model is loaded.

@@ -138,6 +138,7 @@ def run(
         env = {"SOAK_POLITE": POLITE, "SOAK_LIMITED": LIMITED}
         names = [name for name, _ in paths]
         server = common.Server([*common.POOL, str(pool_file)], names, log_folder / "soak.log", **env)
+        server.key = ADMIN_KEY
         stack.callback(server.close)
         common.wait_until_ready([server], start_limit_s)
         return _soak(server, {"name": _EXTRA, "model": str(extra[1]), "args": _args()}, minutes, rate, seed, png)

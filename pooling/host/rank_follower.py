@@ -73,6 +73,6 @@ class _Follower:
             result = error
         try:
             message = pickle.dumps(result)
-        except Exception:
+        except (pickle.PicklingError, TypeError, AttributeError):  # an exception that holds what cannot be sent
             message = pickle.dumps(RuntimeError(f"{type(result).__name__}: {result}"))
         self._connection.send_bytes(message)

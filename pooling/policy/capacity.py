@@ -102,7 +102,7 @@ class CapacityModel:
     min_replicas: int = 1
     """Seats that it always has, at least 1."""
     max_replicas: int | None = None
-    """Seats that it may have; None = any number."""
+    """Seats that it may have, one more where none of them decodes, or none prefills; None = any number."""
     pinned: tuple[str, ...] = ()
     """Hosts chosen by the operator: it gets a seat on each of them and nowhere else. () = the policy chooses."""
     since_move_s: float = _INF

@@ -147,8 +147,8 @@ class _Deciding:
             allowed = np.zeros_like(mask)
             allowed[[board.host_of[name] for name in model.pinned if name in board.host_of]] = True
             mask &= allowed
-        elif model.max_replicas is not None and len(board.seats[m]) >= self._limit(m):
-            return None
+        elif len(board.seats[m]) >= self._limit(m) and min(board.kinds(board.seats[m])):
+            return None  # a model that could not be prefilled, or not be decoded, may have one more
         else:
             mask &= board.entry if kind == "entry" else board.decode
         mask[list(board.taken[m])] = False

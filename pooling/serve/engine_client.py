@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -22,23 +22,15 @@ from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.policy.capacity import Role
 from tokenpool.serve.engine_link import EngineLink, LinkClosedError
 from tokenpool.serve.journal import Journal, JournalEntry
+from tokenpool.serve.request_route import Route, by_prefix
 
 logger = logging.getLogger(__name__)
-
-Route = Callable[[EngineCoreRequest, Mapping[str, int]], str]
-"""Chooses the host of a request, given the number of unfinished requests of each host; returns a key of it."""
-
 
 MAX_LOSSES = 3
 """A request with which so many hosts died is not given to another one."""
 
 _POLL_S = 0.02
 _KV_LIMIT_S = 30.0
-
-
-def least_loaded(request: EngineCoreRequest, loads: Mapping[str, int]) -> str:
-    """The host with the fewest unfinished requests; of equal ones the one that joined first."""
-    return min(loads, key=loads.__getitem__)
 
 
 class _Resources:
@@ -64,7 +56,7 @@ class PoolEngineClient(AsyncMPClient):
         vllm_config: VllmConfig,
         *,
         client_index: int = 0,
-        route: Route = least_loaded,
+        route: Route = by_prefix,
     ) -> None:
         """`client_index` is the place of this frontend in the addresses of the engines."""
         # vLLM sends an image once and then its hash only, which an engine that comes later does not know. It sends the

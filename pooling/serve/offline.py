@@ -136,24 +136,14 @@ class PooledLLM(Mapping[str, LLM]):
     def _load(self, plan: ModelPlan) -> LLM:
         engine_args = EngineArgs.from_cli_args(plan.args)
         engine_args.disable_log_stats = True  # vLLM's metrics of several engines erase each other; see state()
-        failure: list[Exception] = []
 
         def launch(config: VllmConfig, addresses: EngineZmqAddresses) -> _HostedEngine:
-            try:
-                check_config(plan.spec.name, config)
-                self._add(plan, config, addresses)
-            except Exception as error:
-                failure.append(error)
-                raise
+            check_config(plan.spec.name, config)
+            self._add(plan, config, addresses)
             return _HostedEngine(self._host_ended)
 
         with launching(launch):
-            try:
-                return LLM.from_engine_args(engine_args)
-            except Exception:
-                if failure:
-                    raise failure[0] from None
-                raise
+            return LLM.from_engine_args(engine_args)
 
     def _add(self, plan: ModelPlan, config: VllmConfig, addresses: EngineZmqAddresses) -> None:
         assert self._host is not None

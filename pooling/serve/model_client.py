@@ -17,6 +17,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
+from tokenpool.host.heap import release_engine
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostedModelSpec
 from tokenpool.patches.engine_client import handing_in
@@ -27,6 +28,9 @@ from tokenpool.serve.launch_plan import ModelPlan, first_line
 from tokenpool.serve.tenant_meter import meter
 
 logger = logging.getLogger(__name__)
+
+RELEASE_AFTER_S = 1.0
+"""After a model's client was closed its memory is given back; that stops the frontend for a full collection."""
 
 
 class ModelClient:
@@ -145,6 +149,8 @@ class ModelClient:
         await self._lifespan.aclose()
         self.core.close()
         await asyncio.to_thread(self.engine.shutdown)
+        # vLLM's app froze the heap, which would keep all of this for ever; soon nobody refers to it any more.
+        asyncio.get_running_loop().call_later(RELEASE_AFTER_S, release_engine)
 
 
 async def _add_to(host: HostProcess, plan: ModelPlan, core: PoolEngineClient) -> dict[str, Any]:

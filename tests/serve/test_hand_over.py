@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -68,8 +69,9 @@ async def _two_hosts(model: str) -> AsyncIterator[tuple[ModelClient, HostProcess
 
 def test_streams_go_on_elsewhere_with_their_kv(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Moved by name, by a host that leaves, and from a prefill to a decode host: the tokens are those of a request
-    that stayed, and the other host computes no block of the prompt again."""
+    that stayed, and the other host computes no block of the prompt again. A client that is closed leaves no memory."""
     from tokenpool.policy.capacity import Role
+    from tokenpool.serve.model_client import RELEASE_AFTER_S
 
     for name, value in ENV.items():
         monkeypatch.setenv(name, value)
@@ -105,6 +107,10 @@ def test_streams_go_on_elsewhere_with_their_kv(tiny_models: TinyModels, monkeypa
             left = await _tokens(client, "left", after=20, move=lambda: core.leave(first))
             assert left == alone
             assert core.hosts == [second]
+            engine = weakref.ref(client.engine)
+        client = core = None
+        await asyncio.sleep(RELEASE_AFTER_S + 0.5)
+        assert engine() is None, "a closed client stays in memory"
 
     asyncio.run(run())
 

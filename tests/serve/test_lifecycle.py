@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -180,16 +182,31 @@ def test_a_removed_model_finishes_what_runs(pool_server: PoolServerProcess, tiny
     assert before == books(pool_server.wait_until_idle())
 
 
+def states(server: PoolServerProcess) -> dict[str, str]:
+    """Each model's state in the list of models."""
+    cards = server.request("GET", "/v1/models").json()["data"]
+    return {card["id"]: card["pool"]["state"] for card in cards if "pool" in card}
+
+
 def test_removal_aborts_after_its_drain_limit(pool_server: PoolServerProcess, tiny_models: TinyModels) -> None:
     """With `drain=0s` a running request is ended at once, not left hanging, and the pages come back."""
     before = books(pool_server.wait_until_idle())
     add(pool_server, "added", tiny_models.path("mixtral"))
     stream = Stream(pool_server, "added")
     stream.read_one()
-    response = pool_server.admin("DELETE", "/models/added?drain=0s")
-    stream.read_all()
+    host_pid = pool_server.host_pid
+    os.kill(host_pid, signal.SIGSTOP)  # else it may be done before the call comes
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            response = thread.submit(pool_server.admin, "DELETE", "/models/added?drain=0s")
+            poll(lambda: states(pool_server)["added"], until=lambda state: state == "draining")
+            time.sleep(0.3)  # the word to the engine follows at once
+            os.kill(host_pid, signal.SIGCONT)
+            stream.read_all()
+    finally:
+        os.kill(host_pid, signal.SIGCONT)
 
-    assert response.status_code == 200, response.text
+    assert response.result().status_code == 200, response.result().text
     assert stream.num_tokens < LONG
     assert before == books(pool_server.wait_until_idle())
 

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,6 +129,16 @@ class PoolServerProcess:
     def host_pid(self) -> int:
         """Process id of the engine host."""
         return self.state()["host_pid"]
+
+    @contextmanager
+    def host_held_still(self) -> Iterator[None]:
+        """Stop the engine host for the time of the block, so that what runs there cannot end meanwhile."""
+        pid = self.host_pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def headers(self, key: str | None) -> dict[str, str]:
         """The header that carries `key`."""

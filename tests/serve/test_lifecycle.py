@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -170,9 +169,10 @@ def test_a_removed_model_finishes_what_runs(pool_server: PoolServerProcess, tiny
     stream = Stream(pool_server, "added")
     stream.read_one()
     with ThreadPoolExecutor(1) as threads:
-        removal = threads.submit(remove, pool_server, "added")
-        poll(lambda: pool_server.state()["models"]["added"]["state"], until=lambda state: state == "draining")
-        refused = pool_server.request("POST", "/v1/completions", json={"model": "added", "prompt": "x"})
+        with pool_server.host_held_still():
+            removal = threads.submit(remove, pool_server, "added")
+            poll(lambda: states(pool_server)["added"], until=lambda state: state == "draining")
+            refused = pool_server.request("POST", "/v1/completions", json={"model": "added", "prompt": "x"})
         stream.read_all()
         removal.result(60)
 
@@ -194,17 +194,12 @@ def test_removal_aborts_after_its_drain_limit(pool_server: PoolServerProcess, ti
     add(pool_server, "added", tiny_models.path("mixtral"))
     stream = Stream(pool_server, "added")
     stream.read_one()
-    host_pid = pool_server.host_pid
-    os.kill(host_pid, signal.SIGSTOP)  # else it may be done before the call comes
-    try:
-        with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1) as thread:
+        with pool_server.host_held_still():
             response = thread.submit(pool_server.admin, "DELETE", "/models/added?drain=0s")
             poll(lambda: states(pool_server)["added"], until=lambda state: state == "draining")
             time.sleep(0.3)  # the word to the engine follows at once
-            os.kill(host_pid, signal.SIGCONT)
-            stream.read_all()
-    finally:
-        os.kill(host_pid, signal.SIGCONT)
+        stream.read_all()
 
     assert response.result().status_code == 200, response.result().text
     assert stream.num_tokens < LONG

@@ -232,9 +232,13 @@ def test_a_full_queue_of_a_model_is_429(server: PoolServerProcess, tiny_models: 
     assert 201 == server.admin("POST", "/models", entry | {"admission": {"max_waiting": 2}}).status_code
     running = Stream(server, "narrow", 450)
     running.read_one()
-    waiting = [Stream(server, "narrow", 8) for _ in range(2)]
-    refused = server.request("POST", "/v1/completions", json={"model": "narrow", "prompt": "x"})
-    tokens = server.request("POST", "/tokenize", json={"model": "narrow", "prompt": "x"})
+    with ThreadPoolExecutor(2) as threads:
+        with server.host_held_still():
+            begun = [threads.submit(Stream, server, "narrow", 8) for _ in range(2)]
+            poll(lambda: server.request("GET", "/load").json()["models"]["narrow"], until=lambda count: count == 3)
+            refused = server.request("POST", "/v1/completions", json={"model": "narrow", "prompt": "x"})
+            tokens = server.request("POST", "/tokenize", json={"model": "narrow", "prompt": "x"})
+        waiting = [stream.result(60) for stream in begun]
     for stream in (running, *waiting):
         stream.read_all()
 

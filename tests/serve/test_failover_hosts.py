@@ -85,15 +85,16 @@ class Hosts:
         await asyncio.gather(*(host.kill() for host in self.hosts.values()))
 
     def streams(self, run: str) -> asyncio.Future[list[Any]]:
-        """All requests at once; returns the future of their last outputs."""
+        """All requests at once; returns the future of the last outputs of each: index -> choice."""
         from vllm import SamplingParams, TokensPrompt
 
         async def one(name: str, options: dict[str, Any]) -> Any:
             params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, **options)
             prompt = TokensPrompt(prompt_token_ids=list(range(3, 40)))
+            choices: dict[int, Any] = {}  # each output has only those that got something
             async for output in self.llm.generate(prompt, params, f"{run}-{name}"):
-                last = output
-            return last
+                choices |= {choice.index: choice for choice in output.outputs}
+            return choices
 
         return asyncio.gather(*(one(name, options) for name, options in REQUESTS.items()))
 
@@ -109,14 +110,14 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def told(outputs: list[Any]) -> list[Any]:
+def told(outputs: list[dict[int, Any]]) -> list[Any]:
     """What clients see of finished requests."""
     return [
-        [
-            (choice.index, list(choice.token_ids), choice.text, choice.finish_reason, choice.cumulative_logprob)
-            for choice in sorted(output.outputs, key=lambda choice: choice.index)
-        ]
-        for output in outputs
+        {
+            index: (list(choice.token_ids), choice.text, choice.finish_reason, choice.cumulative_logprob)
+            for index, choice in choices.items()
+        }
+        for choices in outputs
     ]
 
 

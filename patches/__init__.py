@@ -11,6 +11,7 @@ from tokenpool.patches import (
     engine_launch,
     kv_cache_allocation,
     model_inspection,
+    weight_iteration,
 )
 from tokenpool.patches.base import Patch, PatchSet, PatchStatus
 
@@ -22,6 +23,7 @@ PATCHES = PatchSet(
         cpu_gemm.PATCH,
         engine_launch.PATCH,
         engine_client.PATCH,
+        weight_iteration.PATCH,
         *dependencies.PATCHES,
     )
 )

@@ -24,6 +24,9 @@ class BuildContext(Protocol):
     def adopt_weights(self, model_runner: Any) -> None:
         """Take over the weights of a model just loaded, before anything is computed with them."""
 
+    def pause(self) -> None:
+        """Give way to models that run, at a point where nothing of the process is half done."""
+
     def enter_phase(self, phase: str) -> None:
         """Say what the build does from now on, for people who wait for it."""
 

@@ -36,27 +36,26 @@ def main(control_path: str, config_json: str) -> None:
     host.on_idle = HostMetrics(host).update
 
     def add_model(spec: HostedModelSpec) -> dict[str, Any]:
-        return model_state(host, host.add_model(spec))
+        return host.build_beside(lambda: model_state(host, host.add_model(spec))).result()
 
     def add_packed(spec: bytes, input_address: str, output_address: str, server_key: bytes) -> None:
         """A model from a controller, which neither opens the spec nor knows vLLM."""
         addresses = EngineAddresses((input_address,), (output_address,), server_key)
-        host.add_model(replace(pickle.loads(spec), addresses=addresses))
+        host.build_beside(lambda: host.add_model(replace(pickle.loads(spec), addresses=addresses)) and None).result()
 
     exchange = KVExchange(host, (host.config.node_ip, 0) if host.config.node_ip else f"{control_path}.kv")
     host.on_add = exchange.add
     key = bytes.fromhex(os.environ.pop(CONTROL_KEY_VARIABLE))
     methods = {
-        "add_model": add_model,
-        "add_packed": add_packed,
         "remove_model": host.remove_model,
         "state": lambda: {**host_state(host), "kv_exchange": exchange.snapshot()},
         "load": lambda: host_load(host),
         "trace": lambda last_s: host_trace(host, last_s),
         "check": host.check,
     }
+    direct = {"add_model": add_model, "add_packed": add_packed, "progress": host.progress.snapshot}
     with unpinned():
-        ControlServer(control_path, key, host.call).serve(methods, {"progress": host.progress.snapshot})
+        ControlServer(control_path, key, host.call).serve(methods, direct)
     # A socket thread that wants the interpreter waits this long for the loop: 5 ms by default, a step or more.
     sys.setswitchinterval(0.0005)
     host.run()

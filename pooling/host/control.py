@@ -20,8 +20,7 @@ Address = str | tuple[str, int]
 class ControlServer:
     """Answers calls on a Unix socket, or on (IP address, port), one thread per connection.
 
-    Each call runs on the host loop's thread. Only `direct` methods run on the connection's own: they are answered while
-    the loop builds a model.
+    Each call runs on the host loop's thread; `direct` methods run on the connection's own.
     """
 
     def __init__(self, address: Address, key: bytes, run_on_loop: Callable[[Callable[[], Any]], Any]) -> None:

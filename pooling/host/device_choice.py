@@ -36,20 +36,24 @@ def make_device(page_size: int, cpu_link: int | None = None) -> Device:
     )
 
 
-def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_pages: int) -> None:
+def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_pages: int) -> int:
     """Before a model is built whose movable weights need `num_pages`, or fixed ones none beyond those it holds.
 
     On a GPU vLLM loads into torch's memory, outside the pool's pages, and movable weights go from there into pages:
     for a while they are there twice. `make_room` frees so many pages, or half of them in a pool that is not as large,
-    and the memory of all free pages goes back to the GPU. Nothing is mapped in between, for all that happens on this
-    thread. Raises CapacityError like `make_room`.
+    and the memory of all free pages goes back to the GPU. Returns how many pages must stay free until the build has
+    ended. Raises CapacityError like `make_room`.
     """
-    if isinstance(device, CudaDevice):
-        try:
-            make_room(2 * num_pages)
-        except CapacityError:  # beside its pages the GPU may have enough: if not, the loader says so
-            make_room(num_pages)
-        device.release_unused()
+    if not isinstance(device, CudaDevice):
+        return 0
+    to_keep = num_pages
+    try:
+        make_room(2 * num_pages)
+    except CapacityError:  # beside its pages the GPU may have enough: if not, the loader says so
+        make_room(num_pages)
+        to_keep = 0
+    device.release_unused()
+    return to_keep
 
 
 def spare_host_bytes(device: Device, host_memory: int) -> int:

@@ -11,21 +11,17 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
 from tokenpool.errors import ConfigError, HostError, PoolError
 from tokenpool.host.affinity import use_all_cpus
-from tokenpool.host.device_choice import WORKERS, make_device, make_room_for_loading, spare_host_bytes
+from tokenpool.host.build_lane import BuildLane
+from tokenpool.host.device_choice import make_device, spare_host_bytes
+from tokenpool.host.engine_builder import EngineBuilder
 from tokenpool.host.engine_globals import EngineGlobals
-from tokenpool.host.group_executor import group_executor
 from tokenpool.host.heap import release_engine
-from tokenpool.host.hosted_core import HostedEngineCore
 from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
 from tokenpool.host.kv_swap import KVSwapper
-from tokenpool.host.model_build import LAYOUT, ModelBuild, weight_bytes_of
 from tokenpool.host.pressure import PressureRelief
 from tokenpool.host.progress import BuildProgress
-from tokenpool.host.quarantine import Quarantine
 from tokenpool.host.rank_group import RankGroup
 from tokenpool.host.residency import ResidencyManager
 from tokenpool.host.room_maker import RoomMaker
@@ -41,8 +37,7 @@ from tokenpool.memory.mirrored_device import MirroredDevice
 from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.memory.weights import WeightStore
 from tokenpool.patches import apply_all
-from tokenpool.patches.build_context import building
-from tokenpool.policy.cost_model import CopyModel, CostModel
+from tokenpool.policy.cost_model import CopyModel
 from tokenpool.policy.turns import Phase, load_turn_policy
 
 logger = logging.getLogger(__name__)
@@ -67,8 +62,6 @@ class EngineHost:
         """Called with each new model."""
         self.on_idle: Callable[[], None] = lambda: None
         """Called before the loop sleeps and about twice a second otherwise; used for metrics."""
-        self.progress = BuildProgress()
-        """What `add_model` is doing; for other threads to read."""
         self.started_s = time.time()
         self.switches = 0
         self.loops = 0
@@ -93,6 +86,19 @@ class EngineHost:
         self._turns = TurnChooser(policy, self.residency, self.trace)
         self._globals = EngineGlobals()
         self._relief = PressureRelief(self.allocator, config.kv_floor_pages, room.most_slabs_for, room.keep_promises)
+        self._lane = BuildLane(self._globals)
+        self._builder = EngineBuilder(
+            config,
+            self.group,
+            self.allocator,
+            self.weights,
+            self.swapper,
+            self._relief,
+            copies,
+            self._globals,
+            self._lane,
+            self._notify,
+        )
         self._wake = threading.Event()
         self._inputs: set[str] = set()  # models with new input; set operations are atomic under the GIL
         self._active: dict[str, HostedModel] = {}
@@ -105,52 +111,14 @@ class EngineHost:
     # -- models --------------------------------------------------------------------------------------
 
     def add_model(self, spec: HostedModelSpec) -> HostedModel:
-        """Load a model and give it turns; raises PoolError and leaves no trace if it cannot be added."""
+        """Load a model and give it turns; raises PoolError and leaves no trace if it cannot be added.
+
+        In a job of `build_beside` the other models keep their turns meanwhile.
+        """
         if spec.name in self.models:
             raise ConfigError(f"model {spec.name!r} is in the pool already: give the new one another name")
-        if spec.vllm_config.parallel_config.world_size != self.config.tensor_parallel_size:
-            raise ConfigError(
-                f"model {spec.name!r}: all models of a host need the same --tensor-parallel-size, here "
-                f"{self.config.tensor_parallel_size}"
-            )
-        start = time.perf_counter()
-        movable = self.config.movable_weights
-        weight_pages = [] if movable else self._take_weight_pages(spec.name, spec.weight_bytes)
-        store = self.weights if movable else None
-        enter = self.progress.enter
-        build = ModelBuild(spec.name, spec.vllm_config, self.allocator, self.config.kv_floor_pages, store, enter)
-        core = None
-        try:
-            core = self._build_core(spec, build)
-            if not movable:
-                model = core.model_executor.driver_worker.worker.model_runner.get_model()
-                extra = weight_bytes_of(model) - len(weight_pages) * self.config.page_size
-                weight_pages += self._take_weight_pages(spec.name, max(0, extra))
-            self._relief.check_fits(spec.name, core, build.pool)
-            hosted = HostedModel(
-                spec=spec,
-                index=self._next_index,
-                core=core,
-                build=build,
-                quarantine=Quarantine(spec.name, core),
-                weight_pages=weight_pages,
-                build_s=time.perf_counter() - start,
-                cost=CostModel(copies=self.residency.copies),
-            )
-            self.swapper.add(hosted)
-        except BaseException as error:
-            if core is not None:
-                core.close(tell=False)
-            core = model = hosted = None
-            if spec.name in self.weights:
-                self.weights.remove(spec.name)
-            self._relief.forget(spec.name)
-            build.undo()
-            self.ledger.give(spec.name, PageUse.WEIGHTS, weight_pages)
-            self._globals.forget(spec.name)
-            release_engine(error)
-            raise
-        core.is_away = lambda: not self.residency.is_ready(hosted)
+        hosted = self._builder.build(spec, self._next_index)
+        hosted.core.is_away = lambda: not self.residency.is_ready(hosted)
         self.on_add(hosted)
         self._next_index += 1
         self.models[spec.name] = hosted
@@ -184,29 +152,6 @@ class EngineHost:
         release_engine()
         logger.info("model removed model=%s", name)
 
-    def _build_core(self, spec: HostedModelSpec, build: ModelBuild) -> HostedEngineCore:
-        loading_pages = -(-spec.weight_bytes // self.config.page_size) if self.config.movable_weights else 0
-        make_room_for_loading(self.arena.device, self.weights.make_room, loading_pages)
-        cache = spec.vllm_config.cache_config
-        cache.kv_cache_layout = LAYOUT
-        cache.kv_cache_memory_bytes = self.arena.span_bytes
-        spec.vllm_config.parallel_config.worker_cls = WORKERS[spec.vllm_config.device_config.device_type]
-        with self.progress.building(spec.name), self._globals.building(spec.name), building(build):
-            return HostedEngineCore(
-                spec.vllm_config,
-                addresses=spec.addresses,
-                slo=spec.slo,
-                log_stats=spec.log_stats,
-                notify=lambda: self._notify(spec.name),
-                executor_class=group_executor(self.group, spec.name) if self.group else UniProcExecutor,
-            )
-
-    def _take_weight_pages(self, name: str, nbytes: int) -> list[int]:
-        count = -(-nbytes // self.config.page_size)
-        if count:
-            self.allocator.free_pages(count)
-        return self.ledger.take(name, PageUse.WEIGHTS, count)
-
     # -- the loop ------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -218,6 +163,9 @@ class EngineHost:
             if now - last_idle_call > 0.5 or not (stepped or self._active):
                 self.on_idle()
                 last_idle_call = now
+            if self._lane.busy:
+                self.build_on()
+                continue
             if stepped or self._inputs or self._calls:
                 continue
             if self._stopping and not self._active:
@@ -257,6 +205,13 @@ class EngineHost:
         if self._previous is not None:
             self._end_turn(self._previous)
         return executed
+
+    def build_on(self) -> None:
+        """Let a job of `build_beside` go on for a slice; `run` does so between any two steps."""
+        if self._stopping:
+            self._lane.abort()
+        # Ranks of a group build in step with this one: a rank that still builds could not follow a step of a model.
+        self._lane.run_slice(beside=bool(self.models) and self.group is None)
 
     def _after_step(self, hosted: HostedModel) -> None:
         self.swapper.after_step(hosted)
@@ -349,6 +304,17 @@ class EngineHost:
         self._calls.append((function, future))
         self._wake.set()
         return future
+
+    def build_beside(self, job: Callable[[], _T]) -> Future[_T]:
+        """Run `job`, which adds models, in slices between the steps of the others; usable from any thread."""
+        future = self._lane.submit(job)
+        self._wake.set()
+        return future
+
+    @property
+    def progress(self) -> BuildProgress:
+        """What `add_model` is doing; for other threads to read."""
+        return self._builder.progress
 
     def stop(self) -> None:
         """Let `run` return once all accepted requests are done; usable from any thread or signal handler."""

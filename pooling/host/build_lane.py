@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds models beside the ones that run: on a thread of its own, but only in slices that the loop grants it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from tokenpool.errors import HostError
+from tokenpool.host.engine_globals import EngineGlobals
+
+SLICE_S = 0.005
+"""How long a build runs at a time, at least, beside models that have work."""
+
+_T = TypeVar("_T")
+
+
+class BuildLane:
+    """Runs jobs one after the other on a side thread that holds still whenever the loop runs, and the other way round.
+
+    So a build needs no locks: nothing happens at the same time, and what it finds at the end of a pause is what the
+    loop has left between two steps. It pauses where `pause` is called: between two modules or parameters of a model
+    that is made, and between two tensors of its checkpoint. vLLM's globals are exchanged at each pause.
+    """
+
+    def __init__(self, engine_globals: EngineGlobals) -> None:
+        self._globals = engine_globals
+        self._jobs: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._thread: threading.Thread | None = None
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._until_s = 0.0
+        self._aborted = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job runs or waits."""
+        return self._thread is not None or bool(self._jobs)
+
+    def submit(self, job: Callable[[], _T]) -> Future[_T]:
+        """Run `job` after those before it; usable from any thread, but the loop must be woken."""
+        future: Future[_T] = Future()
+        self._jobs.append((job, future))
+        return future
+
+    def run_slice(self, *, beside: bool) -> None:
+        """Let the present job go on for about SLICE_S; called on the loop's thread.
+
+        Unless `beside`, a job that has not begun runs to its end here: it has nothing to wait for, and the first
+        engine of a process binds the cores of the thread it is built on, which must be the one that steps.
+        """
+        if self._thread is None:
+            if not self._jobs:
+                return
+            job, future = self._jobs.popleft()
+            if not beside:
+                _settle(future, job)
+                return
+            self._thread = threading.Thread(target=self._work, args=(job, future), name="build", daemon=True)
+            self._thread.start()
+        self._until_s = time.perf_counter() + SLICE_S
+        self._go.release()
+        self._back.acquire()
+
+    def pause(self) -> None:
+        """Give way to the loop when the slice is over; does nothing on other threads.
+
+        Raises HostError in a job that is not to go on.
+        """
+        if threading.current_thread() is not self._thread or time.perf_counter() < self._until_s:
+            return
+        with self._globals.build_paused():
+            self._back.release()
+            self._go.acquire()
+        if self._aborted:
+            raise HostError("the host is ending: the model is not added")
+
+    def abort(self) -> None:
+        """Let the present job fail at its next pause, and those that wait at once."""
+        self._aborted = True
+        while self._jobs:
+            self._jobs.popleft()[1].set_exception(HostError("the host is ending: the model is not added"))
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Pause whenever a module or parameter is registered on this thread in the block."""
+        hooks = [
+            register_module_module_registration_hook(self._registered),
+            register_module_parameter_registration_hook(self._registered),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _registered(self, *_: Any) -> None:
+        self.pause()
+
+    def _work(self, job: Callable[[], Any], future: Future) -> None:
+        self._go.acquire()
+        _settle(future, job)
+        self._thread = None
+        self._back.release()
+
+
+def _settle(future: Future, job: Callable[[], Any]) -> None:
+    try:
+        result = job()
+    except BaseException as error:  # goes to whoever waits for the future
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the engine of a model and everything the host keeps beside it, or nothing at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from tokenpool.errors import ConfigError
+from tokenpool.host.build_lane import BuildLane
+from tokenpool.host.device_choice import WORKERS, make_room_for_loading
+from tokenpool.host.engine_globals import EngineGlobals
+from tokenpool.host.group_executor import group_executor
+from tokenpool.host.heap import release_engine
+from tokenpool.host.hosted_core import HostedEngineCore
+from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
+from tokenpool.host.kv_swap import KVSwapper
+from tokenpool.host.model_build import LAYOUT, ModelBuild, weight_bytes_of
+from tokenpool.host.pressure import PressureRelief
+from tokenpool.host.progress import BuildProgress
+from tokenpool.host.quarantine import Quarantine
+from tokenpool.host.rank_group import RankGroup
+from tokenpool.memory.ledger import PageUse
+from tokenpool.memory.slab_allocator import SlabAllocator
+from tokenpool.memory.weights import WeightStore
+from tokenpool.patches.build_context import building
+from tokenpool.policy.cost_model import CopyModel, CostModel
+
+
+class EngineBuilder:
+    """What a host needs to build engines; used on its loop's thread, or in its build lane."""
+
+    def __init__(
+        self,
+        config: HostConfig,
+        group: RankGroup | None,
+        allocator: SlabAllocator,
+        weights: WeightStore,
+        swapper: KVSwapper,
+        relief: PressureRelief,
+        copies: CopyModel,
+        engine_globals: EngineGlobals,
+        lane: BuildLane,
+        notify: Callable[[str], None],
+    ) -> None:
+        self.config = config
+        self.progress = BuildProgress()
+        """What `build` is doing; for other threads to read."""
+        self._group = group
+        self._allocator = allocator
+        self._weights = weights
+        self._swapper = swapper
+        self._relief = relief
+        self._copies = copies
+        self._globals = engine_globals
+        self._lane = lane
+        self._notify = notify
+
+    def build(self, spec: HostedModelSpec, index: int) -> HostedModel:
+        """Load a model; raises PoolError and leaves no trace if it cannot be added."""
+        if spec.vllm_config.parallel_config.world_size != self.config.tensor_parallel_size:
+            raise ConfigError(
+                f"model {spec.name!r}: all models of a host need the same --tensor-parallel-size, here "
+                f"{self.config.tensor_parallel_size}"
+            )
+        start = time.perf_counter()
+        movable, ledger = self.config.movable_weights, self._allocator.ledger
+        weight_pages = [] if movable else self._take_weight_pages(spec.name, spec.weight_bytes)
+        build = ModelBuild(
+            spec.name,
+            spec.vllm_config,
+            self._allocator,
+            self.config.kv_floor_pages,
+            self._weights if movable else None,
+            self.progress.enter,
+            self._lane.pause,
+        )
+        core = None
+        try:
+            core = self._build_core(spec, build)
+            if not movable:
+                model = core.model_executor.driver_worker.worker.model_runner.get_model()
+                extra = weight_bytes_of(model) - len(weight_pages) * self.config.page_size
+                weight_pages += self._take_weight_pages(spec.name, max(0, extra))
+            self._relief.check_fits(spec.name, core, build.pool)
+            hosted = HostedModel(
+                spec=spec,
+                index=index,
+                core=core,
+                build=build,
+                quarantine=Quarantine(spec.name, core),
+                weight_pages=weight_pages,
+                build_s=time.perf_counter() - start,
+                cost=CostModel(copies=self._copies),
+            )
+            self._swapper.add(hosted)
+        except BaseException as error:
+            if core is not None:
+                core.close(tell=False)
+            core = model = hosted = None
+            if spec.name in self._weights:
+                self._weights.remove(spec.name)
+            self._relief.forget(spec.name)
+            build.undo()
+            ledger.give(spec.name, PageUse.WEIGHTS, weight_pages)
+            self._globals.forget(spec.name)
+            release_engine(error)
+            raise
+        return hosted
+
+    def _build_core(self, spec: HostedModelSpec, build: ModelBuild) -> HostedEngineCore:
+        cache = spec.vllm_config.cache_config
+        cache.kv_cache_layout = LAYOUT
+        cache.kv_cache_memory_bytes = self._allocator.arena.span_bytes
+        spec.vllm_config.parallel_config.worker_cls = WORKERS[spec.vllm_config.device_config.device_type]
+        ledger = self._allocator.ledger
+        loading_pages = -(-spec.weight_bytes // ledger.page_size) if self.config.movable_weights else 0
+        device = self._allocator.arena.device
+        # Held by nobody else while the build pauses: their memory is the loader's.
+        lent = ledger.take(
+            spec.name, PageUse.WEIGHTS, make_room_for_loading(device, self._weights.make_room, loading_pages)
+        )
+        try:
+            with (
+                self.progress.building(spec.name),
+                self._globals.building(spec.name),
+                building(build),
+                self._lane.pausing(),
+            ):
+                return HostedEngineCore(
+                    spec.vllm_config,
+                    addresses=spec.addresses,
+                    slo=spec.slo,
+                    log_stats=spec.log_stats,
+                    notify=lambda: self._notify(spec.name),
+                    executor_class=group_executor(self._group, spec.name) if self._group else UniProcExecutor,
+                )
+        finally:
+            ledger.give(spec.name, PageUse.WEIGHTS, lent)
+
+    def _take_weight_pages(self, name: str, nbytes: int) -> list[int]:
+        ledger = self._allocator.ledger
+        count = -(-nbytes // ledger.page_size)
+        if count:
+            self._allocator.free_pages(count)
+        return ledger.take(name, PageUse.WEIGHTS, count)

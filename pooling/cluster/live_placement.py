@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 from tokenpool.cluster.placement import KeepReplicas, Move, Placement, Situation, room_bytes
-from tokenpool.cluster.traffic import TrafficBook
-from tokenpool.cluster.values import Deployment, HostReport
+from tokenpool.cluster.traffic import Rates, Seat, TrafficBook
+from tokenpool.cluster.values import HostedReport, HostReport
 from tokenpool.cluster_config import ClusterConfig
 from tokenpool.policy.capacity import (
     Action,
@@ -25,6 +28,14 @@ from tokenpool.policy.capacity_live import LiveCapacity
 from tokenpool.policy.turns import Residency
 
 _ADDS = (Action.PLACE, Action.REPLICATE, Action.MOVE)
+_NO_COSTS, _NO_RATES = StepCosts(), Rates()
+
+
+class _Measured(NamedTuple):
+    """What was measured of all seats."""
+
+    rates: Mapping[Seat, Rates]
+    since_s: Mapping[Seat, float]
 
 
 def placement_of(config: ClusterConfig) -> Placement:
@@ -89,6 +100,10 @@ class LivePlacement:
 
     def decide(self, situation: Situation) -> list[Move]:
         """The changes to make now."""
+        with _no_collection():
+            return self._decide(situation)
+
+    def _decide(self, situation: Situation) -> list[Move]:
         now_s = situation.now_s
         if self._begun_s is None:
             self._begun_s = now_s
@@ -171,22 +186,29 @@ class LivePlacement:
         for where, is_leaving in ((situation.placed, False), (situation.leaving, True)):
             for name in where.keys() & situation.models.keys():
                 for host in where[name] & on_host.keys():
-                    on_host[host].append((name, is_leaving))
-        costs: dict[str, StepCosts] = {}
-        for report in situation.hosts.values():
-            for name, hosted in report.models.items():
-                if name not in costs and (coefficients := hosted.load.get("costs", {}).get("coefficients")):
-                    costs[name] = StepCosts(**coefficients)
-        hosts = [self._host(report, sorted(on_host[host]), situation) for host, report in situation.hosts.items()]
-        models = [self._model(d, costs.get(d.name, StepCosts()), situation.now_s) for d in situation.models.values()]
+                    on_host[host].append((name, is_leaving or (name, host) in self._moves))
+        measured = _Measured(self._traffic.seats(self._seat_s), self._traffic.since_s())
+        hosts = [
+            self._host(report, sorted(on_host[name]), measured, situation) for name, report in situation.hosts.items()
+        ]
+        models = self._models(situation)
         return CapacityView(situation.now_s, hosts, models, self._long_s, self._short_s, self._seat_s)
 
-    def _host(self, report: HostReport, models: list[tuple[str, bool]], situation: Situation) -> CapacityHost:
-        host, now_s = report.host, situation.now_s
-        seats = [self._seat(name, report, is_leaving or (name, host) in self._moves) for name, is_leaving in models]
-        used = sum(room_bytes(situation.models[name], report) for name, _ in models)
+    def _host(
+        self, report: HostReport, models: list[tuple[str, bool]], measured: _Measured, situation: Situation
+    ) -> CapacityHost:
+        host, life, now_s = report.host, report.life, situation.now_s
+        busy_frac, came_s = 0.0, -math.inf
+        for name in report.models:
+            seat = name, host, life
+            busy_frac += measured.rates.get(seat, _NO_RATES).busy_frac
+            came_s = max(came_s, measured.since_s.get(seat, came_s))
+        seats = [
+            _seat(name, report.models.get(name), measured.rates.get((name, host, life), _NO_RATES), is_leaving)
+            for name, is_leaving in models
+        ]
+        used = sum([room_bytes(situation.models[name], report) for name, _ in models])
         budget = report.host_memory if report.movable else report.device_memory
-        came_s = self._traffic.since_s(report)
         return CapacityHost(
             host,
             report.node,
@@ -194,10 +216,10 @@ class LivePlacement:
             max(0, budget - used),
             situation.roles.get(host, Role.MIXED),
             seats=seats,
-            busy_frac=min(1.0, sum(self._traffic.seat(name, report, self._seat_s).busy_frac for name in report.models)),
-            num_copies=sum(seat.is_coming for seat in seats),
+            busy_frac=min(1.0, busy_frac),
+            num_copies=sum([seat.is_coming for seat in seats]),
             since_role_s=self._since(self._role_s, host, now_s),
-            since_move_s=min(self._since(self._host_s, host, now_s), math.inf if came_s is None else now_s - came_s),
+            since_move_s=min(self._since(self._host_s, host, now_s), now_s - came_s),
         )
 
     def _since(self, times_s: Mapping[str, float], name: str, now_s: float) -> float:
@@ -205,35 +227,57 @@ class LivePlacement:
         assert self._begun_s is not None
         return now_s - times_s.get(name, self._begun_s)
 
-    def _seat(self, name: str, report: HostReport, is_leaving: bool) -> CapacitySeat:
-        hosted, rates = report.models.get(name), self._traffic.seat(name, report, self._seat_s)
-        load = hosted.load if hosted else {}
-        return CapacitySeat(
-            name,
-            Residency.RESIDENT if load.get("state") == "resident" else Residency.WARM,
-            is_coming=hosted is None,
-            is_leaving=is_leaving,
-            num_running=load.get("running", 0),
-            num_waiting=load.get("waiting", 0),
-            tokens_per_s=rates.tokens_per_s,
-            on_time_frac=rates.on_time_frac,
-        )
+    def _models(self, situation: Situation) -> list[CapacityModel]:
+        costs: dict[str, StepCosts] = {}
+        for report in situation.hosts.values():
+            for name, hosted in report.models.items():
+                if name not in costs and (coefficients := hosted.load.get("costs", {}).get("coefficients")):
+                    costs[name] = StepCosts(**coefficients)
+        longs, shorts = self._traffic.models(self._long_s), self._traffic.models(self._short_s)
+        models = []
+        for name, deployment in situation.models.items():
+            rates, recent = longs.get(name, _NO_RATES), shorts.get(name, _NO_RATES)
+            model = CapacityModel(
+                name,
+                deployment.weight_bytes,
+                ttft_s=deployment.details.get("ttft_s", math.inf),
+                tpot_s=deployment.details.get("tpot_s", math.inf),
+                priority=deployment.priority,
+                arrivals_per_s=rates.arrivals_per_s,
+                recent_arrivals_per_s=recent.arrivals_per_s,
+                input_tokens_per_s=rates.input_tokens_per_s,
+                output_tokens_per_s=rates.wanted_tokens_per_s,
+                costs=costs.get(name, _NO_COSTS),
+                min_replicas=self.replicas,
+                max_replicas=self.max_replicas,
+                since_move_s=self._since(self._model_s, name, situation.now_s),
+            )
+            models.append(model)
+        return models
 
-    def _model(self, deployment: Deployment, costs: StepCosts, now_s: float) -> CapacityModel:
-        name = deployment.name
-        rates = self._traffic.model(name, self._long_s)
-        return CapacityModel(
-            name,
-            deployment.weight_bytes,
-            ttft_s=deployment.details.get("ttft_s", math.inf),
-            tpot_s=deployment.details.get("tpot_s", math.inf),
-            priority=deployment.priority,
-            arrivals_per_s=rates.arrivals_per_s,
-            recent_arrivals_per_s=self._traffic.model(name, self._short_s).arrivals_per_s,
-            input_tokens_per_s=rates.input_tokens_per_s,
-            output_tokens_per_s=rates.wanted_tokens_per_s,
-            costs=costs,
-            min_replicas=self.replicas,
-            max_replicas=self.max_replicas,
-            since_move_s=self._since(self._model_s, name, now_s),
-        )
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Put the garbage collector off: a view of thousands of models has no cycles, and looking for some costs half as
+    much again as building it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _seat(name: str, hosted: HostedReport | None, rates: Rates, is_leaving: bool) -> CapacitySeat:
+    load = hosted.load if hosted else {}
+    return CapacitySeat(
+        name,
+        Residency.RESIDENT if load.get("state") == "resident" else Residency.WARM,
+        is_coming=hosted is None,
+        is_leaving=is_leaving,
+        num_running=load.get("running", 0),
+        num_waiting=load.get("waiting", 0),
+        tokens_per_s=rates.tokens_per_s,
+        on_time_frac=rates.on_time_frac,
+    )

@@ -19,6 +19,7 @@ from typing import Any
 
 from tokenpool.cluster.decision_log import Decision, DecisionLog
 from tokenpool.cluster.placement import Move, Placement, Situation, has_room
+from tokenpool.cluster.seats import Seat, Seats
 from tokenpool.cluster.values import (
     ClusterView,
     Deployment,
@@ -38,18 +39,6 @@ _SETTLE_S = 3.0
 """Longest wait of a later controller for the hosts that its predecessor knew."""
 _BAR_S = (2.0, 5.0, 15.0, 60.0)
 _TAKEN = (SeatState.WANTED, SeatState.LOADING, SeatState.SERVING)
-
-
-@dataclass(slots=True)
-class Seat:
-    """One model on one host."""
-
-    deployment: Deployment
-    life: str
-    state: SeatState
-    endpoints: Endpoints | None = None
-    ordered: bool = False
-    """Whether the host was told what the state says."""
 
 
 @dataclass(slots=True)
@@ -82,7 +71,7 @@ class Reconciler:
         self.log = DecisionLog()
         self.hosts: dict[str, HostReport] = {}
         self.models: dict[str, Deployment] = {}
-        self.seats: dict[tuple[str, str], Seat] = {}
+        self.seats = Seats()
         """By (model, host)."""
         self.roles = {host: Role(role) for host, role in (snapshot or {}).get("roles", {}).items()}
         """Of hosts that were given one, also of such that are lost: they come back with it."""
@@ -189,7 +178,7 @@ class Reconciler:
         """A host is gone with all that it had loaded."""
         if self.hosts.pop(host, None) is None:
             return
-        gone = [pair for pair in self.seats if pair[1] == host]
+        gone = self.seats.on_host(host)
         for pair in gone:
             del self.seats[pair]
         self._min_changes = {key: count for key, count in self._min_changes.items() if key[0] != host}
@@ -329,8 +318,8 @@ class Reconciler:
 
     def _drop_vanished(self, report: HostReport) -> None:
         """A seat that serves and that the host does not have; a host says so only if something was lost on the way."""
-        for (name, host), seat in list(self.seats.items()):
-            if host == report.host and seat.state is SeatState.SERVING and name not in report.models:
+        for name, host in self.seats.on_host(report.host):
+            if self.seats[name, host].state is SeatState.SERVING and name not in report.models:
                 del self.seats[name, host]
                 self._note("vanished", "the host does not have it", name, host)
                 self._changed()
@@ -339,22 +328,19 @@ class Reconciler:
 
     def view(self) -> ClusterView:
         """What frontends act on."""
-        names = {*self.models, *(name for name, _ in self.seats)}
+        seats: dict[str, dict[str, SeatView]] = {name: {} for name in self.models}
+        for (name, host), seat in self.seats.items():
+            of_model = seats.setdefault(name, {})
+            if (report := self.hosts.get(host)) is not None:
+                version = seat.deployment.version
+                of_model[host] = SeatView(seat.life, seat.state, version, report.address, report.machine)
         models = {}
-        for name in names:
+        for name, of_model in seats.items():
             version = self.models[name].version if name in self.models else -1
-            models[name] = ModelView(version, self._seat_views(name), self._errors.get(name))
+            models[name] = ModelView(version, of_model, self._errors.get(name))
         lives = {host: report.life for host, report in self.hosts.items()}
         roles = {host: role for host, role in self.roles.items() if host in lives and role is not Role.MIXED}
         return ClusterView(self.epoch, self.version, self.revision, models, lives, roles, dict(self.log.totals))
-
-    def _seat_views(self, name: str) -> dict[str, SeatView]:
-        views = {}
-        for (model, host), seat in self.seats.items():
-            if model == name and (report := self.hosts.get(host)) is not None:
-                version = seat.deployment.version
-                views[host] = SeatView(seat.life, seat.state, version, report.address, report.machine)
-        return views
 
     def snapshot(self) -> dict[str, Any]:
         """What the next controller needs beyond what hosts and frontends tell it; small and plain."""
@@ -363,6 +349,7 @@ class Reconciler:
 
     def check(self) -> None:
         """Prove that every seat is on a living host in that life; raises AssertionError."""
+        assert {pair for host in self.hosts for pair in self.seats.on_host(host)} == self.seats.keys()
         for (name, host), seat in self.seats.items():
             report = self.hosts.get(host)
             assert report is not None and report.life == seat.life, f"seat of {name} on {host} outlived its host"

@@ -1,36 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hosts have to do, from their reports: rates are differences of running totals over sliding windows."""
+"""What hosts have to do, from their reports: rates are differences of running totals over sliding windows.
+
+Thousands of seats are sampled at the same moments, so each sample is one array for all of them.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from operator import itemgetter
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
 
 from tokenpool.cluster.values import HostReport
 
 _SAMPLE_S = 1.0
+_NUM_SAMPLES = 60
+"""Of the longest window, at most."""
+_TOTALS = itemgetter("requests", "prompt_tokens", "finished", "tokens", "tokens_on_time", "step_seconds")
+"""Counts since the model came to the host, in the order of the fields of `Rates`."""
+_REQUESTS, _TOKENS, _COUNT = 0, 3, 6
 
-Key = tuple[str, str, str]
+Seat = tuple[str, str, str]
 """Model, host, and life of the host."""
-
-
-class Totals(NamedTuple):
-    """Counts since the model came to the host, or differences of such."""
-
-    requests: float = 0
-    """That began."""
-    prompt_tokens: float = 0
-    finished: float = 0
-    tokens: float = 0
-    on_time: float = 0
-    """Tokens by their due time."""
-    step_s: float = 0
-    """Seconds in steps."""
+K = TypeVar("K", bound=Hashable)
 
 
 class Rates(NamedTuple):
-    """Per second over one window; zeros while there are less than two samples."""
+    """Per second over one window."""
 
     arrivals_per_s: float = 0.0
     input_tokens_per_s: float = 0.0
@@ -52,99 +50,113 @@ class Rates(NamedTuple):
         return max(self.tokens_per_s, self.arrivals_per_s * self.tokens_per_s / self.finished_per_s)
 
 
-class _Series:
-    """Totals at moments of the last `keep_s` seconds, oldest first; one sample before them is kept."""
-
-    __slots__ = ("_at_s", "_totals")
+class _Growth(Generic[K]):
+    """How much the totals of each key have grown, (6, rows) float64, now and at earlier moments."""
 
     def __init__(self) -> None:
+        self.rows: dict[K, int] = {}
+        self.grown = np.zeros((_COUNT, 0))
+        self.since_s = np.zeros(0)
+        """When the key came, by row."""
+        self._free: list[int] = []
         self._at_s: list[float] = []
-        self._totals: list[Totals] = []
+        self._past: list[np.ndarray] = []
 
-    @property
-    def last(self) -> Totals:
-        return self._totals[-1] if self._totals else Totals()
+    def keep(self, keys: Collection[K], now_s: float) -> list[int]:
+        """Have a row for each of `keys` and for no other; returns the rows that are new."""
+        for key in self.rows.keys() - keys:
+            self._free.append(self.rows.pop(key))
+        new = [key for key in keys if key not in self.rows]
+        if len(new) > len(self._free):
+            self._widen(max(len(new), self.grown.shape[1]))
+        rows = [self._free.pop() for _ in new]
+        self.rows.update(zip(new, rows, strict=True))
+        if rows:
+            self.since_s[rows] = now_s
+            for totals in (self.grown, *self._past):
+                totals[:, rows] = 0.0
+        return rows
 
-    def add(self, now_s: float, totals: Totals, keep_s: float) -> None:
+    def _widen(self, more: int) -> None:
+        width = self.grown.shape[1]
+        self._free += range(width, width + more)
+        self.since_s = np.pad(self.since_s, (0, more))
+        self.grown, *self._past = (np.pad(totals, ((0, 0), (0, more))) for totals in (self.grown, *self._past))
+
+    def sample(self, now_s: float, keep_s: float) -> None:
+        """Remember the totals of this moment, and one sample before the last `keep_s`."""
         self._at_s.append(now_s)
-        self._totals.append(totals)
+        self._past.append(self.grown.copy())
         old = bisect_right(self._at_s, now_s - keep_s) - 1
         if old > 0:
-            del self._at_s[:old], self._totals[:old]
+            del self._at_s[:old], self._past[:old]
 
-    def rates(self, window_s: float) -> Rates:
-        """Over the last `window_s`, or over what there is of it."""
+    def rates(self, window_s: float) -> dict[K, Rates]:
+        """Of the keys that grew in the last `window_s`, or in what there is of it."""
         if len(self._at_s) < 2:
-            return Rates()
+            return {}
         last = len(self._at_s) - 1
         first = min(last - 1, max(0, bisect_right(self._at_s, self._at_s[-1] - window_s) - 1))
-        seconds = self._at_s[last] - self._at_s[first]
-        pairs = zip(self._totals[last], self._totals[first], strict=True)
-        return Rates(*(max(0.0, late - early) / seconds for late, early in pairs))
+        more = self._past[last] - self._past[first]
+        has_grown = more.any(axis=0).tolist()
+        keys = [key for key, row in self.rows.items() if has_grown[row]]
+        rows = [self.rows[key] for key in keys]
+        per_s = more[:, rows] / (self._at_s[last] - np.maximum(self._at_s[first], self.since_s[rows]))
+        return dict(zip(keys, map(Rates._make, per_s.T.tolist()), strict=True))
+
+    def since(self) -> dict[K, float]:
+        """When each key came."""
+        return dict(zip(self.rows, self.since_s[list(self.rows.values())].tolist(), strict=True))
 
 
 class TrafficBook:
-    """Series of all seats, and of all models over all hosts, which go on when a model moves."""
+    """What seats did, and models over all hosts, which goes on when a model moves."""
 
     def __init__(self, keep_s: float) -> None:
         self._keep_s = keep_s
-        self._seats: dict[Key, _Series] = {}
-        self._models: dict[str, _Series] = {}
-        self._since_s: dict[Key, float] = {}
+        self._seats: _Growth[Seat] = _Growth()
+        self._models: _Growth[str] = _Growth()
+        self._last = np.zeros((_COUNT, 0))
+        """What was reported last, by row of `_seats`; nan = nothing yet."""
         self._taken_s = float("-inf")
 
     def take(self, now_s: float, reports: Iterable[HostReport], models: Iterable[str]) -> None:
         """Note what hosts report of the wanted `models`; more often than once per second does nothing."""
-        if now_s - self._taken_s < _SAMPLE_S:
+        if now_s - self._taken_s < max(_SAMPLE_S, self._keep_s / _NUM_SAMPLES):
             return
         self._taken_s = now_s
-        seats: dict[Key, _Series] = {}
-        grown = dict.fromkeys(models, Totals())
-        for report in reports:
-            for name, hosted in report.models.items():
-                key = (name, report.host, report.life)
-                series = seats[key] = self._seats.get(key) or _Series()
-                is_new, totals = key not in self._seats, _totals(hosted.load)
-                if not hosted.load and not is_new:
-                    totals = series.last  # a report on the way to which the loads were lost
-                # What was before the first report with numbers is of the time before this controller.
-                before = totals if is_new else series.last
-                series.add(now_s, totals, self._keep_s)
-                self._since_s.setdefault(key, now_s)
-                if name in grown:
-                    grown[name] = _plus(grown[name], totals, before)
-        self._seats = seats
-        self._since_s = {key: since_s for key, since_s in self._since_s.items() if key in seats}
-        self._models = {name: self._models.get(name) or _Series() for name in grown}
-        for name, more in grown.items():
-            series = self._models[name]
-            series.add(now_s, _plus(series.last, more, Totals()), self._keep_s)
+        loads = {(name, r.host, r.life): hosted.load for r in reports for name, hosted in r.models.items()}
+        new = self._seats.keep(loads, now_s)
+        self._last = np.pad(self._last, ((0, 0), (0, self._seats.grown.shape[1] - self._last.shape[1])))
+        self._last[:, new] = np.nan
+        self._models.keep(dict.fromkeys(models), now_s)
+        self._add({seat: load for seat, load in loads.items() if load})  # without: lost on the way
+        self._seats.sample(now_s, self._keep_s)
+        self._models.sample(now_s, self._keep_s)
 
-    def seat(self, name: str, report: HostReport, window_s: float) -> Rates:
-        """One model on one host."""
-        series = self._seats.get((name, report.host, report.life))
-        return series.rates(window_s) if series else Rates()
+    def _add(self, loads: dict[Seat, Mapping[str, Any]]) -> None:
+        """Add what grew since the last report; what was before the first is of the time before this controller."""
+        if not loads:
+            return
+        rows = [self._seats.rows[seat] for seat in loads]
+        totals = np.array([_TOTALS(load) for load in loads.values()], float).T
+        last, self._last[:, rows] = self._last[:, rows], totals
+        is_anew = (totals[_TOKENS] < last[_TOKENS]) | (totals[_REQUESTS] < last[_REQUESTS])
+        more = np.fmax(0.0, np.where(is_anew, totals, totals - last))  # fmax: nothing where there was no last report
+        self._seats.grown[:, rows] += more
+        models = np.array([self._models.rows.get(name, -1) for name, _, _ in loads])
+        is_wanted = models >= 0
+        for total, part in zip(self._models.grown, more, strict=True):
+            total += np.bincount(models[is_wanted], part[is_wanted], minlength=len(total))
 
-    def model(self, name: str, window_s: float) -> Rates:
-        """One model on all hosts."""
-        series = self._models.get(name)
-        return series.rates(window_s) if series else Rates()
+    def seats(self, window_s: float) -> dict[Seat, Rates]:
+        """Of the models that did something on a host lately."""
+        return self._seats.rates(window_s)
 
-    def since_s(self, report: HostReport) -> float | None:
-        """When the host's last seat came, on the clock of `take`; None without seats."""
-        times = [self._since_s.get((name, report.host, report.life)) for name in report.models]
-        return max((time_s for time_s in times if time_s is not None), default=None)
+    def models(self, window_s: float) -> dict[str, Rates]:
+        """Of the wanted models that did something lately, on all hosts together."""
+        return self._models.rates(window_s)
 
-
-def _plus(base: Totals, late: Totals, early: Totals) -> Totals:
-    """`base` and what came between two totals; a total that fell began anew."""
-    if late.tokens < early.tokens or late.requests < early.requests:
-        early = Totals()
-    return Totals(*(b + max(0.0, x - y) for b, x, y in zip(base, late, early, strict=True)))
-
-
-def _totals(load: Mapping[str, Any]) -> Totals:
-    if not load:
-        return Totals()
-    keys = ("requests", "prompt_tokens", "finished", "tokens", "tokens_on_time", "step_seconds")
-    return Totals(*(load[key] for key in keys))
+    def since_s(self) -> dict[Seat, float]:
+        """When each seat came, on the clock of `take`."""
+        return self._seats.since()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 
 import numpy as np
 
@@ -31,6 +32,11 @@ _MIN_BUSY_FRAC = 0.6
 _MAX_SCALE = 3.0
 _UNSURE = 1.1
 """What the load of a host must exceed, times the load that is full, while there is no measurement of it as it is."""
+_TRAFFIC = attrgetter(
+    "arrivals_per_s", "recent_arrivals_per_s", "input_tokens_per_s", "output_tokens_per_s", "tpot_s", "ttft_s",
+    "weight_bytes",
+)  # fmt: skip
+_COSTS = attrgetter("step_s", "step_per_request_s", "step_per_token_s", "prefill_s", "prefill_per_token_s")
 
 
 class Board:
@@ -92,22 +98,13 @@ class Board:
                     self.stranded.append((m, h))
 
     def _read_traffic(self, models: Sequence[CapacityModel]) -> None:
-        rows = [
-            (
-                model.arrivals_per_s,
-                model.arrivals_per_s if model.recent_arrivals_per_s is None else model.recent_arrivals_per_s,
-                model.input_tokens_per_s,
-                model.output_tokens_per_s,
-                model.tpot_s if model.tpot_s < math.inf else _DEFAULT_TPOT_S,
-                model.ttft_s if model.ttft_s < math.inf else _DEFAULT_TTFT_S,
-                model.weight_bytes,
-                *_costs(model),
-            )
-            for model in models
-        ]
-        columns = np.array(rows, float).reshape(len(rows), 12).T
-        arrivals, recent, inputs, outputs, tpot_s, ttft_s, self.weight_bytes = columns[:7]
-        step_s, per_request_s, per_token_s, prefill_s, per_prompt_token_s = columns[7:]
+        columns = np.array([_TRAFFIC(model) for model in models], float).reshape(len(models), 7).T
+        arrivals, recent, inputs, outputs, tpot_s, ttft_s, self.weight_bytes = columns
+        costs = np.array([_COSTS(model.costs) for model in models], float).reshape(len(models), 5).T
+        step_s, per_request_s, per_token_s, prefill_s, per_prompt_token_s = costs
+        recent = np.where(np.isnan(recent), arrivals, recent)
+        tpot_s = np.where(np.isinf(tpot_s), _DEFAULT_TPOT_S, tpot_s)
+        ttft_s = np.where(np.isinf(ttft_s), _DEFAULT_TTFT_S, ttft_s)
         window_s = self.view.short_window_s
         # A rise is believed at once if it can hardly be chance, a fall when the long window shows it.
         surely = recent * window_s > arrivals * window_s + _SIGMAS * np.sqrt(np.maximum(arrivals * window_s, 1.0))
@@ -133,6 +130,8 @@ class Board:
         h = np.array([h for hosts in self.seats for h in hosts], int)
         num_entry = np.bincount(m[self.entry[h]], minlength=len(self.seats))
         num_decode = np.bincount(m[self.decode[h]], minlength=len(self.seats))
+        self.num_kinds = np.minimum(num_entry, num_decode).tolist()
+        """The lesser of `kinds` of each model's seats, as the view has them."""
         x_e = np.where(self.entry[h], 1 / np.maximum(1, num_entry[m]), 0.0)
         x_d = np.where(self.decode[h], 1 / np.maximum(1, num_decode[m]), 0.0)
 
@@ -282,14 +281,3 @@ class Board:
         fits &= self.device_bytes >= model.weight_bytes + model.min_kv_bytes
         fits &= self.num_copies < max_copies
         return fits
-
-
-def _costs(model: CapacityModel) -> tuple[float, ...]:
-    costs = model.costs
-    return (
-        costs.step_s,
-        costs.step_per_request_s,
-        costs.step_per_token_s,
-        costs.prefill_s,
-        costs.prefill_per_token_s,
-    )

@@ -99,7 +99,8 @@ class _Deciding:
     def _fill_up(self) -> None:
         """Give models the seats that they must have, those of lost hosts first."""
         board, models = self.board, self.view.models
-        missing = [m for m in range(len(models)) if self._lacks(m)]
+        few = [m for m, model in enumerate(models) if model.pinned or board.num_kinds[m] < max(1, model.min_replicas)]
+        missing = [m for m in few if self._lacks(m)]
         order = sorted(
             missing,
             key=lambda m: (

@@ -25,9 +25,9 @@ def test_a_window_sees_only_what_is_in_it():
     for second in range(71):
         book.take(second, [report("h", 10 * min(second, 60) + 100 * max(0, second - 60))], ["m"])
 
-    assert book.model("m", 10.0).tokens_per_s == pytest.approx(100)
-    assert book.model("m", 60.0).tokens_per_s == pytest.approx((50 * 10 + 10 * 100) / 60)
-    assert book.seat("m", report("h", 0), 10.0).busy_frac == pytest.approx(0.1)
+    assert book.models(10.0)["m"].tokens_per_s == pytest.approx(100)
+    assert book.models(60.0)["m"].tokens_per_s == pytest.approx((50 * 10 + 10 * 100) / 60)
+    assert book.seats(10.0)["m", "h", "1"].busy_frac == pytest.approx(0.1)
 
 
 def test_a_model_that_moves_keeps_its_traffic():
@@ -38,8 +38,8 @@ def test_a_model_that_moves_keeps_its_traffic():
     for second in range(31, 61):
         book.take(second, [report("h", None), report("g", 10 * (second - 31))], ["m"])
 
-    assert book.model("m", 60.0).tokens_per_s == pytest.approx(10, rel=0.05)
-    assert book.seat("m", report("h", 0), 60.0).tokens_per_s == 0
+    assert book.models(60.0)["m"].tokens_per_s == pytest.approx(10, rel=0.05)
+    assert list(book.seats(60.0)) == [("m", "g", "1")]
 
 
 def test_totals_before_the_first_report_do_not_count():
@@ -48,7 +48,7 @@ def test_totals_before_the_first_report_do_not_count():
     for second in range(5):
         book.take(second, [report("h", 1_000_000)], ["m"])
 
-    assert book.model("m", 60.0).tokens_per_s == 0
+    assert book.models(60.0) == {}
 
 
 def test_a_model_without_a_host_has_no_traffic_but_is_remembered():
@@ -60,7 +60,7 @@ def test_a_model_without_a_host_has_no_traffic_but_is_remembered():
         book.take(second, [], ["m"])
     book.take(21, [report("h", 5, life="2")], ["m"])
 
-    assert book.model("m", 60.0).tokens_per_s == pytest.approx(100 / 21)
+    assert book.models(60.0)["m"].tokens_per_s == pytest.approx(100 / 21)
 
 
 def test_totals_that_begin_anew_count_from_zero():
@@ -69,7 +69,7 @@ def test_totals_that_begin_anew_count_from_zero():
     for second, tokens in enumerate((100, 200, 10, 20)):
         book.take(second, [report("h", tokens)], ["m"])
 
-    assert book.model("m", 60.0).tokens_per_s == pytest.approx((100 + 10 + 10) / 3)
+    assert book.models(60.0)["m"].tokens_per_s == pytest.approx((100 + 10 + 10) / 3)
 
 
 def test_a_backlog_counts_as_demand():
@@ -80,6 +80,6 @@ def test_a_backlog_counts_as_demand():
         made.models["m"].load["requests"] = 2 * second
         book.take(second, [made], ["m"])
 
-    rates = book.model("m", 60.0)
+    rates = book.models(60.0)["m"]
     assert rates.wanted_tokens_per_s == pytest.approx(2 * rates.tokens_per_s)
     assert rates.on_time_frac == 1.0

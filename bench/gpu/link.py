@@ -112,10 +112,10 @@ def _blocks(device: Any, address: int, nbytes: int, repeats: int, rng: random.Ra
         copies = [(address + place * size, host[i * size : (i + 1) * size]) for i, place in enumerate(places)]
         for name, batch in BATCH_COPIES.items():
             device.batch_copy = batch
-            for way, copy in (("out", device.copy_blocks_out), ("in", device.copy_blocks_in)):
+            for way, copy in (("out", device.begin_copies_out), ("in", device.begin_copies_in)):
                 try:
-                    copy(copies)  # the first call compiles the Triton kernel
-                    seconds = statistics.median(_timed(copy, copies) for _ in range(repeats))
+                    copy(copies).wait()  # the first call compiles the Triton kernel
+                    seconds = statistics.median(_timed(lambda: copy(copies).wait()) for _ in range(repeats))
                 except Exception as error:  # one way of three: the others are still worth knowing
                     common.progress(f"{kib}KiB {name} {way}: {type(error).__name__}: {error}")
                 else:

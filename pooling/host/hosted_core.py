@@ -24,6 +24,7 @@ from vllm.v1.request import Request, RequestStatus
 from tokenpool.config import SLO
 from tokenpool.host.affinity import use_all_cpus
 from tokenpool.host.input_receiver import InputReceiver
+from tokenpool.host.kv_transit import schedule_arrived
 from tokenpool.host.output_sender import OutputSender
 from tokenpool.host.resume import ContinuedRequest, restore_in_worker, restore_request
 from tokenpool.policy.slo import SloAccount, SloBook
@@ -123,7 +124,11 @@ class HostedEngineCore(EngineCoreProc):
         schedule, update = self.scheduler.schedule, self.scheduler.update_from_output
 
         def schedule_and_keep(*args: Any) -> Any:
-            self.last_scheduled = schedule(*args)
+            transit = getattr(self.scheduler.kv_cache_manager.block_pool, "transit", None)
+            if transit is None:
+                self.last_scheduled = schedule(*args)
+            else:
+                self.last_scheduled = schedule_arrived(self.scheduler, transit, lambda: schedule(*args))
             self.in_flight.append(self.last_scheduled)
             return self.last_scheduled
 

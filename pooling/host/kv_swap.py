@@ -2,15 +2,18 @@
 """Takes the KV of a model's running requests off the device at a token boundary and brings it back.
 
     in ── begin_out ──► leaving ── finish_out ──► out ── begin_in ──► returning ── finish_in ──► in
-                copies start             slabs go             slabs come,               worker's ids mapped,
-                                                              copies start              image freed
+                copies start             slabs go             slabs come, worker's      image freed
+                                                              ids mapped, copies start
+
+Nothing waits for copies but who needs what they free: `poll` finishes those that have ended. A model that is returning
+may be stepped already; which of its requests run is told in kv_transit.py.
 
 Only blocks in use move. They come back into any slabs under other ids; their objects stay, so the scheduler's lists
 stay right, and the runner adapter maps the ids that the worker keeps. Blocks that are only cached go to the host tier
 by content, or are forgotten.
 
 A token boundary is a moment at which no step of the model is under way: with async scheduling the engine's batch
-queue is drained first. A model must not be stepped unless it is resident. Requests may arrive and end at any time:
+queue is drained first. A model must not be stepped while it is leaving or out. Requests may arrive and end at any time:
 new ones wait in the scheduler; a block whose last request ends while it is out leaves the image.
 
 What else names KV blocks: the scheduler's deferred frees and the managers' partial hits hold block objects, which
@@ -22,14 +25,14 @@ model with one must not be moved.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from tokenpool.errors import CapacityError, SwitchError
-from tokenpool.host.pool_relabel import IdMap
+from tokenpool.host.kv_transit import Group, KVTransit, blocks_of
 from tokenpool.host.runner_adapter import RunnerAdapter, adapter_of
 from tokenpool.memory.kv_tier import HostKVTier, KVImage
 from tokenpool.memory.states import KVState, check_transition
@@ -63,17 +66,34 @@ class SwapCounters:
     """Moves that found no memory where they went."""
 
 
+@dataclass(frozen=True, slots=True)
+class KVMove:
+    """A move that has ended."""
+
+    model: str
+    to_device: bool
+    nbytes: int
+    start_s: float
+    """Wall time at which the copies were begun."""
+    seconds: float
+    """How long the copies took."""
+
+
 @dataclass(slots=True, eq=False)
 class _Swap:
     """One model whose KV is not in."""
 
+    hosted: SwappableModel
     state: KVState
     image: KVImage
     blocks: list[KVCacheBlock]
     """What `image.slots` holds, in its order."""
+    transit: KVTransit
+    """The copies of the last move."""
     slot_of: dict[int, int] = field(default_factory=dict)
     """id() of a block that still has a reference -> its slot."""
-    ids: IdMap | None = None
+    start_s: float = field(default_factory=time.time)
+    nbytes: int = 0
 
 
 class KVSwapper:
@@ -82,6 +102,8 @@ class KVSwapper:
     def __init__(self, tier: HostKVTier) -> None:
         self.tier = tier
         self.counters = SwapCounters()
+        self.on_moved: Callable[[KVMove], None] = lambda move: None
+        """Told of each move whose copies have ended."""
         self._adapters: dict[str, RunnerAdapter] = {}
         self._swaps: dict[str, _Swap] = {}
 
@@ -98,6 +120,7 @@ class KVSwapper:
         self._adapters.pop(model, None)
         swap = self._swaps.pop(model, None)
         if swap is not None:
+            swap.transit.wait()
             self.tier.free_image(swap.image)
         self.tier.forget(model)
 
@@ -108,8 +131,30 @@ class KVSwapper:
             pool.link.mark_computed()
 
     def is_out(self, model: str) -> bool:
-        """Whether the model's KV is not, or not wholly, on the device: it must not be stepped."""
-        return model in self._swaps
+        """Whether the model's KV is off the device or leaves it: it must not be stepped."""
+        swap = self._swaps.get(model)
+        return swap is not None and swap.state is not KVState.RETURNING
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether copies are under way that `poll` should look at."""
+        return any(swap.state is not KVState.OUT for swap in self._swaps.values())
+
+    def leaving(self) -> list[str]:
+        """Models whose slabs will be free as soon as their blocks are copied, first come first."""
+        return [name for name, swap in self._swaps.items() if swap.state is KVState.LEAVING]
+
+    def poll(self) -> None:
+        """Finish the moves whose copies have ended."""
+        for swap in list(self._swaps.values()):
+            if swap.state is not KVState.OUT and swap.transit.poll():
+                self._finish(swap)
+
+    def settle(self, model: str) -> None:
+        """Wait until the model is in or out, not between."""
+        swap = self._swaps.get(model)
+        if swap is not None and swap.state is not KVState.OUT:
+            self._finish(swap)
 
     def state(self, model: str) -> KVState:
         """Where the model's KV is."""
@@ -141,34 +186,46 @@ class KVSwapper:
         if hosted.build.pool is None:
             return
         self.begin_out(hosted)
-        self.finish_out(hosted)
+        self.settle(hosted.name)
 
     def begin_out(self, hosted: SwappableModel) -> None:
-        """Reserve host memory and copy; from here on the model must not be stepped. Raises CapacityError."""
-        start = time.perf_counter()
+        """Reserve host memory and begin to copy; from here on the model must not be stepped.
+
+        Raises CapacityError if host memory does not hold it, SwitchError if copies cannot be begun.
+        """
         pool, name = hosted.build.pool, hosted.name
+        self.settle(name)
+        start = time.perf_counter()
         assert name in self._adapters and name not in self._swaps, f"{name!r} is not resident"
         _check_token_boundary(hosted.core, self._adapters[name])
         self.after_step(hosted)  # with async scheduling there was always another step under way until now
         blocks = pool.used_blocks()
         image = self._or_count_refusal(name, lambda: self.tier.new_image(name, pool.view.block_bytes, len(blocks)))
         try:
-            self.tier.copy_out(image, [pool.address_of(block.block_id) for block in blocks])
+            copies = self.tier.begin_copy_out(image, [pool.address_of(block.block_id) for block in blocks])
         except BaseException as error:
             self.tier.free_image(image)
             raise SwitchError(name, "kv_out", str(error)) from error
         slot_of = {id(block): slot for slot, block in enumerate(blocks)}
-        self._swaps[name] = _Swap(KVState.LEAVING, image, blocks, slot_of)
+        transit = pool.transit = KVTransit([(blocks, copies)])
+        swap = self._swaps[name] = _Swap(hosted, KVState.LEAVING, image, blocks, transit, slot_of)
+        swap.nbytes = len(blocks) * image.block_bytes
         self.counters.blocks_out += len(blocks)
-        self.counters.bytes_out += len(blocks) * image.block_bytes
+        self.counters.bytes_out += swap.nbytes
         self.counters.seconds_out += time.perf_counter() - start
 
-    def finish_out(self, hosted: SwappableModel) -> None:
-        """Give the slabs back; all copies of `begin_out` are done by now."""
+    def _finish(self, swap: _Swap) -> None:
+        """Wait for the copies of a move and end it."""
+        swap.transit.wait()
+        swap.hosted.build.pool.transit = None
+        to_device = swap.state is KVState.RETURNING
+        (self._finish_in if to_device else self._finish_out)(swap)
+        self.on_moved(KVMove(swap.hosted.name, to_device, swap.nbytes, swap.start_s, swap.transit.seconds))
+
+    def _finish_out(self, swap: _Swap) -> None:
+        """Give the slabs back."""
         start = time.perf_counter()
-        pool, name = hosted.build.pool, hosted.name
-        swap = self._swaps[name]
-        assert swap.state is KVState.LEAVING
+        pool, name = swap.hosted.build.pool, swap.hosted.name
         alive = {id(block) for block in pool.used_blocks()}
         for block in swap.blocks:  # of requests that ended since begin_out
             if id(block) not in alive:
@@ -192,48 +249,50 @@ class KVSwapper:
     # -- in ------------------------------------------------------------------------------------------
 
     def into(self, hosted: SwappableModel) -> None:
-        """Bring the model's blocks back; it may be stepped again.
+        """Bring the model's blocks back and wait until all are there.
 
         Raises CapacityError if the allocator may not grant `slabs_needed` slabs, SwitchError if the device gives no
         memory or a copy fails; the model is out as before.
         """
-        if hosted.name not in self._swaps:
-            return
         self.begin_in(hosted)
-        self.finish_in(hosted)
+        self.settle(hosted.name)
 
     def begin_in(self, hosted: SwappableModel) -> None:
-        """Get slabs, give the blocks their new ids and copy. Raises CapacityError.
+        """Get slabs, give the blocks their new ids and begin to copy; the model may be stepped again.
 
-        Until `finish_in` the model's inputs are not drained: an abort would free slabs under a copy.
+        Raises as `into` does. Without effect unless the model is out.
         """
+        swap = self._swaps.get(hosted.name)
+        if swap is not None and swap.state is KVState.LEAVING:
+            self._finish(swap)
+        if swap is None or swap.state is not KVState.OUT:
+            return
         start = time.perf_counter()
         pool = hosted.build.pool
-        swap = self._swaps[hosted.name]
-        assert swap.state is KVState.OUT, f"{hosted.name!r} is {swap.state}"
-        swap.ids = self._or_count_refusal(hosted.name, pool.attach)
+        ids = self._or_count_refusal(hosted.name, pool.attach)
+        self._adapters[hosted.name].remap(ids)
         _become(swap, KVState.RETURNING)
-        addresses = [pool.address_of(b.block_id) if id(b) in swap.slot_of else None for b in swap.blocks]
+        swap.start_s, swap.nbytes = time.time(), len(swap.slot_of) * swap.image.block_bytes
+        groups: list[Group] = []
         try:
-            self.tier.copy_in(swap.image, addresses)
+            for blocks in _by_request(swap):
+                addresses = {swap.slot_of[id(block)]: pool.address_of(block.block_id) for block in blocks}
+                groups.append((blocks, self.tier.begin_copy_in(swap.image, addresses)))
         except BaseException as error:
-            self._adapters[hosted.name].remap(swap.ids)  # the blocks keep these ids until the next attempt
-            swap.ids = None
+            KVTransit(groups).wait()
             _become(swap, KVState.OUT)
             pool.detach(lambda block: self._left(hosted.name, block))
             raise SwitchError(hosted.name, "kv_in", str(error)) from error
+        swap.transit = pool.transit = KVTransit(groups)
         self.counters.blocks_in += len(swap.slot_of)
-        self.counters.bytes_in += len(swap.slot_of) * swap.image.block_bytes
+        self.counters.bytes_in += swap.nbytes
         self.counters.seconds_in += time.perf_counter() - start
 
-    def finish_in(self, hosted: SwappableModel) -> None:
-        """Map the worker's ids and free the image; all copies of `begin_in` are done by now."""
+    def _finish_in(self, swap: _Swap) -> None:
+        """Free the image."""
         start = time.perf_counter()
-        swap = self._swaps[hosted.name]
-        assert swap.state is KVState.RETURNING and swap.ids is not None
-        self._adapters[hosted.name].remap(swap.ids)
         self.tier.free_image(swap.image)
-        del self._swaps[hosted.name]
+        del self._swaps[swap.hosted.name]
         self.counters.ins += 1
         self.counters.seconds_in += time.perf_counter() - start
 
@@ -255,6 +314,18 @@ class KVSwapper:
             if swap.state is KVState.OUT:
                 alive = {id(block) for block in swap.blocks if block.ref_cnt}
                 assert alive == swap.slot_of.keys(), f"blocks of {name!r} left unnoticed"
+
+
+def _by_request(swap: _Swap) -> Iterator[list[KVCacheBlock]]:
+    """The blocks to bring back: those of the request that runs first, then what each next one needs, then the rest."""
+    scheduler, left = swap.hosted.core.scheduler, set(swap.slot_of)
+    for request in scheduler.running:
+        mine = [block for block in blocks_of(scheduler, request.request_id) if id(block) in left]
+        left.difference_update(map(id, mine))
+        if mine:
+            yield mine
+    if left:
+        yield [block for block in swap.blocks if id(block) in left]
 
 
 def _become(swap: _Swap, state: KVState) -> None:

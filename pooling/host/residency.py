@@ -84,7 +84,7 @@ class ResidencyManager:
 
     def busy(self) -> bool:
         """Whether a copy is under way whose end the loop should look at."""
-        return bool(self._job_started)
+        return bool(self._job_started) or self._swapper.is_moving
 
     def enter(self, hosted: HostedModel) -> None:
         """The model takes its turn: it is not evicted for another's growth, and its copies go last."""
@@ -121,6 +121,8 @@ class ResidencyManager:
         self.last_plan = plan
 
     def _bring_in(self, hosted: HostedModel) -> SwitchPlan:
+        if self._swapper.is_out(hosted.name):
+            self._swapper.settle(hosted.name)  # it may be leaving
         plan = self._start_load(hosted)
         if self._swapper.is_out(hosted.name):
             self._kv_in(hosted)
@@ -147,7 +149,7 @@ class ResidencyManager:
             return False
         try:
             self.room.target = hosted.name
-            self._start_load(hosted, keep=keep, spare=spare)
+            self._start_load(hosted, keep=keep, spare=spare, wait=False)
         except PoolError as error:
             logger.debug("no prefetch model=%s reason=%s", hosted.name, error)
             self._refused = attempt
@@ -170,6 +172,7 @@ class ResidencyManager:
 
     def poll(self) -> list[tuple[str, PoolError]]:
         """Take over copies that have ended; returns the models whose copy failed, with the reason."""
+        self._swapper.poll()
         failed = []
         for name in list(self._job_started):
             job = self._weights.job(name)
@@ -181,7 +184,7 @@ class ResidencyManager:
         return failed
 
     def _start_load(
-        self, hosted: HostedModel, *, keep: frozenset[str] = frozenset(), spare: str | None = None
+        self, hosted: HostedModel, *, keep: frozenset[str] = frozenset(), spare: str | None = None, wait: bool = True
     ) -> SwitchPlan:
         """Get weights into LOADING or beyond, with room for the KV that must come back."""
         name = hosted.name
@@ -189,7 +192,7 @@ class ResidencyManager:
             # Blocks come back packed by the worst slab's measure and may need one slab more than they had.
             while self._swapper.slabs_needed(hosted) > self.room.most_slabs_for(name) and hosted.core.preempt_newest():
                 logger.info("request preempted, its KV does not fit any more model=%s", name)
-        plan = self.room.make_room(hosted, keep=keep, spare=spare)
+        plan = self.room.make_room(hosted, keep=keep, spare=spare, wait=wait)
         if self._state(name) is WeightState.WARM:
             self._weights.map(name)
             self._weights.copy(name)
@@ -215,15 +218,11 @@ class ResidencyManager:
         self._trace.record(label, name, start, start + job.seconds, bytes=nbytes)
 
     def _kv_in(self, hosted: HostedModel) -> None:
-        start, nbytes = time.time(), self._swapper.bytes_out(hosted)
         try:
-            self._swapper.into(hosted)
+            self._swapper.begin_in(hosted)
         except PoolError:
             self.counters.failures += 1
             raise
-        end = time.time()
-        self.copies.observe(CopyKind.TO_DEVICE, nbytes, end - start)
-        self._trace.record("kv_in", hosted.name, start, end, bytes=nbytes)
 
     # -- models --------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tokenpool.errors import CapacityError, PoolError
 from tokenpool.host.hosted_model import HostedModel
-from tokenpool.host.kv_swap import KVSwapper
+from tokenpool.host.kv_swap import KVMove, KVSwapper
 from tokenpool.host.trace import TraceLog
 from tokenpool.memory.host_ledger import HostLedger
 from tokenpool.memory.ledger import PageUse
@@ -73,6 +73,7 @@ class RoomMaker:
         self._lendable_is_stale = True
         weights.make_room = self._free_pages
         host.make_room = self._free_host_memory
+        swapper.on_moved = self._note_move
         allocator.lender = self
 
     @property
@@ -138,12 +139,13 @@ class RoomMaker:
         )
 
     def make_room(
-        self, hosted: HostedModel, *, keep: frozenset[str] = frozenset(), spare: str | None = None
+        self, hosted: HostedModel, *, keep: frozenset[str] = frozenset(), spare: str | None = None, wait: bool = True
     ) -> SwitchPlan:
         """Free what `hosted` needs to step, pages of its weights and slabs of its KV; returns the plan of the switch.
 
         Of the plan the victims' part is done. Models in `keep` stay; `spare` goes before other busy ones. Raises
-        CapacityError when too little can be freed; what went out meanwhile is out.
+        CapacityError when too little can be freed; what went out meanwhile is out. It is raised too if KV must leave
+        first and nobody is to `wait` for that; `version` has grown when it has left.
         """
         name, allocator = hosted.name, self._allocator
         missing_bytes = pages = 0
@@ -153,7 +155,7 @@ class RoomMaker:
         if self._swapper.is_out(name):
             slabs = max(self._swapper.slabs_needed(hosted), allocator.floor(name))
             kv_bytes = self._swapper.bytes_out(hosted)
-        victims = self._evict_until(pages + slabs - allocator.num_unpromised, name, keep=keep, spare=spare)
+        victims = self._evict_until(pages + slabs - allocator.num_unpromised, name, keep=keep, spare=spare, wait=wait)
         if pages:
             allocator.free_pages(pages)
         return plan_switch(
@@ -170,43 +172,63 @@ class RoomMaker:
         self._allocator.free_pages(pages)
 
     def _evict_until(
-        self, pages: int, target: str | None, *, keep: frozenset[str] = frozenset(), spare: str | None = None
+        self,
+        pages: int,
+        target: str | None,
+        *,
+        keep: frozenset[str] = frozenset(),
+        spare: str | None = None,
+        wait: bool = True,
     ) -> list[Victim]:
         """Take victims out until `pages` more pages are nobody's promise; returns them.
 
         A victim that cannot leave, for want of host memory, is spared and others are chosen. Raises CapacityError if
-        all others together are too few.
+        all others together are too few, or are still leaving and nobody is to `wait`.
         """
-        goal = self._allocator.num_unpromised + pages
+        allocator = self._allocator
+        goal = allocator.num_unpromised + pages
         spared: set[str] = set()
         gone: list[Victim] = []
-        while (missing := goal - self._allocator.num_unpromised) > 0:
+        while (missing := goal - allocator.num_unpromised) > 0:
+            leaving = self._swapper.leaving()
+            missing -= sum(map(allocator.committed, leaving))
+            if missing <= 0 and wait:
+                self._swapper.settle(leaving[0])
+                continue
+            if missing <= 0:
+                raise CapacityError(f"KV of {', '.join(leaving)} is being copied to the host", needed_pages=pages)
             chosen = choose_evictions(self._candidates(target, keep, spare, spared), missing)
             if chosen is None:
                 raise CapacityError(
                     f"{missing} more pages are needed{f' for model {target!r}' if target else ''} and all that may "
                     "leave the device is out: raise device_memory",
                     needed_pages=missing,
-                    free_pages=self._allocator.ledger.num_free,
+                    free_pages=allocator.ledger.num_free,
                 )
             for candidate in chosen:
                 gone += self._take_out(candidate, spared)
         return gone
 
     def _take_out(self, candidate: Candidate, spared: set[str]) -> list[Victim]:
-        """Take one candidate out, a model's unused KV with its weights; an empty list if it cannot leave."""
+        """Take one candidate out, a model's unused KV with its weights; an empty list if it cannot leave.
+
+        Used KV is then on its way: `KVSwapper.leaving` names it.
+        """
         name, kind = candidate.owner, candidate.kind
         hosted, gone = self._models[name], []
         hosted.core.drain_batches()
         if kind is not EvictionKind.WEIGHTS or self._can_leave_for_free(hosted):
             promised, nbytes = self._allocator.committed(name), self._swapper.bytes_out(hosted)
             try:
-                self._kv_out(hosted, nbytes)
+                self._swapper.begin_out(hosted)
+                if not nbytes:
+                    self._swapper.settle(name)
             except PoolError as error:  # the host tier is full: keep this KV, look for others
                 logger.warning("KV stays on the device model=%s reason=%s", name, error)
                 self.counters.failures += 1
                 spared.add(name)
                 return []
+            self.counters.kv_evictions += 1
             kv_kind = EvictionKind.PAUSED_KV if nbytes else EvictionKind.IDLE_KV
             gone.append(Victim(name, kv_kind, promised, nbytes))
         if kind is EvictionKind.WEIGHTS:
@@ -222,14 +244,11 @@ class RoomMaker:
         pool = hosted.build.pool
         return pool is not None and not self._swapper.is_out(hosted.name) and pool.num_slabs == pool.num_idle_slabs
 
-    def _kv_out(self, hosted: HostedModel, nbytes: int) -> None:
-        start = time.time()
-        self._swapper.out(hosted)
-        end = time.time()
-        if nbytes:
-            self._copies.observe(CopyKind.TO_HOST, nbytes, end - start)
-            self._trace.record("kv_out", hosted.name, start, end, bytes=nbytes)
-        self.counters.kv_evictions += 1
+    def _note_move(self, move: KVMove) -> None:
+        if move.nbytes:
+            self._copies.observe(CopyKind.TO_DEVICE if move.to_device else CopyKind.TO_HOST, move.nbytes, move.seconds)
+            name, end = "kv_in" if move.to_device else "kv_out", move.start_s + move.seconds
+            self._trace.record(name, move.model, move.start_s, end, bytes=move.nbytes)
 
     def _candidates(
         self, target: str | None, keep: frozenset[str], spare: str | None, spared: set[str]

@@ -21,6 +21,7 @@ from vllm.v1.core.kv_cache_utils import (
     KVCacheBlock,
 )
 
+from tokenpool.host.kv_transit import KVTransit
 from tokenpool.host.pool_relabel import IdMap, relabel
 from tokenpool.host.tier_link import TierLink
 from tokenpool.memory.arena import ArenaView
@@ -48,6 +49,8 @@ class SlabBlockPool(BlockPool):
         self.view = view
         self.link: TierLink | None = None
         """The host tier for cached blocks; None = a cached block whose bytes go is forgotten."""
+        self.transit: KVTransit | None = None
+        """Copies of blocks that are under way."""
         self._arena = allocator.arena
         self.blocks_per_slab = self._arena.min_blocks_per_slab(view)
         if not hasattr(self, "_reuse_watchers"):  # vLLM 0.29
@@ -103,9 +106,7 @@ class SlabBlockPool(BlockPool):
             self._mark_used(block)
         return new_blocks
 
-    def get_cached_block(
-        self, block_hash: BlockHash, kv_cache_group_ids: list[int]
-    ) -> list[KVCacheBlock] | None:
+    def get_cached_block(self, block_hash: BlockHash, kv_cache_group_ids: list[int]) -> list[KVCacheBlock] | None:
         """The cached blocks of all groups under a hash, from the host tier if need be; None if one is missing."""
         found = super().get_cached_block(block_hash, kv_cache_group_ids)
         if found is None and self._stored and self.link is not None:
@@ -361,6 +362,8 @@ class SlabBlockPool(BlockPool):
 
     def _mark_freed(self, blocks: list[KVCacheBlock]) -> None:
         freed = {b.block_id: b for b in blocks if b.ref_cnt == 0 and not b.is_null and self._is_mine(b)}
+        if self.transit is not None:
+            self.transit.wait_for(freed.values())
         for block_id in freed:
             slab = self._arena.slab_of(self.view, block_id)
             self._used[slab] -= 1

@@ -39,10 +39,12 @@ class TierLink:
         self._fresh.clear()
 
     def offer(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """Store those of `blocks` that have a hash, before their bytes are lost."""
+        """Store those of `blocks` that have a hash, before their bytes are lost; waits for copies of them."""
         view = self._pool.view
         for block in blocks:
             if block.block_hash is not None and block.block_id not in self._fresh:
+                if self._pool.transit is not None:
+                    self._pool.transit.wait_for((block,))
                 address = self._pool.address_of(block.block_id)
                 self.tier.offer(self.model, block.block_hash, block.block_hash_num_tokens, address, view.block_bytes)
 

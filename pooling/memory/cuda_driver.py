@@ -38,6 +38,8 @@ CALLS = {
     "cuStreamSynchronize": 1,
     "cuStreamWaitEvent": 3,
     "cuEventCreate": 1,
+    "cuEventElapsedTime": 2,
+    "cuEventQuery": 1,
     "cuEventRecord": 2,
     "cuEventSynchronize": 1,
 }
@@ -51,6 +53,8 @@ class CudaError(OSError):
         super().__init__(errno.ENOMEM if name == "CUDA_ERROR_OUT_OF_MEMORY" else errno.EIO, f"{call}: {name} ({code})")
         self.call = call
         """The driver's function."""
+        self.name = name
+        """The driver's name of the error."""
 
 
 class CudaDriver:
@@ -153,16 +157,29 @@ class CudaDriver:
         """Wait on the host for all work on a stream."""
         self._on_device("cuStreamSynchronize", stream)
 
-    def event(self) -> int:
-        """An event without a time; whoever waits for it on the host sleeps instead of spinning."""
+    def event(self, *, timed: bool = False) -> int:
+        """An event, without a time unless `timed`; whoever waits for it on the host sleeps instead of spinning."""
         flags = self._api.CUevent_flags
-        return int(
-            self._on_device("cuEventCreate", flags.CU_EVENT_DISABLE_TIMING.value | flags.CU_EVENT_BLOCKING_SYNC.value)
-        )
+        no_time = 0 if timed else flags.CU_EVENT_DISABLE_TIMING.value
+        return int(self._on_device("cuEventCreate", no_time | flags.CU_EVENT_BLOCKING_SYNC.value))
 
     def record(self, event: int, stream: int) -> None:
         """Let the event stand for what is on the stream by now."""
         self._on_device("cuEventRecord", event, stream)
+
+    def has_happened(self, event: int) -> bool:
+        """Whether all that the event stands for is done."""
+        try:
+            self._on_device("cuEventQuery", event)
+        except CudaError as error:
+            if error.name == "CUDA_ERROR_NOT_READY":
+                return False
+            raise
+        return True
+
+    def elapsed_s(self, start: int, end: int) -> float:
+        """Seconds on the device between two timed events that have happened."""
+        return float(self._on_device("cuEventElapsedTime", start, end)) / 1e3
 
     def wait_event(self, stream: int, event: int) -> None:
         """Let later work on the stream wait for the event; the host goes on."""

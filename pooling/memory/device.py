@@ -12,6 +12,27 @@ BlockCopy = tuple[int, torch.Tensor]
 """An address on the device and the host buffer, or slice of one, whose bytes come from or go there."""
 
 
+class Copies(Protocol):
+    """Copies that were begun together; used on the thread that began them.
+
+    Those of one device end in the order in which they were begun. Until then nobody may touch the host buffers, nor
+    the places on the device but through what the engine computes after `precede_compute`.
+    """
+
+    def done(self) -> bool:
+        """Whether all have ended; does not wait."""
+
+    def wait(self) -> None:
+        """Wait until all have ended."""
+
+    def precede_compute(self) -> None:
+        """Let all that the engine computes from now on come after them, without waiting where the device can do so."""
+
+    @property
+    def seconds(self) -> float:
+        """How long they took, once they have ended."""
+
+
 class Device(Protocol):
     """Memory calls the pool needs; all sizes and offsets are bytes and multiples of `granularity`."""
 
@@ -26,7 +47,7 @@ class Device(Protocol):
         """Give a reserved range back; nothing may use it any more."""
 
     def map_zeroed(self, address: int, nbytes: int) -> None:
-        """Back the range with memory that reads as zero; when it raises OSError, nothing is mapped."""
+        """Back the range with memory that the engine, and copies, read as zero; if it raises OSError, with none."""
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Take the memory away: any later access faults instead of reading stale bytes."""
@@ -46,11 +67,11 @@ class Device(Protocol):
     def copy_out(self, target: torch.Tensor, address: int) -> None:
         """Copy `target.numel()` bytes of a mapped range into a host buffer; returns when they are there."""
 
-    def copy_blocks_in(self, copies: Sequence[BlockCopy]) -> None:
-        """Do many `copy_in` at once; returns when all are there. When it raises, any part may be."""
+    def begin_copies_in(self, copies: Sequence[BlockCopy]) -> Copies:
+        """Begin many `copy_in` at once. When it raises, any part is there and none is under way."""
 
-    def copy_blocks_out(self, copies: Sequence[BlockCopy]) -> None:
-        """Do many `copy_out` at once; returns when all are there. When it raises, any part may be."""
+    def begin_copies_out(self, copies: Sequence[BlockCopy]) -> Copies:
+        """Begin many `copy_out` at once. When it raises, any part is there and none is under way."""
 
     def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
         """Begin to copy a host buffer to a mapped range that nothing computes with; callable on any thread.

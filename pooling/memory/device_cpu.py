@@ -12,10 +12,11 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from tokenpool.memory.device import BlockCopy
+from tokenpool.memory.device import BlockCopy, Copies
 
 _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000
@@ -37,6 +38,28 @@ def _check(result: int, call: str) -> None:
         raise OSError(error, f"{call}: {os.strerror(error)}")
 
 
+class _CpuCopies:
+    """Copies that a thread does, or has done; see `Copies`."""
+
+    def __init__(self, seconds: Future[float]) -> None:
+        self._seconds = seconds
+
+    def done(self) -> bool:
+        """See `Copies`."""
+        return self._seconds.done()
+
+    def wait(self) -> None:
+        """See `Copies`."""
+        self._seconds.result()
+
+    precede_compute = wait
+
+    @property
+    def seconds(self) -> float:
+        """See `Copies`."""
+        return self._seconds.result()
+
+
 class CpuDevice:
     """Host memory as a device; see `Device` for the contract.
 
@@ -51,6 +74,9 @@ class CpuDevice:
         self.keeps_bytes = keeps_bytes
         self.link_bytes_per_s = link_bytes_per_s
         """Copies to and from the device are held to this speed, as by a bus; None = as fast as memory is."""
+        self._bus: ThreadPoolExecutor | None = None
+        if link_bytes_per_s is not None:
+            self._bus = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
 
     def reserve(self, nbytes: int) -> int:
         """Reserve `nbytes` of address range without access; raises OSError when the kernel refuses."""
@@ -110,15 +136,26 @@ class CpuDevice:
         ctypes.memmove(target.data_ptr(), address, target.numel())
         self._pace(target.numel(), start)
 
-    def copy_blocks_in(self, copies: Sequence[BlockCopy]) -> None:
-        """One `copy_in` after the other."""
-        for address, source in copies:
-            self.copy_in(address, source)
+    def begin_copies_in(self, copies: Sequence[BlockCopy]) -> Copies:
+        """One `copy_in` after the other, on a side thread if there is a bus to wait for, else at once."""
+        return self._begin(copies, self.copy_in)
 
-    def copy_blocks_out(self, copies: Sequence[BlockCopy]) -> None:
-        """One `copy_out` after the other."""
-        for address, target in copies:
-            self.copy_out(target, address)
+    def begin_copies_out(self, copies: Sequence[BlockCopy]) -> Copies:
+        """One `copy_out` after the other, on a side thread if there is a bus to wait for, else at once."""
+        return self._begin(copies, lambda address, target: self.copy_out(target, address))
+
+    def _begin(self, copies: Sequence[BlockCopy], copy: Callable[[int, torch.Tensor], None]) -> Copies:
+        def work() -> float:
+            start = time.perf_counter()
+            for address, buffer in copies:
+                copy(address, buffer)
+            return time.perf_counter() - start
+
+        if self._bus is not None:
+            return _CpuCopies(self._bus.submit(work))
+        done: Future[float] = Future()
+        done.set_result(work())
+        return _CpuCopies(done)
 
     def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
         """A `copy_in`; there is nothing to wait for afterwards."""

@@ -9,8 +9,10 @@ What keeps the order right:
 
 * The engine computes on torch's current stream of the thread that calls (the host loop's). `unmap` waits on the host
   until all that is on this stream is done; copies of blocks and `fill` wait for it on the device.
-* Zeroing, copies of blocks and `fill` run on a stream of their own and are complete when the call returns.
-* `begin_copy_in`, for weights on their way into a range that nobody uses yet, waits for nothing and has its own
+* Zeroing, copies of blocks and `fill` run on a stream of their own. Zeroing waits for nothing, for a page was drained
+  when it was taken away; the host goes on, and the engine's stream and that of weights wait for it. Whoever begins
+  copies of blocks is told when they are done, or lets the engine's stream wait.
+* `begin_copy_in`, for weights on their way into a range that nobody uses yet, waits for zeroing only and has its own
   stream, which one side thread feeds.
 """
 
@@ -28,11 +30,49 @@ import torch
 
 from tokenpool.errors import ConfigError
 from tokenpool.memory.cuda_driver import CudaDriver, CudaError
-from tokenpool.memory.device import BlockCopy
+from tokenpool.memory.device import BlockCopy, Copies
 from tokenpool.memory.device_dlpack import CUDA, tensor_at
 
 BatchCopy = Callable[[Sequence[tuple[int, int, int]], int], None]
 """Issues copies (target address, source address, bytes) on a stream; one side of each is pinned host memory."""
+
+
+class _CudaCopies:
+    """Copies between two events of one stream; see `Copies`."""
+
+    def __init__(self, device: CudaDevice, buffers: list[torch.Tensor], start: int, end: int) -> None:
+        self._device = device
+        self._buffers = buffers  # pinned until the copies are done
+        self._events = (start, end)
+        self._seconds: float | None = None
+
+    def done(self) -> bool:
+        """See `Copies`."""
+        if self._seconds is None and self._device.driver.has_happened(self._events[1]):
+            self._end()
+        return self._seconds is not None
+
+    def wait(self) -> None:
+        """See `Copies`."""
+        if self._seconds is None:
+            self._device.driver.synchronize_event(self._events[1])
+            self._end()
+
+    def precede_compute(self) -> None:
+        """See `Copies`."""
+        if self._seconds is None:
+            self._device.driver.wait_event(self._device.compute_stream(), self._events[1])
+
+    @property
+    def seconds(self) -> float:
+        """See `Copies`; on the device's clock."""
+        assert self._seconds is not None, "not known before they are done"
+        return self._seconds
+
+    def _end(self) -> None:
+        self._seconds = self._device.driver.elapsed_s(*self._events)
+        self._buffers.clear()
+        self._device.timed_events += self._events  # a wait on the device that was issued keeps what it waits for
 
 
 class CudaDevice:
@@ -60,11 +100,15 @@ class CudaDevice:
         if page_bytes % (step := self.driver.granularity()):
             raise ConfigError(f"{page_bytes} is no multiple of {step} bytes, which the GPU maps", key="page_size")
         self.batch_copy = batch_copy
-        self._compute_stream = compute_stream or self._torch_stream
+        self.compute_stream = compute_stream or self._torch_stream
+        """The stream on which the engine computes, asked on its thread."""
         self._stream = self.driver.stream()
         self._weight_stream = self.driver.stream()
         self._event = self.driver.event()  # of the loop's thread
+        self._zeroed = self.driver.event()
         self._spare_events: list[int] = []  # of copies that are done
+        self.timed_events: list[int] = []
+        """Events that nobody uses."""
         self._free: list[Any] = []
         self._mapped: dict[int, Any] = {}
         self._near_cpus = _cpus_near(self.driver.pci_bus_id())
@@ -95,10 +139,13 @@ class CudaDevice:
                 done += 1
             self.driver.allow(address, nbytes)
             self.driver.fill(address, nbytes, 0, self._stream)
-            self.driver.synchronize(self._stream)
+            self.driver.record(self._zeroed, self._stream)
+            self.driver.wait_event(self.compute_stream(), self._zeroed)
+            self.driver.wait_event(self._weight_stream, self._zeroed)
         except BaseException:
             if done:
                 with suppress(CudaError):  # the first error says what is wrong
+                    self.driver.synchronize(self._stream)
                     self.driver.unmap(address, done * self.granularity)
             self._free += handles
             raise
@@ -175,30 +222,43 @@ class CudaDevice:
 
     def copy_in(self, address: int, source: torch.Tensor) -> None:
         """Copy a pinned buffer to the device, after what the engine has computed so far."""
-        self.copy_blocks_in([(address, source)])
+        self.begin_copies_in([(address, source)]).wait()
 
     def copy_out(self, target: torch.Tensor, address: int) -> None:
         """Copy a range into a pinned buffer, after what the engine has computed so far."""
-        self.copy_blocks_out([(address, target)])
+        self.begin_copies_out([(address, target)]).wait()
 
-    def copy_blocks_in(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy pinned buffers to their addresses, all in one go."""
-        self._copy_blocks([(address, host.data_ptr(), host.numel()) for address, host in copies], self.driver.copy_in)
+    def begin_copies_in(self, copies: Sequence[BlockCopy]) -> Copies:
+        """Copy pinned buffers to their addresses, after what the engine has computed so far."""
+        places = [(address, host.data_ptr(), host.numel()) for address, host in copies]
+        return self._begin(places, self.driver.copy_in, copies)
 
-    def copy_blocks_out(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy ranges into pinned buffers, all in one go."""
-        self._copy_blocks([(host.data_ptr(), address, host.numel()) for address, host in copies], self.driver.copy_out)
+    def begin_copies_out(self, copies: Sequence[BlockCopy]) -> Copies:
+        """Copy ranges into pinned buffers, after what the engine has computed so far."""
+        places = [(host.data_ptr(), address, host.numel()) for address, host in copies]
+        return self._begin(places, self.driver.copy_out, copies)
 
-    def _copy_blocks(self, copies: list[tuple[int, int, int]], one: Callable[[int, int, int, int], None]) -> None:
-        if not copies:
-            return
+    def _begin(
+        self, places: list[tuple[int, int, int]], one: Callable[[int, int, int, int], None], copies: Sequence[BlockCopy]
+    ) -> Copies:
         self._follow_compute()
-        if self.batch_copy is not None:
-            self.batch_copy(copies, self._stream)
-        else:
-            for copy in copies:
-                one(*copy, self._stream)
-        self.driver.synchronize(self._stream)
+        start, end = (self._timed_event() for _ in range(2))
+        self.driver.record(start, self._stream)
+        try:
+            if places and self.batch_copy is not None:
+                self.batch_copy(places, self._stream)
+            else:
+                for place in places:
+                    one(*place, self._stream)
+            self.driver.record(end, self._stream)
+        except BaseException:
+            self.driver.synchronize(self._stream)
+            self.timed_events += (start, end)
+            raise
+        return _CudaCopies(self, [host for _, host in copies], start, end)
+
+    def _timed_event(self) -> int:
+        return self.timed_events.pop() if self.timed_events else self.driver.event(timed=True)
 
     # -- order ---------------------------------------------------------------------------------------
 
@@ -206,11 +266,11 @@ class CudaDevice:
         return int(torch.cuda.current_stream(self.driver.ordinal).cuda_stream)
 
     def _wait_for_compute(self) -> None:
-        self.driver.record(self._event, self._compute_stream())
+        self.driver.record(self._event, self.compute_stream())
         self.driver.synchronize_event(self._event)
 
     def _follow_compute(self) -> None:
-        self.driver.record(self._event, self._compute_stream())
+        self.driver.record(self._event, self.compute_stream())
         self.driver.wait_event(self._stream, self._event)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokenpool.memory.device import BlockCopy, Device
+from tokenpool.memory.device import BlockCopy, Copies, Device
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 from tokenpool.memory.host_slots import FREE_SLOTS, Slot, SlotBuffer, SlotPool
 
@@ -102,19 +102,21 @@ class HostKVTier:
         self._images.append(image)
         return image
 
-    def copy_out(self, image: KVImage, addresses: Sequence[int]) -> None:
+    def begin_copy_out(self, image: KVImage, addresses: Sequence[int]) -> Copies:
         """Copy one device block per slot into the image; `addresses[i]` is where the i-th one starts."""
-        copies = self._copies(image, addresses)
-        self.device.copy_blocks_out(copies)
+        copies = self._copies(image, enumerate(addresses))
+        begun = self.device.begin_copies_out(copies)
         self.counters.paused_out_bytes += sum(host.numel() for _, host in copies)
         self.counters.copies += len(copies)
+        return begun
 
-    def copy_in(self, image: KVImage, addresses: Sequence[int | None]) -> None:
-        """Copy the blocks back to `addresses`; None leaves one out. The image keeps them."""
-        copies = self._copies(image, addresses)
-        self.device.copy_blocks_in(copies)
+    def begin_copy_in(self, image: KVImage, addresses: Mapping[int, int]) -> Copies:
+        """Copy the blocks with these indices to these addresses; the image must not be freed meanwhile."""
+        copies = self._copies(image, sorted(addresses.items()))
+        begun = self.device.begin_copies_in(copies)
         self.counters.paused_in_bytes += sum(host.numel() for _, host in copies)
         self.counters.copies += len(copies)
+        return begun
 
     def drop_block(self, image: KVImage, index: int) -> None:
         """Forget one block of an image, whose request ended."""
@@ -130,13 +132,12 @@ class HostKVTier:
             if slot is not None:
                 self.drop_block(image, index)
 
-    def _copies(self, image: KVImage, addresses: Sequence[int | None]) -> list[BlockCopy]:
+    def _copies(self, image: KVImage, addresses: Iterable[tuple[int, int]]) -> list[BlockCopy]:
         """What to copy; blocks that are neighbours both on the device and in a host buffer go together."""
-        assert len(addresses) == len(image.slots)
         runs: list[tuple[SlotBuffer, int, int, int]] = []  # buffer, first slot, address, count
-        for slot, address in zip(image.slots, addresses, strict=True):
-            if slot is None or address is None:
-                continue
+        for index, address in addresses:
+            slot = image.slots[index]
+            assert slot is not None, "dropped"
             if runs:
                 buffer, first, start, count = runs[-1]
                 if slot == (buffer, first + count) and address == start + count * image.block_bytes:

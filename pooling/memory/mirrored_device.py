@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tokenpool.memory.device import BlockCopy, Device
+from tokenpool.memory.device import BlockCopy, Copies, Device
 
 Repeat = Callable[[str, tuple[Any, ...]], None]
 """Hands a call to the other ranks, which do it in the order given; does not wait for them."""
@@ -71,25 +71,25 @@ class MirroredDevice:
 
     def copy_in(self, address: int, source: torch.Tensor) -> None:
         """Copy on every rank, each from its own buffer."""
-        self.copy_blocks_in([(address, source)])
+        self.begin_copies_in([(address, source)]).wait()
 
     def copy_out(self, target: torch.Tensor, address: int) -> None:
         """Copy on every rank, each into its own buffer."""
-        self.copy_blocks_out([(address, target)])
+        self.begin_copies_out([(address, target)]).wait()
 
-    def copy_blocks_in(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy on every rank, each from its own buffers."""
-        self._repeat("copy_blocks_in", (_names(copies),))
-        self._device.copy_blocks_in(copies)
+    def begin_copies_in(self, copies: Sequence[BlockCopy]) -> Copies:
+        """Copy on every rank, each from its own buffers; the others do so before whatever comes next."""
+        self._repeat("copies_in", (_names(copies),))
+        return self._device.begin_copies_in(copies)
 
-    def copy_blocks_out(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy on every rank, each into its own buffers."""
-        self._repeat("copy_blocks_out", (_names(copies),))
-        self._device.copy_blocks_out(copies)
+    def begin_copies_out(self, copies: Sequence[BlockCopy]) -> Copies:
+        """Copy on every rank, each into its own buffers; the others do so before whatever comes next."""
+        self._repeat("copies_out", (_names(copies),))
+        return self._device.begin_copies_out(copies)
 
     def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
         """Begin to copy on every rank; waits for the first rank only, as the others do things in order."""
-        self._repeat("copy_blocks_in", (_names([(address, source)]),))
+        self._repeat("copies_in", (_names([(address, source)]),))
         return self._device.begin_copy_in(address, source)
 
 
@@ -135,11 +135,11 @@ class Mirror:
         self._buffers.append((theirs, nbytes, buffer))
         return buffer
 
-    def _copy_blocks_in(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        self.device.copy_blocks_in([(self.address(a), self._slice(b, size)) for a, b, size in copies])
+    def _copies_in(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.device.begin_copies_in([(self.address(a), self._slice(b, size)) for a, b, size in copies]).wait()
 
-    def _copy_blocks_out(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        self.device.copy_blocks_out([(self.address(a), self._slice(b, size)) for a, b, size in copies])
+    def _copies_out(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.device.begin_copies_out([(self.address(a), self._slice(b, size)) for a, b, size in copies]).wait()
 
     def address(self, theirs: int) -> int:
         """Our address for one of the first rank's; raises KeyError if it lies in no range."""

@@ -31,7 +31,7 @@ class KVState(StrEnum):
     OUT = "out"
     """In host memory; the model holds no slab."""
     RETURNING = "returning"
-    """On its way back: the model must not step, and its inputs wait."""
+    """On its way back: requests whose blocks are there run."""
 
 
 TRANSITIONS: dict[StrEnum, frozenset[StrEnum]] = {

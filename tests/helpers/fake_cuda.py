@@ -35,6 +35,7 @@ class Result(IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_OUT_OF_MEMORY = 2
+    CUDA_ERROR_NOT_READY = 600
 
 
 def _enum(**names: int) -> Any:
@@ -67,6 +68,7 @@ class FakeCuda:
         self._names = count(100)
         self._streams: dict[int, deque[Any]] = {0: deque()}
         self._events: dict[int, tuple[int, object] | None] = {}
+        self._timed: set[int] = set()
         self._lock = threading.RLock()
         self._page = 0
 
@@ -194,9 +196,11 @@ class FakeCuda:
         return Result.CUDA_SUCCESS, stream
 
     def _cuEventCreate(self, flags: int) -> Any:
-        assert flags == 3
+        assert flags in (1, 3)
         event = next(self._names)
         self._events[event] = None
+        if flags == 1:
+            self._timed.add(event)
         return Result.CUDA_SUCCESS, event
 
     def _cuEventRecord(self, event: int, stream: int) -> Any:
@@ -218,6 +222,17 @@ class FakeCuda:
     def _cuEventSynchronize(self, event: int) -> Any:
         self._run_to(self._events[event])
         return (Result.CUDA_SUCCESS,)
+
+    def _cuEventQuery(self, event: int) -> Any:
+        return (Result.CUDA_SUCCESS if self._is_past(event) else Result.CUDA_ERROR_NOT_READY,)
+
+    def _cuEventElapsedTime(self, start: int, end: int) -> Any:
+        assert {start, end} <= self._timed and self._is_past(start) and self._is_past(end)
+        return Result.CUDA_SUCCESS, 2.5
+
+    def _is_past(self, event: int) -> bool:
+        state = self._events[event]
+        return state is None or state[1] not in self._streams[state[0]]
 
     def _cuMemsetD8Async(self, address: int, byte: int, nbytes: int, stream: int) -> Any:
         self._check_device(address, nbytes)
@@ -271,3 +286,7 @@ class FakeCudaDevice(CudaDevice):
         self.compute = self.fake._cuStreamCreate(1)[1]
         driver = CudaDriver(api=self.fake)
         super().__init__(page_bytes, driver=driver, compute_stream=lambda: self.compute, batch_copy=batch_copy)
+
+    def run_engine(self) -> None:
+        """Do all that is on the engine's stream by now."""
+        self.fake._cuStreamSynchronize(self.compute)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from tests.helpers.late_device import LateDevice
 from tests.helpers.plain import RequestSpec
 from tests.helpers.pooled import PooledModels
 from tokenpool.host.kv_swap import KVSwapper
@@ -16,10 +17,14 @@ from tokenpool.memory.ledger import PageUse
 
 
 class SteppedModels(PooledModels):
-    """Pooled models under a driver that never steps one that is out, and moves them when told."""
+    """Pooled models under a driver that never steps one that is out, and moves them when told.
 
-    def __init__(self, device_memory: int, page_size: int) -> None:
-        super().__init__(device_memory, page_size, device=CpuDevice(keeps_bytes=True), poison=True)
+    With `late` copies of KV end late, and models are stepped while their blocks are on their way back.
+    """
+
+    def __init__(self, device_memory: int, page_size: int, *, late: LateDevice | None = None) -> None:
+        super().__init__(device_memory, page_size, device=late or CpuDevice(keeps_bytes=True), poison=True)
+        self._late = late
         self.swapper: KVSwapper = self.host.swapper
         self.steps: Counter[str] = Counter()
         """Steps by model: the time axis on which a run with moves and one without are the same."""
@@ -44,6 +49,7 @@ class SteppedModels(PooledModels):
         hosted.core.step_once()
         self.steps[name] += 1
         self.swapper.after_step(hosted)
+        self.swapper.poll()
         self._collect()
 
     def has_work(self, name: str) -> bool:
@@ -79,7 +85,7 @@ class SteppedModels(PooledModels):
         """Bring a model back."""
         blocks = self.host.models[name].build.pool.used_blocks()
         old = [block.block_id for block in blocks]
-        self.swapper.into(self.host.models[name])
+        (self.swapper.begin_in if self._late else self.swapper.into)(self.host.models[name])
         self.moved_ids += sum(i != block.block_id for i, block in zip(old, blocks, strict=True))
         self.host.ledger.give(f"in place of {name}", PageUse.WEIGHTS, self._ballast.pop(name))
         self.check()

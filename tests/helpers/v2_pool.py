@@ -49,10 +49,14 @@ def turns(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
 
 
 def moves(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
-    """Models leave and return at random token boundaries, into other blocks of slabs that were poisoned."""
+    """Models leave and return at random token boundaries, into other blocks of slabs that were poisoned.
+
+    They are stepped while their blocks come back.
+    """
+    from tests.helpers.late_device import LateDevice
     from tests.helpers.stepping import RandomMoves, SteppedModels
 
-    pooled = SteppedModels(DEVICE_MEMORY, PAGE)
+    pooled = SteppedModels(DEVICE_MEMORY, PAGE, late=LateDevice())
     for case in cases:
         pooled.add(case, async_scheduling=ahead)
         pooled.submit(case)

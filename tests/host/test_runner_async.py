@@ -66,11 +66,16 @@ def test_a_turn_per_token_changes_no_stream(cases, reference):
     pooled.close()
 
 
-def test_random_moves_change_no_stream(cases, reference):
-    """Models that leave while a step of theirs is in flight come back elsewhere and go on as plain vLLM does."""
+@pytest.mark.parametrize("late", [False, True])
+def test_random_moves_change_no_stream(cases, reference, late):
+    """Models that leave while a step of theirs is in flight come back elsewhere and go on as plain vLLM does.
+
+    So they do when they are stepped while their blocks come back.
+    """
+    from tests.helpers.late_device import LateDevice
     from tests.helpers.stepping import RandomMoves, SteppedModels
 
-    models = SteppedModels(128 * PAGE, PAGE)
+    models = SteppedModels(128 * PAGE, PAGE, late=LateDevice() if late else None)
     for case in cases.values():
         models.add(case)
         models.submit(case)

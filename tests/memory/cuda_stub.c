@@ -65,9 +65,11 @@ static int host_free(void *address) { SAY("cuMemFreeHost %#llx", address, 0, 0, 
 static int stream_create(void **out, unsigned flags) { SAY("cuStreamCreate %llu", flags, 0, 0, 0); *out = (void *)0xd000; return 0; }
 static int stream_sync(void *stream) { SAY("cuStreamSynchronize %#llx", stream, 0, 0, 0); return 0; }
 static int wait_event(void *stream, void *event, unsigned flags) { SAY("cuStreamWaitEvent %#llx %#llx %llu", stream, event, flags, 0); return 0; }
-static int event_create(void **out, unsigned flags) { SAY("cuEventCreate %llu", flags, 0, 0, 0); *out = (void *)0xe000; return 0; }
+static int event_create(void **out, unsigned flags) { SAY("cuEventCreate %llu", flags, 0, 0, 0); *out = (void *)(flags == 1 ? 0xe001 : 0xe000); return 0; }
 static int event_record(void *event, void *stream) { SAY("cuEventRecord %#llx %#llx", event, stream, 0, 0); return 0; }
 static int event_sync(void *event) { SAY("cuEventSynchronize %#llx", event, 0, 0, 0); return 0; }
+static int event_query(void *event) { SAY("cuEventQuery %#llx", event, 0, 0, 0); return event == (void *)0xe000 ? 600 : 0; }
+static int elapsed(float *ms, void *start, void *end) { SAY("cuEventElapsedTime %#llx %#llx", start, end, 0, 0); *ms = 2.5f; return 0; }
 static int memset_async(u64 address, unsigned char byte, size_t size, void *stream) {
   SAY("cuMemsetD8Async %#llx %llu %#llx %#llx", address, byte, size, stream);
   return 0;
@@ -89,7 +91,7 @@ static const struct { const char *name; void *function; } functions[] = {
     {"cuMemSetAccess", set_access}, {"cuMemUnmap", unmap}, {"cuMemHostAlloc", host_alloc},
     {"cuMemFreeHost", host_free}, {"cuStreamCreate", stream_create}, {"cuStreamSynchronize", stream_sync},
     {"cuStreamWaitEvent", wait_event}, {"cuEventCreate", event_create}, {"cuEventRecord", event_record},
-    {"cuEventSynchronize", event_sync}, {"cuMemsetD8Async", memset_async}, {"cuMemcpyHtoDAsync", copy_in},
+    {"cuEventSynchronize", event_sync}, {"cuEventQuery", event_query}, {"cuEventElapsedTime", elapsed}, {"cuMemsetD8Async", memset_async}, {"cuMemcpyHtoDAsync", copy_in},
     {"cuMemcpyDtoHAsync", copy_out},
 };
 

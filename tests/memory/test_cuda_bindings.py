@@ -35,6 +35,8 @@ driver.record(event, stream)
 driver.wait_event(stream, event)
 driver.wait_event(0, event)
 driver.synchronize_event(event)
+timed = driver.event(timed=True)
+print(driver.has_happened(event), driver.has_happened(timed), driver.elapsed_s(timed, timed))
 driver.synchronize(stream)
 driver.unpin(host)
 driver.unmap(address, 2 << 20)
@@ -67,6 +69,10 @@ cuEventRecord 0xe000 0xd000
 cuStreamWaitEvent 0xd000 0xe000 0
 cuStreamWaitEvent 0 0xe000 0
 cuEventSynchronize 0xe000
+cuEventCreate 1
+cuEventQuery 0xe000
+cuEventQuery 0xe001
+cuEventElapsedTime 0xe001 0xe001
 cuStreamSynchronize 0xd000
 cuMemFreeHost 0xc000
 cuMemUnmap 0xa00000000000 0x200000
@@ -109,6 +115,7 @@ def test_every_constant_exists_with_its_value(bindings):
         "CUevent_flags.CU_EVENT_DISABLE_TIMING": 2,
         "CUresult.CUDA_SUCCESS": 0,
         "CUresult.CUDA_ERROR_OUT_OF_MEMORY": 2,
+        "CUresult.CUDA_ERROR_NOT_READY": 600,
     }
     for name, value in values.items():
         kind, _, member = name.partition(".")
@@ -129,4 +136,5 @@ def test_arguments_arrive_at_the_driver(bindings, tmp_path):
     assert ran.returncode == 0, ran.stderr
 
     assert EXPECTED == log.read_text()
-    assert ["0000:3b:00.0 2097152", "[Errno 12] cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY (2)"] == ran.stdout.splitlines()
+    error = "[Errno 12] cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY (2)"
+    assert ["0000:3b:00.0 2097152", "False True 0.0025", error] == ran.stdout.splitlines()

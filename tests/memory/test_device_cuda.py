@@ -61,7 +61,7 @@ def test_handles_are_made_once_and_mapped_again():
     assert not device.fake.handles
 
 
-MAP_CALLS = ["cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemsetD8Async", "cuStreamSynchronize"]
+MAP_CALLS = ["cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemsetD8Async", "cuStreamWaitEvent"]
 
 
 @pytest.mark.parametrize("call", MAP_CALLS)
@@ -162,13 +162,66 @@ def test_many_blocks_go_in_one_batch():
     batches = []
     device = FakeCudaDevice(batch_copy=lambda copies, stream: batches.append((copies, stream)))
     host = device.host_buffer(300)
-    device.copy_blocks_out([(1000, host[:100]), (2000, host[100:])])
-    device.copy_blocks_in([(3000, host[:100])])
-    device.copy_blocks_in([])
+    device.begin_copies_out([(1000, host[:100]), (2000, host[100:])])
+    device.begin_copies_in([(3000, host[:100])])
+    device.begin_copies_in([])
 
     start = host.data_ptr()
     assert [[(start, 1000, 100), (start + 100, 2000, 200)], [(3000, start, 100)]] == [copies for copies, _ in batches]
     assert {device._stream} == {stream for _, stream in batches}
+
+
+def test_nobody_waits_on_the_host_for_zeroing():
+    """The engine and copies of weights see zero bytes, each because its stream waits; mapping only issues work."""
+    device = FakeCudaDevice()
+    address = device.reserve(2 * PAGE)
+    for _ in range(2):
+        device.map_zeroed(address, 2 * PAGE)
+        assert not device.fake.is_idle(device._stream)
+        here, host, seen = device.tensor(address, 2 * PAGE), device.host_buffer(PAGE).fill_(7), []
+        device.fake.launch(lambda here=here, seen=seen: seen.append(int(here[PAGE:].sum())), device.compute)
+        device.begin_copy_in(address, host)()
+        device.run_engine()
+        assert [0] == seen
+        assert here[:PAGE].eq(7).all(), "zeroing came after the weights"
+        here.fill_(1)
+        device.unmap(address, 2 * PAGE)
+    assert 0 == device.fake.count("cuStreamSynchronize")
+
+
+def test_the_host_goes_on_while_blocks_are_copied():
+    """Copies in are begun and not waited for; an engine that was told to comes after them, and their time is known."""
+    device = FakeCudaDevice()
+    address = device.reserve(2 * PAGE)
+    device.map_zeroed(address, 2 * PAGE)
+    here, host, seen = device.tensor(address, 2 * PAGE), device.host_buffer(2 * PAGE).fill_(3), []
+    first = device.begin_copies_in([(address, host[:PAGE])])
+    second = device.begin_copies_in([(address + PAGE, host[PAGE:])])
+    assert not first.done() and not second.done()
+    first.precede_compute()
+    device.fake.launch(lambda: seen.append((int(here[0]), int(here[PAGE]))), device.compute)
+    device.run_engine()
+    assert [(3, 0)] == seen, "the engine waits for what it was told to, and for no more"
+    assert first.done() and not second.done()
+    second.wait()
+    assert here.eq(3).all()
+    assert 2.5e-3 == first.seconds == second.seconds
+
+    events = device.fake.count("cuEventCreate")
+    device.begin_copies_in([(address, host)]).wait()
+    assert events == device.fake.count("cuEventCreate"), "events are used again"
+
+
+def test_no_copy_is_under_way_after_one_could_not_be_issued():
+    """A batch that the driver refuses in its middle has ended when the error is raised."""
+    device = FakeCudaDevice()
+    address = device.reserve(PAGE)
+    device.map_zeroed(address, PAGE)
+    host = device.host_buffer(PAGE)
+    device.fake.allowed = {"cuMemcpyHtoDAsync": 1}
+    with pytest.raises(CudaError, match="cuMemcpyHtoDAsync"):
+        device.begin_copies_in([(address, host[:100]), (address + 100, host[100:200])])
+    assert device.fake.is_idle(device._stream)
 
 
 def test_pinned_memory_lives_as_long_as_a_slice_of_it():

@@ -86,7 +86,7 @@ class TierMachine(RuleBasedStateMachine):
         for slot, block in enumerate(blocks):
             values[slot] = self.new_value()
             self.region.fill(model, block, values[slot])
-        self.tier.copy_out(image, [self.region.address(model, block) for block in blocks])
+        self.tier.begin_copy_out(image, [self.region.address(model, block) for block in blocks]).wait()
         self.images.append((image, values))
 
     @precondition(lambda self: self.images)
@@ -110,8 +110,8 @@ class TierMachine(RuleBasedStateMachine):
         image, values = self.images.pop(index)
         places = data.draw(st.permutations(range(NUM_BLOCKS)))
         addresses = [self.region.address(image.model, place) for place in places[: len(image.slots)]]
-        addresses = [a if slot in values else None for slot, a in enumerate(addresses)]
-        self.tier.copy_in(image, addresses)
+        addresses = {slot: a for slot, a in enumerate(addresses) if slot in values}
+        self.tier.begin_copy_in(image, addresses).wait()
         assert values == {slot: self.region.value(image.model, places[slot]) for slot in values}
         self.tier.free_image(image)
 
@@ -195,9 +195,9 @@ def test_neighbours_go_in_one_copy(region):
     """A run of blocks is one copy out, and one copy in where it comes back as a run."""
     tier = make_tier(region, 1 << 20)
     image = tier.new_image("a", 512, 8)
-    tier.copy_out(image, [region.address("a", block) for block in (0, 1, 2, 3, 6, 7, 9, 10)])
+    tier.begin_copy_out(image, [region.address("a", block) for block in (0, 1, 2, 3, 6, 7, 9, 10)]).wait()
     assert 3 == tier.counters.copies
-    tier.copy_in(image, [region.address("a", block) for block in range(2, 10)])
+    tier.begin_copy_in(image, {i: region.address("a", i + 2) for i in range(8)}).wait()
     assert 4 == tier.counters.copies
     assert (8 * 512, 8 * 512) == (tier.counters.paused_out_bytes, tier.counters.paused_in_bytes)
 

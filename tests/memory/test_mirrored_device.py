@@ -64,7 +64,7 @@ def test_copies_keep_to_each_ranks_own_bytes(ranks: Ranks) -> None:
     ranks.device.fill(base, PAGE, 1)
     ranks.follow()
     ranks.mirror.device.fill(ranks.mirror.address(base), PAGE, 2)  # this rank's shard is another
-    ranks.device.copy_blocks_out([(base, buffer[:512]), (base + 4096, buffer[1024:1536])])
+    ranks.device.begin_copies_out([(base, buffer[:512]), (base + 4096, buffer[1024:1536])]).wait()
     ranks.device.copy_in(base + PAGE, buffer[:512])
     ranks.device.begin_copy_in(base + PAGE + 512, buffer[1024:1536])()
     ranks.follow()
@@ -79,10 +79,10 @@ def test_a_buffer_at_a_reused_address_is_the_new_one(ranks: Ranks) -> None:
     ranks.mirror.do("reserve", (1 << 20, PAGE))
     ranks.mirror.do("map_zeroed", (1 << 20, PAGE))
     new.fill_(5)
-    ranks.mirror.do("copy_blocks_in", ([(1 << 20, 1040, 8)],))
+    ranks.mirror.do("copies_in", ([(1 << 20, 1040, 8)],))
     assert ranks.theirs(1 << 20, 8).tolist() == [5] * 8
     with pytest.raises(KeyError, match="in no host buffer"):
-        ranks.mirror.do("copy_blocks_in", ([(1 << 20, 1000, 8)],))
+        ranks.mirror.do("copies_in", ([(1 << 20, 1000, 8)],))
 
 
 def test_nothing_is_repeated_that_the_first_rank_could_not_do(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:

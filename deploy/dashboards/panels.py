@@ -55,7 +55,7 @@ def _quantiles(series: str) -> tuple[tuple[str, str], ...]:
 
 def _bytes_of_pages(by: str) -> str:
     pages = f"sum by (instance, {by}) ({ours('pages', HOST)})"
-    return f"sum by ({by}) ({pages} * on (instance) group_left () {ours('page_size_bytes', HOST)})"
+    return f"sum by ({by}) ({pages} * on (instance) group_left () max by (instance) ({ours('page_size_bytes', HOST)}))"
 
 
 _GOOD_SHARE = ((0.0, "red"), (0.9, "orange"), (0.99, "green"))

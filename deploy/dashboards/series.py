@@ -17,8 +17,8 @@ VLLM: dict[str, tuple[str, ...]] = {
 """vLLM's metrics in use, by their names in a scrape; a test compares them with a running server."""
 SERIES: dict[str, tuple[str, ...]] = {m.exported: m.labels for m in METRICS.values()} | VLLM
 """Labels of every series that may be named."""
-TARGET_LABELS = ("instance",)
-"""Labels that Prometheus adds to every series."""
+TARGET_LABELS = ("instance", "host")
+"""Labels beside those of the metric: Prometheus adds the first, a cluster's frontend the second to series of hosts."""
 
 
 def ours(name: str, selector: str = "", window: str = "") -> str:

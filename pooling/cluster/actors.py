@@ -64,8 +64,8 @@ class HostActor:
         return self._supervisor.order(order)
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call the host process: `state`, `load`, `check`, `trace` or `progress`."""
-        if method not in ("state", "load", "check", "trace", "progress"):
+        """Call the host process: `state`, `load`, `check`, `trace`, `progress` or `metrics`."""
+        if method not in ("state", "load", "check", "trace", "progress", "metrics"):
             raise HostError(f"{method} is no question: send an order")
         return self._supervisor.call(method, *args)
 

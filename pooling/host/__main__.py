@@ -19,7 +19,7 @@ from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostConfig, HostedModelSpec
 from tokenpool.host.kv_exchange import KVExchange
-from tokenpool.host.metrics import HostMetrics
+from tokenpool.host.metrics import HostMetrics, scrape
 from tokenpool.host.state import host_load, host_state, host_trace, model_state
 
 CONTROL_KEY_VARIABLE = "TOKENPOOL_CONTROL_KEY"
@@ -53,7 +53,7 @@ def main(control_path: str, config_json: str) -> None:
         "trace": lambda last_s: host_trace(host, last_s),
         "check": host.check,
     }
-    direct = {"add_model": add_model, "add_packed": add_packed, "progress": host.progress.snapshot}
+    direct = {"add_model": add_model, "add_packed": add_packed, "progress": host.progress.snapshot, "metrics": scrape}
     with unpinned():
         ControlServer(control_path, key, host.call).serve(methods, direct)
     # A socket thread that wants the interpreter waits this long for the loop: 5 ms by default, a step or more.

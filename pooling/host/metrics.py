@@ -9,6 +9,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from prometheus_client import generate_latest
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.state import copied_bytes, step_errors, weight_state
@@ -156,6 +159,11 @@ class HostMetrics:
         if before != value:
             (counter.labels(*labels) if labels else counter).inc(value - (before or 0.0))
             self._seen[key] = value
+
+
+def scrape() -> str:
+    """This process' metrics in Prometheus' text format; reads files, so any thread may call it."""
+    return generate_latest(get_prometheus_registry()).decode()
 
 
 def _by_use(held: Mapping[str, Mapping[str, int]]) -> dict[tuple[str, ...], float]:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _DECISIONS = metric("decisions").make()
 _RETRY_S = 0.2
 _CALL_LIMIT_S = 30.0
+_LOOKS = ("state", "load", "progress", "metrics")
 _LOOK_LIMIT_S = 5.0
 """For what is asked all the time; a host that builds a model answers late."""
 _RETRY_CALLS_S = 60.0
@@ -100,7 +101,7 @@ class _Hosts:
 
     async def _ask_one(self, name: str, method: str, args: tuple[Any, ...]) -> Any:
         try:
-            async with asyncio.timeout(_LOOK_LIMIT_S if method in ("state", "load", "progress") else _CALL_LIMIT_S):
+            async with asyncio.timeout(_LOOK_LIMIT_S if method in _LOOKS else _CALL_LIMIT_S):
                 return await self._session.hosts[name].call.remote(method, *args)
         except Exception as error:
             cause = getattr(error, "cause", None)
@@ -306,6 +307,11 @@ class ClusterServer(PoolServer):
         answers = await self._hosts.ask("trace", last_s)
         events = {host: answer for host, answer in sorted(answers.items()) if not isinstance(answer, Exception)}
         return await asyncio.to_thread(chrome_traces, events)
+
+    async def host_metrics(self) -> dict[str, str]:
+        """Each host's own scrape; a host that does not answer is not in it."""
+        answers = await self._hosts.ask("metrics")
+        return {host: answer for host, answer in answers.items() if not isinstance(answer, Exception)}
 
     async def decisions(self, limit: int | None) -> list[dict[str, Any]]:
         """What the controller decided and why, oldest first; raises PoolError while it is away."""

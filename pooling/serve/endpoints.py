@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import Counter
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -23,6 +24,7 @@ from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, Mode
 from tokenpool.host.metrics import LabelledGauge
 from tokenpool.metric_registry import metric
 from tokenpool.serve.auth import TENANT_KEY, error_response
+from tokenpool.serve.host_metrics import merged
 from tokenpool.serve.router import ModelApp
 from tokenpool.serve.status_page import status_page
 from tokenpool.serve.tenant_metrics import show_tenants
@@ -84,7 +86,7 @@ async def version(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Prometheus metrics of this process and the host, all models."""
+    """Prometheus metrics of this process and its hosts, all models."""
     pool = request.app.state.pool
     for name, model in pool.router.models.items():
         for status, count in model.gate.take_refused().items():
@@ -95,7 +97,8 @@ async def metrics(request: Request) -> Response:
         show_tenants(pool.tenants, pool.router.models)
     _RESTARTS.inc(pool.host_restarts - counted)
     request.app.state.counted_restarts = pool.host_restarts
-    return Response(generate_latest(get_prometheus_registry()), media_type=CONTENT_TYPE_LATEST)
+    text = await asyncio.to_thread(merged, get_prometheus_registry(), await pool.host_metrics())
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 async def list_models(request: Request) -> Response:

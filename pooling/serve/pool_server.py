@@ -264,6 +264,10 @@ class PoolServer:
         events = await self._host.call("trace", last_s)
         return await asyncio.to_thread(chrome_trace, events)
 
+    async def host_metrics(self) -> dict[str, str]:
+        """Scrapes of hosts that do not share the frontend's folder of metrics, by host; here the only one does."""
+        return {}
+
     async def check(self) -> None:
         """Check the host's books; raises what is wrong."""
         if self._host is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench.ray_nodes import ENV, RayNodes
 from tests.conftest import TinyModels
@@ -125,6 +126,25 @@ def test_each_host_serves_a_model(server, undisturbed):
     assert host_of(server, "a") != host_of(server, "b")
     assert actions(server).count("model_added") == 2
     assert server.admin("POST", "/check").json() == {"ok": True}
+
+
+def test_a_scrape_holds_the_metrics_of_each_host(server, undisturbed):
+    """What one host exports beside its frontend is there for each, with its name; the tokens are those put out."""
+
+    def families() -> dict[str, list[Any]]:
+        text = server.request("GET", "/metrics").text
+        return {family.name: family.samples for family in text_string_to_metric_families(text)}
+
+    def put_out(seen: dict[str, list[Any]]) -> dict[tuple[str, str], float]:
+        samples = seen.get("tokenpool:tokens", [])
+        return {(s.labels["model_name"], s.labels["host"]): s.value for s in samples if s.value}
+
+    wanted = {(model, host_of(server, model)): float(len(PROMPTS) * NUM_TOKENS) for model in ("a", "b")}
+    seen = poll(families, until=lambda seen: put_out(seen) == wanted)
+    hosts = set(controller(server)["hosts"])
+    for name in ("ledger_ok", "page_size_bytes", "pages", "steps", "switches"):
+        assert {sample.labels.get("host") for sample in seen[f"tokenpool:{name}"]} == hosts
+    assert [sample.labels for sample in seen["tokenpool:models"] if sample.value] == [{"state": "resident"}]
 
 
 def test_streams_go_on_when_a_host_process_is_killed(server, undisturbed):

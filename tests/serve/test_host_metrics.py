@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scrapes of several processes as one: real Prometheus registries, merged and read back."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tokenpool.serve.host_metrics import merged
+
+pytestmark = pytest.mark.cpu
+
+
+def registry(steps: int = 0, **gauges: float) -> CollectorRegistry:
+    made = CollectorRegistry()
+    if steps:
+        Counter("x:steps", "Steps.", ["model_name"], registry=made).labels('a "b"\n').inc(steps)
+        Histogram("x:seconds", "Seconds.", buckets=[1, 2], registry=made).observe(1.5)
+    for name, value in gauges.items():
+        Gauge(f"x:{name}", "A gauge.", registry=made).set(value)
+    return made
+
+
+def test_samples_of_hosts_get_their_name_and_none_is_lost_or_altered():
+    hosts = {"host-1": registry(3, pages=7), "host-0": registry(5)}
+    text = merged(registry(models=2), {name: generate_latest(made).decode() for name, made in hosts.items()}).decode()
+
+    read = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    samples = {(s.name, s.labels.pop("host", None), tuple(s.labels.values())): s.value for s in read}
+    assert len(samples) == len(read)
+    assert samples["x:models", None, ()] == 2
+    assert samples["x:pages", "host-1", ()] == 7
+    assert samples["x:steps_total", "host-1", ('a "b"\n',)] == 3
+    assert samples["x:steps_total", "host-0", ('a "b"\n',)] == 5
+    assert samples["x:seconds_bucket", "host-0", ("2.0",)] == 1
+
+
+def test_each_family_is_written_once_with_its_type():
+    """Prometheus refuses a scrape with two blocks of one family."""
+    text = merged(registry(1), {name: generate_latest(registry(2)).decode() for name in ("h0", "h1")}).decode()
+    types = [line for line in text.splitlines() if line.startswith("# TYPE") and "created" not in line]
+    assert types == ["# TYPE x:steps_total counter", "# TYPE x:seconds histogram"]
+
+
+def test_without_hosts_a_scrape_is_the_frontends_own():
+    own = registry(4, pages=1)
+    assert merged(own, {}) == generate_latest(own)

@@ -95,12 +95,17 @@ class Rig:
         self.steps: list[Step] = []
         self._loop_s = 0.0
         for name, path in paths.items():
-            self._add(name, path, PROMPT_TOKENS + max_steps)
+            self.add(name, path, PROMPT_TOKENS + max_steps)
         for name, prompt in zip(paths, common.random_prompts(seed, len(paths), PROMPT_TOKENS), strict=True):
             self._submit(name, prompt, max_steps)
             self.turn(name, 3)
 
-    def _add(self, name: str, path: Path, max_tokens: int) -> None:
+    def add(self, name: str, path: Path, max_tokens: int) -> None:
+        """Load a model that makes at most `max_tokens` tokens, prompt included; it gets no request."""
+        self.add_spec(self.spec(name, path, max_tokens))
+
+    def spec(self, name: str, path: Path, max_tokens: int) -> HostedModelSpec:
+        """What `add_spec` adds; made by a frontend in a server."""
         config = EngineArgs(
             model=str(path),
             dtype="bfloat16",
@@ -110,7 +115,12 @@ class Rig:
             max_num_seqs=8,
             **self._flags,
         ).create_engine_config()
-        core = self.host.add_model(HostedModelSpec(name, config, weight_bytes=self._weight_bytes)).core
+        return HostedModelSpec(name, config, weight_bytes=self._weight_bytes)
+
+    def add_spec(self, spec: HostedModelSpec) -> None:
+        """Load a model and put a clock on its steps."""
+        name = spec.name
+        core = self.host.add_model(spec).core
         step_once = core.step_once
 
         def timed(**options: Any) -> bool:

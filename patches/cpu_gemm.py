@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tokenpool.patches.base import Patch, known
+from tokenpool.patches.build_context import current_build
 
 _plain: ContextVar[bool] = ContextVar("tokenpool_plain_gemm", default=False)
 
@@ -61,6 +62,8 @@ def _can_pack(weight: torch.Tensor) -> bool:
 
 def _replacement(original: Any) -> Any:
     def dispatch_cpu_unquantized_gemm(layer: Any, remove_weight: bool) -> None:
+        if (build := current_build()) is not None:
+            build.pause()
         # Convolutions are not linear layers: the original decides about them.
         if not _plain.get() or layer.weight.is_meta or layer.weight.ndim != 2:
             original(layer, remove_weight)

@@ -22,7 +22,6 @@ from tokenpool.host.model_tensors import fixed_bytes, movable_tensors
 from tokenpool.host.slab_block_pool import SlabBlockPool
 from tokenpool.memory.arena import ArenaView
 from tokenpool.memory.slab_allocator import SlabAllocator
-from tokenpool.memory.weight_reload import Advance, Reload
 from tokenpool.memory.weights import WeightStore
 
 LAYOUT = "BLHNC"
@@ -101,18 +100,10 @@ class ModelBuild:
         # The other ranks of a group do not read the checkpoint again: their host copies stay, and so does ours.
         alone = self._config.parallel_config.world_size == 1
         reload = checkpoint_reload(model, self._config) if alone else None
-        self._store.adopt(self.name, movable_tensors(*models), reload and self._with_pauses(reload), verify_reload=True)
+        self._store.adopt(
+            self.name, movable_tensors(*models), reload, verify_reload=True, advance=lambda nbytes: self.pause()
+        )
         self.fixed_bytes = fixed_bytes(*models)
-
-    def _with_pauses(self, reload: Reload) -> Reload:
-        def reload_with_pauses(advance: Advance) -> None:
-            def advance_and_pause(nbytes: int) -> None:
-                advance(nbytes)
-                self.pause()
-
-            reload(advance_and_pause)
-
-        return reload_with_pauses
 
     def undo(self) -> None:
         """Give back what a failed build, or a model that is removed, holds of the arena."""

@@ -117,6 +117,9 @@ class _FollowedBuild:
     def enter_phase(self, phase: str) -> None:
         """Rank 0 tells how far the build is."""
 
+    def pause(self) -> None:
+        """Nothing runs meanwhile: a group builds in one go."""
+
     def make_block_pool(self, *args: Any, **kwargs: Any) -> Any:
         """Never called: only rank 0 schedules."""
         raise AssertionError("a rank that follows has no scheduler")
@@ -134,6 +137,6 @@ class _FollowedBuild:
         """Move this rank's weights into its counterparts of rank 0's host buffer and range."""
         layout = WeightLayout(movable_tensors(model_runner.get_model()))
         buffer = self._models.follow_until("host_buffer", lambda _, nbytes: nbytes == layout.nbytes)
-        layout.copy_to(buffer)
+        layout.copy_to(buffer, lambda nbytes: None)
         # Rank 0 asks for the place of each span in the same order.
         layout.point_at(lambda span: self._models.follow_until("tensor"))

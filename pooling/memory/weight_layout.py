@@ -71,15 +71,17 @@ class WeightLayout:
         """The span's place in a flat uint8 buffer of the whole range."""
         return buffer[span.offset : span.offset + span.nbytes]
 
-    def copy_to(self, buffer: torch.Tensor) -> None:
-        """Copy every storage from where its tensors are to its place in `buffer`."""
+    def copy_to(self, buffer: torch.Tensor, advance: Callable[[int], None]) -> None:
+        """Copy every storage from where its tensors are to its place in `buffer`; `advance` gets the bytes of each."""
         for span in self.spans:
             self.slice_of(span, buffer).copy_(self.bytes_of(span))
+            advance(span.nbytes)
 
-    def fill_from(self, buffer: torch.Tensor) -> None:
-        """Copy every storage from its place in `buffer` to where its tensors are."""
+    def fill_from(self, buffer: torch.Tensor, advance: Callable[[int], None]) -> None:
+        """Copy every storage from its place in `buffer` to where its tensors are; `advance` gets the bytes of each."""
         for span in self.spans:
             self.bytes_of(span).copy_(self.slice_of(span, buffer))
+            advance(span.nbytes)
 
     def point_into(self, buffer: torch.Tensor) -> None:
         """Let every tensor view its place in `buffer`, one flat tensor of `nbytes` bytes or more."""

@@ -73,12 +73,19 @@ class WeightStore:
     # -- coming and going ----------------------------------------------------------------------------
 
     def adopt(
-        self, owner: str, tensors: Iterable[torch.Tensor], reload: Reload | None = None, *, verify_reload: bool = False
+        self,
+        owner: str,
+        tensors: Iterable[torch.Tensor],
+        reload: Reload | None = None,
+        *,
+        verify_reload: bool = False,
+        advance: Advance = lambda nbytes: None,
     ) -> ModelWeights:
         """Move `tensors` into a range of their own; they are RESIDENT afterwards, at addresses that stay.
 
         `reload` reads the checkpoint again, see `Reload`; without it the host copy is never dropped. With
         `verify_reload` it is tried at once, on this thread: that reads the checkpoint once more and takes no memory.
+        `advance` is called again and again meanwhile; others may use the store then.
 
         Raises CapacityError when device pages or host memory do not suffice, ValueError for tensors that cannot
         be moved. On any failure the tensors are where they were and nothing is held.
@@ -93,16 +100,16 @@ class WeightStore:
             undo.callback(place.release)
             place.map()
             host = self.device.host_buffer(layout.nbytes)
-            layout.copy_to(host)
+            layout.copy_to(host, advance)
             entry = ModelWeights(owner, layout, place, reload, host, WeightState.RESIDENT)
             if verify_reload and reload is not None:
                 try:
-                    proof = try_reload(layout, host, layout.bytes_of, lambda: reload(_ignore), _ignore)
+                    proof = try_reload(layout, host, layout.bytes_of, lambda: reload(advance), advance)
                 finally:
-                    layout.fill_from(host)  # for what else may look at the loader's memory, and for a failure below
+                    layout.fill_from(host, advance)  # for others who look at the loader's memory, or a failure
                 with suppress(CapacityError):  # no room for what a cold model keeps: then it is not cold for now
                     self._accept(entry, proof)
-            place.copy_in(host, self.chunk_bytes, _ignore)
+            place.copy_in(host, self.chunk_bytes, advance)
             undo.callback(layout.restore, layout.save())
             place.point_tensors_here()
             self._models[owner] = entry
@@ -369,7 +376,3 @@ class WeightStore:
     def _become(self, entry: ModelWeights, state: WeightState) -> None:
         check_transition(entry.state, state)
         entry.state = state
-
-
-def _ignore(nbytes: int) -> None:
-    """Progress of work that nobody watches or cancels."""

@@ -66,6 +66,7 @@ def test_the_link_bench_runs_to_its_end(monkeypatch, tmp_path, capsys):
     values = json.loads((tmp_path / "link.json").read_text())["values"]
 
     assert {"4KiB each in", "4KiB each out"} == values["blocks_gbs"].keys(), "256 blocks of 64 KiB do not fit"
+    assert [[0, "each"]] == values["copy_ways"]
     assert len(link.CHUNKS_MIB) * 3 == len(values["h2d_gbs_of"])
     assert values["h2d_gbs"] > 0 < values["d2h_gbs"]
     printed = capsys.readouterr()

@@ -44,6 +44,8 @@ class Link:
     """By `CHUNKMiB xIN_FLIGHT`."""
     blocks_gbs: dict[str, float]
     """By `BLOCKKiB WAY in` or `out`; a way that failed is missing and named in the log."""
+    copy_ways: list[tuple[int, str]]
+    """The table for `cuda_copies.CHOSEN` that these rates choose, each way by its slower direction."""
     create_us: float
     """Making the physical handle of a page, once."""
 
@@ -83,7 +85,8 @@ def run(*, mib: int, page_mib: int, repeats: int, seed: int, start_limit_s: floa
         map_us=map_us,
         unmap_us=statistics.median(unmap_s) / num_pages * 1e6,
         h2d_gbs_of=h2d,
-        blocks_gbs=blocks,
+        blocks_gbs={f"{kib}KiB {name} {way}": rate for (kib, name, way), rate in blocks.items()},
+        copy_ways=_choose(blocks),
         create_us=first_s / num_pages * 1e6 - map_us,
     )
 
@@ -99,10 +102,23 @@ def _in(device: Any, address: int, host: Any, chunk_mib: float, in_flight: int) 
         waits.popleft()()
 
 
-def _blocks(device: Any, address: int, nbytes: int, repeats: int, rng: random.Random) -> dict[str, float]:
+def _choose(blocks: dict[tuple[int, str, str], float]) -> list[tuple[int, str]]:
+    from tokenpool.host.cuda_copies import fastest
+
+    rates: dict[int, dict[str, float]] = {}
+    for kib, name, way in blocks:
+        if way == "in" and (kib, name, "out") in blocks:
+            rates.setdefault(kib << 10, {})[name] = min(blocks[kib, name, "in"], blocks[kib, name, "out"])
+    return fastest(rates)
+
+
+def _blocks(
+    device: Any, address: int, nbytes: int, repeats: int, rng: random.Random
+) -> dict[tuple[int, str, str], float]:
+    """Rates in 10^9 bytes per second by KiB of a block, way to copy, and direction."""
     from tokenpool.host.cuda_copies import BATCH_COPIES
 
-    found: dict[str, float] = {}
+    found: dict[tuple[int, str, str], float] = {}
     for kib in BLOCK_KIB:
         size = kib << 10
         if NUM_BLOCKS * size > nbytes:
@@ -111,17 +127,21 @@ def _blocks(device: Any, address: int, nbytes: int, repeats: int, rng: random.Ra
         places = rng.sample(range(nbytes // size), NUM_BLOCKS)
         copies = [(address + place * size, host[i * size : (i + 1) * size]) for i, place in enumerate(places)]
         for name, batch in BATCH_COPIES.items():
-            device.batch_copy = batch
-            for way, copy in (("out", device.begin_copies_out), ("in", device.begin_copies_in)):
+            device.ways = ((0, batch),)
+            for way, begin in (("out", device.begin_copies_out), ("in", device.begin_copies_in)):
                 try:
-                    copy(copies).wait()  # the first call compiles the Triton kernel
-                    seconds = statistics.median(_timed(lambda: copy(copies).wait()) for _ in range(repeats))
+                    begin(copies).wait()  # the first call compiles the Triton kernel
+                    seconds = statistics.median(_timed(_begin_and_wait, begin, copies) for _ in range(repeats))
                 except Exception as error:  # one way of three: the others are still worth knowing
                     common.progress(f"{kib}KiB {name} {way}: {type(error).__name__}: {error}")
                 else:
-                    found[f"{kib}KiB {name} {way}"] = NUM_BLOCKS * size / seconds / 1e9
-        device.batch_copy = None
+                    found[kib, name, way] = NUM_BLOCKS * size / seconds / 1e9
+        device.ways = ((0, None),)
     return found
+
+
+def _begin_and_wait(begin: Callable[..., Any], copies: Any) -> None:
+    begin(copies).wait()
 
 
 def _timed(call: Callable[..., None], *args: Any) -> float:

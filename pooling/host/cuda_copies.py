@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to copy many KV blocks at once, by name, for measurements to choose from. Not yet run on hardware."""
+"""Ways to copy many KV blocks at once, by name, and which one goes for which size. Not yet run on hardware."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import torch
 
@@ -38,4 +39,25 @@ def _columns(copies: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
 
 
 BATCH_COPIES: dict[str, BatchCopy | None] = {"each": None, "batch": _driver_batch, "triton": _triton}
-"""Name -> what `CudaDevice(batch_copy=...)` takes; None, the default, is one copy per run of neighbouring blocks."""
+"""Name -> what `CudaDevice(ways=...)` takes; None is one call of the driver per run of neighbouring blocks."""
+
+Table = Sequence[tuple[int, str]]
+"""Rows (least bytes of a copy, name of the way), in rising order from 0 on."""
+
+CHOSEN: Table = ((0, "each"),)
+"""What hosts use: nothing has been measured. `python -m bench.gpu.link` prints the table that its figures choose."""
+
+
+def ways(table: Table = CHOSEN) -> list[tuple[int, BatchCopy | None]]:
+    """The table with functions for names, for `CudaDevice`."""
+    return [(least, BATCH_COPIES[name]) for least, name in table]
+
+
+def fastest(rates: Mapping[int, Mapping[str, float]]) -> list[tuple[int, str]]:
+    """The table that takes the fastest way at each measured size, from bytes of a copy -> name -> rate.
+
+    A size between two measured ones goes the way of the smaller one, so does one below all that of the smallest.
+    """
+    best = [(size, max(by_name, key=by_name.__getitem__)) for size, by_name in sorted(rates.items()) if by_name]
+    rows = [next(rows) for _, rows in groupby(best, key=lambda row: row[1])]
+    return [(0, rows[0][1]), *rows[1:]] if rows else []

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from vllm.platforms import current_platform
 
 from tokenpool.errors import CapacityError, ConfigError
+from tokenpool.host import cuda_copies
 from tokenpool.memory.device import Device
 from tokenpool.memory.device_cpu import CpuDevice
 from tokenpool.memory.device_cuda import CudaDevice
@@ -30,7 +31,7 @@ def make_device(page_size: int, cpu_link: int | None = None) -> Device:
         return CpuDevice(link_bytes_per_s=cpu_link)
     if current_platform.is_cuda():
         logger.warning(CUDA_WARNING)
-        return CudaDevice(page_size)
+        return CudaDevice(page_size, ways=cuda_copies.ways())
     raise ConfigError(
         f"{current_platform.device_name} is not supported: install tokenpool[cpu] or tokenpool[cuda]", key="device"
     )

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,9 @@ class _CudaCopies:
 class CudaDevice:
     """One GPU of this process; see `Device` for the contract. `granularity` is the ledger's page size.
 
-    `batch_copy` copies many blocks at once, None = one call of the driver for each. Raises ConfigError when a page is
-    no multiple of what the GPU maps, usually 2 MiB, or without a GPU.
+    `ways` says how blocks are copied: (least bytes of a copy, function for many at once) in rising order from 0 on,
+    None = one call of the driver for each. Raises ConfigError when a page is no multiple of what the GPU maps, usually
+    2 MiB, or without a GPU.
     """
 
     copies_in_flight = 2
@@ -93,13 +96,13 @@ class CudaDevice:
         *,
         driver: CudaDriver | None = None,
         compute_stream: Callable[[], int] | None = None,
-        batch_copy: BatchCopy | None = None,
+        ways: Sequence[tuple[int, BatchCopy | None]] = ((0, None),),
     ) -> None:
         self.driver = driver or CudaDriver()
         self.granularity = page_bytes
         if page_bytes % (step := self.driver.granularity()):
             raise ConfigError(f"{page_bytes} is no multiple of {step} bytes, which the GPU maps", key="page_size")
-        self.batch_copy = batch_copy
+        self.ways = ways
         self.compute_stream = compute_stream or self._torch_stream
         """The stream on which the engine computes, asked on its thread."""
         self._stream = self.driver.stream()
@@ -245,10 +248,11 @@ class CudaDevice:
         start, end = (self._timed_event() for _ in range(2))
         self.driver.record(start, self._stream)
         try:
-            if places and self.batch_copy is not None:
-                self.batch_copy(places, self._stream)
-            else:
-                for place in places:
+            for copy_all, group in self._by_way(places):
+                if copy_all is not None:
+                    copy_all(group, self._stream)
+                    continue
+                for place in group:
                     one(*place, self._stream)
             self.driver.record(end, self._stream)
         except BaseException:
@@ -256,6 +260,15 @@ class CudaDevice:
             self.timed_events += (start, end)
             raise
         return _CudaCopies(self, [host for _, host in copies], start, end)
+
+    def _by_way(
+        self, places: list[tuple[int, int, int]]
+    ) -> Iterator[tuple[BatchCopy | None, list[tuple[int, int, int]]]]:
+        """The copies in groups that go the same way."""
+        for (least, way), (end, _) in pairwise((*self.ways, (sys.maxsize, None))):
+            group = [place for place in places if least <= place[2] < end]
+            if group:
+                yield way, group
 
     def _timed_event(self) -> int:
         return self.timed_events.pop() if self.timed_events else self.driver.event(timed=True)

@@ -37,11 +37,11 @@ def test_blocks_come_back_whichever_way_they_are_copied(device, name):
     from tests.helpers.device_laws import kv_comes_back_elsewhere
     from tokenpool.host.cuda_copies import BATCH_COPIES
 
-    device.batch_copy = BATCH_COPIES[name]
+    before, device.ways = device.ways, ((0, BATCH_COPIES[name]),)
     try:
         kv_comes_back_elsewhere(device, PAGE)
     finally:
-        device.batch_copy = None
+        device.ways = before
 
 
 def test_a_graph_reads_the_page_that_is_mapped_now(device):

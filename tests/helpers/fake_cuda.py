@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from itertools import count
 from types import SimpleNamespace
@@ -23,6 +23,7 @@ from tokenpool.memory.device_cuda import BatchCopy, CudaDevice
 from tokenpool.memory.device_dlpack import CPU
 
 GRANULARITY = 64 << 10
+Ways = Sequence[tuple[int, BatchCopy | None]]
 _FIXED = 0x10
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -281,11 +282,11 @@ class FakeCudaDevice(CudaDevice):
 
     _dlpack_type = CPU
 
-    def __init__(self, page_bytes: int = GRANULARITY, *, handles: int = 10_000, batch_copy: BatchCopy | None = None):
+    def __init__(self, page_bytes: int = GRANULARITY, *, handles: int = 10_000, ways: Ways = ((0, None),)):
         self.fake = FakeCuda(handles)
         self.compute = self.fake._cuStreamCreate(1)[1]
         driver = CudaDriver(api=self.fake)
-        super().__init__(page_bytes, driver=driver, compute_stream=lambda: self.compute, batch_copy=batch_copy)
+        super().__init__(page_bytes, driver=driver, compute_stream=lambda: self.compute, ways=ways)
 
     def run_engine(self) -> None:
         """Do all that is on the engine's stream by now."""

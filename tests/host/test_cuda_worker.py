@@ -109,8 +109,8 @@ def test_the_device_is_that_of_vllms_platform(monkeypatch, caplog):
     assert not caplog.records
     cuda = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_name="cuda")
     monkeypatch.setattr(device_choice, "current_platform", cuda)
-    monkeypatch.setattr(device_choice, "CudaDevice", lambda page: ("cuda", page))
-    assert ("cuda", 2 << 20) == device_choice.make_device(2 << 20)
+    monkeypatch.setattr(device_choice, "CudaDevice", lambda page, ways: ("cuda", page, ways))
+    assert ("cuda", 2 << 20, [(0, None)]) == device_choice.make_device(2 << 20)
     assert ["docs/gpu.md" in record.getMessage() for record in caplog.records] == [True]
     cuda.is_cuda, cuda.device_name = lambda: False, "xpu"
     with pytest.raises(ConfigError, match="xpu is not supported"):
@@ -169,6 +169,16 @@ def test_batches_go_to_vllms_kernels(monkeypatch, name):
     if name == "triton":
         with pytest.raises(ValueError, match="8 bytes"):
             copy([(0, 0, 12)], 77)
+
+
+def test_a_measurement_chooses_how_blocks_are_copied():
+    """At each size the fastest way, the smallest size's below it; what was not measured is not chosen."""
+    rates = {4096: {"each": 2.0, "triton": 9.0}, 65536: {"each": 30.0, "triton": 20.0}, 1 << 20: {"each": 50.0}}
+    table = cuda_copies.fastest(rates | {512: {"triton": 1.0}, 1 << 22: {}})
+    assert [(0, "triton"), (65536, "each")] == table
+    assert [] == cuda_copies.fastest({})
+    assert [(0, cuda_copies.BATCH_COPIES["triton"]), (65536, None)] == cuda_copies.ways(table)
+    assert [(0, None)] == cuda_copies.ways()
 
 
 def test_adding_a_model_keeps_the_gpus_random_state(monkeypatch):

@@ -158,9 +158,9 @@ def test_no_copy_is_under_way_when_a_job_is_cancelled():
 
 
 def test_many_blocks_go_in_one_batch():
-    """With a function for batches, one call gets all copies of a direction, as (target, source, bytes)."""
+    """A function for batches gets all copies at once, as (target, source, bytes)."""
     batches = []
-    device = FakeCudaDevice(batch_copy=lambda copies, stream: batches.append((copies, stream)))
+    device = FakeCudaDevice(ways=[(0, lambda copies, stream: batches.append((copies, stream)))])
     host = device.host_buffer(300)
     device.begin_copies_out([(1000, host[:100]), (2000, host[100:])])
     device.begin_copies_in([(3000, host[:100])])
@@ -169,6 +169,21 @@ def test_many_blocks_go_in_one_batch():
     start = host.data_ptr()
     assert [[(start, 1000, 100), (start + 100, 2000, 200)], [(3000, start, 100)]] == [copies for copies, _ in batches]
     assert {device._stream} == {stream for _, stream in batches}
+
+
+def test_each_copy_goes_the_way_of_its_size():
+    """The table says which; where it names no function, copies go one by one."""
+    small, large = [], []
+    ways = [(0, lambda copies, _: small.extend(copies)), (200, None), (300, lambda copies, _: large.extend(copies))]
+    device = FakeCudaDevice(ways=ways)
+    address = device.reserve(PAGE)
+    device.map_zeroed(address, PAGE)
+    host = device.host_buffer(2000)
+    sizes = [1, 199, 200, 299, 300, 900]
+    device.begin_copies_in([(address, host[:size]) for size in sizes]).wait()
+    assert [1, 199] == [size for *_, size in small]
+    assert [300, 900] == [size for *_, size in large]
+    assert [200, 299] == [call[3] for call in device.fake.calls if call[0] == "cuMemcpyHtoDAsync"]
 
 
 def test_nobody_waits_on_the_host_for_zeroing():

@@ -66,8 +66,8 @@ def placement_of(config: ClusterConfig) -> Placement:
 class LivePlacement:
     """A `Placement` that asks a `CapacityPolicy`, at most once per `period_s` while nothing is missing.
 
-    A MOVE is an add now and a remove once the model serves there. SHARE is not carried out: no turn policy knows
-    shares. What the policy would put on a barred host, KeepReplicas puts elsewhere.
+    A MOVE is an add now and a remove once the model serves there. What the policy would put on a barred host,
+    KeepReplicas puts elsewhere.
     """
 
     def __init__(

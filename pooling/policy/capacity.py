@@ -55,8 +55,6 @@ class Action(StrEnum):
     """Drain and unload a model on `from_host`."""
     ROLE = "role"
     """Give `to_host` the role `role`; what it has already it ends."""
-    SHARE = "share"
-    """Give the model the part `share` of the turns on `to_host`, while others have work there too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +126,6 @@ class CapacitySeat:
     """Tokens that fell due, or came before they were due, per second."""
     on_time_frac: float = 1.0
     """Share of these that came on time; 1 where nothing was due."""
-    share: float | None = None
-    """Part of the turns as set last; None = the turn policy is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +184,6 @@ class CapacityDecision:
     to_host: str | None = None
     role: Role | None = None
     """For ROLE."""
-    share: float | None = None
-    """For SHARE: above 0, at most 1; None = the turn policy is free again."""
     copy_bytes: int = 0
     """That must come to the memory of `to_host`."""
     gain_tokens_per_s: float = 0.0

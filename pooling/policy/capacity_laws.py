@@ -45,11 +45,6 @@ def _apply(hosts: dict[str, CapacityHost], models: dict[str, CapacityModel], dec
     model = models.get(decision.model or "")
     if model is None:
         raise ValueError(f"there is no model {decision.model!r}")
-    if action is Action.SHARE:
-        host = _host(hosts, decision.to_host)
-        seats = tuple(replace(s, share=decision.share) if s.model == model.model else s for s in host.seats)
-        hosts[host.host] = replace(host, seats=seats)
-        return
     if action in (Action.PLACE, Action.REPLICATE, Action.MOVE):
         hosts[decision.to_host or ""] = _with_seat(_host(hosts, decision.to_host), model, decision.copy_bytes)
     if action in (Action.DROP, Action.MOVE):

@@ -2,7 +2,7 @@
 """The capacity policy of tokenpool: seats follow the traffic, where what a move wins is worth the bytes that it copies.
 
 In this order: models of lost hosts and models without enough seats, hosts that drain, hosts with too much to do, seats
-that nobody needs, roles, shares. docs/capacity.md says why each constant is what it is.
+that nobody needs, roles. docs/capacity.md says why each constant is what it is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from tokenpool.errors import check_setting, show
 from tokenpool.policy.capacity import Action, CapacityDecision, CapacityView
 from tokenpool.policy.capacity_board import Board
 from tokenpool.policy.capacity_roles import change_role
-from tokenpool.policy.capacity_shares import change_shares
 from tokenpool.policy.placement import best_home
 
 _NUM_TARGETS = 64
@@ -83,11 +82,10 @@ class _Deciding:
     def run(self) -> list[CapacityDecision]:
         self._fill_up()
         self._empty_draining()
-        still_over = self._relieve()
+        self._relieve()
         self._drop()
         if self._has_room:
             self.made += change_role(self.board, self.settings.full, self.settings.role_s)
-        self.made += change_shares(self.board, still_over)
         return self.made
 
     @property
@@ -181,8 +179,8 @@ class _Deciding:
 
     # -- seats that are worth it -----------------------------------------------------------------------
 
-    def _relieve(self) -> list[int]:
-        """Move or replicate models of hosts with too much to do; returns the hosts that stay so."""
+    def _relieve(self) -> None:
+        """Move or replicate models of hosts with too much to do."""
         board = self.board
         loads = board.loads.tolist()
         over = [int(h) for h in np.flatnonzero(board.is_up & (board.loads > board.limit))]
@@ -190,7 +188,6 @@ class _Deciding:
         calm = [int(h) for h in np.argsort(board.loads, kind="stable") if board.is_up[h] and loads[h] < board.full]
         targets = calm[:_NUM_TARGETS]
         budget = _MAX_LOOKS
-        still_over = []
         for h in over:
             for _ in range(_CHANGES_PER_HOST):
                 if not self._has_room or budget <= 0 or not targets or board.load(h) <= board.full:
@@ -200,9 +197,6 @@ class _Deciding:
                 if not self._relieve_once(h, tried, targets):
                     break
                 targets.sort(key=lambda g: (board.load(g), g))
-            if board.load(h) > board.full:
-                still_over.append(h)
-        return still_over
 
     def _movable(self, h: int) -> list[int]:
         """Models of a host that may move, those with the most work first."""

@@ -33,7 +33,7 @@ def first_seats(view: CapacityView, workload: Workload, forecast_s: float, slo: 
     models = [_asked(model, [count / span_s for count in counts[model.model]], slo) for model in view.models]
     view, policy = replace(view, models=models), LiveCapacity()
     for _ in range(_MAX_ROUNDS):
-        made = [d for d in policy.decide(view) if d.action not in (Action.ROLE, Action.SHARE)]
+        made = [d for d in policy.decide(view) if d.action is not Action.ROLE]
         if not made:
             break
         view = finish(apply_all(view, made))

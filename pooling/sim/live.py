@@ -66,7 +66,6 @@ class _Seat:
 
     is_coming: bool = True
     is_leaving: bool = False
-    share: float | None = None
 
 
 class _Call:
@@ -239,7 +238,6 @@ class LivePool(Cluster):
                     len(at.waiting) if at else 0,
                     tokens_per_s,
                     on_time_frac,
-                    seat.share,
                 )
             )
         held = sum([self._costs[model].weight_bytes for model in self._seats[h]])
@@ -267,9 +265,6 @@ class LivePool(Cluster):
             device.spec = replace(device.spec, role=str(decision.role))
             self._since_role_s[target] = now_s
             self._send_waiting(now_s)
-            return
-        if action is Action.SHARE:
-            self._seats[target][model].share = decision.share
             return
         if target is not None:
             self._seats[target][model] = _Seat()

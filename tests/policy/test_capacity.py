@@ -120,7 +120,7 @@ def test_decisions_keep_the_laws_one_by_one(pool):
     for decision in made:
         assert decision.reason and "\n" not in decision.reason
         if decision.model in pinned:
-            assert decision.action in (Action.PLACE, Action.SHARE)
+            assert decision.action is Action.PLACE
         pool = apply(pool, decision)  # raises where a law is broken
         check(pool)
 
@@ -234,20 +234,6 @@ def test_roles_follow_the_mix_of_work():
     assert "prefill -> decode" in made[0].reason
     hosts = [replace(h, since_role_s=5.0) for h in hosts]
     assert [] == [d for d in POLICY.decide(view(hosts, models)) if d.action is Action.ROLE]
-
-
-def test_shares_protect_the_more_important_where_nothing_relieves():
-    """Only with unequal priorities, and free again when the load has gone."""
-    models = [model("low", 5.0), model("high", 3.0, priority=1)]
-    late = [CapacitySeat(m.model, tokens_per_s=500.0, on_time_frac=0.4) for m in models]
-    only = [host("h0", *late, busy_frac=1.0)]
-    shares = {d.model: d.share for d in POLICY.decide(view(only, models))}
-    assert shares["high"] > shares["low"]
-    assert [] == POLICY.decide(view(only, [replace(m, priority=0) for m in models]))
-
-    calm = [host("h0", *(replace(s, share=0.5, on_time_frac=1.0) for s in late))]
-    made = POLICY.decide(view(calm, [replace(m, arrivals_per_s=0.1, output_tokens_per_s=9.0) for m in models]))
-    assert [("low", None), ("high", None)] == [(d.model, d.share) for d in made if d.action is Action.SHARE]
 
 
 def test_settings_that_cannot_be_are_refused():

@@ -16,10 +16,12 @@ from typing import Any
 from tokenpool.host.affinity import unpinned
 from tokenpool.host.control import ControlServer
 from tokenpool.host.engine_host import EngineHost
+from tokenpool.host.frontends import attach_frontend, detach_frontend
 from tokenpool.host.hosted_core import EngineAddresses
-from tokenpool.host.hosted_model import HostConfig, HostedModelSpec
+from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
 from tokenpool.host.kv_exchange import KVExchange
 from tokenpool.host.metrics import HostMetrics, scrape
+from tokenpool.host.request_waits import tell_waits
 from tokenpool.host.state import host_load, host_state, host_trace, model_state
 
 CONTROL_KEY_VARIABLE = "TOKENPOOL_CONTROL_KEY"
@@ -44,10 +46,17 @@ def main(control_path: str, config_json: str) -> None:
         host.build_beside(lambda: host.add_model(replace(pickle.loads(spec), addresses=addresses)) and None).result()
 
     exchange = KVExchange(host, (host.config.node_ip, 0) if host.config.node_ip else f"{control_path}.kv")
-    host.on_add = exchange.add
+
+    def added(hosted: HostedModel) -> None:
+        exchange.add(hosted)
+        tell_waits(hosted.core, hosted.name, host.trace)
+
+    host.on_add = added
     key = bytes.fromhex(os.environ.pop(CONTROL_KEY_VARIABLE))
     methods = {
         "remove_model": host.remove_model,
+        "attach_frontend": lambda *args: attach_frontend(host, *args),
+        "detach_frontend": lambda client_index: detach_frontend(host, client_index),
         "state": lambda: {**host_state(host), "kv_exchange": exchange.snapshot()},
         "load": lambda: host_load(host),
         "trace": lambda last_s: host_trace(host, last_s),

@@ -331,6 +331,22 @@ class HostedEngineCore(EngineCoreProc):
         self.scheduler._preempt_request(request, time.monotonic())
         return request
 
+    def attach(self, client_index: int, addresses: EngineAddresses) -> None:
+        """Serve one more frontend, at its own addresses, in the place of the one that had that index before."""
+        assert isinstance(self._outbox, OutputSender) and self._receiver is not None
+        self.detach(client_index)
+        self._outbox.attach(client_index, addresses)
+        self._receiver.attach(client_index, addresses)
+
+    def detach(self, client_index: int) -> None:
+        """A frontend is gone: drop its requests, which nobody reads."""
+        assert isinstance(self._outbox, OutputSender) and self._receiver is not None
+        self._receiver.detach(client_index)
+        self._process_input_queue()
+        self.abort_requests([r.request_id for r in self.scheduler.requests.values() if r.client_index == client_index])
+        self._outbox.detach(client_index)
+        self._notify()
+
     def fail_request(self, request_id: str) -> None:
         """Finish a request with an error, which its client sees as an internal server error."""
         request = self.scheduler.requests.get(request_id)

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +45,34 @@ class InputReceiver:
         self._decode = MsgpackDecoder(oob_tensor_provider=oob).decode
         self._bell, self._rope = socket.socketpair()  # closing the rope wakes whoever polls the bell
         self._thread = threading.current_thread()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._sockets: dict[int, zmq.Socket] = {}  # by client index
+        self._poller = zmq.Poller()
+        self._context = zmq.Context()
+
+    def attach(self, client_index: int, addresses: EngineAddresses) -> None:
+        """Greet one more frontend and receive from it; `addresses` are its own. For any thread."""
+        self._run_there(lambda: self._greet(client_index, addresses.inputs[0], addresses))
+
+    def detach(self, client_index: int) -> None:
+        """Receive nothing from that frontend any more; what came before is in the inbox. For any thread."""
+        self._run_there(lambda: self._forget(client_index))
+
+    def _run_there(self, job: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(job())
+            except Exception as error:  # the caller's, not this thread's
+                done.set_exception(error)
+
+        self._jobs.append(run)
+        try:
+            self._rope.send(b"j")
+        except OSError:  # stopped
+            return
+        done.result(_JOIN_LIMIT_S)
 
     def stop(self) -> None:
         """End the thread; what frontends send from now on is lost.
@@ -53,22 +84,41 @@ class InputReceiver:
 
     def run(self, addresses: list[str], identity: bytes, ready: threading.Event) -> None:
         """Greet the frontends at `addresses` and receive until `stop`."""
-        with self._bell, zmq.Context() as context, ExitStack() as stack:
-            poller = zmq.Poller()
-            poller.register(self._bell, zmq.POLLIN)
-            greeting = msgspec.msgpack.encode(self._core._make_ready_response())
-            keyed = secured(context, self._core._pool_addresses)
-            for address in addresses:
-                made = make_zmq_socket(keyed, address, zmq.DEALER, identity=identity, bind=False, linger=0)
-                stack.enter_context(made)
-                made.send(greeting)  # a frontend cannot send before it has heard from us
-                poller.register(made, zmq.POLLIN)
+        self._identity = identity
+        with self._bell, self._context, ExitStack() as stack:
+            stack.callback(self._close)
+            self._poller.register(self._bell, zmq.POLLIN)
+            self._greeting = msgspec.msgpack.encode(self._core._make_ready_response())
+            for index, address in enumerate(addresses):
+                self._greet(index, address, self._core._pool_addresses)
             ready.set()
             while True:
-                for source, _ in poller.poll():
-                    if source == self._bell.fileno():
+                for source, _ in self._poller.poll():
+                    if source != self._bell.fileno():
+                        if source in self._sockets.values():
+                            self._receive(*source.recv_multipart(copy=False))
+                    elif self._bell.recv(64):
+                        while self._jobs:
+                            self._jobs.popleft()()
+                    else:
                         return
-                    self._receive(*source.recv_multipart(copy=False))
+
+    def _greet(self, client_index: int, address: str, keys: EngineAddresses | None) -> None:
+        context = secured(self._context, keys)
+        made = make_zmq_socket(context, address, zmq.DEALER, identity=self._identity, bind=False, linger=0)
+        self._forget(client_index)
+        self._sockets[client_index] = made
+        made.send(self._greeting)  # a frontend cannot send before it has heard from us
+        self._poller.register(made, zmq.POLLIN)
+
+    def _forget(self, client_index: int) -> None:
+        if made := self._sockets.pop(client_index, None):
+            self._poller.unregister(made)
+            made.close(0)
+
+    def _close(self) -> None:
+        for made in self._sockets.values():
+            made.close(0)
 
     def _receive(self, kind: zmq.Frame, *frames: Any) -> None:
         core, request_type = self._core, EngineCoreRequestType(bytes(kind.buffer))

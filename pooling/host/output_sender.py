@@ -33,20 +33,44 @@ class OutputSender:
         self._encoder = MsgpackEncoder()
         with unpinned():
             self._context = zmq.Context()
-            context = secured(self._context, addresses)
-            self._sockets = [make_zmq_socket(context, a, zmq.PUSH, linger=_LINGER_MS) for a in addresses.outputs]
+        self._sockets: dict[int, zmq.Socket] = {}  # by client index
+        for index, address in enumerate(addresses.outputs):
+            self._connect(index, address, addresses)
+
+    def attach(self, client_index: int, addresses: EngineAddresses) -> None:
+        """Send one more frontend what is for it; `addresses` are its own."""
+        with self._lock:
+            self._drop(client_index)
+            self._connect(client_index, addresses.outputs[0], addresses)
+
+    def detach(self, client_index: int) -> None:
+        """Send that frontend nothing any more."""
+        with self._lock:
+            self._drop(client_index)
+
+    def _connect(self, client_index: int, address: str, keys: EngineAddresses) -> None:
+        with unpinned():
+            context = secured(self._context, keys)
+            self._sockets[client_index] = make_zmq_socket(context, address, zmq.PUSH, linger=_LINGER_MS)
+
+    def _drop(self, client_index: int) -> None:
+        if socket := self._sockets.pop(client_index, None):
+            socket.close(0)
 
     def put_nowait(self, item: Any) -> None:
-        """Send (client index, EngineCoreOutputs), or with ENGINE_CORE_DEAD tell all clients and close."""
+        """Send (client index, EngineCoreOutputs), or with ENGINE_CORE_DEAD tell all clients and close.
+
+        What is for a frontend that is gone is dropped.
+        """
         with self._lock:
             if item == EngineCoreProc.ENGINE_CORE_DEAD:
-                for socket in self._sockets:
+                for socket in self._sockets.values():
                     socket.send(item)
                 self._close(_LINGER_MS)
-            elif self._sockets:
-                client_index, outputs = item
+            elif socket := self._sockets.get(item[0]):
+                outputs = item[1]
                 outputs.engine_index = 0
-                self._sockets[client_index].send_multipart(self._encoder.encode(outputs), copy=False)
+                socket.send_multipart(self._encoder.encode(outputs), copy=False)
 
     def close(self) -> None:
         """Close without a word, for an engine that nobody knows; a context left to the collector blocks for ever."""
@@ -54,7 +78,7 @@ class OutputSender:
             self._close(0)
 
     def _close(self, linger_ms: int) -> None:
-        for socket in self._sockets:
+        for socket in self._sockets.values():
             socket.close(linger_ms)
-        self._sockets = []
+        self._sockets = {}
         self._context.term()

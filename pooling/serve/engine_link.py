@@ -59,10 +59,10 @@ class EngineLink:
         self._engine = b""
         self._receiver: asyncio.Task[None] | None = None
         context = secured(context, addresses)
-        self._clock_behind_s: float | None = None if addresses.outputs[client_index].startswith("ipc:") else math.inf
-        self._input = make_zmq_socket(context, addresses.inputs[client_index], zmq.ROUTER, bind=True, linger=0)
+        self._clock_behind_s: float | None = None if addresses.outputs[0].startswith("ipc:") else math.inf
+        self._input = make_zmq_socket(context, addresses.inputs[0], zmq.ROUTER, bind=True, linger=0)
         try:
-            self._output = make_zmq_socket(context, addresses.outputs[client_index], zmq.PULL, linger=0)
+            self._output = make_zmq_socket(context, addresses.outputs[0], zmq.PULL, linger=0)
         except BaseException:
             self._input.close()
             raise

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several frontends of one host: each tells every engine where it listens, and is forgotten when it is gone."""
+
+from __future__ import annotations
+
+from tokenpool.errors import HostError
+from tokenpool.host.engine_host import EngineHost
+from tokenpool.host.hosted_core import EngineAddresses
+
+
+def attach_frontend(host: EngineHost, model: str, client_index: int, addresses: EngineAddresses) -> None:
+    """Let a model's engine serve one more frontend; raises HostError for a model that is not there.
+
+    A frontend that comes with the index of an earlier one takes its place: the requests of that one are dropped.
+    """
+    if model not in host.models:
+        raise HostError(f"model {model!r} is not on this host")
+    host.models[model].core.attach(client_index, addresses)
+
+
+def detach_frontend(host: EngineHost, client_index: int) -> None:
+    """A frontend is gone: drop its requests at all engines."""
+    for hosted in host.models.values():
+        hosted.core.detach(client_index)

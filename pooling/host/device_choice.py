@@ -6,9 +6,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import torch
 from vllm.platforms import current_platform
 
-from tokenpool.errors import CapacityError, ConfigError
+from tokenpool.errors import ConfigError
 from tokenpool.host import cuda_copies
 from tokenpool.memory.device import Device
 from tokenpool.memory.device_cpu import CpuDevice
@@ -40,21 +41,21 @@ def make_device(page_size: int, cpu_link: int | None = None) -> Device:
 def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_pages: int) -> int:
     """Before a model is built whose movable weights need `num_pages`, or fixed ones none beyond those it holds.
 
-    On a GPU vLLM loads into torch's memory, outside the pool's pages, and movable weights go from there into pages:
-    for a while they are there twice. `make_room` frees so many pages, or half of them in a pool that is not as large,
-    and the memory of all free pages goes back to the GPU. Returns how many pages must stay free until the build has
-    ended. Raises CapacityError like `make_room`.
+    On a GPU vLLM loads into torch's memory, outside the pool's pages; movable weights go from there to the host, and
+    then into pages. `make_room` frees as many, and the memory of all free pages goes back to the GPU. Returns how many
+    pages nobody may have until `give_back_loading_memory`. Raises CapacityError like `make_room`.
     """
     if not isinstance(device, CudaDevice):
         return 0
-    to_keep = num_pages
-    try:
-        make_room(2 * num_pages)
-    except CapacityError:  # beside its pages the GPU may have enough: if not, the loader says so
-        make_room(num_pages)
-        to_keep = 0
+    make_room(num_pages)
     device.release_unused()
-    return to_keep
+    return num_pages
+
+
+def give_back_loading_memory(device: Device) -> None:
+    """After loading: what the loader had is given back to the GPU, to back pages again."""
+    if isinstance(device, CudaDevice):
+        torch.cuda.empty_cache()
 
 
 def spare_host_bytes(device: Device, host_memory: int) -> int:

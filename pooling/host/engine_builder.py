@@ -10,7 +10,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tokenpool.errors import ConfigError
 from tokenpool.host.build_lane import BuildLane
-from tokenpool.host.device_choice import WORKERS, make_room_for_loading
+from tokenpool.host.device_choice import WORKERS, give_back_loading_memory, make_room_for_loading
 from tokenpool.host.engine_globals import EngineGlobals
 from tokenpool.host.group_executor import group_executor
 from tokenpool.host.heap import release_engine
@@ -122,6 +122,13 @@ class EngineBuilder:
         lent = ledger.take(
             spec.name, PageUse.WEIGHTS, make_room_for_loading(device, self._weights.make_room, loading_pages)
         )
+
+        def give_up_loading() -> None:
+            give_back_loading_memory(device)
+            ledger.give(spec.name, PageUse.WEIGHTS, lent)
+            lent.clear()
+
+        build.give_up_loading = give_up_loading
         try:
             with (
                 self.progress.building(spec.name),

@@ -52,6 +52,8 @@ class ModelBuild:
         self.name = name
         self.enter_phase = enter_phase
         self.pause = pause
+        self.give_up_loading: Callable[[], None] = lambda: None
+        """Called when the memory that the loader filled is not needed any more, before pages take its place."""
         self.view: ArenaView | None = None
         self.pool: SlabBlockPool | None = None
         self.movable_weights = store is not None
@@ -101,7 +103,12 @@ class ModelBuild:
         alone = self._config.parallel_config.world_size == 1
         reload = checkpoint_reload(model, self._config) if alone else None
         self._store.adopt(
-            self.name, movable_tensors(*models), reload, verify_reload=True, advance=lambda nbytes: self.pause()
+            self.name,
+            movable_tensors(*models),
+            reload,
+            verify_reload=True,
+            advance=lambda nbytes: self.pause(),
+            give_up=self.give_up_loading,
         )
         self.fixed_bytes = fixed_bytes(*models)
 

@@ -80,6 +80,7 @@ class WeightStore:
         *,
         verify_reload: bool = False,
         advance: Advance = lambda nbytes: None,
+        give_up: Callable[[], None] | None = None,
     ) -> ModelWeights:
         """Move `tensors` into a range of their own; they are RESIDENT afterwards, at addresses that stay.
 
@@ -87,18 +88,19 @@ class WeightStore:
         `verify_reload` it is tried at once, on this thread: that reads the checkpoint once more and takes no memory.
         `advance` is called again and again meanwhile; others may use the store then.
 
+        With `give_up` the weights are never on the device twice: it is called before pages are taken for the range,
+        when the host has a copy and no tensor views the memory that the loader filled.
+
         Raises CapacityError when device pages or host memory do not suffice, ValueError for tensors that cannot
-        be moved. On any failure the tensors are where they were and nothing is held.
+        be moved. On any failure nothing is held; the tensors are where they were, or nowhere after `give_up`.
         """
         assert owner not in self._models, f"{owner!r} has weights in the store already"
         layout = WeightLayout(tensors)
         with ExitStack() as undo:
             self.host.take(owner, HostUse.WEIGHTS, layout.nbytes)
             undo.callback(self._give_host_memory, owner)
-            self.make_room(-(-layout.nbytes // self.ledger.page_size))
             place = WeightRange(owner, layout, self.device, self.ledger, poison=self.poison)
             undo.callback(place.release)
-            place.map()
             host = self.device.host_buffer(layout.nbytes)
             layout.copy_to(host, advance)
             entry = ModelWeights(owner, layout, place, reload, host, WeightState.RESIDENT)
@@ -109,9 +111,14 @@ class WeightStore:
                     layout.fill_from(host, advance)  # for others who look at the loader's memory, or a failure
                 with suppress(CapacityError):  # no room for what a cold model keeps: then it is not cold for now
                     self._accept(entry, proof)
-            place.copy_in(host, self.chunk_bytes, advance)
-            undo.callback(layout.restore, layout.save())
+            if give_up is None:
+                undo.callback(layout.restore, layout.save())
             place.point_tensors_here()
+            if give_up is not None:
+                give_up()
+            self.make_room(place.num_pages)
+            place.map()
+            place.copy_in(host, self.chunk_bytes, advance)
             self._models[owner] = entry
             undo.pop_all()
         return entry

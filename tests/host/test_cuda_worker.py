@@ -117,9 +117,11 @@ def test_the_device_is_that_of_vllms_platform(monkeypatch, caplog):
         device_choice.make_device(2 << 20)
 
 
-def test_a_loader_finds_memory_on_a_gpu():
-    """Pages for twice the weights are freed, and what backs nothing goes back to the GPU; not so on the CPU."""
+def test_a_loader_finds_memory_on_a_gpu(monkeypatch):
+    """Pages for the weights are freed, and what backs nothing goes back to the GPU; not so on the CPU."""
     asked: list[int] = []
+    freed: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append("loader's memory"))
     device = FakeCudaDevice()
     address = device.reserve(4 * GRANULARITY)
     device.map_zeroed(address, 4 * GRANULARITY)
@@ -130,11 +132,15 @@ def test_a_loader_finds_memory_on_a_gpu():
         if num_pages > 20:
             raise CapacityError("too many")
 
-    device_choice.make_room_for_loading(device, make_room, 7)
-    device_choice.make_room_for_loading(device, make_room, 12)
-    device_choice.make_room_for_loading(CpuDevice(), make_room, 7)
+    assert 7 == device_choice.make_room_for_loading(device, make_room, 7)
+    with pytest.raises(CapacityError, match="too many"):
+        device_choice.make_room_for_loading(device, make_room, 21)
+    assert 0 == device_choice.make_room_for_loading(CpuDevice(), make_room, 7)
+    device_choice.give_back_loading_memory(device)
+    device_choice.give_back_loading_memory(CpuDevice())
 
-    assert [14, 24, 12] == asked
+    assert [7, 21] == asked
+    assert ["loader's memory"] == freed
     assert 1 == len(device.fake.handles)
     assert 1 << 30 == device_choice.spare_host_bytes(device, 8 << 30)
     assert 0 == device_choice.spare_host_bytes(CpuDevice(), 8 << 30)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 
 from tests.helpers.cases import make_cases, mixed
 from tests.helpers.plain import Case, Result, run_plain
+from tokenpool.memory.ledger import PageUse
 
 pytestmark = pytest.mark.vllm
 
@@ -174,6 +176,41 @@ def test_nothing_but_what_changes_stays_behind(kind, tiny_models):
         assert held.proof.droppable, held.proof.problem
     finally:
         pooled.close()
+
+
+def test_a_model_is_added_where_its_weights_fit_once(cases, monkeypatch):
+    """As on a GPU, where the loader has pages' memory until the host has a copy; then its pages back the range."""
+    from tests.helpers.pooled import make_spec
+    from tokenpool.host import engine_builder
+
+    num_pages, lent = -(-_weight_bytes(cases["llama"]) // PAGE), []
+
+    def make_room(device, make_room, num_pages):
+        make_room(num_pages)
+        lent.append(num_pages)
+        return num_pages
+
+    monkeypatch.setattr(engine_builder, "make_room_for_loading", make_room)
+    pooled = _pooled()
+    spec = replace(make_spec(cases["llama"]), weight_bytes=num_pages * PAGE)
+    ledger = pooled.host.ledger
+    ballast = ledger.take("others", PageUse.WEIGHTS, ledger.num_pages - num_pages - 5)  # 5 for KV and null blocks
+    pooled.host.add_model(spec)
+    assert [num_pages] == lent
+    assert num_pages == ledger.held("llama", PageUse.WEIGHTS)
+    pooled.submit(cases["llama"])
+    ledger.give("others", PageUse.WEIGHTS, ballast)
+    pooled.run()
+    pooled.check()
+    pooled.close()
+
+
+def _weight_bytes(case: Case) -> int:
+    pooled = _pooled()
+    pooled.add(case)
+    nbytes = pooled.host.weights.bytes_of(case.name)
+    pooled.close()
+    return nbytes
 
 
 def test_a_model_that_does_not_fit_is_refused_and_leaves_no_trace(cases):

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,6 +130,31 @@ def test_a_failed_adoption_leaves_no_trace(rig, call):
     rig.device.allowed = {}
     rig.store.adopt("a", tensors)
     assert values == bytes_of(tensors)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_are_not_on_the_device_twice(fails):
+    """When pages are taken the loader's memory is gone already; a failure then holds nothing either."""
+    rig, seen = Rig(pages=3), []
+    loaded = [np.arange(PAGE // 8, dtype=np.int64) + i for i in range(3)]
+    tensors = [torch.nn.Parameter(torch.from_numpy(array), requires_grad=False) for array in loaded]
+    alive, values = [weakref.ref(array) for array in loaded], bytes_of(tensors)
+    del loaded
+
+    def give_up() -> None:
+        seen.append((rig.ledger.num_free, [ref() for ref in alive]))
+        rig.device.allowed = {"map_zeroed": 0} if fails else {}
+
+    if fails:
+        with pytest.raises(SwitchError, match="map_zeroed failed"):
+            rig.store.adopt("a", tensors, give_up=give_up)
+    else:
+        rig.store.adopt("a", tensors, give_up=give_up)
+        assert values == bytes_of(tensors)
+        rig.check()
+        rig.store.remove("a")
+    assert [(3, [None] * 3)] == seen
+    rig.assert_empty()
 
 
 def test_adoption_without_room_leaves_no_trace():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 _HOST_TRACK = 0
@@ -34,6 +34,10 @@ class TraceLog:
     def events(self, since_s: float = 0.0) -> list[Event]:
         """The kept events that ended at `since_s` or later, in the order in which they were recorded."""
         return [event for event in self._events if event.start_s + event.duration_s >= since_s]
+
+    def newest_first(self) -> Iterator[Event]:
+        """The kept events, the last recorded one first."""
+        return reversed(self._events)
 
 
 def chrome_trace(events: Iterable[Event]) -> dict[str, Any]:

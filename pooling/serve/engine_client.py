@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -20,9 +20,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.policy.capacity import Role
+from tokenpool.policy.routing import HostQueue
 from tokenpool.serve.engine_link import EngineLink, LinkClosedError
 from tokenpool.serve.journal import Journal, JournalEntry
-from tokenpool.serve.request_route import Route, by_prefix
+from tokenpool.serve.request_route import Route, Told, by_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class PoolEngineClient(AsyncMPClient):
         client_index: int = 0,
         route: Route = by_prefix,
     ) -> None:
-        """`client_index` is the place of this frontend in the addresses of the engines."""
+        """`client_index` tells the engines which of their frontends this is."""
         # vLLM sends an image once and then its hash only, which an engine that comes later does not know. It sends the
         # image each time where several frontends share an engine; this is how it knows that.
         vllm_config.parallel_config._api_process_count = 2
@@ -76,6 +77,9 @@ class PoolEngineClient(AsyncMPClient):
         """Requests that were moved from a host that only prefills to one that decodes."""
         self.fail: Callable[[str, Exception], None] = self._report_error
         """Ends a request, named by its id, that cannot go on; by default as one whose engine reports an error."""
+        self.on_assign: Callable[[str, str], None] = lambda request_id, host: None
+        """Told which host gets a request, each time that it is sent to one."""
+        self._told: dict[str, Told] = {}
         self._links: dict[str, EngineLink] = {}
         self._left: set[EngineLink] = set()
         self._greeting: set[EngineLink] = set()
@@ -101,6 +105,10 @@ class PoolEngineClient(AsyncMPClient):
     def load(self, host: str) -> int:
         """Unfinished requests at `host`; raises KeyError if it has not joined."""
         return self._links[host].load
+
+    def learn(self, host: str, load: Mapping[str, Any]) -> None:
+        """Take in what `host` has just told about the model: its entry in the host's answer to `load`."""
+        self._told[host] = Told(load)
 
     @property
     def num_waiting(self) -> int:
@@ -294,15 +302,20 @@ class PoolEngineClient(AsyncMPClient):
         if link is not None:
             link.load += 1
             link.add(self.journal.send(entry, link))
+            if (told := self._told.get(link.host)) is not None:
+                told.num_sent += 1
+            self.on_assign(entry.request_id, link.host)
 
     def _choose(self, entry: JournalEntry[EngineLink]) -> EngineLink | None:
         """The host for a request, which waits without one: of those whose role it is, the one that `route` names."""
         unfit = Role.PREFILL if entry.delivered else Role.DECODE
         fit = [link for host, link in self._links.items() if self.roles.get(host) is not unfit]
-        loads = {link.host: link.load for link in fit or self._links.values()}
-        if not loads:
-            return None
-        return self._links[self.route(entry.request, loads) if len(loads) > 1 else next(iter(loads))]
+        fit = fit or list(self._links.values())
+        if len(fit) < 2:
+            return fit[0] if fit else None
+        told = self._told
+        hosts = {h: told[h].queue(link.load) if (h := link.host) in told else HostQueue(link.load) for link in fit}
+        return self._links[self.route(entry.request, hosts)]
 
     def _take_from(self, link: EngineLink, entry: JournalEntry[EngineLink]) -> None:
         link.load -= 1

@@ -26,6 +26,7 @@ from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, first_line
 from tokenpool.serve.tenant_meter import meter
+from tokenpool.serve.tracing import RequestTracer, provider_for, trace_requests
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class ModelClient:
         """Where the engines are, and which request is at which."""
         self.engine = engine
         self.app: Any = None
+        self.tracer: RequestTracer | None = None
         self.added = state
         """What the first host said about the model when it was added."""
         self._lifespan = AsyncExitStack()
@@ -68,6 +70,9 @@ class ModelClient:
     async def over(cls, plan: ModelPlan, core: PoolEngineClient, state: dict[str, Any]) -> ModelClient:
         """Build the app over a client that a host has joined; raises PoolError, with the client closed."""
         client = None
+        observed = core.vllm_config.observability_config
+        # vLLM would make a tracer of the whole process for each model.
+        endpoint, observed.otlp_traces_endpoint = observed.otlp_traces_endpoint, None
         try:
             with handing_in(core):
                 engine = await asyncio.to_thread(
@@ -79,6 +84,10 @@ class ModelClient:
                 )
             meter(engine)
             client = cls(plan, core, engine, state)
+            if endpoint is not None:
+                observed.otlp_traces_endpoint = endpoint
+                client.tracer = trace_requests(engine, plan.spec.name, provider_for(endpoint))
+                core.on_assign = client.tracer.sent
             await client._build_app()
             return client
         except BaseException as error:
@@ -146,6 +155,8 @@ class ModelClient:
         """Free the client. Its engines are gone, or are removed from their hosts, or end together with them."""
         if self.engine.output_handler is not None:
             self.engine.output_handler.cancel()
+        if self.tracer is not None:
+            self.tracer.close()
         await self._lifespan.aclose()
         self.core.close()
         await asyncio.to_thread(self.engine.shutdown)

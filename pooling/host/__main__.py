@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenpool.host.affinity import unpinned
 from tokenpool.host.control import ControlServer
+from tokenpool.host.engine_builder import import_architecture
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.frontends import attach_frontend, detach_frontend
 from tokenpool.host.hosted_core import EngineAddresses
@@ -38,12 +39,12 @@ def main(control_path: str, config_json: str) -> None:
     host.on_idle = HostMetrics(host).update
 
     def add_model(spec: HostedModelSpec) -> dict[str, Any]:
+        import_architecture(spec)
         return host.build_beside(lambda: model_state(host, host.add_model(spec))).result()
 
     def add_packed(spec: bytes, input_address: str, output_address: str, server_key: bytes) -> None:
         """A model from a controller, which neither opens the spec nor knows vLLM."""
-        addresses = EngineAddresses((input_address,), (output_address,), server_key)
-        host.build_beside(lambda: host.add_model(replace(pickle.loads(spec), addresses=addresses)) and None).result()
+        add_model(replace(pickle.loads(spec), addresses=EngineAddresses((input_address,), (output_address,), server_key)))
 
     exchange = KVExchange(host, (host.config.node_ip, 0) if host.config.node_ip else f"{control_path}.kv")
 

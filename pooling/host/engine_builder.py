@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
+from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tokenpool.errors import ConfigError
@@ -27,6 +29,19 @@ from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.memory.weights import WeightStore
 from tokenpool.patches.build_context import building
 from tokenpool.policy.cost_model import CopyModel, CostModel
+
+logger = logging.getLogger(__name__)
+
+
+def import_architecture(spec: HostedModelSpec) -> None:
+    """Import the code of a model before it is built: that takes up to a second, cannot be split, and needs no turn.
+
+    On any thread. What fails here fails again when the model is built, and is told then.
+    """
+    try:
+        get_model_architecture(spec.vllm_config.model_config)
+    except Exception as error:  # whatever the code of a model raises
+        logger.debug("the architecture of %r cannot be imported: %s", spec.name, error)
 
 
 class EngineBuilder:

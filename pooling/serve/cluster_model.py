@@ -9,6 +9,7 @@ import os
 import pickle
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 import zmq
@@ -21,6 +22,7 @@ from tokenpool.policy.capacity import Role
 from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.launch_plan import ModelPlan
 from tokenpool.serve.model_client import ModelClient
+from tokenpool.serve.request_route import by_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +102,9 @@ class ClusterModel:
         plan = self.plan
         config = await asyncio.to_thread(plan.engine_config)
         if self._core is None:
-            self._core = PoolEngineClient(config)
+            slo = plan.spec.slo
+            route = partial(by_prefix, ttft_s=slo.ttft_s) if slo else by_prefix
+            self._core = PoolEngineClient(config, route=route)
             config = await asyncio.to_thread(plan.engine_config)
         spec = HostedModelSpec(
             name=plan.spec.name,
@@ -125,6 +129,20 @@ class ClusterModel:
     def num_handed_over(self) -> int:
         """Requests that went from a host that prefills to one that decodes."""
         return self._core.num_handed_over if self._core is not None else 0
+
+    def learn(self, loads: Mapping[str, Any]) -> None:
+        """Take in what hosts told when they were asked for `load`, by name; exceptions among them tell nothing."""
+        if self._core is None:
+            return
+        for name in self._core.hosts:
+            told = loads.get(name.rpartition("/")[0])
+            if isinstance(told, Mapping) and (load := told.get(self.plan.spec.name)) is not None:
+                self._core.learn(name, load)
+
+    @property
+    def num_hosts(self) -> int:
+        """Hosts that take its requests."""
+        return len(self._core.hosts) if self._core is not None else 0
 
     def apply(self, view: ModelView | None, lives: Mapping[str, str], roles: Mapping[str, Role]) -> None:
         """Do what a new view asks for; returns at once, the work goes on in tasks."""

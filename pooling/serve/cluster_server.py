@@ -37,6 +37,7 @@ _LOOKS = ("state", "load", "progress", "metrics")
 _LOOK_LIMIT_S = 5.0
 """For what is asked all the time; a host that builds a model answers late."""
 _RETRY_CALLS_S = 60.0
+_LOADS_PERIOD_S = 1.0
 
 
 def plan_cluster(config: PoolConfig, num_hosts: int) -> tuple[PoolConfig, list[ModelPlan]]:
@@ -159,7 +160,17 @@ class ClusterServer(PoolServer):
 
     async def _supervise(self) -> None:
         watching = follow_pool_file(self._pool_file, self) if self._pool_file else asyncio.sleep(0)
-        await asyncio.gather(self._session.follow_nodes(), watching)
+        await asyncio.gather(self._session.follow_nodes(), self._ask_loads(), watching)
+
+    async def _ask_loads(self) -> None:
+        """Ask hosts for their queues and where weights are, while a model has several to choose from."""
+        while True:
+            await asyncio.sleep(_LOADS_PERIOD_S)
+            shared = [model for model in self._models.values() if model.num_hosts > 1]
+            if shared:
+                loads = await self._hosts.ask("load")
+                for model in shared:
+                    model.learn(loads)
 
     def _model(self, plan: ModelPlan) -> ClusterModel:
         return ClusterModel(plan, self._revision, self._tell, self._endpoints, self._show)

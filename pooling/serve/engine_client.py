@@ -20,10 +20,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.policy.capacity import Role
-from tokenpool.policy.routing import HostQueue
 from tokenpool.serve.engine_link import EngineLink, LinkClosedError
 from tokenpool.serve.journal import Journal, JournalEntry
-from tokenpool.serve.request_route import Route, Told, by_prefix
+from tokenpool.serve.request_route import Route, by_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,6 @@ class PoolEngineClient(AsyncMPClient):
         """Ends a request, named by its id, that cannot go on; by default as one whose engine reports an error."""
         self.on_assign: Callable[[str, str], None] = lambda request_id, host: None
         """Told which host gets a request, each time that it is sent to one."""
-        self._told: dict[str, Told] = {}
         self._links: dict[str, EngineLink] = {}
         self._left: set[EngineLink] = set()
         self._greeting: set[EngineLink] = set()
@@ -108,7 +106,7 @@ class PoolEngineClient(AsyncMPClient):
 
     def learn(self, host: str, load: Mapping[str, Any]) -> None:
         """Take in what `host` has just told about the model: its entry in the host's answer to `load`."""
-        self._told[host] = Told(load)
+        self._links[host].learn(load)
 
     @property
     def num_waiting(self) -> int:
@@ -302,8 +300,6 @@ class PoolEngineClient(AsyncMPClient):
         if link is not None:
             link.load += 1
             link.add(self.journal.send(entry, link))
-            if (told := self._told.get(link.host)) is not None:
-                told.num_sent += 1
             self.on_assign(entry.request_id, link.host)
 
     def _choose(self, entry: JournalEntry[EngineLink]) -> EngineLink | None:
@@ -313,9 +309,7 @@ class PoolEngineClient(AsyncMPClient):
         fit = fit or list(self._links.values())
         if len(fit) < 2:
             return fit[0] if fit else None
-        told = self._told
-        hosts = {h: told[h].queue(link.load) if (h := link.host) in told else HostQueue(link.load) for link in fit}
-        return self._links[self.route(entry.request, hosts)]
+        return self._links[self.route(entry.request, {link.host: link.queue for link in fit})]
 
     def _take_from(self, link: EngineLink, entry: JournalEntry[EngineLink]) -> None:
         link.load -= 1

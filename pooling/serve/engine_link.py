@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import zmq
@@ -22,6 +22,8 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from tokenpool.errors import HostError
 from tokenpool.host.curve import secured
 from tokenpool.host.hosted_core import EngineAddresses
+from tokenpool.policy.routing import HostQueue
+from tokenpool.serve.request_route import Told
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ class EngineLink:
         """Unfinished requests there; kept by the owner."""
         self.greeting = b""
         """vLLM's EngineCoreReadyResponse, encoded."""
+        self._told: Told | None = None
         self._client_index = client_index
         self._on_outputs = on_outputs
         self._on_end = on_end
@@ -66,6 +69,15 @@ class EngineLink:
         except BaseException:
             self._input.close()
             raise
+
+    @property
+    def queue(self) -> HostQueue:
+        """What is known of the engine, for a request that could go there."""
+        return self._told.queue(self.load) if self._told is not None else HostQueue(self.load)
+
+    def learn(self, load: Mapping[str, Any]) -> None:
+        """Take in the model's entry in the host's answer to `load`."""
+        self._told = Told(load, self.load)
 
     async def connect(self) -> None:
         """Wait for the engine's greeting; raises HostError, with all closed, when none comes."""

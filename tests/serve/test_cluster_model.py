@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tokenpool.cluster.values import ModelView
+from tokenpool.errors import HostError
 from tokenpool.policy.capacity import Role
 
 pytestmark = pytest.mark.vllm
@@ -33,3 +36,49 @@ def test_roles_of_hosts_reach_the_client() -> None:
             core.close()
 
     asyncio.run(test())
+
+
+def test_what_hosts_tell_decides_where_requests_go(tmp_path: Path) -> None:
+    """To the host with the weights, to the other one where the first token would be late; what is old is forgotten."""
+    from tests.helpers.told_engine import ToldEngine, make_request
+    from tokenpool.serve import request_route
+    from tokenpool.serve.cluster_model import ClusterModel
+    from tokenpool.serve.engine_client import PoolEngineClient
+
+    def told(residency: str, first_token_in_s: float) -> dict[str, Any]:
+        return {"m": {"residency": residency, "first_token_in_s": first_token_in_s, "prefill_s": 0.5}}
+
+    async def test() -> None:
+        nothing: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        model = ClusterModel(nothing, 1, nothing, nothing, lambda _: None)
+        route = partial(request_route.by_prefix, ttft_s=60.0)
+        model._core = core = PoolEngineClient(SimpleNamespace(parallel_config=SimpleNamespace()), route=route)  # type: ignore[arg-type]
+        core._knows_config = True
+        engines = {name: ToldEngine(tmp_path / name[:2]) for name in ("h0/x", "h1/y")}
+        try:
+            for name, engine in engines.items():
+                await core.join(name, engine.addresses)
+
+            async def goes_to(request_id: str) -> str:
+                before = {name: core.load(name) for name in engines}
+                await core.add_request_async(make_request(request_id))
+                return next(name for name in engines if core.load(name) > before[name])
+
+            assert await goes_to("a") == "h0/x"  # nothing is known
+            model.learn({"h0": told("warm", 1.0), "h1": told("resident", 1.0)})
+            assert [await goes_to(name) for name in "bcd"] == ["h1/y"] * 3
+            model.learn({"h0": told("warm", 1.0), "h1": HostError("no answer")})
+            assert await goes_to("e") == "h1/y"
+            model.learn({"h0": told("warm", 1.0), "h1": told("resident", 39.9)})
+            assert [await goes_to(name) for name in "fg"] == ["h1/y", "h0/x"]  # 1.5 times 40.4 s are above a minute
+            model.learn({"h0": told("warm", 1.0), "h1": told("resident", 1.0)})
+            patch.setattr(request_route, "_TOLD_LIFE_S", -1.0)
+            assert await goes_to("h") == "h0/x"
+        finally:
+            core.close()
+            for engine in engines.values():
+                engine.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request_route, "_TOLD_LIFE_S", 1e6)
+        asyncio.run(test())

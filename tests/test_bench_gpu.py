@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.gpu import goodput, link, rig, switch
+from bench.gpu import goodput, link, one_model_tax, rig, sleep_mode, switch
 from tests.helpers.fake_cuda import FakeCudaDevice
+from tokenpool.config import load_pool_file
 from tokenpool.host import cuda_copies
 from tokenpool.memory import device_cuda
 
@@ -25,7 +29,7 @@ def no_gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("bench", [link, switch, goodput], ids=lambda bench: bench.__name__)
+@pytest.mark.parametrize("bench", [link, switch, goodput, one_model_tax], ids=lambda bench: bench.__name__)
 def test_a_bench_without_a_device_measures_nothing(bench, no_gpu, capsys, tmp_path):
     """It ends with a status of its own, one line, and no result file."""
     with pytest.raises(SystemExit) as ended:
@@ -72,6 +76,68 @@ def test_the_link_bench_runs_to_its_end(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "4KiB broken out: ZeroDivisionError" in printed.err
     assert "result: h2d_gbs=" in printed.out
+
+
+class _Sleeper(BaseHTTPRequestHandler):
+    """A server that streams while it is awake, like vLLM's; it notes what it is asked."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        server = self.server
+        self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path != "/v1/completions":
+            server.calls.append(self.path)
+            (server.awake.clear if self.path.startswith("/sleep") else server.awake.set)()
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for _ in range(20):
+            server.awake.wait()
+            self.wfile.write(b"data: {}\n\n")
+            time.sleep(0.001)
+        self.close_connection = True
+
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
+
+
+@pytest.mark.parametrize("mode", list(sleep_mode.MODES))
+def test_the_sleep_arm_switches_to_and_fro(mode):
+    """One server sleeps before the other wakes, each switch ends with an event of the one that woke."""
+    servers = {}
+    try:
+        for name in "ab":
+            servers[name] = ThreadingHTTPServer(("127.0.0.1", 0), _Sleeper)
+            servers[name].daemon_threads = True
+            servers[name].calls, servers[name].awake = [], threading.Event()
+            threading.Thread(target=servers[name].serve_forever, daemon=True).start()
+        servers["b"].awake.set()
+        ports = {name: server.server_port for name, server in servers.items()}
+        measured = sleep_mode.measure(ports, mode, switches=3, seed=1)
+        sleep, wake = f"/sleep?level=1&mode={mode}", "/wake_up"
+        assert [wake, sleep, wake, sleep] == servers["a"].calls
+        assert [sleep, wake, sleep, wake] == servers["b"].calls
+    finally:
+        for server in servers.values():
+            server.shutdown()
+            server.server_close()
+    assert 3 == len(measured.switches)
+    assert all(0 < slept + woken <= total for slept, woken, total in measured.switches)
+
+
+def test_a_pool_of_the_tax_bench_is_a_pool(tmp_path):
+    """Its file is one that the server reads, with a page for what weights round up to."""
+    flags = rig.model_flags(graphs=True)
+    rig.make_model(tmp_path / "m", "1b")
+    words = one_model_tax._pool_words(tmp_path, tmp_path / "m", ["m0", "m1"], flags, "cuda", 2861)
+    pool = load_pool_file(Path(words[-1]))
+    assert ["m0", "m1"] == [model.name for model in pool.models]
+    assert (4096 + 2 * (2880 + 64)) << 20 == pool.device_memory
 
 
 def test_a_shape_has_the_size_of_its_model():

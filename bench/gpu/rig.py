@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ def describe_gpu() -> dict[str, Any]:
 
     properties = torch.cuda.get_device_properties(0)
     return {"name": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+
+
+def model_flags(graphs: bool) -> list[str]:
+    """Flags of each model on both sides: random weights, and full graphs of decode steps, which are quick to make."""
+    quick = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]}
+    how = ["--compilation-config", json.dumps(quick)] if graphs else ["--enforce-eager"]
+    fixed = ["--max-model-len", "2048", "--dtype", "bfloat16", "--block-size", str(BLOCK_TOKENS)]
+    return [*fixed, "--load-format", "dummy", *how]
 
 
 def weight_bytes(shape: str) -> int:

@@ -9,7 +9,9 @@ the weights of one, nothing prefetched; `prefetch`, three models in a circle and
     visible_steps    `prefetch`: visible seconds / median step; worst shape
     p99_switch_ms    `blocking`: visible, worst shape
 
-Timer boundaries are those of bench/switch.py. Weights are random and read from nowhere (--load-format dummy).
+Timer boundaries are those of bench/switch.py; KV that comes in is waited for inside them, although requests could run
+earlier. Weights are random and read from nowhere (--load-format dummy). With --sleep vLLM's own way to switch is
+measured afterwards, with the same model in two servers: `sleep` in the JSON, see bench/gpu/sleep_mode.py.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ if not __package__:  # run as a script: only bench/gpu itself is on the path
 
 from bench import common  # noqa: E402
 from bench import switch as cpu_switch  # noqa: E402
-from bench.gpu import link, rig  # noqa: E402
+from bench.gpu import link, rig, sleep_mode  # noqa: E402
 
+_SLEEP_KV_MIB = 2048
 STEPS_PER_SWITCH = 100
 """Of one model, at most: a prefetch lasts for tens of steps."""
 _PROBE_MIB = 1024
@@ -50,6 +53,8 @@ class Shape:
     p99_switch_ms: float
     blocking: cpu_switch.Case
     prefetch: cpu_switch.Case
+    sleep: dict[str, sleep_mode.Sleep]
+    """By mode; empty without --sleep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +74,25 @@ def run(
     switches: int,
     graphs: bool,
     page_mib: int,
+    sleep: bool,
     seed: int,
     start_limit_s: float,
     logs: Path | None,
 ) -> Switch:
     """Measure every shape with `switches` switches per case."""
-    del start_limit_s, logs  # there is no server
     rig.require_cuda()
     measured = []
     for shape in shapes:
         with tempfile.TemporaryDirectory(prefix="tokenpool-bench-") as folder:
             paths = {name: rig.make_model(Path(folder, name), shape) for name in "abc"}
-            measured.append(_measure(shape, paths, switches, graphs, page_mib << 20, seed))
-        done = measured[-1]
+            done = _measure(shape, paths, switches, graphs, page_mib << 20, seed)
+            if sleep:
+                flags, log_folder = rig.model_flags(graphs), logs or Path(folder)
+                modes = sleep_mode.serve_and_measure(
+                    paths["a"], flags, _SLEEP_KV_MIB, switches, start_limit_s, log_folder, seed
+                )
+                done = replace(done, sleep=modes)
+            measured.append(done)
         common.progress(f"{shape}: {done.link_frac:.1%} of the link, {done.visible_steps:.2f} steps visible")
     return Switch(
         gpu=rig.describe_gpu(),
@@ -113,6 +124,7 @@ def _measure(shape: str, paths: dict[str, Path], switches: int, graphs: bool, pa
         p99_switch_ms=common.percentile(visible, 99) * 1e3,
         blocking=blocking,
         prefetch=prefetch,
+        sleep={},
     )
 
 
@@ -127,7 +139,7 @@ def _make_rig(
     kv_pages = -(-(-(-(PROMPT_TOKENS + steps) // BLOCK_TOKENS) + 1) // max(1, page // block - 1))
     weight_pages = -(-int(rig.weight_bytes(shape) * 1.02) // page) + 1
     null_pages = -(-len(paths) * block // page) + 1
-    return Rig(
+    made = Rig(
         paths,
         weights * weight_pages + len(paths) * kv_pages + null_pages,
         page,
@@ -139,6 +151,14 @@ def _make_rig(
         load_format="dummy",
         enforce_eager=not graphs,
     )
+    bring_in = made.host.residency.bring_in
+
+    def bring_in_and_wait(hosted: Any) -> None:
+        bring_in(hosted)
+        made.host.swapper.settle(hosted.name)
+
+    made.host.residency.bring_in = bring_in_and_wait
+    return made
 
 
 def _link_rate(device: Any, page: int) -> float:
@@ -158,6 +178,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--shapes", nargs="+", choices=list(rig.SHAPES), default=["8b", "14b"], help="default: %(default)s")
     add("--switches", type=int, default=12, help="counted ones per case, 2 or more (default: %(default)s)")
     add("--graphs", action="store_true", help="capture CUDA graphs and compile (default: eager)")
+    add("--sleep", action="store_true", help="measure vLLM's sleep mode too")
     add("--page-mib", type=int, default=rig.PAGE_BYTES >> 20, help="multiple of 2 (default: %(default)s)")
     common.report("gpu_switch", run, parser.parse_args(words), ["link_frac", "visible_steps", "p99_switch_ms"])
     sys.stdout.flush()

@@ -11,10 +11,12 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from vllm.utils import torch_utils
 
 from tokenpool.errors import HostError
 from tokenpool.host.engine_globals import EngineGlobals
@@ -65,7 +67,8 @@ class BuildLane:
             if not beside:
                 _settle(future, job)
                 return
-            self._thread = threading.Thread(target=self._work, args=(job, future), name="build", daemon=True)
+            args = (job, future, _engine_stream())
+            self._thread = threading.Thread(target=self._work, args=args, name="build", daemon=True)
             self._thread.start()
         self._until_s = time.perf_counter() + SLICE_S
         self._go.release()
@@ -106,11 +109,22 @@ class BuildLane:
     def _registered(self, *_: Any) -> None:
         self.pause()
 
-    def _work(self, job: Callable[[], Any], future: Future) -> None:
+    def _work(self, job: Callable[[], Any], future: Future, stream: Any) -> None:
+        if stream is not None:
+            torch.cuda.set_stream(stream)
         self._go.acquire()
         _settle(future, job)
         self._thread = None
         self._back.release()
+
+
+def _engine_stream() -> Any:
+    """The stream on which this thread's engines compute, None without CUDA.
+
+    A stream is current per thread, and runners remember the one on which they were warmed up: a model that is built on
+    a side thread must find the stream on which it will be stepped.
+    """
+    return torch_utils.current_stream() if torch.cuda.is_initialized() else None
 
 
 def _settle(future: Future, job: Callable[[], Any]) -> None:

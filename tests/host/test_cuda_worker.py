@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from vllm.v1.worker.utils import request_memory
 
 from tests.helpers.fake_cuda import GRANULARITY, FakeCudaDevice
 from tokenpool.errors import CapacityError, ConfigError
-from tokenpool.host import cuda_copies, device_choice
+from tokenpool.host import build_lane, cuda_copies, device_choice
 from tokenpool.host.cuda_worker import PooledCUDAWorker
 from tokenpool.host.engine_globals import EngineGlobals
 from tokenpool.memory.device_cpu import CpuDevice
@@ -175,6 +176,23 @@ def test_batches_go_to_vllms_kernels(monkeypatch, name):
     if name == "triton":
         with pytest.raises(ValueError, match="8 bytes"):
             copy([(0, 0, 12)], 77)
+
+
+def test_a_model_is_built_on_the_stream_on_which_it_is_stepped(monkeypatch):
+    """Torch's current stream is one per thread; the thread of a build takes over that of the loop's thread."""
+    streams, used = {threading.get_ident(): "the loop's"}, []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.update({threading.get_ident(): stream}))
+    monkeypatch.setattr(build_lane.torch_utils, "current_stream", lambda: streams.get(threading.get_ident()))
+    lane = build_lane.BuildLane(EngineGlobals())
+    done = lane.submit(lambda: used.append((threading.get_ident(), build_lane.torch_utils.current_stream())))
+    lane.run_slice(beside=True)
+    done.result(timeout=60)
+    assert not lane.busy
+
+    ((thread, stream),) = used
+    assert thread != threading.get_ident()
+    assert "the loop's" == stream
 
 
 def test_a_measurement_chooses_how_blocks_are_copied():

@@ -136,6 +136,8 @@ class PoolConfig:
     """Address to listen on; None = all interfaces. `${NAME}` is replaced from the environment."""
     port: int = 8000
     """TCP port to listen on; 0 = any free one. 8000 is vLLM's default."""
+    frontends: int = 1
+    """Processes that answer on the port, 1 to 64; more than one when HTTP and tokenizing fill a core."""
     api_key: tuple[str, ...] = field(default=(), repr=False)
     """Keys that clients must send, any of them; empty = no key is asked for. `${NAME}` as in `host`."""
     admin_key: tuple[str, ...] = field(default=(), repr=False)
@@ -178,6 +180,8 @@ class PoolConfig:
         check_setting(self.host_memory != 0, "host_memory", "is 0: give a size such as 64GiB, or auto")
         check_setting(self.host is None or self.host.split() == [self.host], "host", "must be one address")
         check_setting(0 <= self.port <= 65535, "port", f"{show(self.port)} is out of range: give 0 to 65535")
+        problem = f"{show(self.frontends)} is out of range: give 1 to 64 processes"
+        check_setting(1 <= self.frontends <= 64, "frontends", problem)
         for setting, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
             good = all(key and key.isprintable() and key == key.strip() for key in keys)
             check_setting(good, setting, "a key is empty, unprintable or has spaces at an end: correct it")
@@ -379,6 +383,7 @@ _POOL_PARSERS: _Parsers = {
     "kv_floor_pages": units.parse_int,
     "host": lambda value: None if value is None else units.expand_env(units.parse_text(value)),
     "port": units.parse_int,
+    "frontends": units.parse_int,
     "api_key": _keys,
     "admin_key": _keys,
     "weights": units.parse_text,

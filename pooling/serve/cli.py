@@ -24,6 +24,7 @@ USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [po
 
 pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --weights auto|movable|fixed
             --kv-floor-pages N --turn-policy NAME --max-request SIZE --admin-key KEY
+            --frontends N
             and of vllm serve: --host --port --api-key --shutdown-timeout"""
 
 

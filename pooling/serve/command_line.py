@@ -35,6 +35,7 @@ _POOL_FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--max-request": ("max_request_bytes", _size),
     "--host": ("host", str),
     "--port": ("port", _integer),
+    "--frontends": ("frontends", _integer),
     "--shutdown-timeout": ("shutdown_timeout_s", lambda text: parse_seconds(f"{text}s" if text.isdigit() else text)),
 }
 

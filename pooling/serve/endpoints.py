@@ -32,7 +32,7 @@ from tokenpool.units import parse_seconds
 
 _REFUSED = metric("refused_requests").make()
 _MODELS = LabelledGauge("models")
-_RESTARTS = metric("host_restarts").make()
+HOST_RESTARTS = metric("host_restarts").make()
 
 
 def build_outer_app(cors: dict[str, Any]) -> Starlette:
@@ -75,8 +75,7 @@ async def ready(request: Request) -> Response:
 
 async def load(request: Request) -> Response:
     """Requests in flight, as vLLM's /load, and per model."""
-    models = request.app.state.pool.router.models
-    per_model = {name: model.inflight for name, model in models.items()}
+    per_model = await request.app.state.pool.inflight()
     return JSONResponse({"server_load": sum(per_model.values()), "models": per_model})
 
 
@@ -95,7 +94,7 @@ async def metrics(request: Request) -> Response:
     counted = getattr(request.app.state, "counted_restarts", 0)
     if pool.tenants is not None:
         show_tenants(pool.tenants, pool.router.models)
-    _RESTARTS.inc(pool.host_restarts - counted)
+    HOST_RESTARTS.inc(pool.host_restarts - counted)
     request.app.state.counted_restarts = pool.host_restarts
     text = await asyncio.to_thread(merged, get_prometheus_registry(), await pool.host_metrics())
     return Response(text, media_type=CONTENT_TYPE_LATEST)
@@ -140,12 +139,7 @@ async def pool_state(request: Request) -> Response:
 
 async def pool_tenants(request: Request) -> Response:
     """Each tenant's limits, what is left of them, and its usage per model."""
-    pool = request.app.state.pool
-    report = pool.tenants.report() if pool.tenants is not None else {}
-    for name, tenant in report.items():
-        lines = {model.name: model.gate.line for model in pool.router.models.values()}
-        tenant["held"] = {model: line.num_held(name) for model, line in lines.items() if line is not None}
-    return JSONResponse({"tenants": report})
+    return JSONResponse({"tenants": await request.app.state.pool.tenants_report()})
 
 
 async def pool_trace(request: Request) -> Response:

@@ -33,7 +33,8 @@ class HostProcess:
         """What frontends call the host; one that takes the place of a dead one has its name."""
         self._process = process
         self._folder = folder
-        self._key = key
+        self.key = key
+        """Of the socket for calls."""
         self._next_endpoint = 0
 
     @classmethod
@@ -70,6 +71,11 @@ class HostProcess:
         return self._process.pid
 
     @property
+    def control_path(self) -> str:
+        """Path of the Unix socket for calls."""
+        return os.path.join(self._folder, "control")
+
+    @property
     def ended(self) -> bool:
         """Whether the process is gone."""
         return self._process.returncode is not None
@@ -82,7 +88,7 @@ class HostProcess:
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call the host; raises what the call raises, or HostError when the host is gone."""
-        return await asyncio.to_thread(call_host, os.path.join(self._folder, "control"), self._key, method, *args)
+        return await asyncio.to_thread(call_host, self.control_path, self.key, method, *args)
 
     def new_addresses(self) -> EngineAddresses:
         """Endpoints for one more engine with one frontend."""
@@ -106,8 +112,7 @@ class HostProcess:
         await self.wait()
 
     async def _wait_until_listening(self) -> None:
-        path = os.path.join(self._folder, "control")
-        while not os.path.exists(path):
+        while not os.path.exists(self.control_path):
             if self._process.returncode is not None:
                 raise HostError(f"the engine host ended with status {self._process.returncode} while starting")
             await asyncio.sleep(0.02)

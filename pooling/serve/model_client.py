@@ -167,6 +167,18 @@ class ModelClient:
 async def _add_to(host: HostProcess, plan: ModelPlan, core: PoolEngineClient) -> dict[str, Any]:
     """Load a model in a host and connect to it; returns what the host says of it."""
     addresses = host.new_addresses()
+    state = await load_model(host, plan, addresses)
+    try:
+        await connect(host, core, addresses)
+    except BaseException:
+        with contextlib.suppress(HostError):
+            await host.call("remove_model", plan.spec.name)
+        raise
+    return state
+
+
+async def load_model(host: HostProcess, plan: ModelPlan, addresses: EngineAddresses) -> dict[str, Any]:
+    """Load a model in a host, for frontends at `addresses`; returns what the host says of it. Raises PoolError."""
     spec = HostedModelSpec(
         name=plan.spec.name,
         vllm_config=await asyncio.to_thread(plan.engine_config),
@@ -177,19 +189,12 @@ async def _add_to(host: HostProcess, plan: ModelPlan, core: PoolEngineClient) ->
         log_stats=not plan.args.disable_log_stats,
     )
     try:
-        state = await host.call("add_model", spec)
+        return await host.call("add_model", spec)
     except Exception as error:
         raise _as_pool_error(plan, error) from error
-    try:
-        await _join(host, core, addresses)
-    except BaseException:
-        with contextlib.suppress(HostError):
-            await host.call("remove_model", plan.spec.name)
-        raise
-    return state
 
 
-async def _join(host: HostProcess, core: PoolEngineClient, addresses: EngineAddresses) -> None:
+async def connect(host: HostProcess, core: PoolEngineClient, addresses: EngineAddresses) -> None:
     """Connect to the engine, unless the host ends first: then nobody would ever answer."""
     joining, ending = asyncio.create_task(core.join(host.name, addresses)), asyncio.create_task(host.wait())
     try:

@@ -23,6 +23,7 @@ from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_model
 from tokenpool.serve.model_client import ModelClient
 from tokenpool.serve.names import check_names, names_of
 from tokenpool.serve.router import ModelApp, ModelRouter
+from tokenpool.serve.shared_limits import SharedLimits
 from tokenpool.serve.tenants import TenantBook
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,18 @@ _STABLE_AFTER_S = 60.0
 class PoolServer:
     """One host and the models on it. Lives on one event loop."""
 
-    def __init__(self, config: PoolConfig, plans: list[ModelPlan], outer: Starlette) -> None:
+    def __init__(
+        self,
+        config: PoolConfig,
+        plans: list[ModelPlan],
+        outer: Starlette,
+        *,
+        limits: SharedLimits | None = None,
+        frontend: int = 0,
+    ) -> None:
+        """`limits` is where several frontends, of which this one has the index given, keep tenants' limits together."""
         self.config = config
-        self.tenants = TenantBook(config.tenants) if config.tenants else None
+        self.tenants = TenantBook(config.tenants, limits, frontend) if config.tenants else None
         self.router = ModelRouter(outer, max_request_bytes=config.max_request_bytes, tenants=self.tenants)
         options = self.tenants.auth_options() if self.tenants else {}
         self.app = ApiKeyAuth(self.router, api_keys=config.api_key, admin_keys=config.admin_key, **options)
@@ -53,6 +63,9 @@ class PoolServer:
         outer.state.pool = self
 
     # -- life ----------------------------------------------------------------------------------------
+
+    async def may_listen(self) -> None:
+        """Return when the port may be answered: at once, while models load."""
 
     async def start(self) -> None:
         """Start the host and all models; raises PoolError, with nothing left running, when one cannot be served."""
@@ -109,7 +122,7 @@ class PoolServer:
         client = self._clients.get(name)
         try:
             if client is None:
-                client = self._clients[name] = await ModelClient.start(plan, self._host)
+                client = self._clients[name] = await self._make_client(plan)
             else:
                 await client.join(self._host)
         except CapacityError as error:
@@ -123,6 +136,10 @@ class PoolServer:
             model.state = "resident"
         logger.info("model ready model=%s seconds=%.2f", name, client.added["build_s"])
         return client
+
+    async def _make_client(self, plan: ModelPlan) -> ModelClient:
+        assert self._host is not None
+        return await ModelClient.start(plan, self._host)
 
     # -- supervision ---------------------------------------------------------------------------------
 
@@ -256,6 +273,18 @@ class PoolServer:
             "models": models,
             "host": host,
         }
+
+    async def inflight(self) -> dict[str, int]:
+        """Requests in flight per model."""
+        return {name: model.inflight for name, model in self.router.models.items()}
+
+    async def tenants_report(self) -> dict[str, Any]:
+        """Each tenant's limits, what is left of them, its usage, and its requests that are held, per model."""
+        report = self.tenants.report() if self.tenants is not None else {}
+        for name, tenant in report.items():
+            lines = {model.name: model.gate.line for model in self.router.models.values()}
+            tenant["held"] = {model: line.num_held(name) for model, line in lines.items() if line is not None}
+        return report
 
     async def trace(self, last_s: float | None) -> dict[str, Any]:
         """The host's trace in Chrome's format, of the last `last_s` seconds or all that is kept."""

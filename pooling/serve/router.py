@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -162,18 +163,13 @@ class ModelRouter:
         if model.state != "resident":
             raise _RefusedError(model.refusal(), close_code=1013)
         account: Account | None = scope.get(TENANT_KEY)
-        if account is not None and (refusal := account.refusal(scope, model.name)) is not None:
-            raise _RefusedError(refusal)
-        ticket = model.gate.admit(scope, path, account and account.config.name)
-        if isinstance(ticket, Response):
-            if account is not None:
-                account.refused[model.name, "queue"] += 1
-            raise _RefusedError(ticket)
-        if account is None:
+        with account.exclusive() if account is not None else nullcontext():
+            ticket = self._take_in(model, account, scope, path)
+            call = account.begin(scope, model.name, len(body or b"")) if account is not None else None
+        if call is None:
             del body  # from here on the app alone decides how long it lives
             await _call(model, ticket, scope, app_receive, send)
             return
-        call = account.begin(scope, model.name, len(body or b""))
         del body
         try:
             if not waits_for_tokens(scope, path) or await _hold(model, call, receive):
@@ -181,6 +177,16 @@ class ModelRouter:
         finally:
             ticket.close()
             call.close()
+
+    def _take_in(self, model: ModelApp, account: Account | None, scope: Scope, path: str) -> Ticket:
+        if account is not None and (refusal := account.refusal(scope, model.name)) is not None:
+            raise _RefusedError(refusal)
+        ticket = model.gate.admit(scope, path, account and account.config.name)
+        if isinstance(ticket, Response):
+            if account is not None:
+                account.refused[model.name, "queue"] += 1
+            raise _RefusedError(ticket)
+        return ticket
 
     async def _read_body(self, headers: Headers, receive: Receive) -> bytes | None:
         """Return the whole body, or None if the client went away. One chunk is returned without a copy."""

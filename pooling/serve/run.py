@@ -61,13 +61,24 @@ def serve(config: PoolConfig, cluster: str | None = None, pool_file: str | None 
     except OSError as error:
         where = f"{config.host or '*'}:{config.port}"
         raise ConfigError(f"cannot listen on {where}: {error.strerror}", key="port") from None
-    config, plans, make_pool = _plan(config, cluster, pool_file)
-    set_ulimit()
     try:
-        uvloop.run(_serve(config, plans, sock, make_pool))
+        if config.frontends > 1:
+            from tokenpool.serve.supervisor import supervise
+
+            supervise(config, cluster, sock)
+        else:
+            run(*_plan(config, cluster, pool_file), sock)
     finally:
         shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
     return 0
+
+
+def run(
+    config: PoolConfig, plans: list[ModelPlan], make_pool: MakePool, sock: socket.socket, *, announce: bool = True
+) -> None:
+    """Serve on `sock` until SIGTERM or SIGINT; raises PoolError when the pool does not start."""
+    set_ulimit()
+    uvloop.run(_serve(config, plans, sock, make_pool, announce))
 
 
 def _plan(
@@ -81,7 +92,9 @@ def _plan(
     return plan_on_cluster(config, cluster, pool_file)
 
 
-async def _serve(config: PoolConfig, plans: list[ModelPlan], sock: socket.socket, make_pool: MakePool) -> None:
+async def _serve(
+    config: PoolConfig, plans: list[ModelPlan], sock: socket.socket, make_pool: MakePool, announce: bool
+) -> None:
     args = plans[0].args
     pool = make_pool(build_outer_app(_cors(args)))
     stop = asyncio.Event()
@@ -89,15 +102,15 @@ async def _serve(config: PoolConfig, plans: list[ModelPlan], sock: socket.socket
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     server = NoSignalServer(_uvicorn_config(pool.app, args, config))
     # The port answers while models load: /health is up, /ready and the models say 503.
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    serving = asyncio.create_task(_answer(server, pool, sock))
     starting = asyncio.create_task(pool.start())
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({starting, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            address = sock.getsockname()
-            logger.info("serving %s on http://%s:%d", format_count(len(plans), "model"), address[0], address[1])
+            if announce:
+                log_address(plans, sock)
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
         else:
             starting.cancel()
@@ -107,6 +120,17 @@ async def _serve(config: PoolConfig, plans: list[ModelPlan], sock: socket.socket
         await pool.stop()
         await asyncio.wait({serving}, timeout=5.0)
         stopping.cancel()
+
+
+async def _answer(server: NoSignalServer, pool: PoolServer, sock: socket.socket) -> None:
+    await pool.may_listen()
+    await server.serve(sockets=[sock])
+
+
+def log_address(plans: list[ModelPlan], sock: socket.socket) -> None:
+    """Say where the models are served."""
+    address = sock.getsockname()
+    logger.info("serving %s on http://%s:%d", format_count(len(plans), "model"), address[0], address[1])
 
 
 def _uvicorn_config(app: Any, args: Namespace, config: PoolConfig) -> uvicorn.Config:

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from starlette.types import Message, Scope
 from tokenpool.policy.fairness import token_cost
 from tokenpool.policy.rate_limit import TokenBucket
 from tokenpool.serve.auth import error_response
+from tokenpool.serve.shared_limits import SharedLimits, TenantRow
 from tokenpool.tenant_config import DEFAULT_TENANT, TenantConfig
 
 Reason = Literal["models", "requests_per_minute", "tokens_per_minute", "max_concurrent", "queue"]
@@ -129,11 +131,12 @@ class Call:
 class Account:
     """One tenant's limits, calls and usage."""
 
-    def __init__(self, config: TenantConfig) -> None:
-        now_s = time.monotonic()
+    def __init__(self, config: TenantConfig, row: TenantRow | None = None) -> None:
+        """`row` is where several frontends keep the limits together."""
         self.config = config
-        self.request_bucket = _bucket(config.requests_per_minute, now_s)
-        self.token_bucket = _bucket(config.tokens_per_minute, now_s)
+        self._row = row
+        self.request_bucket = _bucket("requests", config.requests_per_minute, row)
+        self.token_bucket = _bucket("tokens", config.tokens_per_minute, row)
         self.usage: dict[str, Usage] = {}
         """By model."""
         self.refused: Counter[tuple[str, Reason]] = Counter()
@@ -146,9 +149,17 @@ class Account:
 
     @property
     def num_calls(self) -> int:
-        """Calls that are not over."""
+        """Calls of this frontend that are not over."""
         self._lingering = [call for call in self._lingering if not call.is_over]
         return len(self._calls) + len(self._lingering)
+
+    def count_calls(self) -> int:
+        """Calls that are not over, at all frontends that keep the limits together, which learn of the own ones."""
+        return self.num_calls if self._row is None else self._row.note_calls(self.num_calls)
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """From `refusal` to `begin` no other frontend may take a request in."""
+        return nullcontext() if self._row is None else self._row.limits.locked()
 
     def set_share(self, share: float) -> None:
         """Keep this part, above 0 to 1, of each limit; other frontends keep the rest."""
@@ -167,7 +178,7 @@ class Account:
         now_s = time.monotonic()
         if limit := self.config.max_concurrent:
             limit = max(1, math.floor(limit * self._share))
-            if (count := self.num_calls) >= limit:
+            if (count := self.count_calls()) >= limit:
                 return self._over_limit(model, "max_concurrent", self._mean_call_s / count)
         if self.token_bucket and (wait_s := self.token_bucket.ready_in_s(now_s)):
             return self._over_limit(model, "tokens_per_minute", wait_s)
@@ -189,13 +200,14 @@ class Account:
                 self.token_bucket.take(now_s, reserved)
         call = Call(self, model, reserved)
         self._calls.add(call)
+        self.count_calls()
         return call
 
     def call_ended(self, call: Call, seconds: float) -> None:
         """A call's HTTP request is over."""
         self._calls.discard(call)
         self._lingering.append(call)
-        self._lingering = [call for call in self._lingering if not call.is_over]
+        self.count_calls()
         self._mean_call_s += _MEAN_WEIGHT * (seconds - self._mean_call_s)
         if call.prompt_tokens and self._mean_prompt_tokens < math.inf:
             self._mean_prompt_tokens += _MEAN_WEIGHT * (call.prompt_tokens - self._mean_prompt_tokens)
@@ -246,9 +258,14 @@ class Account:
 class TenantBook:
     """The accounts of all tenants, with the one of the pool's own keys."""
 
-    def __init__(self, tenants: Iterable[TenantConfig]) -> None:
-        self._accounts = {tenant.name: Account(tenant) for tenant in tenants}
-        self.default = self._accounts.setdefault(DEFAULT_TENANT, Account(TenantConfig(DEFAULT_TENANT)))
+    def __init__(self, tenants: Iterable[TenantConfig], limits: SharedLimits | None = None, frontend: int = 0) -> None:
+        """`limits` is the table of several frontends, made for `with_default(tenants)`; this one has the index given.
+        """
+        self._accounts = {
+            tenant.name: Account(tenant, TenantRow(limits, i, frontend) if limits is not None else None)
+            for i, tenant in enumerate(with_default(tenants))
+        }
+        self.default = self._accounts[DEFAULT_TENANT]
         """Of whoever comes with a key of `api_key` or `admin_key`."""
 
     @property
@@ -261,6 +278,11 @@ class TenantBook:
         accounts = self._accounts.values()
         keys = [(digest, account) for account in accounts for digest in account.config.keys]
         return {"tenant_keys": keys, "default_tenant": self.default}
+
+    def count_calls(self) -> None:
+        """Let the other frontends know of calls that ended behind their client's back."""
+        for account in self._accounts.values():
+            account.count_calls()
 
     def weight_of(self, tenant: str) -> float:
         """A tenant's share of a busy model."""
@@ -276,8 +298,17 @@ class TenantBook:
         return {name: account.report() for name, account in self._accounts.items()}
 
 
-def _bucket(per_minute: int | None, now_s: float) -> TokenBucket | None:
-    return None if per_minute is None else TokenBucket(per_minute, now_s=now_s)
+def with_default(tenants: Iterable[TenantConfig]) -> list[TenantConfig]:
+    """The tenants, and the one of the pool's own keys if it is not among them."""
+    known = {tenant.name: tenant for tenant in tenants}
+    known.setdefault(DEFAULT_TENANT, TenantConfig(DEFAULT_TENANT))
+    return list(known.values())
+
+
+def _bucket(kind: str, per_minute: int | None, row: TenantRow | None) -> TokenBucket | None:
+    if per_minute is None:
+        return None
+    return TokenBucket(per_minute, now_s=time.monotonic()) if row is None else row.bucket(kind, per_minute)
 
 
 def _is_limited(scope: Scope) -> bool:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One answer made of what several frontends say: requests in flight, and what tenants use and used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_OF_LIMITS = ("num_keys", "priority", "weight", "models", "limits", "share", "remaining")
+"""What is the same at all frontends, or kept together by them."""
+
+
+def merged_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Add up the reports of frontends; the first one has the newest limits."""
+    tenants: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        for name, tenant in report["tenants"].items():
+            known = tenants.get(name)
+            if known is None:
+                tenants[name] = {key: _copy(value) for key, value in tenant.items()}
+            else:
+                _add(known, {key: value for key, value in tenant.items() if key not in _OF_LIMITS})
+    inflight: dict[str, int] = {}
+    for report in reports:
+        _add(inflight, report["inflight"])
+    return {"inflight": inflight, "tenants": tenants}
+
+
+def used_only(report: dict[str, Any]) -> dict[str, Any]:
+    """The report of a frontend that is gone: what was used stays, nothing is in flight."""
+    tenants = {name: {**tenant, "inflight": 0, "held": {}} for name, tenant in report["tenants"].items()}
+    return {"inflight": {}, "tenants": tenants}
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _add(total: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict):
+            _add(total.setdefault(key, {}), value)
+        elif isinstance(value, int | float):
+            total[key] = total.get(key, 0) + value
+        else:
+            total.setdefault(key, value)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the supervisor of several frontends tells each of them: the host that is there and the models on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokenpool.serve.launch_plan import ModelPlan
+
+
+@dataclass(frozen=True, slots=True)
+class HostAddress:
+    """Where a host answers calls."""
+
+    name: str
+    pid: int
+    control: str
+    """Path of its Unix socket."""
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStanding:
+    """One model, as the supervisor sees it."""
+
+    plan: ModelPlan
+    state: str
+    """A ModelState of the router."""
+    host_pid: int
+    """The host process whose engine the frontends are to join; 0 while there is none."""
+    drain_s: float
+    """While it drains: how long its requests may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisorView:
+    """A whole view; each replaces the one before."""
+
+    version: int
+    host: HostAddress | None
+    host_restarts: int
+    host_was_blamed: bool
+    """Whether the requests that the last dead host had may have killed it."""
+    has_started: bool
+    """Whether all models were ready once: a frontend that comes now answers when it is ready, too."""
+    models: dict[str, ModelStanding]
+    frontend_pids: dict[int, int]
+    """Frontends that are there, by index."""

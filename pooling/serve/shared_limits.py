@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tenants' limits that the frontends of one node keep together: a file in memory that each of them maps.
+
+What a bucket holds lies there, and how many calls each frontend has of each tenant. A lock on the file, which the
+kernel opens when its holder dies, makes one frontend at a time look and take. Times are those of the monotonic clock,
+which all processes of a machine share. Taking a token costs some microseconds. Imports no vLLM.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from tokenpool.policy.rate_limit import TokenBucket
+from tokenpool.tenant_config import TenantConfig
+
+_BUCKET = struct.Struct("dd")
+_COUNT = struct.Struct("q")
+KINDS = ("requests", "tokens")
+
+
+class SharedLimits:
+    """The table, as one process sees it; for one thread."""
+
+    def __init__(self, path: str, num_frontends: int) -> None:
+        """Map the table that `create` made for as many frontends."""
+        self._num_frontends = num_frontends
+        self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._map = mmap.mmap(self._file, 0)
+        self._depth = 0
+
+    @classmethod
+    def create(cls, path: str, tenants: Sequence[TenantConfig], num_frontends: int) -> SharedLimits:
+        """Make the table at `path`, which must be new, with all buckets full and no calls."""
+        now_s = time.monotonic()
+        with open(path, "xb") as file:
+            for tenant in tenants:
+                for limit in (tenant.requests_per_minute, tenant.tokens_per_minute):
+                    file.write(_BUCKET.pack(TokenBucket(limit or 1, now_s=now_s).capacity, now_s))
+                file.write(bytes(_COUNT.size * num_frontends))
+        return cls(path, num_frontends)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else reads or writes meanwhile; may be entered again inside."""
+        if not self._depth:
+            fcntl.lockf(self._file, fcntl.LOCK_EX)
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def read(self, tenant: int, kind: str) -> tuple[float, float]:
+        """A bucket's level and the time of it."""
+        return _BUCKET.unpack_from(self._map, self._bucket_at(tenant, kind))
+
+    def write(self, tenant: int, kind: str, level: float, as_of_s: float) -> None:
+        """Set both."""
+        _BUCKET.pack_into(self._map, self._bucket_at(tenant, kind), level, as_of_s)
+
+    def calls(self, tenant: int) -> int:
+        """Calls that a tenant has at all frontends."""
+        return sum(_COUNT.unpack_from(self._map, self._count_at(tenant, i))[0] for i in range(self._num_frontends))
+
+    def set_calls(self, tenant: int, frontend: int, count: int) -> None:
+        """Say how many of them one frontend has."""
+        _COUNT.pack_into(self._map, self._count_at(tenant, frontend), count)
+
+    def forget(self, frontend: int) -> None:
+        """A frontend is gone, and its calls with it."""
+        with self.locked():
+            for tenant in range(len(self._map) // self._row_bytes):
+                self.set_calls(tenant, frontend, 0)
+
+    @property
+    def _row_bytes(self) -> int:
+        return len(KINDS) * _BUCKET.size + self._num_frontends * _COUNT.size
+
+    def _bucket_at(self, tenant: int, kind: str) -> int:
+        return tenant * self._row_bytes + KINDS.index(kind) * _BUCKET.size
+
+    def _count_at(self, tenant: int, frontend: int) -> int:
+        return tenant * self._row_bytes + len(KINDS) * _BUCKET.size + frontend * _COUNT.size
+
+
+class TenantRow:
+    """One tenant's row of the table, for the frontend with the given index."""
+
+    def __init__(self, limits: SharedLimits, tenant: int, frontend: int) -> None:
+        self.limits = limits
+        self._tenant = tenant
+        self._frontend = frontend
+
+    def bucket(self, kind: str, per_minute: float) -> SharedBucket:
+        """The bucket of `requests` or `tokens`."""
+        return SharedBucket(self.limits, self._tenant, kind, per_minute)
+
+    def note_calls(self, own: int) -> int:
+        """Say how many calls this frontend has; returns how many all have."""
+        with self.limits.locked():
+            self.limits.set_calls(self._tenant, self._frontend, own)
+            return self.limits.calls(self._tenant)
+
+
+class SharedBucket(TokenBucket):
+    """A bucket whose level lies in the table."""
+
+    __slots__ = ("_kind", "_limits", "_tenant")
+
+    def __init__(self, limits: SharedLimits, tenant: int, kind: str, per_minute: float) -> None:
+        super().__init__(per_minute, now_s=0.0)
+        self._limits, self._tenant, self._kind = limits, tenant, kind
+
+    def level(self, now_s: float) -> float:
+        """See TokenBucket."""
+        with self._limits.locked():
+            self._level, self._as_of_s = self._limits.read(self._tenant, self._kind)
+            level = super().level(now_s)
+            self._limits.write(self._tenant, self._kind, level, self._as_of_s)
+            return level
+
+    def take(self, now_s: float, amount: float) -> None:
+        """See TokenBucket."""
+        with self._limits.locked():
+            super().take(now_s, amount)
+            self._limits.write(self._tenant, self._kind, self._level, self._as_of_s)

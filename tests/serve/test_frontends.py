@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several frontends are one pool: whichever answers, and whichever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.conftest import TinyModels
+from tests.helpers.server import PoolServerProcess, is_running, poll
+from tokenpool.tenant_config import hash_key
+
+pytestmark = pytest.mark.vllm
+
+KEYS = {"polite": "tp-polite-1111111", "counted": "tp-counted-222222"}
+NUM_TOKENS = 24
+BODY = {"model": "qwen2", "prompt": [5] * 20, "max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
+    pool = {
+        "models": [{"name": "qwen2", "model": str(tiny_models.path("qwen2"))}],
+        "tenants": [
+            {"name": "polite", "keys": [hash_key(KEYS["polite"])]},
+            {"name": "counted", "keys": [hash_key(KEYS["counted"])], "requests_per_minute": 6, "max_concurrent": 3},
+        ],
+        "device_memory": "64MiB",
+        "page_size": "1MiB",
+        "api_key": "test-api-key",
+        "admin_key": "test-admin-key",
+    }
+    with PoolServerProcess(pool, flags=["--frontends", "2"]) as process:
+        yield process
+
+
+def frontends(server: PoolServerProcess) -> list[int]:
+    """Pids of both frontends, in order, once both are there."""
+    found = poll(lambda: server.state()["frontends"], until=lambda found: len(found) == 2)
+    return [frontend["pid"] for frontend in found]
+
+
+@contextmanager
+def clients(server: PoolServerProcess, key: str | None = None) -> Iterator[list[httpx.Client]]:
+    """A client per frontend with a connection to it: the other one is held still while it is made."""
+    headers = server.headers(KEYS[key] if key else server.api_key)
+    pids = frontends(server)
+    with ExitStack() as stack:
+        made = []
+        for pid in pids:
+            limits = httpx.Limits(max_connections=1, keepalive_expiry=60)
+            client = httpx.Client(base_url=server.base_url, headers=headers, timeout=60, limits=limits)
+            made.append(stack.enter_context(client))
+            others = [other for other in pids if other != pid]
+            for other in others:
+                os.kill(other, signal.SIGSTOP)
+            try:
+                assert client.get("/health").status_code == 200
+            finally:
+                for other in others:
+                    os.kill(other, signal.SIGCONT)
+        yield made
+
+
+def complete(client: httpx.Client, **changes: Any) -> list[int]:
+    answer = client.post("/v1/completions", json=BODY | {"return_token_ids": True} | changes)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["token_ids"]
+
+
+class Stream:
+    """A streamed completion whose first token has come."""
+
+    def __init__(self, client: httpx.Client, stack: ExitStack) -> None:
+        body = BODY | {"stream": True, "return_token_ids": True, "max_tokens": 400}
+        answer = stack.enter_context(client.stream("POST", "/v1/completions", json=body))
+        assert answer.status_code == 200, answer.read()
+        self._lines = answer.iter_lines()
+        self.tokens = self._next()
+
+    def _next(self) -> list[int]:
+        for line in self._lines:
+            if line.startswith("data: {"):
+                return json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
+        return []
+
+    def rest(self) -> list[int]:
+        """All tokens, once the stream has ended."""
+        while tokens := self._next():
+            self.tokens += tokens
+        return self.tokens
+
+
+def test_both_give_the_tokens_of_a_single_frontend(server: PoolServerProcess, pool_server: PoolServerProcess) -> None:
+    single = pool_server.request("POST", "/v1/completions", json=BODY | {"return_token_ids": True})
+    expected = single.json()["choices"][0]["token_ids"]
+    assert len(expected) == NUM_TOKENS
+    with clients(server) as both:
+        assert [complete(client) for client in both] == [expected, expected]
+
+
+def test_what_concerns_the_pool_is_the_same_at_both(server: PoolServerProcess) -> None:
+    """Readiness, load and state do not depend on who is asked, and /metrics counts the requests of all."""
+    with clients(server) as both, ExitStack() as stack:
+        paths = ("/ready", "/load", "/v1/models", "/version")
+        for path in paths:
+            answers = [client.get(path) for client in both]
+            assert [answer.status_code for answer in answers] == [200, 200], path
+            first, second = (_undated(answer.json()) for answer in answers)
+            assert first == second, path
+        stream = Stream(both[0], stack)
+        with server.host_held_still():
+            load = both[1].get("/load").json()
+        stream.rest()
+    if load["server_load"]:  # else the stream was over before the host was stopped
+        assert load == {"server_load": 1, "models": {"qwen2": 1}}
+
+
+def _undated(answer: Any) -> Any:
+    if isinstance(answer, dict):
+        return {k: _undated(v) for k, v in answer.items() if k not in ("created", "id")}
+    return [_undated(item) for item in answer] if isinstance(answer, list) else answer
+
+
+def test_metrics_of_one_count_the_requests_of_both(server: PoolServerProcess) -> None:
+    def counted(client: httpx.Client) -> float:
+        name = "vllm:generation_tokens_total{"
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
+
+    with clients(server) as both:
+        before = counted(both[0])
+        for client in both:
+            complete(client)
+        for client in both:
+            poll(lambda client=client: counted(client) - before, until=lambda new: new == 2 * NUM_TOKENS)
+
+
+def test_models_come_and_go_at_both(server: PoolServerProcess, tiny_models: TinyModels) -> None:
+    spec = {"name": "late", "model": str(tiny_models.path("llama")), "args": server.pool["models"][0]["args"]}
+    with clients(server) as both:
+        added = server.admin("POST", "/models", spec)
+        assert added.status_code == 201, added.text
+        tokens = [complete(client, model="late") for client in both]
+        assert tokens[0] == tokens[1] and len(tokens[0]) == NUM_TOKENS
+        assert server.admin("POST", "/models", spec).status_code == 400
+        assert server.admin("DELETE", "/models/late").status_code == 200
+        after = [client.post("/v1/completions", json=BODY | {"model": "late"}).status_code for client in both]
+        assert after == [404, 404]
+    assert server.admin("DELETE", "/models/late").status_code == 404
+    server.wait_until_idle()
+
+
+def test_a_limit_counts_what_came_to_either(server: PoolServerProcess) -> None:
+    """Six requests a minute are six at both together, whoever takes them; and the usage is that of both."""
+    with clients(server, "counted") as both:
+        statuses = [both[i % 2].post("/v1/completions", json=BODY).status_code for i in range(8)]
+    assert statuses[:6] == [200] * 6 and 429 in statuses[6:], statuses
+    tenant = server.admin("GET", "/tenants").json()["tenants"]["counted"]
+    assert tenant["usage"]["qwen2"]["requests"] == statuses.count(200)
+    assert tenant["usage"]["qwen2"]["completion_tokens"] == statuses.count(200) * NUM_TOKENS
+    assert tenant["refused"] == {"requests_per_minute": statuses.count(429)}
+
+
+def test_one_that_is_killed_takes_nobody_along(server: PoolServerProcess) -> None:
+    """The other's stream goes on token for token, new requests are served, the host drops what the dead one had."""
+    pids = frontends(server)
+    with clients(server, "polite") as both:
+        expected = complete(both[1], max_tokens=400)
+        with ExitStack() as stack:
+            doomed, other = Stream(both[0], stack), Stream(both[1], stack)
+            assert doomed.tokens and other.tokens
+            with server.host_held_still():
+                os.kill(pids[0], signal.SIGKILL)
+                poll(lambda: not is_running(pids[0]))
+            assert other.rest() == expected
+        assert len(complete(both[1])) == NUM_TOKENS  # on the connection that is there
+    assert server.request("POST", "/v1/completions", json=BODY).status_code == 200  # and on a new one
+    server.wait_until_idle()
+    back = frontends(server)
+    assert back[1] == pids[1] and back[0] != pids[0]
+    with clients(server, "polite") as both:
+        assert complete(both[0], max_tokens=400) == expected
+    state = server.state()
+    assert state["frontend_restarts"] == 1
+    polite = server.admin("GET", "/tenants").json()["tenants"]["polite"]
+    assert polite["inflight"] == 0
+    assert polite["usage"]["qwen2"]["completion_tokens"] >= 3 * 400
+
+
+def test_a_host_that_dies_loses_no_stream_of_either(server: PoolServerProcess) -> None:
+    with clients(server) as both:
+        expected = complete(both[0], max_tokens=400)
+        with ExitStack() as stack:
+            streams = [Stream(client, stack) for client in both]
+            os.kill(server.host_pid, signal.SIGKILL)
+            assert [stream.rest() for stream in streams] == [expected, expected]
+    poll(lambda: server.request("GET", "/ready").status_code, until=lambda status: status == 200)
+    assert server.state()["host_restarts"] == 1
+
+
+def test_sigterm_lets_the_streams_of_both_end(server: PoolServerProcess) -> None:
+    pids = frontends(server)
+    with clients(server) as both, ExitStack() as stack:
+        expected = complete(both[0], max_tokens=400)
+        streams = [Stream(client, stack) for client in both]
+        with server.host_held_still():
+            server.terminate()
+            poll(lambda: _refuses(server))
+        assert [stream.rest() for stream in streams] == [expected, expected]
+    assert server.stop() == 0
+    assert not any(is_running(pid) for pid in pids)
+
+
+def _refuses(server: PoolServerProcess) -> bool:
+    try:
+        httpx.get(f"{server.base_url}/health", timeout=5)
+    except httpx.ConnectError:
+        return True
+    except httpx.TransportError:
+        pass
+    return False

@@ -85,7 +85,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "tokenpool.processBytes" -}}
 {{- $base := include "tokenpool.bytes" .Values.memory.base | int64 -}}
 {{- $each := include "tokenpool.bytes" .Values.memory.perModel | int64 -}}
-{{- add $base (mul $each (len .Values.pool.models)) -}}
+{{- $count := default 1 .Values.pool.frontends | int64 -}}
+{{- if and (gt $count 1) (eq .Values.mode "raycluster") -}}
+{{- fail "pool.frontends is 1 in mode raycluster: a cluster has one frontend" -}}
+{{- end -}}
+{{- $frontends := ternary (mul $count (include "tokenpool.bytes" .Values.memory.perFrontend | int64)) 0 (gt $count 1) -}}
+{{- add $base (mul $each (len .Values.pool.models)) $frontends -}}
 {{- end -}}
 
 {{- /* Memory of a pod with an engine host: processes, 1 GiB of /dev/shm, and the budgets with headroom. */ -}}

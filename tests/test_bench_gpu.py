@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import goodput, link, one_model_tax, rig, sleep_mode, switch
+from bench.gpu import goodput, layout, link, one_model_tax, rig, sleep_mode, switch
 from tests.helpers.fake_cuda import FakeCudaDevice
 from tokenpool.config import load_pool_file
 from tokenpool.host import cuda_copies
@@ -29,7 +30,7 @@ def no_gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-@pytest.mark.parametrize("bench", [link, switch, goodput, one_model_tax], ids=lambda bench: bench.__name__)
+@pytest.mark.parametrize("bench", [link, layout, switch, goodput, one_model_tax], ids=lambda bench: bench.__name__)
 def test_a_bench_without_a_device_measures_nothing(bench, no_gpu, capsys, tmp_path):
     """It ends with a status of its own, one line, and no result file."""
     with pytest.raises(SystemExit) as ended:
@@ -42,21 +43,28 @@ def test_a_bench_without_a_device_measures_nothing(bench, no_gpu, capsys, tmp_pa
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there IS a GPU: the script would run for minutes")
 def test_all_benches_without_a_device_measure_nothing(tmp_path):
-    """The script ends with the same status before it writes anything."""
-    script = ROOT / "bench/gpu/run_all.sh"
-    ran = subprocess.run([script, tmp_path / "out"], capture_output=True, text=True, check=False, timeout=60)
+    """The script ends with the same status before it writes anything; without a part's name it tells its usage."""
+    script, out = ROOT / "bench/gpu/run_all.sh", tmp_path / "out"
+    ran = subprocess.run([script, out, "checks"], capture_output=True, text=True, check=False, timeout=60)
+    wrong = subprocess.run([script, out, "all"], capture_output=True, text=True, check=False, timeout=60)
 
+    assert 2 == wrong.returncode
+    assert "OUT_DIR checks|backends|" in wrong.stdout
     assert (3, "", "no CUDA device: nothing was measured\n") == (ran.returncode, ran.stdout, ran.stderr)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_limits_of_all_checks_fit_in_nine_minutes():
-    """Each check has a limit, and together they end before ten minutes are over."""
-    lines = (ROOT / "bench/gpu/run_all.sh").read_text().splitlines()
-    limits = [int(line.split()[2]) for line in lines if line.startswith("check ")]
+    """Each check has a limit, and those of each part together end before ten minutes are over."""
+    limits: dict[str, list[int]] = {}
+    for line in (ROOT / "bench/gpu/run_all.sh").read_text().partition("case $part in")[2].splitlines():
+        if match := re.match(r"([a-z]+)\)", line):
+            part = limits.setdefault(match[1], [])
+        elif line.startswith("  check "):
+            part.append(int(line.split()[2]))
 
-    assert len(limits) >= 8
-    assert sum(limits) <= 9 * 60
+    assert ["checks", "backends", "tax", "switch", "sleep", "goodput"] == list(limits)
+    assert all(0 < sum(seconds) <= 9 * 60 for seconds in limits.values())
 
 
 def test_the_link_bench_runs_to_its_end(monkeypatch, tmp_path, capsys):

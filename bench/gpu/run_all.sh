@@ -1,11 +1,13 @@
 #!/bin/sh
-# First hour on a GPU: checks in the order in which to look for what is wrong, then measurements; at most 9 minutes.
-# Usage: bench/gpu/run_all.sh OUT_DIR [PYTHON]     Writes OUT_DIR/NAME.log and OUT_DIR/NAME.json, a table last.
-# Ends with status 3 and measures nothing where there is no CUDA device, 1 if anything failed or ran out of time.
+# First hours on a GPU, in parts of at most 9 minutes, in the order in which to look for what is wrong.
+# Usage: bench/gpu/run_all.sh OUT_DIR checks|backends|tax|switch|sleep|goodput [PYTHON]
+# Writes OUT_DIR/NAME.log, OUT_DIR/NAME.json and OUT_DIR/PART.txt, a table. Ends with status 3 and measures nothing
+# where there is no CUDA device, 1 if anything failed or ran out of time.
 set -u
-if [ $# -lt 1 ]; then sed -n '2,5p' "$0" | cut -c3-; exit 2; fi
+case ${2:-} in checks|backends|tax|switch|sleep|goodput) ;; *) sed -n '2,5p' "$0" | cut -c3-; exit 2;; esac
 out=$1
-python=${2:-python3}
+part=$2
+python=${3:-python3}
 cd "$(dirname "$0")/../.." || exit 2
 # Not from the tests' own skips: a run in which everything is skipped must not look well.
 if ! [ -e /dev/nvidiactl ] || ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -14,7 +16,7 @@ if ! [ -e /dev/nvidiactl ] || ! "$python" -c 'import sys, torch; sys.exit(not to
 fi
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-table=$out/table.txt
+table=$out/$part.txt
 : > "$table"
 failed=0
 
@@ -28,14 +30,35 @@ check() {  # NAME SECONDS COMMAND...
   printf '%-14s %-14s %s\n' "$name" "$word" "$(grep -h '^result:' "$out/$name.log" | tail -1)" >> "$table"
 }
 
-check doctor 30 "$python" -m tokenpool.serve.cli doctor
-check memory_laws 40 "$python" -m pytest -x -rs tests/gpu/test_device_laws.py
-check eager 90 "$python" -m pytest -x -rs tests/gpu/test_token_exactness.py -k eager
-check graphs 90 "$python" -m pytest -x -rs tests/gpu/test_token_exactness.py -k graphs
-check link 30 "$python" -m bench.gpu.link --json "$out/link.json"
-check switch_1b 50 "$python" -m bench.gpu.switch --shapes 1b --json "$out/switch_1b.json"
-check switch_8b 90 "$python" -m bench.gpu.switch --shapes 8b --switches 6 --json "$out/switch_8b.json"
-check goodput 120 "$python" -m bench.gpu.goodput --policies slack --rates 1 --shapes 1b --requests 30 \
-  --device-mib 8192 --json "$out/goodput.json"
+exact=tests/gpu/test_token_exactness.py
+case $part in
+checks)  # nothing else is worth a look before these pass
+  check doctor 30 "$python" -m tokenpool.serve.cli doctor
+  check memory_laws 60 "$python" -m pytest -x -rs tests/gpu/test_device_laws.py
+  check eager 150 "$python" -m pytest -x -rs $exact -k "eager and FLASH_ATTN"
+  check graphs 150 "$python" -m pytest -x -rs $exact -k "graphs and FLASH_ATTN"
+  check link 60 "$python" -m bench.gpu.link --json "$out/link.json"
+  ;;
+backends)  # the other attention backends, and what the layout of KV costs with each
+  check others_eager 150 "$python" -m pytest -rs $exact -k "eager and not FLASH_ATTN"
+  check others_graphs 150 "$python" -m pytest -rs $exact -k "graphs and not FLASH_ATTN"
+  check layout 230 "$python" -m bench.gpu.layout --shape 1b --rounds 1 --json "$out/layout.json"
+  ;;
+tax)
+  check tax 530 "$python" -m bench.gpu.one_model_tax --shape 1b --rounds 3 --json "$out/tax.json"
+  ;;
+switch)
+  check switch_1b 90 "$python" -m bench.gpu.switch --shapes 1b --json "$out/switch_1b.json"
+  check switch_8b 200 "$python" -m bench.gpu.switch --shapes 8b --json "$out/switch_8b.json"
+  check switch_14b 240 "$python" -m bench.gpu.switch --shapes 14b --switches 6 --json "$out/switch_14b.json"
+  ;;
+sleep)
+  check sleep_8b 530 "$python" -m bench.gpu.switch --shapes 8b --switches 6 --sleep --json "$out/sleep_8b.json"
+  ;;
+goodput)
+  check goodput 530 "$python" -m bench.gpu.goodput --policies slack --rates 1 --shapes 1b --requests 60 \
+    --device-mib 8192 --json "$out/goodput.json"
+  ;;
+esac
 cat "$table"
 exit $failed

@@ -2,10 +2,12 @@
 """Law 1 on a real GPU: with switches at random token boundaries each model gives what it gives alone in plain vLLM.
 
 Weights and slabs are filled with NaN when they leave. Plain vLLM uses its own KV layout, so this also compares the
-pool's layout with it.
+pool's layout with it, for each attention backend that vLLM has for such models.
 """
 
 from __future__ import annotations
+
+import importlib.util
 
 import pytest
 import torch
@@ -26,15 +28,23 @@ MODES = {
 }
 
 
+BACKENDS = {"FLASH_ATTN": "vllm.vllm_flash_attn", "FLASHINFER": "flashinfer", "TRITON_ATTN": "triton"}
+"""Attention backend -> the module without which it does not run."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
-def test_switches_at_random_token_boundaries_change_no_stream(mode, tmp_path):
+def test_switches_at_random_token_boundaries_change_no_stream(mode, backend, tmp_path):
     """Eager first, then graphs, then torch.compile: the order in which to look for what is wrong."""
+    if importlib.util.find_spec(BACKENDS[backend]) is None:
+        pytest.skip(f"NO {BACKENDS[backend]}: attention backend {backend} was not checked")
     from tests.helpers.cases import make_cases, mixed
     from tests.helpers.plain import run_plain
     from tests.helpers.pooled import PooledModels
     from tests.host.test_switching import RandomTurns
 
-    cases = make_cases(tmp_path, KINDS, mixed(5, 48), gpu_memory_utilization=0.3, **MODES[mode])
+    args = {"gpu_memory_utilization": 0.3, "attention_backend": backend, **MODES[mode]}
+    cases = make_cases(tmp_path, KINDS, mixed(5, 48), **args)
     reference = run_plain(list(cases.values()))
     pool = PooledModels(PAGES * PAGE, PAGE, poison=True, movable_weights=True, host_memory=1 << 30)
     pool.host._turns._policy = RandomTurns(1)

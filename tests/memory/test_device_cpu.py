@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -46,3 +47,21 @@ def test_a_link_takes_its_time_without_a_core(monkeypatch):
 
     assert len(slept) == 1
     assert 0 < slept[0] <= 10
+
+
+def test_blocks_cross_a_link_beside_the_loop():
+    """Copies of blocks are begun and not waited for; they end in their order, and who waits has them."""
+    device, free = CpuDevice(link_bytes_per_s=1 << 40), threading.Event()
+    address = device.reserve(SIZE)
+    device.map_zeroed(address, SIZE)
+    host, back = torch.full((SIZE,), 7, dtype=torch.uint8), device.host_buffer(SIZE)
+    device._bus.submit(free.wait)
+    there = device.begin_copies_in([(address, host)])
+    here = device.begin_copies_out([(address, back)])
+    assert not there.done() and not here.done()
+    free.set()
+    here.wait()
+    assert there.done() and here.done()
+    assert back.eq(7).all()
+    assert there.seconds >= 0 <= here.seconds
+    device.release(address, SIZE)

@@ -21,9 +21,9 @@ HASHES = [BlockHash(bytes([n]) * 32) for n in range(8)]
 ROWS, COLUMNS = 6, 40
 
 
-def make_allocator(num_pages: int) -> SlabAllocator:
+def make_allocator(num_pages: int, device: CpuDevice | None = None) -> SlabAllocator:
     ledger = PageLedger(num_pages, PAGE)
-    return SlabAllocator(ledger, KVArena(CpuDevice(), ledger, poison=True))
+    return SlabAllocator(ledger, KVArena(device or CpuDevice(), ledger, poison=True))
 
 
 def key_of(hash_index: int, group: int = 0) -> bytes:
@@ -74,6 +74,20 @@ class GPUModelRunner:
         return found
 
 
+class _Scheduler:
+    """As much of a scheduler as says which request has which blocks."""
+
+    def __init__(self) -> None:
+        self.blocks_of: dict[str, list[KVCacheBlock]] = {}
+        manager = SimpleNamespace(new_block_ids=[], _pending_cow_copies=[], req_to_blocks=self.blocks_of)
+        coordinator = SimpleNamespace(single_type_managers=[manager])
+        self.kv_cache_manager = SimpleNamespace(coordinator=coordinator)
+
+    @property
+    def running(self) -> list[Any]:
+        return [SimpleNamespace(request_id=request_id) for request_id in self.blocks_of]
+
+
 class FakeModel:
     """A model without an engine: a pool, a runner, and block contents that can be told apart."""
 
@@ -85,11 +99,13 @@ class FakeModel:
         self.build = SimpleNamespace(pool=self.pool)
         self.runner = GPUModelRunner()
         worker = SimpleNamespace(worker=SimpleNamespace(model_runner=self.runner))
-        managers = SimpleNamespace(coordinator=SimpleNamespace(single_type_managers=[]))
+        scheduler = _Scheduler()
+        self.requests = scheduler.blocks_of
+        """Blocks of each request, for whoever moves the model."""
         self.core = SimpleNamespace(
             batch_queue=None,
             model_executor=SimpleNamespace(driver_worker=worker),
-            scheduler=SimpleNamespace(kv_cache_manager=managers),
+            scheduler=scheduler,
         )
 
     def write(self, block: KVCacheBlock, value: int) -> None:

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from tests.helpers.late_device import LateDevice
 from tests.helpers.swapping import HASHES, PAGE, FakeModel, key_of, make_allocator
 from tokenpool.errors import CapacityError
 from tokenpool.host.kv_swap import KVSwapper
@@ -45,10 +46,11 @@ class SwapMachine(RuleBasedStateMachine):
         budget=st.sampled_from([40_000, 200_000, 4 << 20]),
     )
     def start(self, num_pages: int, strides: list[int], floors: tuple[int, ...], budget: int) -> None:
-        self.allocator = make_allocator(num_pages)
+        self.device = LateDevice(chance=0.0)
+        self.allocator = make_allocator(num_pages, self.device)
         self.models = [FakeModel(self.allocator, f"m{i}", stride, floors[i]) for i, stride in enumerate(strides)]
         self.swapper = make_swapper(self.allocator, self.models, budget)
-        self.requests: list[dict[str, list[KVCacheBlock]]] = [{} for _ in self.models]
+        self.requests = [model.requests for model in self.models]
         self.value: dict[int, tuple[KVCacheBlock, int]] = {}  # id() of a block in use
         self.next_value = 1
 
@@ -67,6 +69,11 @@ class SwapMachine(RuleBasedStateMachine):
             self.next_value += 1
             self.models[index].write(block, self.next_value)
             self.value[id(block)] = (block, self.next_value)
+
+    def compute_with(self, index: int, blocks: list[KVCacheBlock]) -> None:
+        """A step that reads or writes these blocks waits for them."""
+        if (transit := self.models[index].pool.transit) is not None:
+            transit.precede_compute(blocks)
 
     def held(self, index: int) -> list[KVCacheBlock]:
         return [block for blocks in self.requests[index].values() for block in blocks]
@@ -104,6 +111,7 @@ class SwapMachine(RuleBasedStateMachine):
         model = self.models[index]
         block = data.draw(st.sampled_from(held))
         if block.block_hash is None:
+            self.compute_with(index, [block])
             model.cache(block, hash_index, group)
             value = model.content(hash_index, group)
             model.write(block, value)
@@ -146,6 +154,7 @@ class SwapMachine(RuleBasedStateMachine):
             return
         assert len(groups) == len(blocks)
         model.pool.touch(blocks)
+        self.compute_with(index, blocks)
         for group, block in zip(groups, blocks, strict=True):
             assert model.content(hash_index, group) == model.read(block)
             assert 16 * (hash_index + 1) == block.block_hash_num_tokens or block.block_hash != key_of(hash_index, group)
@@ -202,8 +211,15 @@ class SwapMachine(RuleBasedStateMachine):
 
     # -- out and in ----------------------------------------------------------------------------------
 
-    @rule(data=st.data(), aborts=st.integers(0, 2))
-    def out(self, data: st.DataObject, aborts: int) -> None:
+    @precondition(lambda self: self.device.queue)
+    @rule(count=st.integers(1, 3))
+    def copies_go_on(self, count: int) -> None:
+        for _ in range(min(count, len(self.device.queue))):
+            self.device.run_to(self.device.queue[0])
+        self.swapper.poll()
+
+    @rule(data=st.data(), aborts=st.integers(0, 2), late=st.booleans())
+    def out(self, data: st.DataObject, aborts: int, late: bool) -> None:
         index = self.pick(data, out=False)
         if index is None:
             return
@@ -220,18 +236,22 @@ class SwapMachine(RuleBasedStateMachine):
         for _ in range(aborts):
             if self.requests[index]:
                 self.end(index, data.draw(st.sampled_from(sorted(self.requests[index]))))
-        self.swapper.finish_out(model)
+        if late:
+            assert self.swapper.is_out(model.name)
+            return
+        self.swapper.settle(model.name)
         assert nbytes == self.swapper.counters.bytes_out - before[0]
         assert 0 == self.allocator.ledger.held(model.name, PageUse.KV) == model.pool.get_num_free_blocks()
         with pytest.raises(ValueError, match="Cannot get 1 free blocks"):
             model.pool.get_new_blocks(1)
 
     @precondition(lambda self: any(self.swapper.is_out(m.name) for m in self.models))
-    @rule(data=st.data())
-    def into(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), late=st.booleans())
+    def into(self, data: st.DataObject, late: bool) -> None:
         index = self.pick(data, out=True)
         assert index is not None
         model = self.models[index]
+        self.swapper.settle(model.name)
         assert self.swapper.bytes_out(model) == len({id(b) for b in self.held(index)}) * model.view.block_bytes
         needed = self.swapper.slabs_needed(model)
         can = max(0, self.allocator.capacity(model.name))
@@ -243,7 +263,7 @@ class SwapMachine(RuleBasedStateMachine):
             assert self.swapper.state(model.name) is KVState.OUT
             return
         data.draw(st.randoms(use_true_random=False)).shuffle(self.allocator.ledger._free)  # its order says nothing
-        self.swapper.into(model)
+        (self.swapper.begin_in if late else self.swapper.into)(model)
         assert needed >= model.pool.num_slabs - model.pool.num_idle_slabs == model.pool.num_slabs
 
     @rule(data=st.data(), count=st.integers(1, 14))
@@ -251,11 +271,11 @@ class SwapMachine(RuleBasedStateMachine):
         """Two requests, a departure while another model runs, an abort meanwhile, a return if there is memory."""
         self.run(data, count, False)
         self.run(data, 3, False)
-        self.out(data, 0)
+        self.out(data, 0, data.draw(st.booleans()))
         self.run(data, count, False)
         self.abort(data)
         if any(self.swapper.is_out(m.name) for m in self.models):
-            self.into(data)
+            self.into(data, data.draw(st.booleans()))
 
     # -- laws ----------------------------------------------------------------------------------------
 
@@ -275,7 +295,10 @@ class SwapMachine(RuleBasedStateMachine):
     def blocks_keep_their_bytes(self) -> None:
         for index, model in enumerate(self.models):
             if not self.swapper.is_out(model.name):
+                transit = model.pool.transit
                 for block in self.held(index):
+                    if transit is not None and not (transit.poll() or transit.has_arrived([block])):
+                        continue
                     assert self.value[id(block)][1] == model.read(block)
 
     @invariant()

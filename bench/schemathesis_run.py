@@ -85,7 +85,8 @@ def run(
         plain_errors: Counter[str] = Counter()
         ours = []
         if errors:
-            plain = common.Server([*common.PLAIN, "--model", str(path), *FLAGS], [MODEL], log_folder / "plain.log")
+            words = [*common.PLAIN, "--model", str(path), *FLAGS, "--kv-cache-memory-bytes", str(64 << 20)]
+            plain = common.Server(words, [MODEL], log_folder / "plain.log")
             stack.callback(plain.close)
             common.wait_until_ready([plain], start_limit_s)
             for entry in errors:

@@ -4,6 +4,7 @@
 The polite tenant sends the same open-loop trace in every arm; a second tenant does what the arm says:
 
     alone         it sends nothing
+    again         it sends nothing, once more: how far two equal arms are apart is the noise
     neighbour     it sends what its limit allows
     limited       it sends --flood times as much; what is over its limits is refused
     fair          the same flood from a tenant without limits: only fair shares help
@@ -48,6 +49,7 @@ KEYS = {"polite": "polite-key", "other": "other-key", "free": "free-key"}
 ADMIN_KEY = "bench-admin"
 ARMS = {
     "alone": ("tenants", ""),
+    "again": ("tenants", ""),
     "neighbour": ("tenants", "other"),
     "limited": ("tenants", "other"),
     "fair": ("tenants", "free"),
@@ -66,6 +68,8 @@ class TenantFairness:
     change_fair_pct: float
     change_unprotected_pct: float
     change_neighbour_pct: float
+    change_again_pct: float
+    """The noise."""
     better: dict[str, str]
     ttft_p99_ms: dict[str, float]
     ttft_p90_ms: dict[str, float]
@@ -84,6 +88,7 @@ def run(
     rate: float,
     limit: int,
     max_concurrent: int,
+    max_num_seqs: int,
     flood: float,
     input_len: int,
     output_len: int,
@@ -99,13 +104,15 @@ def run(
         servers = {}
         for name in ("tenants", "unprotected"):
             pool_file = folder / f"{name}.yaml"
-            pool_file.write_text(json.dumps(_pool(paths[MODEL], name, limit, max_concurrent)))  # JSON is YAML
+            pool = _pool(paths[MODEL], name, limit, max_concurrent, max_num_seqs)
+            pool_file.write_text(json.dumps(pool))  # JSON is YAML
             servers[name] = common.Server([*common.POOL, str(pool_file)], [MODEL], log_folder / f"{name}.log")
             stack.callback(servers[name].close)
         wait_until_ready(list(servers.values()), start_limit_s)
         for number in range(-1, rounds):  # the first one warms up
-            for arm, (name, second) in ARMS.items():
-                per_s = 0.0 if arm == "alone" else limit / 60 * (1 if arm == "neighbour" else flood)
+            # Half of the rounds go the other way round, so that no arm always follows a flood.
+            for arm, (name, second) in list(ARMS.items())[:: 1 if number % 2 else -1]:
+                per_s = 0.0 if not second else limit / 60 * (1 if arm == "neighbour" else flood)
                 requests = _requests(second, number, duration_s, rate, per_s, (input_len, output_len), seed)
                 outcomes = asyncio.run(_play(servers[name].port, requests, seed * 1000 + number))
                 if number >= 0:
@@ -124,6 +131,7 @@ def run(
         change_fair_pct=change("fair"),
         change_unprotected_pct=change("unprotected"),
         change_neighbour_pct=change("neighbour"),
+        change_again_pct=change("again"),
         better={"pct": "lower"},
         ttft_p99_ms=p99,
         ttft_p90_ms={arm: _ttft_ms(runs, 90) for arm, runs in played.items()},
@@ -149,9 +157,10 @@ def wait_until_ready(servers: Sequence[common.Server], limit_s: float) -> None:
     common.progress("servers are ready")
 
 
-def _pool(path: Path, server: str, limit: int, max_concurrent: int) -> dict[str, Any]:
+def _pool(path: Path, server: str, limit: int, max_concurrent: int, max_num_seqs: int) -> dict[str, Any]:
+    flags = ["--max-model-len", "2048", "--max-num-seqs", str(max_num_seqs), *common.MODEL_FLAGS[2:]]
     pool = {
-        "models": [{"name": MODEL, "model": str(path), "args": ["--max-model-len", "2048", *common.MODEL_FLAGS[2:]]}],
+        "models": [{"name": MODEL, "model": str(path), "args": flags}],
         "device_memory": "512MiB",
         "page_size": "1MiB",
         "api_key": list(KEYS.values()),
@@ -222,12 +231,14 @@ def main() -> None:
     add("--rate", type=float, default=8.0, help="of the polite tenant, per second (default: %(default)s)")
     add("--limit", type=int, default=120, help="requests per minute of the other one (default: %(default)s)")
     add("--max-concurrent", type=int, default=2, help="requests at once of the other one (default: %(default)s)")
+    add("--max-num-seqs", type=int, default=16, help="requests that run at a time (default: %(default)s)")
     add("--flood", type=float, default=20.0, help="times the limit that a flood is (default: %(default)s)")
     add("--input-len", type=int, default=64, help="prompt tokens (default: %(default)s)")
     add("--output-len", type=int, default=16, help="tokens of an answer (default: %(default)s)")
     add("--slo", type=float, nargs=2, default=[0.5, 0.1], help="ttft and tpot in seconds (default: %(default)s)")
     flags = parser.parse_args()
     keys = ["change_by_flooding_pct", "change_limited_pct", "change_fair_pct", "change_unprotected_pct"]
+    keys.append("change_again_pct")
     common.report("tenant_fairness", run, flags, keys)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose waiting request is next: weighted fair shares of one model among the tenants that want it.
+"""Whose waiting request is next, and how many a tenant may have in the engine: weighted fair shares of one model.
 
 Pure: reads no clock. Imports neither vllm nor ray.
 """
@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 COMPLETION_COST = 2.0
 """What a token put out costs, when one of a prompt costs 1."""
+RECENT_S = 5.0
+"""A tenant counts as a user of a model for so long after its last request there."""
 _MEAN_WEIGHT = 0.2
 _FIRST_COST = 256.0
 
@@ -71,11 +73,19 @@ class FairQueue(Generic[_T]):
         else:
             self._waiting.pop(tenant, None)
 
-    def pop(self) -> tuple[str, _T, float] | None:
-        """Take the next item: its tenant, itself and the cost it was charged; None when nothing waits. O(tenants)."""
-        if not self._waiting:
+    def next_tenant(self, may: Callable[[str], bool] = lambda tenant: True) -> str | None:
+        """Whose item is next, of the tenants that `may`; None when none of these waits. O(tenants)."""
+        able = [name for name in self._waiting if may(name)]
+        return min(able, key=lambda name: (self._served[name], self._waiting[name][0][0]), default=None)
+
+    def pop(self, tenant: str | None = None) -> tuple[str, _T, float] | None:
+        """Take the next item, or that of `tenant`, which has one: its tenant, itself and the cost it was charged.
+
+        None when nothing waits.
+        """
+        tenant = tenant or self.next_tenant()
+        if tenant is None:
             return None
-        tenant = min(self._waiting, key=lambda name: (self._served[name], self._waiting[name][0][0]))
         _, item = self._waiting[tenant].popleft()
         if not self._waiting[tenant]:
             del self._waiting[tenant]
@@ -92,3 +102,61 @@ class FairQueue(Generic[_T]):
 
     def _charge(self, tenant: str, cost: float) -> None:
         self._served[tenant] = self._served.get(tenant, 0.0) + cost / self._weight_of(tenant)
+
+
+class SeatShares:
+    """How many of an engine's seats, which are requests that run at a time, each tenant may take.
+
+    A running request is not taken away, and a step is as slow as its batch is large. So while others use the model, a
+    tenant leaves seats free: for each of them as many as it had lately and one more, its share by weight at most. What
+    others do not use is not kept for them, and a tenant alone may take all seats and queue behind them. Each may always
+    have one.
+    """
+
+    def __init__(self, weight_of: Callable[[str], float] = lambda tenant: 1.0, seats: int | None = None) -> None:
+        self.seats = seats
+        """How many the engine has; None = not known, no bound."""
+        self._weight_of = weight_of
+        self._taken: dict[str, int] = {}
+        self._peaks: dict[str, tuple[int, float]] = {}  # most seats lately, and when that was
+
+    def taken(self, tenant: str) -> int:
+        """The seats that a tenant has."""
+        return self._taken.get(tenant, 0)
+
+    def take(self, tenant: str, now_s: float) -> None:
+        """A request of the tenant goes to the engine."""
+        self._set(tenant, self.taken(tenant) + 1, now_s)
+
+    def leave(self, tenant: str, now_s: float) -> None:
+        """It has ended."""
+        self._set(tenant, self.taken(tenant) - 1, now_s)
+
+    def others(self, tenant: str, now_s: float) -> list[str]:
+        """The other tenants that use the model or have used it just now; forgets the rest. O(tenants)."""
+        for name, (_, when_s) in list(self._peaks.items()):
+            if now_s - when_s > RECENT_S:
+                if self.taken(name):
+                    self._peaks[name] = self.taken(name), now_s
+                else:
+                    del self._peaks[name]
+        return [name for name in self._peaks if name != tenant]
+
+    def may_take(self, tenant: str, now_s: float) -> bool:
+        """Whether the tenant may have one more seat now. O(tenants)."""
+        taken, others = self.taken(tenant), self.others(tenant, now_s)
+        if self.seats is None or not taken or not others:
+            return True
+        weights = {name: self._weight_of(name) for name in (tenant, *others)}
+        share_of_one = self.seats / sum(weights.values())
+        kept = sum(min(share_of_one * weights[name], self._peaks[name][0] + 1) for name in others)
+        return taken + 1 <= self.seats - kept
+
+    def _set(self, tenant: str, count: int, now_s: float) -> None:
+        if count:
+            self._taken[tenant] = count
+        else:
+            self._taken.pop(tenant, None)
+        peak, when_s = self._peaks.get(tenant, (0, 0.0))
+        if count >= peak or now_s - when_s > RECENT_S:
+            self._peaks[tenant] = count, now_s

@@ -99,6 +99,12 @@ class Gate:
         limits = AdmissionLimits(settings.max_waiting, settings.max_waiting_tokens, AdmissionMode(settings.on_miss))
         return cls(model, limits, slo.ttft_s if slo else math.inf)
 
+    def serve_from(self, engine: Callable[[], EngineQueue], num_seats: int) -> None:
+        """The model's requests go to `engine` from now on, where `num_seats` can run at a time."""
+        self.engine = engine
+        if self.line is not None:
+            self.line.shares.seats = num_seats
+
     @property
     def wants_forecast(self) -> bool:
         """Whether the host's prediction can refuse a request of this model."""

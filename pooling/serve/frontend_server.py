@@ -243,7 +243,8 @@ class FrontendServer(PoolServer):
             raise
         self._clients[name] = client
         model = self.router.models[name]
-        model.app, model.gate.engine = client.app, client.queue
+        model.app = client.app
+        model.gate.serve_from(client.queue, client.num_seats)
         if host.ended:
             core.lost(host.name)
             return

@@ -118,6 +118,11 @@ class ModelClient:
         """Requests accepted and not yet finished."""
         return self.engine.output_processor.get_num_unfinished_requests()
 
+    @property
+    def num_seats(self) -> int:
+        """Requests that can run at a time, at all hosts together."""
+        return self.engine.scheduler_config.max_num_seqs * max(1, len(self.core.hosts))
+
     def queue(self) -> EngineQueue:
         """What waits and what runs, by AsyncLLM's own books; O(requests)."""
         begun = waiting_tokens = 0

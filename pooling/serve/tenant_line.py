@@ -2,8 +2,10 @@
 """Where requests of tenants wait for one model: here, in fair shares, not in vLLM's queue, which is first come first.
 
 Only a few requests without a token are with the engine at a time; whose is next is decided when one of them gets its
-first token. So a tenant with a thousand waiting requests is as far from its turn as one with a single one.
-Imports no vLLM.
+first token. So a tenant with a thousand waiting requests is as far from its turn as one with a single one. The tenant
+whose turn it is does not wait for others if it has none there: a step begins before the frontend hears of the tokens of
+the last one, so that this would cost it the step after it too. While others use the model, a tenant has its share of
+the engine's seats at most (`policy.fairness.SeatShares`). Imports no vLLM.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
 from starlette.types import Receive
 
-from tokenpool.policy.fairness import FairQueue
+from tokenpool.policy.fairness import FairQueue, SeatShares
 from tokenpool.serve.tenants import Call
 
 ENGINE_QUEUE = 4
@@ -29,8 +32,10 @@ class TenantLine:
 
     def __init__(self, weight_of: Callable[[str], float], engine_queue: int = ENGINE_QUEUE) -> None:
         self._queue: FairQueue[tuple[Call, asyncio.Future[float]]] = FairQueue(weight_of)
+        self.shares = SeatShares(weight_of)
+        """Who has how many of the engine's seats, and of how many."""
         self._engine_queue = engine_queue
-        self._ahead = 0  # calls let through that have no token yet
+        self._ahead: Counter[str] = Counter()  # calls let through that have no token yet
 
     def __len__(self) -> int:
         """Calls that are held."""
@@ -72,18 +77,26 @@ class TenantLine:
                 await gone
 
     def _let_through(self) -> None:
-        while self._ahead < self._engine_queue and (taken := self._queue.pop()) is not None:
-            tenant, (call, granted), charged = taken
-            self._ahead += 1
-            call.on_begun = self._one_less
-            call.on_end = partial(self._settle, tenant, charged, call)
+        now_s = time.monotonic()
+        while (tenant := self._queue.next_tenant(lambda name: self.shares.may_take(name, now_s))) is not None:
+            if self._ahead[tenant] and self._ahead.total() >= self._engine_queue:
+                return
+            taken = self._queue.pop(tenant)
+            assert taken is not None
+            _, (call, granted), charged = taken
+            self._ahead[tenant] += 1
+            self.shares.take(tenant, now_s)
+            call.on_begun = partial(self._begun, tenant)
+            call.on_end = partial(self._ended, tenant, charged, call)
             granted.set_result(charged)
 
-    def _settle(self, tenant: str, charged: float, call: Call) -> None:
-        self._queue.settle(tenant, charged, call.cost)
+    def _begun(self, tenant: str) -> None:
+        self._ahead[tenant] -= 1
+        self._let_through()
 
-    def _one_less(self) -> None:
-        self._ahead -= 1
+    def _ended(self, tenant: str, charged: float, call: Call) -> None:
+        self._queue.settle(tenant, charged, call.cost)
+        self.shares.leave(tenant, time.monotonic())
         self._let_through()
 
 

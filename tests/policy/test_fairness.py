@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenpool.policy.fairness import FairQueue, token_cost
+from tokenpool.policy.fairness import RECENT_S, FairQueue, SeatShares, token_cost
 
 pytestmark = pytest.mark.cpu
 
@@ -116,3 +116,70 @@ def test_each_item_comes_out_once_or_is_discarded(actions):
 def test_a_token_put_out_costs_two():
     """The costs of VTC: 1 per prompt token, 2 per token put out."""
     assert 110.0 == token_cost(10, 50)
+
+
+def filled(seats: int, weights: dict[str, float], order: list[str], now_s: float = 0.0) -> SeatShares:
+    """Each tenant of `order` takes a seat if it may."""
+    shares = SeatShares(weights.__getitem__, seats)
+    for tenant in order:
+        if shares.may_take(tenant, now_s):
+            shares.take(tenant, now_s)
+    return shares
+
+
+def test_who_is_alone_may_take_more_than_all_seats():
+    assert filled(4, {"a": 1.0}, ["a"] * 100).taken("a") == 100
+
+
+@given(
+    st.integers(4, 64),
+    st.dictionaries(st.sampled_from("abc"), st.floats(0.5, 8), min_size=2),
+    st.randoms(use_true_random=False),
+)
+def test_tenants_that_all_flood_get_seats_by_weight(seats, weights, rng):
+    """In whatever order they come, once those that had too many have gone."""
+    shares = SeatShares(weights.__getitem__, seats)
+    for _ in range(40 * seats):
+        tenant = rng.choice(sorted(weights))
+        if shares.may_take(tenant, 0.0):
+            shares.take(tenant, 0.0)
+    for tenant in weights:  # all have been there: from now on shares hold
+        while shares.taken(tenant) > 0:
+            shares.leave(tenant, 0.0)
+    for _ in range(seats):
+        for tenant in weights:
+            if shares.may_take(tenant, 0.0):
+                shares.take(tenant, 0.0)
+    for tenant, weight in weights.items():
+        fair = seats * weight / sum(weights.values())
+        assert max(1, int(fair) - 1) <= shares.taken(tenant) <= max(1, int(fair + 1e-9))
+
+
+def test_seats_that_others_do_not_use_are_taken():
+    """A tenant with two requests keeps three of sixteen seats from a flood; when it is gone for a while, none."""
+    weights = {"flood": 1.0, "polite": 1.0}
+    shares = filled(16, weights, ["polite"] * 2 + ["flood"] * 50)
+    assert shares.taken("flood") == 13
+
+    shares.leave("polite", 1.0)
+    shares.leave("polite", 1.0)
+    assert not shares.may_take("flood", RECENT_S - 0.1)
+    assert shares.may_take("flood", RECENT_S + 0.1)
+
+
+def test_who_comes_back_has_a_seat_at_once():
+    shares = filled(4, {"flood": 1.0, "polite": 1.0}, ["flood"] * 50)
+    assert shares.may_take("polite", 0.0)
+    shares.take("polite", 0.0)
+    assert not shares.may_take("flood", 0.0)
+
+
+def test_a_tenant_that_may_not_is_passed_over_and_keeps_its_place():
+    queue: FairQueue[int] = FairQueue()
+    queue.push("a", 1)
+    queue.push("b", 2)
+    assert queue.next_tenant(lambda name: name != "a") == "b"
+    assert queue.next_tenant(lambda name: False) is None
+    taken = queue.pop("b")
+    assert taken is not None and taken[:2] == ("b", 2)
+    assert queue.next_tenant() == "a"

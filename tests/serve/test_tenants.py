@@ -305,9 +305,7 @@ def test_a_full_queue_refuses_who_filled_it():
         await settle()
         polite = pool.start("polite")
         await settle()
-        assert 1 == pool.model.gate.line.num_held("polite")
-        pool.engine.finish("flood")
-        await settle()
+        assert "polite" == pool.engine.order[-1], "whose turn it is does not wait for the calls of others"
         pool.engine.finish("polite")
         assert 200 == (await polite).status_code
         while pool.engine.num_running():
@@ -432,6 +430,30 @@ def test_without_tenants_nothing_is_held():
     assert router.models["a"].gate.line is None
 
 
+def test_a_flood_leaves_seats_to_who_uses_the_model_too():
+    """Of eight seats a flood gets five beside a tenant with two calls, however fast its first tokens come."""
+
+    async def main() -> None:
+        pool = Pool(tenant("flood"), tenant("polite"))
+        assert pool.model.gate.line is not None
+        pool.model.gate.line.shares.seats = 8
+        tasks = [pool.start(name) for name in ("polite", "polite", *["flood"] * 20)]
+        await settle()
+        for _ in range(20):
+            for call in list(pool.engine.request_states.values()):
+                call.put_out(1)
+            await settle()
+        assert {"polite": 2, "flood": 5} == {name: pool.engine.order.count(name) for name in ("polite", "flood")}
+        pool.engine.finish("flood")
+        await settle()
+        assert 6 == pool.engine.order.count("flood"), "a seat that is left is taken again"
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+
+
 def test_a_line_tells_how_many_go_before():
     """A new call waits behind its tenant's own, and behind as many of each other tenant's."""
 
@@ -440,7 +462,7 @@ def test_a_line_tells_how_many_go_before():
         line = TenantLine(book.weight_of, engine_queue=0)
         tasks = []
         for name, count in (("a", 5), ("b", 2)):
-            for _ in range(count):
+            for _ in range(count + 1):  # the first of each goes to the engine
                 call = Call(book.accounts[name], "m", 0.0)
                 tasks.append(asyncio.create_task(line.enter(call, asyncio.Event().wait)))
         await settle()

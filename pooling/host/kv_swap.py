@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes the KV of a model's running requests off the device at a token boundary and brings it back.
 
-    in ── begin_out ──► leaving ── finish_out ──► out ── begin_in ──► returning ── finish_in ──► in
-                copies start             slabs go             slabs come, worker's      image freed
-                                                              ids mapped, copies start
+    in ── begin_out ──► leaving ── copies end ──► out ── begin_in ──► returning ── copies end ──► in
+          copies start             slabs go              slabs come, worker's      image freed
+                                                         ids mapped, copies start
 
-Nothing waits for copies but who needs what they free: `poll` finishes those that have ended. A model that is returning
-may be stepped already; which of its requests run is told in kv_transit.py.
+`poll` finishes moves whose copies have ended; `settle` waits for them, for who needs what they free. A model that is
+returning may be stepped already; which of its requests run is told in kv_transit.py.
 
 Only blocks in use move. They come back into any slabs under other ids; their objects stay, so the scheduler's lists
 stay right, and the runner adapter maps the ids that the worker keeps. Blocks that are only cached go to the host tier

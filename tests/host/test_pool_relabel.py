@@ -268,7 +268,10 @@ class SwapMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), count=st.integers(1, 14))
     def leave_for_another_and_come_back(self, data: st.DataObject, count: int) -> None:
-        """Two requests, a departure while another model runs, an abort meanwhile, a return if there is memory."""
+        """Two requests, a departure while another model runs, an abort meanwhile, a return if there is memory.
+
+        On the way back a request ends, and all free blocks are handed out before the copies have ended.
+        """
         self.run(data, count, False)
         self.run(data, 3, False)
         self.out(data, 0, data.draw(st.booleans()))
@@ -276,6 +279,12 @@ class SwapMachine(RuleBasedStateMachine):
         self.abort(data)
         if any(self.swapper.is_out(m.name) for m in self.models):
             self.into(data, data.draw(st.booleans()))
+            for index, requests in enumerate(self.requests):
+                if self.models[index].pool.transit is not None and requests:
+                    self.end(index, data.draw(st.sampled_from(sorted(requests))))
+            self.run(data, 100, False)
+            while self.device.queue:
+                self.device.run_to(self.device.queue[0])
 
     # -- laws ----------------------------------------------------------------------------------------
 

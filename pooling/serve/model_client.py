@@ -14,6 +14,7 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils import func_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
@@ -166,7 +167,13 @@ class ModelClient:
         self.core.close()
         await asyncio.to_thread(self.engine.shutdown)
         # vLLM's app froze the heap, which would keep all of this for ever; soon nobody refers to it any more.
-        asyncio.get_running_loop().call_later(RELEASE_AFTER_S, release_engine)
+        asyncio.get_running_loop().call_later(RELEASE_AFTER_S, _release)
+
+
+def _release() -> None:
+    # vLLM remembers which keywords a tokenizer's methods take, by functions that hold the tokenizer and its copies.
+    func_utils._supports_kw.cache_clear()
+    release_engine()
 
 
 async def _add_to(host: HostProcess, plan: ModelPlan, core: PoolEngineClient) -> dict[str, Any]:

@@ -12,9 +12,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tokenpool import units
 from tokenpool.errors import ConfigError, check_setting, show
@@ -84,6 +84,35 @@ class ClusterConfig:
         check_setting(self.transport in TRANSPORTS, "transport", problem)
 
 
+class _Replicated(Protocol):
+    """What is asked here of a model of the pool file."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def replicas(self) -> int | None: ...
+    @property
+    def max_replicas(self) -> int | None: ...
+
+
+def check_replicas(cluster: ClusterConfig, models: Sequence[_Replicated]) -> None:
+    """Raise ConfigError if a model's own `replicas` and `max_replicas` do not go with the cluster's."""
+    for i, model in enumerate(models):
+        own = (("replicas", model.replicas), ("max_replicas", model.max_replicas))
+        for key, count in [(key, count) for key, count in own if count is not None]:
+            where = f"models[{i}].{key}"
+            check_setting(count >= 1, where, "must be 1 or more")
+            problem = f"{count} hosts are asked for, cluster.hosts is {cluster.hosts}: lower it, or raise that"
+            check_setting(cluster.hosts is None or count <= cluster.hosts, where, problem)
+        fixed = cluster.capacity == "fixed" and model.max_replicas is not None
+        problem = "needs cluster.capacity: live; fixed keeps to replicas"
+        check_setting(not fixed, f"models[{i}].max_replicas", problem)
+        least, most = model.replicas or cluster.replicas, model.max_replicas or cluster.max_replicas
+        key = "replicas" if model.replicas is not None else "max_replicas"
+        problem = f"at least {least} hosts and at most {most}: lower replicas, or raise max_replicas"
+        check_setting(most is None or most >= least, f"models[{i}].{key}", problem)
+
+
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"expected a number, got {show(value)}")
@@ -95,13 +124,13 @@ CLUSTER_PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "hosts": lambda value: None if value == "auto" else units.parse_int(value),
     "num_cpus_per_host": _number,
     "replicas": units.parse_int,
-    "max_replicas": lambda value: None if value is None else units.parse_int(value),
+    "max_replicas": units.optional(units.parse_int),
     "capacity": units.parse_text,
     "capacity_window": units.parse_seconds,
     "prefill_hosts": units.parse_int,
     "reconcile_period": units.parse_seconds,
     "host_timeout": units.parse_seconds,
     "transport": units.parse_text,
-    "state_dir": lambda value: None if value is None else units.expand_env(units.parse_text(value)),
+    "state_dir": units.optional(lambda value: units.expand_env(units.parse_text(value))),
 }
 """Parser of each key of the section."""

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import yaml
 
 from tokenpool import units
-from tokenpool.cluster_config import CLUSTER_PARSERS, ClusterConfig
+from tokenpool.cluster_config import CLUSTER_PARSERS, ClusterConfig, check_replicas
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
 from tokenpool.tenant_config import TENANT_PARSERS, TenantConfig, check_tenants, parse_tenants
 
@@ -63,8 +63,7 @@ class Admission:
     """Which new requests of a model are taken in."""
 
     max_waiting: int | None = 1024
-    """Requests that may wait for their first token; 1024 is some minutes of work for one model. YAML null = no bound.
-    """
+    """Requests that may wait for their first token; 1024 is some minutes of work for a model. YAML null = no bound."""
     max_waiting_tokens: int | None = None
     """Prompt tokens that may wait; None = no bound."""
     on_miss: str = "queue"
@@ -94,6 +93,10 @@ class ModelSpec:
     """Larger is more important to a turn policy that looks at it; 0 = all models are equal."""
     admission: tuple[tuple[str, Any], ...] = ()
     """Settings of the pool's `admission` that differ for this model. YAML: `admission: {max_waiting: 8}`."""
+    replicas: int | None = None
+    """Hosts of a cluster that serve it, at least; None = as `cluster.replicas` says."""
+    max_replicas: int | None = None
+    """Hosts of a cluster that may serve it, at most; None = as `cluster.max_replicas` says."""
 
     def __post_init__(self) -> None:
         problem = f"{show(self.name)} is no model name: use letters, digits and . _ : / - only"
@@ -188,6 +191,7 @@ class PoolConfig:
         check_setting(self.shutdown_timeout_s >= 0, "shutdown_timeout", "must be 0s or more")
         check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 256MiB")
         check_tenants(self.tenants, seen, self.api_key + self.admin_key)
+        check_replicas(self.cluster, self.models)
 
     def admission_of(self, spec: ModelSpec) -> Admission:
         """The pool's admission settings with the model's own in their place."""
@@ -271,6 +275,8 @@ def _models(value: object, folder: str) -> tuple[ModelSpec, ...]:
         slo=_slo,
         priority=units.parse_int,
         admission=_admission_changes,
+        replicas=units.parse_int,
+        max_replicas=units.parse_int,
     )
     specs = []
     for i, item in enumerate(value):
@@ -289,17 +295,12 @@ def _model(value: object, folder: str) -> str:
 
 
 def _slo(value: object) -> SLO | None:
-    parsers = dict(ttft=units.parse_seconds, tpot=units.parse_seconds)
-    return None if value is None else _build(SLO, value, parsers)
-
-
-def _bound(value: object) -> int | None:
-    return None if value is None else units.parse_int(value)
+    return None if value is None else _build(SLO, value, dict(ttft=units.parse_seconds, tpot=units.parse_seconds))
 
 
 _ADMISSION_PARSERS: _Parsers = {
-    "max_waiting": _bound,
-    "max_waiting_tokens": _bound,
+    "max_waiting": units.optional(units.parse_int),
+    "max_waiting_tokens": units.optional(units.parse_int),
     "on_miss": units.parse_text,
 }
 
@@ -381,7 +382,7 @@ _POOL_PARSERS: _Parsers = {
     "host_memory": units.parse_bytes_or_auto,
     "page_size": units.parse_bytes,
     "kv_floor_pages": units.parse_int,
-    "host": lambda value: None if value is None else units.expand_env(units.parse_text(value)),
+    "host": units.optional(lambda value: units.expand_env(units.parse_text(value))),
     "port": units.parse_int,
     "frontends": units.parse_int,
     "api_key": _keys,

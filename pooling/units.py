@@ -10,9 +10,13 @@ import math
 import os
 import re
 import shlex
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any, TypeVar
 
 from tokenpool.errors import ConfigError, show
+
+_T = TypeVar("_T")
 
 _BYTES_PER_UNIT = {
     "": 1,
@@ -120,6 +124,11 @@ def parse_int(value: object, key: str | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ConfigError(f"expected a whole number, got {show(value)}", key=key)
     return value
+
+
+def optional(parse: Callable[[Any], _T]) -> Callable[[Any], _T | None]:
+    """A parser that lets YAML's null be None and gives the rest to `parse`."""
+    return lambda value: None if value is None else parse(value)
 
 
 def parse_text(value: object, key: str | None = None) -> str:

@@ -62,3 +62,23 @@ def test_what_is_wrong_is_named(section, problem):
     """A refusal names the key and the fix."""
     with pytest.raises(ConfigError, match=problem):
         read(section)
+
+
+@pytest.mark.parametrize(
+    ("model", "section", "problem"),
+    [
+        ({"replicas": 0}, {}, r"models\[0\].replicas: must be 1 or more"),
+        ({"replicas": 3}, {"hosts": 2}, r"models\[0\].replicas: 3 hosts are asked for, cluster.hosts is 2"),
+        ({"max_replicas": 2}, {"capacity": "fixed"}, r"models\[0\].max_replicas: needs cluster.capacity: live"),
+        ({"max_replicas": 1}, {"replicas": 2}, r"models\[0\].max_replicas: at least 2 hosts and at most 1"),
+        ({"replicas": 4}, {"max_replicas": 3}, r"models\[0\].replicas: at least 4 hosts and at most 3"),
+        ({"replicas": "two"}, {}, r"models\[0\].replicas: expected a whole number"),
+    ],
+)
+def test_a_models_own_replicas_go_with_the_clusters(model, section, problem):
+    """They are read from the model's entry; what cannot be is refused with the key and the fix."""
+    entry = {"name": "a", "model": "x/y"}
+    good = PoolConfig.from_dict({"models": [entry | {"replicas": 2, "max_replicas": 3}], "cluster": {"hosts": 4}})
+    assert (2, 3) == (good.models[0].replicas, good.models[0].max_replicas)
+    with pytest.raises(ConfigError, match=problem):
+        PoolConfig.from_dict({"models": [entry | model], "cluster": section})

@@ -80,8 +80,9 @@ class LivePlacement:
         period_s: float = 1.0,
         window_s: float = 60.0,
     ) -> None:
-        """`num_prefill` hosts begin as such that only prefill, and the others only decode; with 0 all do both.
+        """`replicas` and `max_replicas` are for models that have none of their own.
 
+        `num_prefill` hosts begin as such that only prefill, and the others only decode; with 0 all do both.
         Traffic is averaged over `window_s`, what seats did over a third of it, and rises are looked for in a sixth.
         """
         self.policy = policy
@@ -111,7 +112,10 @@ class LivePlacement:
         if moves := self._first_roles(situation):
             return self._noted(moves, now_s)
         moves = self._finish_moves(situation)
-        is_whole = all(len(hosts) >= self.replicas for hosts in situation.placed.values())
+        models = situation.models
+        is_whole = all(
+            len(hosts) >= (models[name].replicas or self.replicas) for name, hosts in situation.placed.items()
+        )
         if not is_whole or now_s - self._asked_s >= self.period_s:
             self._asked_s = now_s
             asked, refused = self._ask(situation)
@@ -248,8 +252,8 @@ class LivePlacement:
                 input_tokens_per_s=rates.input_tokens_per_s,
                 output_tokens_per_s=rates.wanted_tokens_per_s,
                 costs=costs.get(name, _NO_COSTS),
-                min_replicas=self.replicas,
-                max_replicas=self.max_replicas,
+                min_replicas=deployment.replicas or self.replicas,
+                max_replicas=deployment.max_replicas or self.max_replicas,
                 since_move_s=self._since(self._model_s, name, situation.now_s),
             )
             models.append(model)

@@ -53,7 +53,10 @@ class Placement(Protocol):
 
 
 class KeepReplicas:
-    """Every model on `replicas` hosts, on those with the fewest bytes of weights first; nothing moves otherwise."""
+    """Every model on `replicas` hosts, or its own number, on those with the fewest bytes of weights first.
+
+    Nothing moves otherwise.
+    """
 
     def __init__(self, replicas: int) -> None:
         self.replicas = replicas
@@ -64,8 +67,8 @@ class KeepReplicas:
         moves = []
         order = sorted(situation.models.values(), key=lambda d: (-d.priority, len(placed[d.name]), -d.weight_bytes))
         for deployment in order:
-            name = deployment.name
-            while len(placed[name]) < self.replicas:
+            name, wanted = deployment.name, deployment.replicas or self.replicas
+            while len(placed[name]) < wanted:
                 free = [
                     host
                     for host, report in situation.hosts.items()
@@ -76,7 +79,7 @@ class KeepReplicas:
                 if not free:
                     break
                 best = min(free, key=lambda host: (_load(deployments_on(host, placed, situation)), host))
-                reason = f"{len(placed[name])} of {self.replicas} replicas"
+                reason = f"{len(placed[name])} of {wanted} replicas"
                 moves.append(Move("add", name, best, reason))
                 placed[name].add(best)
         return moves

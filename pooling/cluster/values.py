@@ -49,6 +49,10 @@ class Deployment:
     """The pickled HostedModelSpec without addresses; only the host process opens it."""
     details: dict[str, Any] = field(default_factory=dict)
     """What a policy may want to know: `ttft_s` and `tpot_s` of its SLO."""
+    replicas: int | None = None
+    """Hosts that serve it, at least; None = as for all models."""
+    max_replicas: int | None = None
+    """Hosts that may serve it, at most; None = as for all models."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,14 @@ class ClusterModel:
         slo = plan.spec.slo
         details = {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s} if slo else {}
         return Deployment(
-            plan.spec.name, self.version, plan.weight_bytes, plan.spec.priority, pickle.dumps(spec), details
+            plan.spec.name,
+            self.version,
+            plan.weight_bytes,
+            plan.spec.priority,
+            pickle.dumps(spec),
+            details,
+            plan.spec.replicas,
+            plan.spec.max_replicas,
         )
 
     @property

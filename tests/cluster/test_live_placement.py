@@ -191,3 +191,28 @@ def test_the_config_chooses_the_placement():
     assert isinstance(fixed, KeepReplicas) and fixed.replicas == 2
     assert isinstance(usual, LivePlacement) and usual.policy == LiveCapacity()
     assert isinstance(short, LivePlacement) and short.policy.quiet_s == LiveCapacity().quiet_s / 2
+
+
+def test_a_model_may_have_its_own_number_of_hosts():
+    """Its replicas come before the cluster's, for both policies and where a barred host is made up for."""
+    own = {"a": replace(MODELS["a"], replicas=3, max_replicas=3), "b": MODELS["b"]}
+    empty = replace(situation(0.0, *(host(f"h{i}") for i in range(4))), models=own)
+
+    def added(moves: list[Move]) -> list[str]:
+        return sorted(move.model for move in moves if move.action == "add")
+
+    assert added(KeepReplicas(1).decide(empty)) == ["a", "a", "a", "b"]
+    live, placed, total = LivePlacement(LiveCapacity(), replicas=1), empty, []
+    for second in range(5):
+        moves = live.decide(replace(placed, now_s=float(second)))
+        total += added(moves)
+        hosts = {name: set(where) for name, where in placed.placed.items()}
+        for move in moves:
+            hosts[move.model].add(move.host)
+        placed = replace(placed, placed=hosts)
+    assert sorted(total) == ["a", "a", "a", "b"]
+
+    policy = Script()
+    LivePlacement(policy, replicas=1, max_replicas=2).decide(empty)
+    seen = {model.model: (model.min_replicas, model.max_replicas) for model in policy.seen[-1].models}
+    assert seen == {"a": (3, 3), "b": (1, 2)}

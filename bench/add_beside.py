@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stream sees of a model that is added beside it: in one go, as plain vLLM loads a model, or in slices.
+"""What a stream sees of a model that is added beside it, in one go or in slices.
 
-In one process, in turns: a request of one model runs, another model is added, the longest time between two tokens of the
-request is noted, the model is removed. The CPU device; a checkpoint that the system has in its page cache.
+In one process, in turns: a request of one model runs, another model is added, the longest time between two tokens of
+the request is noted, the model is removed. The CPU device; a checkpoint that the system has in its page cache.
 
     stall_slices_ms    longest time between two tokens while the model is built in slices, median over rounds; lower
     stall_at_once_ms   the same when it is built in one go

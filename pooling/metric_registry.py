@@ -76,7 +76,7 @@ _LIST = (
     Metric("tokenpool:tenant_held_requests", "gauge", "Requests of a tenant held before the engine.", _TENANT),
     Metric("tokenpool:models", "gauge", "Models by what /v1/models says of them.", ("state",)),
     Metric("tokenpool:host_restarts", "counter", "Times a dead engine host was started again."),
-    Metric("tokenpool:frontend_restarts", "counter", "Times a dead frontend was started again, where there are several."),
+    Metric("tokenpool:frontend_restarts", "counter", "Times a dead one of several frontends was started again."),
     Metric("tokenpool:decisions", "counter", "Decisions and events of the cluster's controller.", ("action",)),
 )
 METRICS = {metric.name: metric for metric in _LIST}

@@ -44,7 +44,8 @@ def main(control_path: str, config_json: str) -> None:
 
     def add_packed(spec: bytes, input_address: str, output_address: str, server_key: bytes) -> None:
         """A model from a controller, which neither opens the spec nor knows vLLM."""
-        add_model(replace(pickle.loads(spec), addresses=EngineAddresses((input_address,), (output_address,), server_key)))
+        addresses = EngineAddresses((input_address,), (output_address,), server_key)
+        add_model(replace(pickle.loads(spec), addresses=addresses))
 
     exchange = KVExchange(host, (host.config.node_ip, 0) if host.config.node_ip else f"{control_path}.kv")
 

@@ -30,7 +30,7 @@ from tokenpool.host.curve import secured
 from tokenpool.host.resume import ContinuedRequest
 
 if TYPE_CHECKING:
-    from tokenpool.host.hosted_core import HostedEngineCore
+    from tokenpool.host.hosted_core import EngineAddresses, HostedEngineCore
 
 _JOIN_LIMIT_S = 1.0
 

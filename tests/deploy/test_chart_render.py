@@ -204,6 +204,18 @@ def test_sizes_are_read_as_the_pool_file_reads_them(helm, size):
     assert limit == pytest.approx(parse_bytes(int(size) if size.isdigit() else size) + (2 << 30) + 1024, abs=1 << 20)
 
 
+def test_several_frontends_have_memory_each(helm, tmp_path, monkeypatch):
+    """They are in the pool file, and the pod's memory grows by theirs; one alone is in memory.base."""
+    words = ("--set", "device=cuda,memory.perFrontend=3GiB")
+    sizes = []
+    for count in (1, 4):
+        manifests = render(*words, "--set", f"pool.frontends={count}")
+        (_, template), *_ = pod_templates(manifests)
+        sizes.append(quantity(template["spec"]["containers"][0]["resources"]["limits"]["memory"]))
+        assert load(manifests, tmp_path, monkeypatch).frontends == count
+    assert sizes[1] - sizes[0] == 4 * (3 << 30)
+
+
 @pytest.mark.parametrize("time", ["90", "90s", "1.5m", "400ms", "0.5h", "250us"])
 def test_times_are_read_as_the_pool_file_reads_them(helm, time):
     """The chart's arithmetic on times agrees with ours, to the second."""
@@ -331,6 +343,8 @@ def test_a_changed_pool_file_makes_new_pods(helm):
         ("pool.tenants[0].name=a,pool.tenants[0].keys[0]=plain", "keys"),
         ("ingress.enabled=true", "ingress.host"),
         ("httpRoute.enabled=true", "httpRoute.parentRefs"),
+        ("pool.frontends=0", "frontends"),
+        ("mode=raycluster,pool.frontends=2", "pool.frontends is 1"),
     ],
 )
 def test_helm_refuses(helm, values, says):

@@ -132,6 +132,15 @@ class ClusterModel:
         """Whether a host takes its requests."""
         return self.client is not None and bool(self.client.core.hosts)
 
+    def standing(self, view: ModelView) -> dict[str, str]:
+        """Where it stands, by host; `serving` where this frontend sends requests, `joining` where it is about to."""
+        joined = self._core.hosts if self._core is not None else ()
+        states: dict[str, str] = {host: seat.state for host, seat in view.seats.items()}
+        for host, seat in view.seats.items():
+            if seat.state is SeatState.SERVING and _name((host, seat.life)) not in joined:
+                states[host] = "joining"
+        return states
+
     @property
     def num_handed_over(self) -> int:
         """Requests that went from a host that prefills to one that decodes."""

@@ -282,18 +282,16 @@ class ClusterServer(PoolServer):
         answers = await self._hosts.ask("state")
         hosts = {n: {"error": str(a)} if isinstance(a, Exception) else a for n, a in answers.items()}
         view = self._view
-        models = {
-            name: {
+        models = {}
+        for name, app in self.router.models.items():
+            model, seats = self._models.get(name), view.models.get(name) if view else None
+            models[name] = {
                 "state": app.state,
                 "inflight": app.inflight,
                 "model": self._plans[name].spec.model if name in self._plans else None,
-                "hosts": {h: seat.state for h, seat in view.models[name].seats.items()}
-                if view and name in view.models
-                else {},
-                "handed_over": self._models[name].num_handed_over if name in self._models else 0,
+                "hosts": model.standing(seats) if model and seats else {},
+                "handed_over": model.num_handed_over if model else 0,
             }
-            for name, app in self.router.models.items()
-        }
         cluster: dict[str, Any] = {}
         if view is not None:
             cluster = {"epoch": view.epoch, "revision": view.revision, "hosts": view.hosts, "roles": view.roles}

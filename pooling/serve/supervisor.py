@@ -90,6 +90,7 @@ class _Clients:
     app: Any = None
     queue = staticmethod(EngineQueue)
     num_unfinished = 0
+    num_seats = 1  # nothing goes through this process's gates
 
     def __init__(self, plan: ModelPlan, wait_for: Callable[[str, _Clients], Any]) -> None:
         self.plan = plan

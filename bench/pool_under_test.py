@@ -90,12 +90,16 @@ def serve(setup: Setup, policy: str, log: Path, start_limit_s: float) -> Iterato
     try:
         (ready_s,) = common.wait_until_ready([server], start_limit_s)
         common.progress(f"{policy}: ready after {ready_s:.0f} s")
-        for name in setup.paths:  # the first request of a model takes longer
-            prompt = common.random_prompts(0, 1, 64)
-            common.measure([common.Load(server.port, name, prompt, 1, 4)])
+        first_requests(server)
         yield server
     finally:
         server.close()
+
+
+def first_requests(server: common.Server) -> None:
+    """Ask each model once: its first request takes longer."""
+    for name in sorted(server.models):
+        common.measure([common.Load(server.port, name, common.random_prompts(0, 1, 64), 1, 4)])
 
 
 def host_numbers(server: common.Server) -> dict[str, float]:

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import aiohttp
 import pytest
 import torch
+from aiohttp.test_utils import TestServer
 
-from bench.gpu import goodput, layout, link, one_model_tax, rig, sleep_mode, switch
+from bench.gpu import goodput, layout, link, one_model_tax, rig, sleep_mode, sleep_router, switch
 from tests.helpers.fake_cuda import FakeCudaDevice
 from tokenpool.config import load_pool_file
 from tokenpool.host import cuda_copies
@@ -114,28 +118,68 @@ class _Sleeper(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-@pytest.mark.parametrize("mode", list(sleep_mode.MODES))
-def test_the_sleep_arm_switches_to_and_fro(mode):
-    """One server sleeps before the other wakes, each switch ends with an event of the one that woke."""
+@pytest.fixture
+def sleepers() -> Iterator[dict[str, ThreadingHTTPServer]]:
+    """Two of them, asleep."""
     servers = {}
-    try:
-        for name in "ab":
-            servers[name] = ThreadingHTTPServer(("127.0.0.1", 0), _Sleeper)
-            servers[name].daemon_threads = True
-            servers[name].calls, servers[name].awake = [], threading.Event()
-            threading.Thread(target=servers[name].serve_forever, daemon=True).start()
-        servers["b"].awake.set()
-        ports = {name: server.server_port for name, server in servers.items()}
-        measured = sleep_mode.measure(ports, mode, switches=3, seed=1)
-        sleep, wake = f"/sleep?level=1&mode={mode}", "/wake_up"
-        assert [wake, sleep, wake, sleep] == servers["a"].calls
-        assert [sleep, wake, sleep, wake] == servers["b"].calls
-    finally:
-        for server in servers.values():
-            server.shutdown()
-            server.server_close()
+    for name in "ab":
+        servers[name] = ThreadingHTTPServer(("127.0.0.1", 0), _Sleeper)
+        servers[name].daemon_threads = True
+        servers[name].calls, servers[name].awake = [], threading.Event()
+        threading.Thread(target=servers[name].serve_forever, daemon=True).start()
+    yield servers
+    for server in servers.values():
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("mode", list(sleep_mode.MODES))
+def test_the_sleep_arm_switches_to_and_fro(mode, sleepers):
+    """One server sleeps before the other wakes, each switch ends with an event of the one that woke."""
+    sleepers["b"].awake.set()
+    ports = {name: server.server_port for name, server in sleepers.items()}
+    measured = sleep_mode.measure(ports, mode, switches=3, seed=1)
+    sleep, wake = f"/sleep?level=1&mode={mode}", "/wake_up"
+    assert [wake, sleep, wake, sleep] == sleepers["a"].calls
+    assert [sleep, wake, sleep, wake] == sleepers["b"].calls
     assert 3 == len(measured.switches)
     assert all(0 < slept + woken <= total for slept, woken, total in measured.switches)
+
+
+@pytest.mark.parametrize("quantum_s", [0.0, 600.0], ids=["at once", "when idle"])
+def test_servers_behind_the_router_take_turns(quantum_s, sleepers):
+    """Every request is answered in full; with a quantum that never ends a server sleeps only when it has no request."""
+    ports = {name: server.server_port for name, server in sleepers.items()}
+    answers = {}
+
+    async def ask(session: aiohttp.ClientSession, url: str, number: int) -> None:
+        name = "ab"[number % 2]
+        async with session.post(f"{url}/v1/completions", json={"model": name}) as answer:
+            answers[number] = await answer.text()
+
+    async def play() -> dict[str, float]:
+        async with aiohttp.ClientSession() as session:
+            router = sleep_router.Router(ports, quantum_s, session)
+            async with TestServer(router.app()) as server:
+                turns = asyncio.create_task(router.take_turns())
+                url = str(server.make_url("")).rstrip("/")
+                await asyncio.gather(*(ask(session, url, number) for number in range(6)))
+                async with session.post(f"{url}/v1/completions", json={"model": "c"}) as answer:
+                    assert 404 == answer.status
+                async with session.get(f"{url}/load") as answer:
+                    assert {"server_load": 0} == await answer.json()
+                turns.cancel()
+                return router.numbers
+
+    numbers = asyncio.run(play())
+    assert dict.fromkeys(range(6), "data: {}\n\n" * 20) == answers
+    first, second = sorted(sleepers.values(), key=lambda server: len(server.calls), reverse=True)
+    if quantum_s:
+        assert ([sleep_router.WAKE, sleep_router.SLEEP], [sleep_router.WAKE]) == (first.calls, second.calls)
+    else:
+        assert 2 < numbers["switches"]
+    assert numbers["switches"] == sum(server.calls.count(sleep_router.WAKE) for server in sleepers.values())
+    assert 1 == sum(server.awake.is_set() for server in sleepers.values())
 
 
 def test_a_pool_of_the_tax_bench_is_a_pool(tmp_path):

@@ -56,8 +56,8 @@ sleep)
   check sleep_8b 530 "$python" -m bench.gpu.switch --shapes 8b --switches 6 --sleep --json "$out/sleep_8b.json"
   ;;
 goodput)
-  check goodput 530 "$python" -m bench.gpu.goodput --policies slack --rates 1 --shapes 1b --requests 60 \
-    --device-mib 8192 --json "$out/goodput.json"
+  check goodput 530 "$python" -m bench.gpu.goodput --policies slack,sleep --rates 1 --shapes 1b --models 4 \
+    --requests 60 --device-mib 8192 --json "$out/goodput.json"
   ;;
 esac
 cat "$table"

@@ -19,8 +19,8 @@ import statistics
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,23 +96,32 @@ def words(path: Path, name: str, flags: Sequence[str], kv_mib: int) -> list[str]
     return [*common.PLAIN, "--model", str(path), "--served-model-name", name, *flags, *memory]
 
 
+def start(
+    close: ExitStack, paths: Mapping[str, Path], flags: Sequence[str], kv_mib: int, start_limit_s: float, logs: Path
+) -> dict[str, int]:
+    """Start a server for each model, one after the other had gone to sleep; returns their ports. The last is awake.
+
+    `close` ends them.
+    """
+    ports: dict[str, int] = {}
+    for name, path in paths.items():
+        if ports:
+            post([*ports.values()][-1], "/sleep?level=1&mode=wait")
+        log = logs / f"sleep-{name}.log"
+        server = common.Server(words(path, name, flags, kv_mib), [name], log, VLLM_SERVER_DEV_MODE="1")
+        close.callback(server.close)
+        common.wait_until_ready([server], start_limit_s)
+        ports[name] = server.port
+    return ports
+
+
 def serve_and_measure(
     path: Path, flags: Sequence[str], kv_mib: int, switches: int, start_limit_s: float, logs: Path, seed: int
 ) -> dict[str, Sleep]:
-    """Start both servers, one after the other had gone to sleep, and measure all modes."""
-    servers: list[common.Server] = []
-    try:
-        for name in ("a", "b"):
-            if servers:
-                post(servers[0].port, "/sleep?level=1&mode=wait")
-            log = logs / f"sleep-{name}.log"
-            servers.append(common.Server(words(path, name, flags, kv_mib), [name], log, VLLM_SERVER_DEV_MODE="1"))
-            common.wait_until_ready([servers[-1]], start_limit_s)
-        ports = {name: server.port for name, server in zip("ab", servers, strict=True)}
+    """Start two servers and measure all modes."""
+    with ExitStack() as close:
+        ports = start(close, dict.fromkeys("ab", path), flags, kv_mib, start_limit_s, logs)
         return {mode: measure(ports, mode, switches, seed) for mode in MODES}
-    finally:
-        for server in servers:
-            server.close()
 
 
 def measure(ports: dict[str, int], mode: str, switches: int, seed: int) -> Sleep:

@@ -88,6 +88,8 @@ class RayNodes:
 def _main(folder: str, num_nodes: int, cpus_per_node: int) -> None:
     from ray.cluster_utils import Cluster
 
+    # Ray writes the address of its cluster there, and makes the folder only where it is the session's own.
+    os.makedirs(os.path.join(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray"), exist_ok=True)
     common: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 80 << 20}
     head = {**common, "num_cpus": 0, "_system_config": _SYSTEM_CONFIG, "temp_dir": folder}
     cluster = Cluster(initialize_head=True, head_node_args=head)

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 _ACK_LIMIT_S = 5.0
 _WATCH_LIMIT_S = 30.0
 _PARENT_LOOK_S = 0.5
+_CALLS = ("state", "load", "check", "trace", "progress", "metrics", "attach_at", "detach_frontend")
 
 
 def _log_to_stderr() -> None:
@@ -64,8 +65,8 @@ class HostActor:
         return self._supervisor.order(order)
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call the host process: `state`, `load`, `check`, `trace`, `progress` or `metrics`."""
-        if method not in ("state", "load", "check", "trace", "progress", "metrics"):
+        """Call the host process for what changes no model: one of `_CALLS`."""
+        if method not in _CALLS:
             raise HostError(f"{method} is no question: send an order")
         return self._supervisor.call(method, *args)
 

@@ -44,8 +44,7 @@ def main(control_path: str, config_json: str) -> None:
 
     def add_packed(spec: bytes, input_address: str, output_address: str, server_key: bytes) -> None:
         """A model from a controller, which neither opens the spec nor knows vLLM."""
-        addresses = EngineAddresses((input_address,), (output_address,), server_key)
-        add_model(replace(pickle.loads(spec), addresses=addresses))
+        add_model(replace(pickle.loads(spec), addresses=_addresses(input_address, output_address, server_key)))
 
     exchange = KVExchange(host, (host.config.node_ip, 0) if host.config.node_ip else f"{control_path}.kv")
 
@@ -58,6 +57,7 @@ def main(control_path: str, config_json: str) -> None:
     methods = {
         "remove_model": host.remove_model,
         "attach_frontend": lambda *args: attach_frontend(host, *args),
+        "attach_at": lambda model, index, *where: attach_frontend(host, model, index, _addresses(*where)),
         "detach_frontend": lambda client_index: detach_frontend(host, client_index),
         "state": lambda: {**host_state(host), "kv_exchange": exchange.snapshot()},
         "load": lambda: host_load(host),
@@ -74,6 +74,13 @@ def main(control_path: str, config_json: str) -> None:
         host.group.close()
     logging.shutdown()
     os._exit(0)  # an orderly interpreter exit takes seconds and prints what Triton leaks
+
+
+def _addresses(input_address: str, output_address: str, server_key: bytes) -> EngineAddresses:
+    """Those of one frontend, or of none where they are empty."""
+    if not input_address:
+        return EngineAddresses((), ())
+    return EngineAddresses((input_address,), (output_address,), server_key)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_pool
 from tokenpool.serve.model_client import ModelClient
 from tokenpool.serve.pool_file import follow_pool_file
 from tokenpool.serve.pool_server import PoolServer
+from tokenpool.serve.seat_follower import SeatFollower
 
 logger = logging.getLogger(__name__)
 
@@ -55,15 +56,12 @@ def plan_cluster(config: PoolConfig, num_hosts: int) -> tuple[PoolConfig, list[M
     return replace(planned, device_memory=config.device_memory), plans
 
 
-def plan_on_cluster(
-    config: PoolConfig, address: str, pool_file: str | None
-) -> tuple[PoolConfig, list[ModelPlan], Callable[[Starlette], PoolServer]]:
-    """Connect to Ray, plan, start the actors; returns what makes the server. Raises PoolError."""
+def plan_on_cluster(config: PoolConfig, address: str) -> tuple[PoolConfig, list[ModelPlan], Session]:
+    """Connect to Ray, plan, start the actors; raises PoolError."""
     use_gpus = current_platform.is_cuda()
     connect(address, config.cluster, config.cluster.hosts or 1)
     config, plans = plan_cluster(config, wanted_hosts(config.cluster, use_gpus=use_gpus))
-    session = Session(config.cluster, asdict(host_config(config, plans)), use_gpus=use_gpus)
-    return config, plans, lambda outer: ClusterServer(config, plans, outer, session, pool_file)
+    return config, plans, Session(config.cluster, asdict(host_config(config, plans)), use_gpus=use_gpus)
 
 
 class _Hosts:
@@ -97,10 +95,11 @@ class _Hosts:
     async def ask(self, method: str, *args: Any) -> dict[str, Any]:
         """Each host's answer, or the exception that came instead."""
         names = self._names()
-        calls = (self._ask_one(name, method, args) for name in names)
+        calls = (self.ask_one(name, method, *args) for name in names)
         return dict(zip(names, await asyncio.gather(*calls, return_exceptions=True), strict=True))
 
-    async def _ask_one(self, name: str, method: str, args: tuple[Any, ...]) -> Any:
+    async def ask_one(self, name: str, method: str, *args: Any) -> Any:
+        """What one host answers; raises what it raises."""
         try:
             async with asyncio.timeout(_LOOK_LIMIT_S if method in _LOOKS else _CALL_LIMIT_S):
                 return await self._session.hosts[name].call.remote(method, *args)
@@ -133,11 +132,12 @@ class ClusterServer(PoolServer):
         self._view: ClusterView | None = None
         self._revision = 1
         self._frontend = token_hex(4)
-        self._models: dict[str, ClusterModel] = {}
+        self._models: dict[str, SeatFollower] = {}
         self._deployments: dict[str, Deployment] = {}
         self._folder = tempfile.mkdtemp(prefix="tokenpool-")  # mode 0700: only this user reaches the sockets
         always_tcp = config.cluster.transport == "tcp"
         self._endpoints = EndpointMaker(self._folder, session.address, always_tcp=always_tcp)
+        self._loads: dict[str, Any] = {}  # what hosts told last of their queues
         self._counted: Totals[tuple[int, str]] = Totals()
         self._following: asyncio.Task[None] | None = None
 
@@ -152,9 +152,7 @@ class ClusterServer(PoolServer):
 
     async def _start_host(self) -> None:
         for name, plan in self._plans.items():
-            model = self._model(plan)
-            self._deployments[name] = await model.deployment()
-            self._models[name] = model
+            await self._want(name, plan)
         self._following = asyncio.create_task(self._follow())
         await asyncio.gather(*(self._until_served(name) for name in list(self._models)))
 
@@ -166,13 +164,19 @@ class ClusterServer(PoolServer):
         """Ask hosts for their queues and where weights are, while a model has several to choose from."""
         while True:
             await asyncio.sleep(_LOADS_PERIOD_S)
-            shared = [model for model in self._models.values() if model.num_hosts > 1]
+            shared = [model for model in self._models.values() if len(model.hosts) > 1]
             if shared:
-                loads = await self._hosts.ask("load")
+                self._loads = await self._hosts.ask("load")
                 for model in shared:
-                    model.learn(loads)
+                    model.learn(self._loads)
 
-    def _model(self, plan: ModelPlan) -> ClusterModel:
+    async def _want(self, name: str, plan: ModelPlan) -> None:
+        model = self._model(plan)
+        await model.prepare()
+        self._deployments[name] = await model.deployment()
+        self._models[name] = model
+
+    def _model(self, plan: ModelPlan) -> SeatFollower:
         return ClusterModel(plan, self._revision, self._tell, self._endpoints, self._show)
 
     # -- the controller ------------------------------------------------------------------------------
@@ -220,7 +224,7 @@ class ClusterServer(PoolServer):
         for name, model in self._models.items():
             model.apply(view.models.get(name), view.hosts, view.roles)
 
-    def _show(self, model: ClusterModel) -> None:
+    def _show(self, model: SeatFollower) -> None:
         """Let the router know whether the model takes requests."""
         name = model.plan.spec.name
         app = self.router.models.get(name)
@@ -250,9 +254,7 @@ class ClusterServer(PoolServer):
     async def _start_model(self, plan: ModelPlan) -> ModelClient:
         name = plan.spec.name
         self._revision += 1
-        model = self._model(plan)
-        self._deployments[name] = await model.deployment()
-        self._models[name] = model
+        await self._want(name, plan)
         try:
             await self._insist("deploy", self._deployments[name], self._revision)
             return await self._until_served(name)

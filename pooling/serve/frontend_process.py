@@ -34,6 +34,8 @@ class FrontendSettings:
     """Where the supervisor's socket, the table of limits and the frontends' sockets lie."""
     key: bytes = field(repr=False)
     """Of the sockets for calls."""
+    address: str = ""
+    """Of this node in a cluster; empty without one."""
 
     @property
     def supervisor(self) -> str:
@@ -63,7 +65,7 @@ class FrontendProcess:
     async def start(cls, settings: FrontendSettings, sock: socket.socket) -> FrontendProcess:
         """Start a frontend that answers on `sock`; the first one waits for vLLM's import."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tokenpool.serve.frontend_server"])
+        context.set_forkserver_preload(["tokenpool.serve.cluster_frontend"])
         process = context.Process(target=_main, args=(settings, sock), name=f"frontend-{settings.index}")
         await asyncio.to_thread(process.start)
         return cls(process)
@@ -106,13 +108,14 @@ def _main(settings: FrontendSettings, sock: socket.socket) -> None:
     if settings.index:  # what is told of all models is told once
         logging.getLogger("tokenpool.serve.host_watch").setLevel(logging.WARNING)
     from tokenpool.patches import apply_all
+    from tokenpool.serve.cluster_frontend import ClusterFrontend
     from tokenpool.serve.frontend_server import FrontendServer
     from tokenpool.serve.run import run
 
     apply_all()
-    status = 1
+    status, kind = 1, ClusterFrontend if settings.address else FrontendServer
     try:
-        run(settings.config, settings.plans, lambda outer: FrontendServer(settings, outer), sock, announce=False)
+        run(settings.config, settings.plans, lambda outer: kind(settings, outer), sock, announce=False)
         status = 0
     except Exception:
         logger.exception("frontend ends index=%d", settings.index)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One answer made of what several frontends say: requests in flight, and what tenants use and used."""
+"""One answer made of what several frontends say: requests in flight or handed over, what tenants use and used."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ def merged_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 tenants[name] = {key: _copy(value) for key, value in tenant.items()}
             else:
                 _add(known, {key: value for key, value in tenant.items() if key not in _OF_LIMITS})
-    inflight: dict[str, int] = {}
+    counts: dict[str, dict[str, int]] = {"inflight": {}, "handed_over": {}}
     for report in reports:
-        _add(inflight, report["inflight"])
-    return {"inflight": inflight, "tenants": tenants}
+        for key, total in counts.items():
+            _add(total, report.get(key, {}))
+    return {**counts, "tenants": tenants}
 
 
 def used_only(report: dict[str, Any]) -> dict[str, Any]:
     """The report of a frontend that is gone: what was used stays, nothing is in flight."""
     tenants = {name: {**tenant, "inflight": 0, "held": {}} for name, tenant in report["tenants"].items()}
-    return {"inflight": {}, "tenants": tenants}
+    return {**report, "inflight": {}, "tenants": tenants}
 
 
 def _copy(value: Any) -> Any:

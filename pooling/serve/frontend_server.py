@@ -34,7 +34,8 @@ from tokenpool.serve.shared_limits import SharedLimits
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 0.2
+RETRY_S = 0.2
+"""Between two attempts."""
 
 
 class _Host:
@@ -104,9 +105,12 @@ class FrontendServer(PoolServer):
         )
         calls.serve({"report": self._report})
         self._watching = asyncio.create_task(self.watch.run())
-        self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._forecast(), self._tell_calls())]
+        self._tasks = [asyncio.create_task(work) for work in self._background()]
         async with self._changed:
             await self._changed.wait_for(self._has_all)
+
+    def _background(self) -> list[Any]:
+        return [self._follow(), self._forecast(), self._tell_calls()]
 
     async def stop(self) -> None:
         """Finish what was accepted; the host and the other frontends are not concerned."""
@@ -139,14 +143,17 @@ class FrontendServer(PoolServer):
         settings = self._settings
         return await asyncio.to_thread(call_host, settings.supervisor, settings.key, method, *args)
 
+    async def _ask_as_this(self, method: str, *args: Any) -> Any:
+        return await self._ask(method, self._settings.index, os.getpid(), *args)
+
     async def _follow(self) -> None:
         version = -1
         while True:
             try:
-                view = await self._ask("view", self._settings.index, os.getpid(), version)
+                view = await self._ask_as_this("view", version)
             except PoolError as error:  # it ends, and this process with it
                 logger.warning("the supervisor does not answer: %s", error)
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
                 continue
             version = view.version
             self._apply(view)
@@ -155,14 +162,7 @@ class FrontendServer(PoolServer):
 
     def _apply(self, view: SupervisorView) -> None:
         self._view = view
-        self._outer_state.counted_restarts = self.host_restarts = view.host_restarts  # the supervisor counts them
-        pid = view.host.pid if view.host else 0
-        if self._host is not None and self._host.pid != pid:
-            self._host.note_end()  # type: ignore[attr-defined]
-            for name in list(self._joined):
-                self._lose(name, self._host.name)
-        if self._host is None or self._host.pid != pid:
-            self._host = _Host(view.host) if view.host else None  # type: ignore[assignment]
+        self._follow_host(view)
         for name in self.router.models.keys() - view.models.keys():
             self._begin(name, self._forget(name))
         for name, standing in view.models.items():
@@ -171,6 +171,16 @@ class FrontendServer(PoolServer):
                 self.router.add(self._model_app(standing.plan.spec))
             self._follow_model(name, standing)
 
+    def _follow_host(self, view: SupervisorView) -> None:
+        self._outer_state.counted_restarts = self.host_restarts = view.host_restarts  # the supervisor counts them
+        pid = view.host.pid if view.host else 0
+        if self._host is not None and self._host.pid != pid:
+            self._host.note_end()  # type: ignore[attr-defined]
+            for name in list(self._joined):
+                self._lose(name, self._host.name)
+        if self._host is None or self._host.pid != pid:
+            self._host = _Host(view.host) if view.host else None  # type: ignore[assignment]
+
     def _lose(self, name: str, host: str) -> None:
         del self._joined[name]
         assert self._view is not None
@@ -178,10 +188,14 @@ class FrontendServer(PoolServer):
             client.core.lost(host, blame=self._view.host_was_blamed)
 
     def _follow_model(self, name: str, standing: ModelStanding) -> None:
-        model = self.router.models[name]
         is_here = self._joined.get(name) == standing.host_pid != 0
         if standing.host_pid and not is_here and self._host is not None:
             self._begin(name, self._join(name, standing))
+        self._take_state(name, standing, is_here)
+
+    def _take_state(self, name: str, standing: ModelStanding, is_here: bool) -> None:
+        """Let the router show the model as it stands; `is_here` = it takes requests from this frontend."""
+        model = self.router.models[name]
         if standing.state == "draining" and model.state != "draining":
             model.state = "draining"
             self._begin(name, self._drain(name, standing.drain_s), anew=True)
@@ -203,8 +217,8 @@ class FrontendServer(PoolServer):
             await work
         except Exception as error:
             logger.exception("frontend cannot follow model=%s", name)
-            await self._ask("failed", self._settings.index, os.getpid(), name, _sendable(error))
-            await asyncio.sleep(_RETRY_S)
+            await self._ask_as_this("failed", name, sendable(error))
+            await asyncio.sleep(RETRY_S)
         if self._work.get(name) is asyncio.current_task():
             del self._work[name]
         if self._view is not None and not self.stopping:
@@ -249,7 +263,7 @@ class FrontendServer(PoolServer):
             core.lost(host.name)
             return
         self._joined[name] = host.pid
-        await self._ask("joined", self._settings.index, os.getpid(), name, host.pid)
+        await self._ask_as_this("joined", name, host.pid)
 
     async def _make_core(self, plan: ModelPlan) -> PoolEngineClient:
         return PoolEngineClient(await asyncio.to_thread(plan.engine_config), client_index=self._settings.index)
@@ -259,7 +273,7 @@ class FrontendServer(PoolServer):
         if client is not None and not await client.drain(limit_s):
             await client.abort_all()
             await client.drain(5.0)
-        await self._ask("drained", self._settings.index, os.getpid(), name)
+        await self._ask_as_this("drained", name)
 
     async def _forget(self, name: str) -> None:
         self.router.remove(name)
@@ -308,5 +322,6 @@ def _part(bound: int | None, count: int) -> int | None:
     return None if bound is None else math.ceil(bound / count)
 
 
-def _sendable(error: Exception) -> PoolError:
+def sendable(error: Exception) -> PoolError:
+    """The error as one that every process of the pool can read."""
     return error if isinstance(error, PoolError) else PoolError(f"{type(error).__name__}: {error}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tokenpool.cluster.values import ModelView
+from tokenpool.policy.capacity import Role
 from tokenpool.serve.launch_plan import ModelPlan
 
 
@@ -26,10 +28,23 @@ class ModelStanding:
     plan: ModelPlan
     state: str
     """A ModelState of the router."""
-    host_pid: int
-    """The host process whose engine the frontends are to join; 0 while there is none."""
     drain_s: float
     """While it drains: how long its requests may take."""
+    host_pid: int = 0
+    """The host process whose engine the frontends are to join; 0 while there is none, or there are several hosts."""
+    version: int = 0
+    """In a cluster: the revision of the pool that set it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSeats:
+    """Which host of a cluster serves which model."""
+
+    models: dict[str, ModelView]
+    lives: dict[str, str]
+    """Of each host that is there."""
+    roles: dict[str, Role]
+    """Of hosts that do not do everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +61,5 @@ class SupervisorView:
     models: dict[str, ModelStanding]
     frontend_pids: dict[int, int]
     """Frontends that are there, by index."""
+    cluster: ClusterSeats | None = None
+    """With hosts on a cluster; `host` is None then."""

@@ -65,7 +65,7 @@ def serve(config: PoolConfig, cluster: str | None = None, pool_file: str | None 
         if config.frontends > 1:
             from tokenpool.serve.supervisor import supervise
 
-            supervise(config, cluster, sock)
+            supervise(config, cluster, pool_file, sock)
         else:
             run(*_plan(config, cluster, pool_file), sock)
     finally:
@@ -87,9 +87,10 @@ def _plan(
     if cluster is None:
         planned, plans = plan_pool(config)
         return planned, plans, lambda outer: PoolServer(planned, plans, outer)
-    from tokenpool.serve.cluster_server import plan_on_cluster
+    from tokenpool.serve.cluster_server import ClusterServer, plan_on_cluster
 
-    return plan_on_cluster(config, cluster, pool_file)
+    planned, plans, session = plan_on_cluster(config, cluster)
+    return planned, plans, lambda outer: ClusterServer(planned, plans, outer, session, pool_file)
 
 
 async def _serve(

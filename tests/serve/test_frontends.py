@@ -3,25 +3,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.conftest import TinyModels
+from tests.helpers.frontends import BODY, NUM_TOKENS, Stream, clients, complete, frontends
 from tests.helpers.server import PoolServerProcess, is_running, poll
 from tokenpool.tenant_config import hash_key
 
 pytestmark = pytest.mark.vllm
 
 KEYS = {"polite": "tp-polite-1111111", "counted": "tp-counted-222222"}
-NUM_TOKENS = 24
-BODY = {"model": "qwen2", "prompt": [5] * 20, "max_tokens": NUM_TOKENS, "ignore_eos": True, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -39,63 +37,6 @@ def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
     }
     with PoolServerProcess(pool, flags=["--frontends", "2"]) as process:
         yield process
-
-
-def frontends(server: PoolServerProcess) -> list[int]:
-    """Pids of both frontends, in order, once both are there."""
-    found = poll(lambda: server.state()["frontends"], until=lambda found: len(found) == 2)
-    return [frontend["pid"] for frontend in found]
-
-
-@contextmanager
-def clients(server: PoolServerProcess, key: str | None = None) -> Iterator[list[httpx.Client]]:
-    """A client per frontend with a connection to it: the other one is held still while it is made."""
-    headers = server.headers(KEYS[key] if key else server.api_key)
-    pids = frontends(server)
-    with ExitStack() as stack:
-        made = []
-        for pid in pids:
-            limits = httpx.Limits(max_connections=1, keepalive_expiry=60)
-            client = httpx.Client(base_url=server.base_url, headers=headers, timeout=60, limits=limits)
-            made.append(stack.enter_context(client))
-            others = [other for other in pids if other != pid]
-            for other in others:
-                os.kill(other, signal.SIGSTOP)
-            try:
-                assert client.get("/health").status_code == 200
-            finally:
-                for other in others:
-                    os.kill(other, signal.SIGCONT)
-        yield made
-
-
-def complete(client: httpx.Client, **changes: Any) -> list[int]:
-    answer = client.post("/v1/completions", json=BODY | {"return_token_ids": True} | changes)
-    assert answer.status_code == 200, answer.text
-    return answer.json()["choices"][0]["token_ids"]
-
-
-class Stream:
-    """A streamed completion whose first token has come."""
-
-    def __init__(self, client: httpx.Client, stack: ExitStack) -> None:
-        body = BODY | {"stream": True, "return_token_ids": True, "max_tokens": 400}
-        answer = stack.enter_context(client.stream("POST", "/v1/completions", json=body))
-        assert answer.status_code == 200, answer.read()
-        self._lines = answer.iter_lines()
-        self.tokens = self._next()
-
-    def _next(self) -> list[int]:
-        for line in self._lines:
-            if line.startswith("data: {"):
-                return json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
-        return []
-
-    def rest(self) -> list[int]:
-        """All tokens, once the stream has ended."""
-        while tokens := self._next():
-            self.tokens += tokens
-        return self.tokens
 
 
 def test_both_give_the_tokens_of_a_single_frontend(server: PoolServerProcess, pool_server: PoolServerProcess) -> None:
@@ -160,7 +101,7 @@ def test_models_come_and_go_at_both(server: PoolServerProcess, tiny_models: Tiny
 
 def test_a_limit_counts_what_came_to_either(server: PoolServerProcess) -> None:
     """Six requests a minute are six at both together, whoever takes them; and the usage is that of both."""
-    with clients(server, "counted") as both:
+    with clients(server, KEYS["counted"]) as both:
         statuses = [both[i % 2].post("/v1/completions", json=BODY).status_code for i in range(8)]
     assert statuses[:6] == [200] * 6 and 429 in statuses[6:], statuses
     tenant = server.admin("GET", "/tenants").json()["tenants"]["counted"]
@@ -172,7 +113,7 @@ def test_a_limit_counts_what_came_to_either(server: PoolServerProcess) -> None:
 def test_one_that_is_killed_takes_nobody_along(server: PoolServerProcess) -> None:
     """The other's stream goes on token for token, new requests are served, the host drops what the dead one had."""
     pids = frontends(server)
-    with clients(server, "polite") as both:
+    with clients(server, KEYS["polite"]) as both:
         expected = complete(both[1], max_tokens=400)
         with ExitStack() as stack:
             doomed, other = Stream(both[0], stack), Stream(both[1], stack)
@@ -186,7 +127,7 @@ def test_one_that_is_killed_takes_nobody_along(server: PoolServerProcess) -> Non
     server.wait_until_idle()
     back = frontends(server)
     assert back[1] == pids[1] and back[0] != pids[0]
-    with clients(server, "polite") as both:
+    with clients(server, KEYS["polite"]) as both:
         assert complete(both[0], max_tokens=400) == expected
     state = server.state()
     assert state["frontend_restarts"] == 1

@@ -85,12 +85,13 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "tokenpool.processBytes" -}}
 {{- $base := include "tokenpool.bytes" .Values.memory.base | int64 -}}
 {{- $each := include "tokenpool.bytes" .Values.memory.perModel | int64 -}}
-{{- $count := default 1 .Values.pool.frontends | int64 -}}
-{{- if and (gt $count 1) (eq .Values.mode "raycluster") -}}
-{{- fail "pool.frontends is 1 in mode raycluster: a cluster has one frontend" -}}
+{{- add $base (mul $each (len .Values.pool.models)) -}}
 {{- end -}}
-{{- $frontends := ternary (mul $count (include "tokenpool.bytes" .Values.memory.perFrontend | int64)) 0 (gt $count 1) -}}
-{{- add $base (mul $each (len .Values.pool.models)) $frontends -}}
+
+{{- /* Bytes for the frontends, where there are several. */ -}}
+{{- define "tokenpool.frontendBytes" -}}
+{{- $count := default 1 .Values.pool.frontends | int64 -}}
+{{- ternary (mul $count (include "tokenpool.bytes" .Values.memory.perFrontend | int64)) 0 (gt $count 1) -}}
 {{- end -}}
 
 {{- /* Memory of a pod with an engine host: processes, 1 GiB of /dev/shm, and the budgets with headroom. */ -}}
@@ -103,13 +104,17 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $budget = add $budget (include "tokenpool.bytes" .Values.pool.device_memory | int64) -}}
 {{- end -}}
 {{- $processes := include "tokenpool.processBytes" . | int64 -}}
+{{- if ne .Values.mode "raycluster" -}}
+{{- $processes = add $processes (include "tokenpool.frontendBytes" . | int64) -}}
+{{- end -}}
 {{- $bytes := addf (mulf $budget .Values.memory.headroom) $processes 1073741824.0 -}}
 {{- divf $bytes 1048576.0 | ceil | int64 }}Mi
 {{- end -}}
 {{- end -}}
 
 {{- define "tokenpool.frontendMemory" -}}
-{{- $derived := printf "%dMi" (div (include "tokenpool.processBytes" . | int64) 1048576) -}}
+{{- $bytes := add (include "tokenpool.processBytes" . | int64) (include "tokenpool.frontendBytes" . | int64) -}}
+{{- $derived := printf "%dMi" (div $bytes 1048576) -}}
 {{- default $derived .Values.ray.frontend.memory -}}
 {{- end -}}
 

@@ -12,6 +12,8 @@ and a process is killed by SIGKILL while they run:
     controller     the controller, in the middle of the streams
     raylet         a whole node, as far as Ray can tell; a new one joins afterwards
 
+One of several frontends is killed by `bench.chaos_frontends`, without Ray.
+
     lost           streams that ended with an error, or without all their tokens
     wrong          complete streams whose tokens are not those of the undisturbed run
     duplicated     streams with more tokens than they asked for
@@ -63,6 +65,8 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
     problem: str = ""
+    port: int = 0
+    """This end of its connection."""
 
     def longest_pause_s(self, since_s: float = 0.0) -> float:
         """Longest time without a token that ended after `since_s`."""
@@ -109,7 +113,7 @@ class Chaos:
 class Rig:
     """A server on the cluster and the streams that run on it."""
 
-    def __init__(self, server: common.Server, nodes: RayNodes, streams: Sequence[Stream]) -> None:
+    def __init__(self, server: common.Server, nodes: RayNodes | None, streams: Sequence[Stream]) -> None:
         self.server, self.nodes, self._plan = server, nodes, streams
 
     async def state(self) -> dict[str, Any]:
@@ -145,6 +149,8 @@ class Rig:
         url = f"http://127.0.0.1:{self.server.port}/v1/completions"
         try:
             async with session.post(url, json=body) as response:
+                if (connection := response.connection) is not None and connection.transport is not None:
+                    stream.port = connection.transport.get_extra_info("sockname")[1]
                 if response.status != 200:
                     stream.problem = f"status {response.status}: {(await response.text())[:200]}"
                     return
@@ -174,7 +180,7 @@ class Rig:
             seen["killed_s"] = time.monotonic()
 
         streams = await self.play(disturb)
-        if fault == "raylet":
+        if fault == "raylet" and self.nodes is not None:
             await asyncio.to_thread(self.nodes.add)
         await self.healed()
         killed_s = seen["killed_s"]
@@ -222,7 +228,7 @@ class Rig:
         name = rng.choice(sorted(hosts))
         if fault == "host_switch" and self._switching:
             name = self._switching
-        if fault == "raylet":
+        if fault == "raylet" and self.nodes is not None:
             parents = {_parent(host["actor_pid"]): host_name for host_name, host in hosts.items()}
             index = next(i for i, pid in reversed(list(enumerate(self.nodes.raylets))) if pid in parents)
             self.nodes.kill(index)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.applications import Starlette
 
-from tokenpool.cluster.values import SeatState, SeatView
+from tokenpool.cluster.values import ModelView, SeatState, SeatView
 from tokenpool.errors import PoolError
+from tokenpool.policy.capacity import Role
 from tokenpool.serve.cluster_model import ClusterModel, EndpointMaker
 from tokenpool.serve.frontend_process import FrontendSettings
 from tokenpool.serve.frontend_server import RETRY_S, FrontendServer, sendable
@@ -25,6 +26,14 @@ _LOADS_PERIOD_S = 1.0
 
 class FrontendModel(ClusterModel):
     """A model whose engines are there before this frontend: they are told where it listens once they serve."""
+
+    def apply(self, view: ModelView | None, lives: Mapping[str, str], roles: Mapping[str, Role]) -> None:
+        """See SeatFollower; an engine that went without a word, between two views, is not joined any more."""
+        seats = view.seats if view is not None else {}
+        there = {(host, seat.life) for host, seat in seats.items()}
+        for key in self._joining.keys() - there:
+            self._forget(key)
+        super().apply(view, lives, roles)
 
     def _follow(self, key: Key, seat: SeatView) -> None:
         if seat.state is SeatState.SERVING and key not in self._joining:

@@ -173,6 +173,7 @@ class SeatFollower(ABC):
         except Exception as error:
             logger.exception("host cannot be joined model=%s host=%s", self.plan.spec.name, key[0])
             self._offered.pop(key, None)
+            self._joining.pop(key, None)  # it may be loaded there once more
             await self._say("join_failed", *key, str(error))
             return
         logger.info("host joined model=%s host=%s life=%s", self.plan.spec.name, *key)

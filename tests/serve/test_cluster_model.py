@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tokenpool.cluster.values import ModelView
+from tokenpool.cluster.values import Endpoints, ModelView, SeatState, SeatView
 from tokenpool.errors import HostError
 from tokenpool.policy.capacity import Role
 
@@ -34,6 +34,45 @@ def test_roles_of_hosts_reach_the_client() -> None:
             assert core.roles == {"h0/z": Role.PREFILL}
         finally:
             core.close()
+
+    asyncio.run(test())
+
+
+def test_a_host_that_could_not_be_joined_is_joined_when_it_has_the_model_again() -> None:
+    """The failure is told, and the next attempt is one like the first."""
+    from tokenpool.serve.seat_follower import Key, SeatFollower
+
+    class Model(SeatFollower):
+        hosts: Any = ()
+        attempts = 0
+
+        def _listen(self, machine: str) -> Endpoints:
+            return Endpoints("in", "out")
+
+        async def _connect(self, key: Key) -> None:
+            self.attempts += 1
+            if self.attempts == 1:
+                raise HostError("no engine said it is ready")
+            self.hosts = ("h0/x",)
+
+        async def _disconnect(self, key: Key) -> None:
+            raise AssertionError("nothing is left")
+
+        def _lose(self, key: Key) -> None:
+            raise AssertionError("nothing is lost")
+
+    told: list[str] = []
+
+    async def tell(method: str, *args: Any) -> None:
+        told.append(method)
+
+    async def test() -> None:
+        model = Model(SimpleNamespace(spec=SimpleNamespace(name="m")), 1, tell, lambda _: None)  # type: ignore[arg-type]
+        for state in (SeatState.WANTED, SeatState.SERVING, SeatState.WANTED, SeatState.SERVING):
+            seat = SeatView("x", state, 1, "address", "machine")
+            model.apply(ModelView(1, {"h0": seat}), {"h0": "x"}, {})
+            await asyncio.sleep(0.01)
+        assert (told, model.hosts) == (["offer", "join_failed", "offer"], ("h0/x",))
 
     asyncio.run(test())
 
@@ -81,4 +120,64 @@ def test_what_hosts_tell_decides_where_requests_go(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(request_route, "_TOLD_LIFE_S", 1e6)
+        asyncio.run(test())
+
+
+def test_a_frontend_is_attached_to_engines_that_serve_and_to_no_others() -> None:
+    """Again after an engine that went without a word; a failed attempt is repeated; it leaves what is being removed."""
+    from tokenpool.serve import cluster_frontend
+    from tokenpool.serve.seat_follower import Key, name_of
+
+    class Model(cluster_frontend.FrontendModel):
+        joined: Any = ()
+
+        @property
+        def hosts(self) -> Any:
+            return self.joined
+
+        def _give_roles(self, roles: Any) -> None:
+            pass
+
+        def _listen(self, machine: str) -> Endpoints:
+            return Endpoints("in", "out")
+
+        async def _connect(self, key: Key) -> None:
+            self.joined = (*self.joined, name_of(key))
+
+        async def _disconnect(self, key: Key) -> None:
+            self._lose(key)
+
+        def _lose(self, key: Key) -> None:
+            self.joined = tuple(name for name in self.joined if name != name_of(key))
+
+    told: list[tuple[str, ...]] = []
+
+    async def tell(method: str, model: str, host: str, life: str, *_: Any) -> None:
+        told.append((method, host, life))
+        if len(told) == 1:
+            raise HostError("it has just ended")
+
+    async def test() -> None:
+        plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        model = Model(plan, 1, tell, None, lambda _: None)  # type: ignore[arg-type]
+
+        async def see(state: SeatState | None) -> None:
+            seats = {} if state is None else {"h0": SeatView("x", state, 1, "address", "machine")}
+            model.apply(ModelView(1, seats), {"h0": "x"}, {})
+            await asyncio.sleep(0.01)
+
+        await see(SeatState.WANTED)
+        assert told == []
+        await see(SeatState.SERVING)
+        await asyncio.sleep(0.01)
+        assert (told[:2], model.joined) == ([("attach", "h0", "x")] * 2, ("h0/x",))
+        await see(None)
+        assert model.joined == ()
+        await see(SeatState.SERVING)
+        assert model.joined == ("h0/x",)
+        await see(SeatState.REMOVING)
+        assert (told[-1], model.joined) == (("left", "h0", "x"), ())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster_frontend, "RETRY_S", 0.0)
         asyncio.run(test())

@@ -6,7 +6,8 @@ The polite tenant sends the same open-loop trace in every arm; a second tenant d
     alone         it sends nothing
     again         it sends nothing, once more: how far two equal arms are apart is the noise
     neighbour     it sends what its limit allows
-    limited       it sends --flood times as much; what is over its limits is refused
+    limited       it sends --flood times as much; what is over its limits is refused. It has used up the requests of a
+                  minute that a tenant may send at once after a pause, so as much gets through as in `neighbour`
     fair          the same flood from a tenant without limits: only fair shares help
     unprotected   the same flood in a pool without tenants: first come, first served
 
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 
 if not __package__:  # run as a script: only bench/ itself is on the path
@@ -114,6 +116,8 @@ def run(
             for arm, (name, second) in list(ARMS.items())[:: 1 if number % 2 else -1]:
                 per_s = 0.0 if not second else limit / 60 * (1 if arm == "neighbour" else flood)
                 requests = _requests(second, number, duration_s, rate, per_s, (input_len, output_len), seed)
+                if arm == "limited":
+                    asyncio.run(_use_up(servers[name].port, second))
                 outcomes = asyncio.run(_play(servers[name].port, requests, seed * 1000 + number))
                 if number >= 0:
                     played[arm].append(outcomes)
@@ -204,6 +208,18 @@ async def _play(port: int, requests: list[BenchRequest], seed: int) -> list[Outc
     outcomes = await bench_client.replay(url, requests, seed=seed, drain_s=DRAIN_S, keys=KEYS)
     await bench_client.wait_until_idle(url, DRAIN_S, KEYS["polite"])
     return outcomes
+
+
+async def _use_up(port: int, tenant: str) -> None:
+    """Send one request after the other until the tenant is over its requests per minute."""
+    body = {"model": MODEL, "prompt": [1], "max_tokens": 1}
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEYS[tenant]}"}) as session:
+        for _ in range(10_000):
+            async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as answer:
+                if answer.status == 429:
+                    return
+                answer.raise_for_status()
+    raise RuntimeError(f"tenant {tenant} is not limited")
 
 
 def _ttft_ms(runs: list[list[Outcome]], percent: int = 99) -> float:

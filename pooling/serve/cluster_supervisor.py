@@ -69,6 +69,7 @@ class SharedModel(SeatFollower):
 
     def _lose(self, key: Key) -> None:
         self._joined.discard(name_of(key))
+        self._pool.unsay(self.plan.spec.name, *key)
 
 
 class ClusterSupervisor(FrontendKeeper, ClusterServer):

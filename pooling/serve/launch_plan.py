@@ -17,7 +17,8 @@ from vllm.usage.usage_lib import UsageContext
 
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, PoolError
-from tokenpool.host.hosted_model import HostConfig
+from tokenpool.host.hosted_core import EngineAddresses
+from tokenpool.host.hosted_model import HostConfig, HostedModelSpec
 from tokenpool.memory.device_nvml import read_gpu
 from tokenpool.policy.turns import load_turn_policy
 from tokenpool.serve.flags import parse_serve_flags
@@ -65,6 +66,20 @@ class ModelPlan:
             raise ConfigError(first_line(error), key=f"model {self.spec.name!r}") from error
         check_config(self.spec.name, config)
         return config
+
+    def for_host(
+        self, config: VllmConfig, addresses: EngineAddresses | None = None, *, log_stats: bool | None = None
+    ) -> HostedModelSpec:
+        """What a host is told of the model; `log_stats` is by its flags if not given."""
+        return HostedModelSpec(
+            name=self.spec.name,
+            vllm_config=config,
+            addresses=addresses,
+            slo=self.spec.slo,
+            priority=self.spec.priority,
+            weight_bytes=self.weight_bytes,
+            log_stats=not self.args.disable_log_stats if log_stats is None else log_stats,
+        )
 
 
 def plan_model(spec: ModelSpec) -> ModelPlan:

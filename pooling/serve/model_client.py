@@ -20,7 +20,6 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
 from tokenpool.host.heap import release_engine
 from tokenpool.host.hosted_core import EngineAddresses
-from tokenpool.host.hosted_model import HostedModelSpec
 from tokenpool.patches.engine_client import handing_in
 from tokenpool.serve.admission import EngineQueue
 from tokenpool.serve.engine_client import PoolEngineClient
@@ -191,17 +190,9 @@ async def _add_to(host: HostProcess, plan: ModelPlan, core: PoolEngineClient) ->
 
 async def load_model(host: HostProcess, plan: ModelPlan, addresses: EngineAddresses) -> dict[str, Any]:
     """Load a model in a host, for frontends at `addresses`; returns what the host says of it. Raises PoolError."""
-    spec = HostedModelSpec(
-        name=plan.spec.name,
-        vllm_config=await asyncio.to_thread(plan.engine_config),
-        addresses=addresses,
-        slo=plan.spec.slo,
-        priority=plan.spec.priority,
-        weight_bytes=plan.weight_bytes,
-        log_stats=not plan.args.disable_log_stats,
-    )
+    config = await asyncio.to_thread(plan.engine_config)
     try:
-        return await host.call("add_model", spec)
+        return await host.call("add_model", plan.for_host(config, addresses))
     except Exception as error:
         raise _as_pool_error(plan, error) from error
 

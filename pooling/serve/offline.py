@@ -21,7 +21,6 @@ from vllm.v1.engine.utils import EngineZmqAddresses
 from tokenpool.config import PoolConfig, load_pool_file
 from tokenpool.errors import ConfigError, HostError
 from tokenpool.host.hosted_core import EngineAddresses
-from tokenpool.host.hosted_model import HostedModelSpec
 from tokenpool.patches import apply_all
 from tokenpool.patches.engine_launch import launching
 from tokenpool.serve.host_process import HostProcess
@@ -147,16 +146,8 @@ class PooledLLM(Mapping[str, LLM]):
 
     def _add(self, plan: ModelPlan, config: VllmConfig, addresses: EngineZmqAddresses) -> None:
         assert self._host is not None
-        spec = HostedModelSpec(
-            name=plan.spec.name,
-            vllm_config=config,
-            addresses=EngineAddresses(tuple(addresses.inputs), tuple(addresses.outputs)),
-            slo=plan.spec.slo,
-            priority=plan.spec.priority,
-            weight_bytes=plan.weight_bytes,
-            log_stats=False,
-        )
-        self._await(self._host.call("add_model", spec))
+        told = EngineAddresses(tuple(addresses.inputs), tuple(addresses.outputs))
+        self._await(self._host.call("add_model", plan.for_host(config, told, log_stats=False)))
 
     def _watch(self, ended: Future[int]) -> None:
         def tell(_: Future[int]) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from tokenpool.cluster.values import Deployment, Endpoints, ModelView, SeatState, SeatView
-from tokenpool.host.hosted_model import HostedModelSpec
 from tokenpool.policy.capacity import Role
 from tokenpool.serve.launch_plan import ModelPlan
 
@@ -90,14 +89,7 @@ class SeatFollower(ABC):
         """What the controller and the hosts need to know of the model."""
         plan = self.plan
         slo = plan.spec.slo
-        spec = HostedModelSpec(
-            name=plan.spec.name,
-            vllm_config=await asyncio.to_thread(plan.engine_config),
-            slo=slo,
-            priority=plan.spec.priority,
-            weight_bytes=plan.weight_bytes,
-            log_stats=not plan.args.disable_log_stats,
-        )
+        spec = plan.for_host(await asyncio.to_thread(plan.engine_config))
         return Deployment(
             plan.spec.name,
             self.version,

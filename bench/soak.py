@@ -68,7 +68,7 @@ class _Load:
         self._random = random.Random(seed)
 
     async def run(self, end_s: float, extra: Mapping[str, Any]) -> None:
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2)) as session:
             churn = asyncio.create_task(self._churn(session, end_s, extra))
             running: set[asyncio.Task[None]] = set()
             while time.monotonic() < end_s:

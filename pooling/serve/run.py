@@ -16,6 +16,7 @@ from typing import Any
 import uvicorn
 import uvloop
 from starlette.applications import Starlette
+from vllm import envs
 from vllm.entrypoints.launchers.launcher import NoSignalServer, create_server_socket
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.utils.system_utils import set_ulimit
@@ -143,7 +144,7 @@ def _uvicorn_config(app: Any, args: Namespace, config: PoolConfig) -> uvicorn.Co
         lifespan="off",
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
-        timeout_keep_alive=5,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, int(config.shutdown_timeout_s)),
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,

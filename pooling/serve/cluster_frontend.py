@@ -39,7 +39,7 @@ class FrontendModel(ClusterModel):
         if seat.state is SeatState.SERVING and key not in self._joining:
             self._offered[key] = self._listen(seat.machine)
             self._begin_to_join(key)
-        elif seat.state in (SeatState.LEAVING, SeatState.REMOVING):
+        elif seat.state is SeatState.LEAVING or (seat.state is SeatState.REMOVING and key in self._joining):
             self._begin_to_leave(key)
 
     async def _join(self, key: Key) -> None:

@@ -52,6 +52,7 @@ class SharedModel(SeatFollower):
 
     async def _connect(self, key: Key) -> None:
         name = self.plan.spec.name
+        self._pool.unsay(name, *key)  # what came late of an earlier seat there
         try:
             async with asyncio.timeout(_JOIN_LIMIT_S):
                 await self._pool.all_say("joined", name, *key)
@@ -65,7 +66,6 @@ class SharedModel(SeatFollower):
         name = self.plan.spec.name
         await self._pool.all_say("left", name, *key)
         self._joined.discard(name_of(key))
-        self._pool.unsay(name, *key)
 
     def _lose(self, key: Key) -> None:
         self._joined.discard(name_of(key))

@@ -177,7 +177,52 @@ def test_a_frontend_is_attached_to_engines_that_serve_and_to_no_others() -> None
         assert model.joined == ("h0/x",)
         await see(SeatState.REMOVING)
         assert (told[-1], model.joined) == (("left", "h0", "x"), ())
+        num_told = len(told)
+        await see(SeatState.REMOVING)
+        assert len(told) == num_told, "it has left already"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster_frontend, "RETRY_S", 0.0)
         asyncio.run(test())
+
+
+def test_a_seat_is_left_only_when_all_frontends_have_left_it_this_time() -> None:
+    """What a frontend said late, of an earlier seat on the same host, does not count for the next one."""
+    from tokenpool.serve.cluster_supervisor import SharedModel
+
+    class Pool:
+        said: set[tuple[Any, ...]] = {("left", "m", "h0", "x")}
+
+        def unsay(self, model: str, *where: str) -> None:
+            self.said = {said for said in self.said if said[1:] != (model, *where)}
+
+        async def all_say(self, what: str, model: str, *where: str) -> None:
+            while (what, model, *where) not in self.said:
+                await asyncio.sleep(0.001)
+
+    told: list[str] = []
+
+    async def tell(method: str, *_: Any) -> None:
+        told.append(method)
+
+    async def test() -> None:
+        pool: Any = Pool()
+        plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        model = SharedModel(plan, 1, tell, lambda _: None, pool)
+
+        async def see(state: SeatState) -> None:
+            model.apply(ModelView(1, {"h0": SeatView("x", state, 1, "address", "machine")}), {"h0": "x"}, {})
+            await asyncio.sleep(0.02)
+
+        await see(SeatState.WANTED)
+        await see(SeatState.SERVING)
+        pool.said.add(("joined", "m", "h0", "x"))
+        await asyncio.sleep(0.02)
+        assert model.is_served
+        await see(SeatState.LEAVING)
+        assert (told, model.is_served) == (["offer"], True)
+        pool.said.add(("left", "m", "h0", "x"))
+        await asyncio.sleep(0.02)
+        assert (told, model.is_served) == (["offer", "left"], False)
+
+    asyncio.run(test())

@@ -167,6 +167,18 @@ class Rig:
         except Exception as error:  # whatever ends a stream loses it
             stream.problem = f"{type(error).__name__}: {error}"
 
+    async def undisturbed(self) -> tuple[list[Stream], float]:
+        """Run the streams, after a run to warm up; returns them and the seconds. RuntimeError if one is not whole."""
+        await self.healed()
+        await self.play()
+        started_s = time.monotonic()
+        streams = await self.play()
+        took_s = time.monotonic() - started_s
+        bad = [stream.problem or len(stream.tokens) for stream in streams if len(stream.tokens) != stream.num_tokens]
+        if bad:
+            raise RuntimeError(f"the undisturbed run is not whole: {bad[:5]}")
+        return streams, took_s
+
     async def round(self, fault: str, undisturbed: Sequence[Stream], rng: random.Random) -> Round:
         """Run the streams, kill what `fault` says, and compare."""
         state = await self.healed()
@@ -272,14 +284,7 @@ def run(
 
 
 async def _run(rig: Rig, faults: Sequence[str], rng: random.Random) -> Chaos:
-    await rig.healed()
-    await rig.play()  # warm-up
-    started_s = time.monotonic()
-    undisturbed = await rig.play()
-    undisturbed_s = time.monotonic() - started_s
-    bad = [stream.problem or len(stream.tokens) for stream in undisturbed if len(stream.tokens) != stream.num_tokens]
-    if bad:
-        raise RuntimeError(f"the undisturbed run is not whole: {bad[:5]}")
+    undisturbed, undisturbed_s = await rig.undisturbed()
     rounds, waits = [], []
     for fault in faults:
         rounds.append(await rig.round(fault, undisturbed, rng))

@@ -62,9 +62,6 @@ class FrontendModel(ClusterModel):
 class _Hosts:
     """All hosts as the one host that `PoolServer` knows."""
 
-    name, pid = "hosts", 0
-    ended = False
-
     def __init__(self, ask: Callable[..., Awaitable[Any]]) -> None:
         self._ask = ask
 
@@ -126,13 +123,8 @@ class ClusterFrontend(FrontendServer):
     # -- models --------------------------------------------------------------------------------------
 
     async def _make(self, name: str, standing: ModelStanding) -> None:
-        async def tell(method: str, model: str, *args: Any) -> Any:
-            return await self._ask_as_this(method, model, *args)
-
-        index = self._settings.index
-        model = FrontendModel(
-            standing.plan, standing.version, tell, self._endpoints, self._show, client_index=index
-        )
+        plan, version, index = standing.plan, standing.version, self._settings.index
+        model = FrontendModel(plan, version, self._ask_as_this, self._endpoints, self._show, client_index=index)
         await model.prepare()
         self._models[name] = model
 
@@ -145,16 +137,16 @@ class ClusterFrontend(FrontendServer):
         if model.is_served:
             assert model.client is not None
             self._clients[name] = model.client
-            app.app = model.client.app
-            app.gate.serve_from(model.client.queue, model.client.num_seats)
+            app.answer_with(model.client)
         if name in self._view.models:
             self._take_state(name, self._view.models[name], model.is_served)
 
     async def _forget(self, name: str) -> None:
-        if model := self._models.pop(name, None):
-            self._clients.pop(name, None)
-            await model.close()
+        model = self._models.pop(name, None)
+        self._clients.pop(name, None)  # it belongs to the model
         await super()._forget(name)
+        if model is not None:
+            await model.close()
 
     # -- what is told --------------------------------------------------------------------------------
 

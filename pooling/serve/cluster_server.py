@@ -233,8 +233,8 @@ class ClusterServer(PoolServer):
         if model.is_served:
             assert model.client is not None
             self._clients[name] = model.client
-            app.app, app.state = model.client.app, "resident"
-            app.gate.serve_from(model.client.queue, model.client.num_seats)
+            app.answer_with(model.client)
+            app.state = "resident"
         elif app.state == "resident":
             app.state, app.retry_after_s = "unavailable", 5.0
 

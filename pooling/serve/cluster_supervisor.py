@@ -17,6 +17,7 @@ from tokenpool.config import PoolConfig
 from tokenpool.errors import HostError, PoolError
 from tokenpool.serve.cluster_server import ClusterServer
 from tokenpool.serve.frontend_keeper import FrontendKeeper, SharedClients
+from tokenpool.serve.frontend_reports import state_of_all
 from tokenpool.serve.frontend_view import ClusterSeats, SupervisorView
 from tokenpool.serve.launch_plan import ModelPlan
 from tokenpool.serve.seat_follower import Key, SeatFollower, Tell, name_of
@@ -65,7 +66,7 @@ class SharedModel(SeatFollower):
     async def _disconnect(self, key: Key) -> None:
         name = self.plan.spec.name
         await self._pool.all_say("left", name, *key)
-        self._joined.discard(name_of(key))
+        self._lose(key)
 
     def _lose(self, key: Key) -> None:
         self._joined.discard(name_of(key))
@@ -135,9 +136,4 @@ class ClusterSupervisor(FrontendKeeper, ClusterServer):
 
     async def state(self) -> dict[str, Any]:
         """See ClusterServer.state; requests in flight and handed over are those of all frontends."""
-        state, report = await super().state(), await self.report()
-        for name, model in state["models"].items():
-            model["inflight"] = report["inflight"].get(name, 0)
-            model["handed_over"] = report["handed_over"].get(name, 0)
-        frontends = [{"index": index, "pid": pid} for index, pid in sorted(self._pids.items())]
-        return {**state, "frontends": frontends, "frontend_restarts": report["frontend_restarts"]}
+        return state_of_all(await super().state(), await self.report(), self._pids)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _OF_LIMITS = ("num_keys", "priority", "weight", "models", "limits", "share", "remaining")
 """What is the same at all frontends, or kept together by them."""
+_COUNTS = ("inflight", "handed_over")
+"""Counts of requests by model."""
 
 
 def merged_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -20,11 +22,19 @@ def merged_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 tenants[name] = {key: _copy(value) for key, value in tenant.items()}
             else:
                 _add(known, {key: value for key, value in tenant.items() if key not in _OF_LIMITS})
-    counts: dict[str, dict[str, int]] = {"inflight": {}, "handed_over": {}}
+    counts: dict[str, dict[str, int]] = {key: {} for key in _COUNTS}
     for report in reports:
         for key, total in counts.items():
             _add(total, report.get(key, {}))
     return {**counts, "tenants": tenants}
+
+
+def state_of_all(state: dict[str, Any], report: dict[str, Any], pids: Mapping[int, int]) -> dict[str, Any]:
+    """The pool's state with the counts of all frontends together, and with the frontends: their pids by index."""
+    for name, model in state["models"].items():
+        model.update({key: report[key].get(name, 0) for key in _COUNTS if key in model})
+    frontends = [{"index": index, "pid": pid} for index, pid in sorted(pids.items())]
+    return {**state, "frontends": frontends, "frontend_restarts": report["frontend_restarts"]}
 
 
 def used_only(report: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tokenpool.host.control import ControlServer, call_host
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.frontend_process import FrontendSettings
+from tokenpool.serve.frontend_reports import state_of_all
 from tokenpool.serve.frontend_view import HostAddress, ModelStanding, SupervisorView
 from tokenpool.serve.launch_plan import ModelPlan
 from tokenpool.serve.model_client import ModelClient, connect
@@ -256,9 +257,7 @@ class FrontendServer(PoolServer):
                 core.close()
             raise
         self._clients[name] = client
-        model = self.router.models[name]
-        model.app = client.app
-        model.gate.serve_from(client.queue, client.num_seats)
+        self.router.models[name].answer_with(client)
         if host.ended:
             core.lost(host.name)
             return
@@ -308,14 +307,7 @@ class FrontendServer(PoolServer):
     async def state(self) -> dict[str, Any]:
         """See PoolServer.state; with the frontends that are there."""
         state, report = await super().state(), await self._ask("report")
-        for name, model in state["models"].items():
-            model["inflight"] = report["inflight"].get(name, 0)
-        frontends = self._view.frontend_pids if self._view is not None else {}
-        return {
-            **state,
-            "frontends": [{"index": index, "pid": pid} for index, pid in sorted(frontends.items())],
-            "frontend_restarts": report["frontend_restarts"],
-        }
+        return state_of_all(state, report, self._view.frontend_pids if self._view is not None else {})
 
 
 def _part(bound: int | None, count: int) -> int | None:

@@ -131,8 +131,7 @@ class PoolServer:
             # Others hold the pages: weights of unknown size before, or a model that came later than the plan.
             raise CapacityError(f"{error}; or let weights leave the device (weights: movable)") from error
         model = self.router.models[name]
-        model.app = client.app
-        model.gate.serve_from(client.queue, client.num_seats)
+        model.answer_with(client)
         if model.state != "draining":
             model.state = "resident"
         logger.info("model ready model=%s seconds=%.2f", name, client.added["build_s"])

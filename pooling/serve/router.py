@@ -62,6 +62,11 @@ class ModelApp:
     gate: Gate = field(default_factory=Gate)
     """Which requests are taken in, and how many of them wait."""
 
+    def answer_with(self, client: Any) -> None:
+        """Send its requests to this client of its engines, a `ModelClient` or what stands for one."""
+        self.app = client.app
+        self.gate.serve_from(client.queue, client.num_seats)
+
     def aliases(self) -> set[str]:
         """Return the names this model answers to: its own, vLLM's served names, LoRA adapters now loaded."""
         models = self.handler("openai_serving_models")

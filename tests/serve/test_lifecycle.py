@@ -351,10 +351,13 @@ def test_sigterm_finishes_what_runs(tiny_models: TinyModels) -> None:
 
 def test_connections_are_kept_as_long_as_vllm_would(monkeypatch: pytest.MonkeyPatch) -> None:
     """5 s, or what its environment variable says: clients that reuse connections must give up sooner."""
+    from vllm import envs
+
     from tokenpool.config import ModelSpec, PoolConfig
     from tokenpool.serve.flags import parse_serve_flags
     from tokenpool.serve.run import _uvicorn_config
 
+    envs.disable_envs_cache()  # an engine built in this process has switched it on
     args, pool = parse_serve_flags(["org/model"]), PoolConfig(models=(ModelSpec(name="m", model="org/model"),))
     assert _uvicorn_config(None, args, pool).timeout_keep_alive == 5
     monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")

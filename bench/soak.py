@@ -5,6 +5,9 @@
 come at random, some clients hang up in the middle of a stream, and a thirteenth model is added and removed all the
 time. Memory of the processes is read every 10 s. At the end the load stops and the books are checked.
 
+The host keeps copies of cached KV in the host memory that it is given (`host_memory`). That part fills up in the first
+minutes and is told apart.
+
     rss_slope_mib_per_h   of a straight line through the memory of all processes over the last two thirds
     errors                answers that nobody asked for: neither 200, nor 429 of the tenant with limits, nor hung up
     ledger_ok             1 if the books of the memory agree once the pool is idle, else 0
@@ -40,6 +43,12 @@ _EXTRA = "extra"
 _HANG_UP_FRAC = 0.15
 _LEN_TOKENS = (3, 300)
 _OUT_TOKENS = (1, 120)
+_LINES = {
+    "pss_mib": "memory of all processes (PSS)",
+    "host_mib": "engine host",
+    "frontend_mib": "frontend",
+    "copies_mib": "copies of weights and KV in host_memory",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +62,8 @@ class Soak:
     tokens: int
     models_added: int
     samples: Sequence[Mapping[str, float]]
-    """Seconds since the load began; proportional set size of frontend and host; requests so far."""
+    """Seconds since the load began; proportional set size of all processes, of the frontend alone, and of the rest;
+    copies that the host has in `host_memory`; requests and models added so far."""
     state: Mapping[str, Any]
     better: Mapping[str, str]
 
@@ -153,12 +163,11 @@ def _soak(
 
     async def sample() -> None:
         while True:
-            pids = [process.pid for process in server.tree()]
-            memory = await asyncio.to_thread(common.memory_of, pids)
-            passed_s, count = time.monotonic() - begun_s, sum(load.answers.values())
-            samples.append({"s": passed_s, "pss_mib": memory["pss"] / 2**20, "requests": count})
+            samples.append({"s": time.monotonic() - begun_s, **await asyncio.to_thread(_memory_mib, server)})
+            samples[-1] |= {"requests": sum(load.answers.values()), "models_added": load.models_added}
             if len(samples) % 6 == 0:
-                common.progress(f"{passed_s:.0f} s: {samples[-1]['pss_mib']:.0f} MiB, {dict(load.answers)}")
+                seen = " ".join(f"{name}={value:.0f}" for name, value in samples[-1].items())
+                common.progress(f"{seen} {dict(load.answers)}")
             await asyncio.sleep(_SAMPLE_S)
 
     async def both() -> None:
@@ -183,6 +192,13 @@ def _soak(
         state=state,
         better={"rss_slope_mib_per_h": "lower", "errors": "lower", "ledger_ok": "higher"},
     )
+
+
+def _memory_mib(server: common.Server) -> dict[str, float]:
+    frontend, *rest = [common.memory_of([process.pid])["pss"] / 2**20 for process in server.tree()]
+    held = server.get("/v1/pool/state", key=ADMIN_KEY)["host"]["host_memory"]["held_bytes"]
+    copies = sum(sum(by_model.values()) for by_model in held.values()) / 2**20
+    return {"pss_mib": frontend + sum(rest), "frontend_mib": frontend, "host_mib": sum(rest), "copies_mib": copies}
 
 
 def _is_clean(server: common.Server) -> int:
@@ -239,12 +255,13 @@ def _plot(samples: Sequence[Mapping[str, float]], path: Path) -> None:
 
     figure, axis = pyplot.subplots(figsize=(8, 3.5), layout="constrained")
     minutes = [sample["s"] / 60 for sample in samples]
-    axis.plot(minutes, [sample["pss_mib"] for sample in samples], label="memory of all processes (PSS)")
+    for name, label in _LINES.items():
+        axis.plot(minutes, [sample[name] for sample in samples], label=label)
     axis.set(xlabel="minutes", ylabel="MiB", ylim=(0, None))
     other = axis.twinx()
-    other.plot(minutes, [sample["requests"] for sample in samples], color="tab:orange", label="requests")
+    other.plot(minutes, [sample["requests"] for sample in samples], color="0.7", linestyle=":", label="requests")
     other.set_ylabel("requests")
-    figure.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

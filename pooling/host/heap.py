@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives the memory of an engine that is gone back to the process."""
+"""Gives the memory of an engine, or of a client of one, that is gone back to the process."""
 
 from __future__ import annotations
 
 import gc
+import inspect
 import traceback
+
+from prometheus_client import values
 
 
 def release_engine(error: BaseException | None = None) -> None:
@@ -18,3 +21,14 @@ def release_engine(error: BaseException | None = None) -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
+
+
+def release_metrics() -> None:
+    """Let go of the values of metrics that nobody else refers to.
+
+    In its multiprocess mode prometheus_client keeps all values that it ever made, to begin them anew after a fork; our
+    processes are started, not forked. The values of a model, about 330, take 0.3 MB.
+    """
+    kept = inspect.getclosurevars(values.ValueClass.__init__).nonlocals.get("values")
+    if kept is not None:  # there are none in its other mode
+        kept.clear()

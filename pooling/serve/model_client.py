@@ -18,7 +18,7 @@ from vllm.utils import func_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
-from tokenpool.host.heap import release_engine
+from tokenpool.host.heap import release_engine, release_metrics
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.patches.engine_client import handing_in
 from tokenpool.serve.admission import EngineQueue
@@ -172,6 +172,7 @@ class ModelClient:
 def _release() -> None:
     # vLLM remembers which keywords a tokenizer's methods take, by functions that hold the tokenizer and its copies.
     func_utils._supports_kw.cache_clear()
+    release_metrics()
     release_engine()
 
 

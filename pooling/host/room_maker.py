@@ -40,6 +40,7 @@ class SwitchCounters:
     failures: int = 0
     weight_evictions: int = 0
     kv_evictions: int = 0
+    """Of models with requests that had KV; what nothing refers to leaves without a copy and is not counted."""
 
 
 class RoomMaker:
@@ -228,7 +229,7 @@ class RoomMaker:
                 self.counters.failures += 1
                 spared.add(name)
                 return []
-            self.counters.kv_evictions += 1
+            self.counters.kv_evictions += bool(nbytes)
             kv_kind = EvictionKind.PAUSED_KV if nbytes else EvictionKind.IDLE_KV
             gone.append(Victim(name, kv_kind, promised, nbytes))
         if kind is EvictionKind.WEIGHTS:

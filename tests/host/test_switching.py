@@ -112,6 +112,9 @@ def test_every_policy_serves_more_models_than_fit(pool, cases, reference):
         pool.submit(cases[kind])
     pool.run(each_step=lambda step: step % 25 or pool.check())
 
+    counters, swaps = pool.host.residency.counters, pool.host.swapper.counters
+    assert counters.weight_evictions > 0
+    assert counters.kv_evictions <= swaps.blocks_out, "an eviction of KV that moved none"
     _assert_equal(pool, reference, kinds, least=10)
 
 

@@ -15,8 +15,9 @@ The polite tenant sends the same open-loop trace in every arm; a second tenant d
     change_by_flooding_pct    `limited` against `neighbour`: what breaking its limit gains or spoils
 
 The arms are played in turn, in rounds, on two servers that are idle otherwise; percentiles are over all rounds, and
-`per_round` tells how far the rounds are apart. Client, frontend and engine share the cores, so the work for
-refused requests is in the times. One model, one size of prompt: with long prompts of others in a step before its own,
+`per_round` tells how far the rounds are apart. The second tenant is a process of its own that yields the cores to all
+others, as if it were on another machine; frontend and engine share them, so the frontend's work for refused requests is
+in the times. One model, one size of prompt: with long prompts of others in a step before its own,
 a first token comes later by up to that step, whatever the queue does.
 """
 
@@ -25,10 +26,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import multiprocessing
+import os
 import random
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,6 +115,9 @@ def run(
             servers[name] = common.Server([*common.POOL, str(pool_file)], [MODEL], log_folder / f"{name}.log")
             stack.callback(servers[name].close)
         wait_until_ready(list(servers.values()), start_limit_s)
+        elsewhere = stack.enter_context(
+            ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(19,))
+        )
         for number in range(-1, rounds):  # the first one warms up
             # Half of the rounds go the other way round, so that no arm always follows a flood.
             for arm, (name, second) in list(ARMS.items())[:: 1 if number % 2 else -1]:
@@ -118,7 +125,7 @@ def run(
                 requests = _requests(second, number, duration_s, rate, per_s, (input_len, output_len), seed)
                 if arm == "limited":
                     asyncio.run(_use_up(servers[name].port, second))
-                outcomes = asyncio.run(_play(servers[name].port, requests, seed * 1000 + number))
+                outcomes = asyncio.run(_play(servers[name].port, requests, seed * 1000 + number, elsewhere))
                 if number >= 0:
                     played[arm].append(outcomes)
                     p99 = _ttft_ms([outcomes])
@@ -203,11 +210,24 @@ def _arrivals(rng: random.Random, rate: float, duration_s: float) -> list[float]
     return times
 
 
-async def _play(port: int, requests: list[BenchRequest], seed: int) -> list[Outcome]:
+async def _play(port: int, requests: list[BenchRequest], seed: int, elsewhere: Executor) -> list[Outcome]:
+    """Send each tenant's requests, the second one's from the process `elsewhere`."""
     url = f"http://127.0.0.1:{port}"
-    outcomes = await bench_client.replay(url, requests, seed=seed, drain_s=DRAIN_S, keys=KEYS)
+    polite = [request for request in requests if request.tenant == "polite"]
+    others = [request for request in requests if request.tenant != "polite"]
+    await asyncio.wrap_future(elsewhere.submit(_replay, url, [], seed))  # it is up
+    sent = asyncio.wrap_future(elsewhere.submit(_replay, url, others, seed))
+    outcomes = await bench_client.replay(url, polite, seed=seed, drain_s=DRAIN_S, keys=KEYS)
+    outcomes += await sent
     await bench_client.wait_until_idle(url, DRAIN_S, KEYS["polite"])
     return outcomes
+
+
+def _replay(url: str, requests: list[BenchRequest], seed: int) -> list[Outcome]:
+    if not requests:
+        return []
+    other_prompts = -1 - seed
+    return asyncio.run(bench_client.replay(url, requests, seed=other_prompts, drain_s=DRAIN_S, keys=KEYS))
 
 
 async def _use_up(port: int, tenant: str) -> None:

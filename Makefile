@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-compat | test-deploy | dashboards | lint: each creates .venv first if it is not there.
+# make demo | demo-files | test | test-fast | test-compat | test-deploy | dashboards | lint: each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
@@ -7,7 +7,7 @@ COMPAT_VLLM = 0.29.0
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup demo test test-fast test-compat test-deploy dashboards lint clean
+.PHONY: setup demo demo-files test test-fast test-compat test-deploy dashboards lint clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
@@ -68,6 +68,10 @@ dashboards: setup
 
 demo: setup
 	$(PY) -m tokenpool.demo
+
+# What the commands of the README are tried with.
+demo-files: setup
+	$(PY) -m tokenpool.demo --files build/demo
 
 # Two workers: much of the time a test waits for a process to start. More would need more cores and memory.
 test: setup

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: three tiny random-weight models of different architectures on one port, a streamed chat from each."""
+"""The demo: three tiny random-weight models of different architectures on one port, a streamed chat from each.
+
+    python -m tokenpool.demo                    # serve them, chat, stop
+    python -m tokenpool.demo --files FOLDER     # only write what is needed to try the commands by hand
+"""
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import json
 import os
@@ -21,6 +26,8 @@ import yaml
 from openai import OpenAI
 
 from tokenpool.demo.tiny_models import make_tiny_model
+from tokenpool.sim.generate import artifact_like
+from tokenpool.sim.trace_files import write_requests
 
 KINDS = ("llama", "qwen2", "gemma3")
 _ADMIN_KEY = "demo-admin"
@@ -29,6 +36,11 @@ _START_LIMIT_S = 180
 
 def main() -> int:
     """Run the demo; returns 0 when every model streamed its tokens."""
+    parser = argparse.ArgumentParser(prog="python -m tokenpool.demo")
+    parser.add_argument("--files", type=Path, help="only write models, pool.yaml and requests.csv into this folder")
+    if folder := parser.parse_args().files:
+        write_files(folder)
+        return 0
     with tempfile.TemporaryDirectory(prefix="tokenpool-demo-") as folder:
         port = _free_port()
         pool_file = _write_pool_file(Path(folder), port)
@@ -46,9 +58,18 @@ def main() -> int:
     return 0 if status == 0 and all(counts) else 1
 
 
+def write_files(folder: Path) -> None:
+    """Write the demo's models, `pool.yaml`, and `requests.csv`: 12 models, 0.05 requests per second each, 5 minutes."""
+    _write_pool_file(folder, 8000)
+    write_requests(folder / "requests.csv", artifact_like(12, 0.05, 300, 1))
+    print(f"{folder}: pool.yaml requests.csv {' '.join(KINDS)}")
+
+
 def _write_pool_file(folder: Path, port: int) -> Path:
     args = {"max_model_len": 512, "enforce_eager": True, "dtype": "bfloat16", "block_size": 32}
-    models = [{"name": k, "model": str(make_tiny_model(k, folder / k)), "args": args} for k in KINDS]
+    for kind in KINDS:
+        make_tiny_model(kind, folder / kind)
+    models = [{"name": kind, "model": f"./{kind}", "args": args} for kind in KINDS]
     pool = {"models": models, "device_memory": "64MiB", "page_size": "1MiB", "host": "127.0.0.1", "port": port,
             "admin_key": _ADMIN_KEY}
     path = folder / "pool.yaml"

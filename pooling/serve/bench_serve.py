@@ -20,6 +20,7 @@ from tokenpool.config import SLO
 from tokenpool.errors import ConfigError, show
 from tokenpool.serve.bench_client import BenchRequest, Outcome, replay
 from tokenpool.serve.bench_report import draw, report, table
+from tokenpool.serve.pool_query import default_url
 from tokenpool.serve.sim_tool import Parser, write_json
 from tokenpool.sim.generate import poisson, shipped_lengths
 from tokenpool.sim.trace_files import read_requests
@@ -50,7 +51,7 @@ def bench(words: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("tokenpool bench serve", description="Play a trace against a running server and measure it.")
     add = parser.add_argument
-    add("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    add("--url", default=default_url(), help="of the server (default: $TOKENPOOL_URL, else http://127.0.0.1:8000)")
     add("--trace", type=Path, help="requests as CSV or CSV.gz in place of made-up ones; layouts: docs/planning.md")
     add("--models", type=lambda text: text.split(","), help="names, with commas; a trace is dealt out to them")
     add("--rate", "--request-rate", type=float, help="requests per second of all models; a trace is sped up to it")

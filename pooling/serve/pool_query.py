@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.error
 import urllib.request
 from typing import Any
 
 from tokenpool.errors import ConfigError, PoolError
 
+URL_VARIABLE = "TOKENPOOL_URL"
+
 _LIMIT_S = 60.0
+
+
+def default_url() -> str:
+    """The server that the subcommands ask when `--url` is not given."""
+    return os.environ.get(URL_VARIABLE) or "http://127.0.0.1:8000"
 
 
 def ask_pool(url: str, key: str | None, path: str) -> Any:

@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from tokenpool.errors import ConfigError, PoolError
-from tokenpool.serve.pool_query import ask_pool
+from tokenpool.serve.pool_query import ask_pool, default_url
 from tokenpool.serve.top_view import frame, summarize
 from tokenpool.units import parse_seconds
 
 USAGE = """usage: tokenpool top [--url URL] [--admin-key KEY] [--interval SECONDS] [--once | --json]
 
---url         the server, default http://127.0.0.1:8000
+--url         the server; else $TOKENPOOL_URL, else http://127.0.0.1:8000
 --admin-key   its admin key; else $TOKENPOOL_ADMIN_KEY is used
 --interval    seconds between two frames, default 2; rates are over this time
 --once        print one frame as plain text, with all models, and stop
@@ -54,7 +54,7 @@ def top(words: list[str]) -> int:
         print(USAGE)
         return 0
     parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default=default_url())
     parser.add_argument("--admin-key", default=os.environ.get("TOKENPOOL_ADMIN_KEY"))
     parser.add_argument("--interval", default="2")
     single = parser.add_mutually_exclusive_group()

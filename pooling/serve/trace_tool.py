@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from tokenpool.errors import ConfigError, PoolError
-from tokenpool.serve.pool_query import ask_pool
+from tokenpool.serve.pool_query import ask_pool, default_url
 from tokenpool.units import parse_seconds
 
 USAGE = """usage: tokenpool trace [--url URL] [--admin-key KEY] [--seconds N] [--json FILE] [--png FILE]
        tokenpool trace --from FILE --png FILE
 
---url         the server, default http://127.0.0.1:8000
+--url         the server; else $TOKENPOOL_URL, else http://127.0.0.1:8000
 --admin-key   its admin key; else $TOKENPOOL_ADMIN_KEY is used
 --seconds     only what ended in the last N seconds
 --json        write the trace there, for https://ui.perfetto.dev or chrome://tracing
@@ -58,7 +58,7 @@ class _Parser(argparse.ArgumentParser):
 def trace(words: list[str]) -> int:
     """Run the subcommand and return its exit status; raises PoolError with one line."""
     parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--url", default=default_url())
     parser.add_argument("--admin-key", default=os.environ.get("TOKENPOOL_ADMIN_KEY"))
     parser.add_argument("--seconds")
     parser.add_argument("--json", dest="json_path")

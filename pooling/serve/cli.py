@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -56,11 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tokenpool.errors import PoolError
 
     try:
-        return commands[command](rest)
+        status = commands[command](rest)
+        sys.stdout.flush()
+        return status
     except PoolError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit tries to write the rest
+        return 128 + signal.SIGPIPE
 
 
 def _fail(message: str) -> int:

@@ -115,6 +115,19 @@ def test_version() -> None:
     assert (0, f"{tokenpool.__version__}\n", "") == (result.returncode, result.stdout, result.stderr)
 
 
+def test_whoever_reads_the_output_may_go() -> None:
+    """As `tokenpool top --once | head` does: no traceback, and the status that a shell gives such a command."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tokenpool.serve.cli", "key", "new"]
+    try:
+        result = subprocess.run(command, cwd=REPOSITORY, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    finally:
+        os.close(writer)
+
+    assert (141, b"") == (result.returncode, result.stderr)
+
+
 # --- judged by vLLM's parser and the models: 10 s each, so few ----------------------------------------------
 
 

@@ -90,11 +90,15 @@ def _serve(words: list[str]) -> int:
     # unless they live in files, and an engine that dies must not end the server: the supervisor restarts the host.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokenpool-metrics-")
     os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
+    from tokenpool.errors import PoolError
     from tokenpool.patches import apply_all
     from tokenpool.serve.run import serve
 
     apply_all()
-    status = serve(pool, cluster, next((word for word in words if word.endswith((".yaml", ".yml"))), None))
+    try:
+        status = serve(pool, cluster, next((word for word in words if word.endswith((".yaml", ".yml"))), None))
+    except PoolError as error:
+        status = _fail(str(error))
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # an orderly interpreter exit takes seconds and prints what Triton leaks

@@ -22,6 +22,7 @@ _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000
 _MADV_DONTNEED = 4
 _HUGE_PAGE = 2 << 20
+_LEAST_MAPPED_BYTES = 1 << 20
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -121,8 +122,14 @@ class CpuDevice:
         return torch.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype=torch.int8)
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
-        """Ordinary memory; large buffers go back to the kernel when they are freed."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        """Ordinary memory; all but small buffers go back to the kernel when they are freed.
+
+        malloc does not promise that: it takes memory of some size from its heap, the more so the longer it runs.
+        """
+        if nbytes < _LEAST_MAPPED_BYTES:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        own = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(own, dtype=torch.uint8)  # which keeps the mapping as long as it lives
 
     def copy_in(self, address: int, source: torch.Tensor) -> None:
         """A memmove, during which other Python threads run."""

@@ -19,6 +19,8 @@ from tokenpool.memory.device import BlockCopy, Copies, Device
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 from tokenpool.memory.host_slots import FREE_SLOTS, Slot, SlotBuffer, SlotPool
 
+_LEAST_BUFFER, _MOST_BUFFER = 1 << 20, 32 << 20
+
 
 @dataclass(slots=True)
 class TierCounters:
@@ -73,17 +75,18 @@ class _SizeClass:
 class HostKVTier:
     """Stores KV blocks in host memory that it accounts in `host`. Called on the host loop's thread only.
 
-    `buffer_bytes` is the most that one host buffer holds. Empty buffers of images are kept up to `spare_bytes`,
+    `buffer_bytes` is the most that one host buffer holds; by default 1/64 of the budget, within 1 to 32 MiB, because
+    cached blocks go by whole buffers when others need memory. Empty buffers of images are kept up to `spare_bytes`,
     because pinning memory anew is slow; they and cached blocks are what `drop_cached` gives up.
     """
 
     def __init__(
-        self, host: HostLedger, device: Device, *, buffer_bytes: int = 32 << 20, spare_bytes: int = 0
+        self, host: HostLedger, device: Device, *, buffer_bytes: int | None = None, spare_bytes: int = 0
     ) -> None:
         self.host = host
         self.device = device
         self.counters = TierCounters()
-        self._buffer_bytes = buffer_bytes
+        self._buffer_bytes = buffer_bytes or min(_MOST_BUFFER, max(_LEAST_BUFFER, host.budget_bytes // 64))
         self._spare_bytes = spare_bytes
         self._classes: dict[int, _SizeClass] = {}  # by block_bytes
         self._entries: dict[str, dict[bytes, CachedBlock]] = {}  # by model, then by key

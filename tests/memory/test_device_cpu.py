@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,25 @@ def test_bytes_go_to_the_device_and_back(link_bytes_per_s):
     device.map_zeroed(address, SIZE)
     assert not device.tensor(address, SIZE).any()
     device.release(address, SIZE)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_host_memory_that_is_freed_leaves_the_process():
+    """Also when malloc would take such sizes from its heap, as it does once it has freed larger ones."""
+    device = CpuDevice()
+    torch.ones(31 << 20, dtype=torch.uint8)
+    buffers = [device.host_buffer(4 << 20).fill_(1) for _ in range(16)]
+    above = device.host_buffer(1 << 18)  # small, and at the end of the heap
+    part, before = buffers[3][-10:], _resident_bytes()
+    buffers.clear()
+    assert part.sum() == 10, "a slice keeps its buffer"
+    del part
+
+    assert before - _resident_bytes() > 60 << 20
+    assert above.numel() == 1 << 18
 
 
 def test_a_link_takes_its_time_without_a_core(monkeypatch):

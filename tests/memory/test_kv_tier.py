@@ -240,6 +240,18 @@ def test_cached_blocks_give_way_to_paused_requests(region):
     tier.check()
 
 
+def test_little_is_lost_when_a_little_is_needed(region):
+    """Cached blocks go by whole buffers: these are small where the budget is."""
+    tier, block = make_tier(region, 8 << 20), SIZES[0]
+    keys = [str(number).encode() for number in range(tier.host.budget_bytes // block)]
+    assert all(tier.offer("a", key, None, region.address("a", 0), block) for key in keys)
+    tier.host.take("w", HostUse.WEIGHTS, block)
+
+    assert 0 < len(keys) - len(tier.entries_of("a")) <= (1 << 20) / block
+    assert keys[-1] in tier.entries_of("a")
+    tier.check()
+
+
 def test_empty_buffers_are_kept_up_to_the_spare(region):
     """The next image uses the memory of the last one; cached blocks' memory and pressure take it away."""
     tier = make_tier(region, 8192, spare_bytes=4096)

@@ -89,6 +89,7 @@ class TenantFairness:
 def run(
     *,
     weight_mib: float,
+    dtype: str,
     rounds: int,
     duration_s: float,
     rate: float,
@@ -110,7 +111,8 @@ def run(
         servers = {}
         for name in ("tenants", "unprotected"):
             pool_file = folder / f"{name}.yaml"
-            pool = _pool(paths[MODEL], name, limit, max_concurrent, max_num_seqs)
+            engine = {"max_num_seqs": max_num_seqs, "dtype": dtype}
+            pool = _pool(paths[MODEL], name, limit, max_concurrent, engine)
             pool_file.write_text(json.dumps(pool))  # JSON is YAML
             servers[name] = common.Server([*common.POOL, str(pool_file)], [MODEL], log_folder / f"{name}.log")
             stack.callback(servers[name].close)
@@ -168,8 +170,9 @@ def wait_until_ready(servers: Sequence[common.Server], limit_s: float) -> None:
     common.progress("servers are ready")
 
 
-def _pool(path: Path, server: str, limit: int, max_concurrent: int, max_num_seqs: int) -> dict[str, Any]:
-    flags = ["--max-model-len", "2048", "--max-num-seqs", str(max_num_seqs), *common.MODEL_FLAGS[2:]]
+def _pool(path: Path, server: str, limit: int, max_concurrent: int, engine: dict[str, Any]) -> dict[str, Any]:
+    flags = ["--max-model-len", "2048", *common.MODEL_FLAGS[2:]]
+    flags += [f"--{name.replace('_', '-')}={value}" for name, value in engine.items()]
     pool = {
         "models": [{"name": MODEL, "model": str(path), "args": flags}],
         "device_memory": "512MiB",
@@ -262,6 +265,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     add = parser.add_argument
     add("--weight-mib", type=float, default=32, help="of the model (default: %(default)s)")
+    add("--dtype", default="bfloat16", help="of the model; float32 is faster without AVX-512 (default: %(default)s)")
     add("--rounds", type=int, default=5, help="default: %(default)s")
     add("--duration-s", type=float, default=15.0, help="of an arm in a round (default: %(default)s)")
     add("--rate", type=float, default=8.0, help="of the polite tenant, per second (default: %(default)s)")

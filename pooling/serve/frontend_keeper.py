@@ -15,7 +15,7 @@ import secrets
 import shutil
 import socket
 import tempfile
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -75,7 +75,7 @@ class SharedClients:
         """Nothing."""
 
 
-class FrontendKeeper(PoolServer):
+class FrontendKeeper(PoolServer, ABC):
     """A pool without a port of its own; see the module. A subclass calls `_prepare_frontends` when it is made."""
 
     def _prepare_frontends(self, plans: list[ModelPlan], sock: socket.socket, address: str = "") -> None:

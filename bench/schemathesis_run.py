@@ -49,7 +49,7 @@ class SchemathesisRun:
 
 def run(
     *,
-    schemathesis: str,
+    schemathesis: Path,
     phases: str,
     max_examples: int,
     max_time_s: int,
@@ -157,7 +157,7 @@ def main() -> None:
     """Read the flags, run, report."""
     parser = common.parser(__doc__)
     add = parser.add_argument
-    add("--schemathesis", default="schemathesis", help="path of the command (default: %(default)s)")
+    add("--schemathesis", type=Path, default=Path("schemathesis"), help="path of the command (default: %(default)s)")
     add("--phases", default="coverage,fuzzing", help="of Schemathesis (default: %(default)s)")
     add("--max-examples", type=int, default=20, help="per operation and phase (default: %(default)s)")
     add("--max-time-s", type=int, default=300, help="of the whole run (default: %(default)s)")

@@ -1,4 +1,5 @@
-# make demo | demo-files | test | test-fast | test-compat | test-deploy | dashboards | lint: each creates .venv first if it is not there.
+# make demo | demo-files | test | test-fast | test-compat | test-deploy | dashboards | lint:
+# each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -57,7 +58,8 @@ def test_every_command_of_try_it_works(tmp_path: Path) -> None:
             printed, _ = process.communicate(timeout=LIMIT_S)
         finally:  # also the server, if a command before its end has failed
             if process.poll() != 0:
-                os.killpg(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     assert process.returncode == 0, f"{printed[-3000:]}\n{log.read_text()[-3000:]}"
     answers = _answers(printed)

@@ -168,6 +168,16 @@ def test_fixed_weights_that_do_not_fit(pool_file: PoolFile) -> None:
     assert (0, first) == (movable.returncode, movable.stdout.splitlines()[-5]), movable.stderr[-3000:]
 
 
+def test_the_error_of_a_pool_that_does_not_start_is_the_last_line(pool_file: PoolFile) -> None:
+    """What only the host finds out, after it has logged a lot, is not buried under what libraries say at the exit."""
+    pool_file.model["args"] |= {"block_size": 256}
+    result = run("serve", pool_file.write(page_size="64KiB"))
+
+    assert result.returncode == 2
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("tokenpool: error: model 'llama': one KV block of all layers is"), result.stderr[-3000:]
+
+
 def test_a_good_file(pool_file: PoolFile) -> None:
     """`validate` of a good file prints the plan and ok, and ends with 0."""
     model = pool_file.model | {"slo": {"ttft": "10s", "tpot": "100ms"}}

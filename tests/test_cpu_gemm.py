@@ -91,8 +91,12 @@ def test_an_embedding_keeps_its_rows():
 
 
 def test_other_layers_get_vllms_own_kernel():
-    """Outside the block nothing changes: the weight goes into vLLM's handle."""
-    layer = layer_of(64, 64, torch.bfloat16)
+    """Outside the block nothing changes: the weight goes into vLLM's handle where the CPU has one."""
+    layer, theirs = (layer_of(64, 64, torch.bfloat16) for _ in range(2))
     dispatch(layer)
-    assert layer.cpu_linear not in (packed_linear, torch.nn.functional.linear)
-    assert 0 == layer.weight.numel()
+    PATCHES.undo()
+    dispatch(theirs)
+    PATCHES.apply(vllm_version())
+    assert layer.cpu_linear is not packed_linear
+    assert layer.cpu_linear.__code__ is theirs.cpu_linear.__code__
+    assert layer.weight.numel() == theirs.weight.numel()

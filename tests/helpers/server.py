@@ -80,7 +80,7 @@ class PoolServerProcess:
         self, pool: Mapping[str, Any], *, env: Mapping[str, str] | None = None, flags: Sequence[str] = ()
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="tokenpool-test-")
-        self.port = _free_port()
+        self.port = free_port()
         models = [{**model, "args": TINY_ARGS | model.get("args", {})} for model in pool["models"]]
         self.pool = {**pool, "models": models, "host": "127.0.0.1", "port": self.port}
         self.base_url = f"http://127.0.0.1:{self.port}"
@@ -230,7 +230,8 @@ def _is_idle(state: dict[str, Any]) -> bool:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback address that nobody listens on now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

@@ -8,22 +8,22 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.server import REPOSITORY, free_port
+
 pytestmark = pytest.mark.vllm
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 300
 
 
 def _commands() -> str:
     """The block of the section "Try it"."""
-    section = (ROOT / "README.md").read_text().split("\n### Try it\n")[1]
+    section = (REPOSITORY / "README.md").read_text().split("\n### Try it\n")[1]
     return section.split("```sh\n")[1].split("```")[0]
 
 
@@ -41,9 +41,7 @@ def _answers(printed: str) -> list[dict]:
 
 def test_every_command_of_try_it_works(tmp_path: Path) -> None:
     """Word by word, but for a free port in place of 8000 and the environment of the tests in place of .venv."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = re.sub(r"\b8000\b", str(port), _commands()).replace("$PWD/.venv", sys.prefix)
     assert str(port) in script and sys.prefix in script
     env = os.environ | {"TOKENPOOL_URL": f"http://127.0.0.1:{port}", "MAKEFLAGS": "-e", "VENV": sys.prefix}
@@ -52,7 +50,7 @@ def test_every_command_of_try_it_works(tmp_path: Path) -> None:
     with log.open("w") as errors:
         process = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", script],
-            cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+            cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
         )  # fmt: skip
         try:
             printed, _ = process.communicate(timeout=LIMIT_S)
@@ -72,7 +70,7 @@ def test_every_command_of_try_it_works(tmp_path: Path) -> None:
     assert any(re.match(r"all +\d+ +0 ", line) for line in lines), "bench serve: none failed"
     assert any(re.match(r"gemma3 +resident", line) for line in lines), "top"
     assert any(line.startswith('tokenpool:turns_total{model_name="qwen2"}') for line in lines)
-    assert json.loads((ROOT / "build/demo/trace.json").read_text())["traceEvents"]
+    assert json.loads((REPOSITORY / "build/demo/trace.json").read_text())["traceEvents"]
     assert any(re.match(r"slack +1 ", line) for line in lines), "plan"
     assert any("tokens on time" in line for line in lines), "sim"
     assert lines[-1].startswith("hash: sha256:"), "key new"

@@ -10,6 +10,9 @@
     ├── SwitchError             weights or KV could not be moved; it says in which phase
     └── HostError               an engine host died, hangs or answers nonsense
 
+    EngineLostError             an engine cannot go on, and its host with it; outside PoolError, so that nobody who
+                                handles a failure of one model takes it for one
+
     try:
         config = load_pool_file("pool.yaml")
     except PoolError as error:
@@ -144,3 +147,10 @@ class SwitchError(PoolError):
 
 class HostError(PoolError):
     """An engine host failed: it died, does not answer, or answered what it must not."""
+
+
+class EngineLostError(Exception):
+    """An engine's state is not to be trusted any more: its host process ends, and is started again.
+
+    No PoolError: whoever handles the failure of one model must let it pass.
+    """

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from vllm.model_executor.model_loader.utils import get_model_architecture
+from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tokenpool.errors import ConfigError
@@ -16,6 +17,7 @@ from tokenpool.host.device_choice import WORKERS, give_back_loading_memory, make
 from tokenpool.host.engine_globals import EngineGlobals
 from tokenpool.host.group_executor import group_executor
 from tokenpool.host.heap import release_engine
+from tokenpool.host.host_room import check_host_memory
 from tokenpool.host.hosted_core import HostedEngineCore
 from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
 from tokenpool.host.kv_swap import KVSwapper
@@ -59,6 +61,7 @@ class EngineBuilder:
         engine_globals: EngineGlobals,
         lane: BuildLane,
         notify: Callable[[str], None],
+        executor_class: type[Executor] = UniProcExecutor,
     ) -> None:
         self.config = config
         self.progress = BuildProgress()
@@ -72,6 +75,7 @@ class EngineBuilder:
         self._globals = engine_globals
         self._lane = lane
         self._notify = notify
+        self._executor_class = executor_class
 
     def build(self, spec: HostedModelSpec, index: int) -> HostedModel:
         """Load a model; raises PoolError and leaves no trace if it cannot be added."""
@@ -100,6 +104,7 @@ class EngineBuilder:
                 extra = weight_bytes_of(model) - len(weight_pages) * self.config.page_size
                 weight_pages += self._take_weight_pages(spec.name, max(0, extra))
             self._relief.check_fits(spec.name, core, build.pool)
+            check_host_memory(self._weights.snapshot(), self._weights.host.budget_bytes, self._copies)
             hosted = HostedModel(
                 spec=spec,
                 index=index,
@@ -157,7 +162,7 @@ class EngineBuilder:
                     slo=spec.slo,
                     log_stats=spec.log_stats,
                     notify=lambda: self._notify(spec.name),
-                    executor_class=group_executor(self._group, spec.name) if self._group else UniProcExecutor,
+                    executor_class=group_executor(self._group, spec.name) if self._group else self._executor_class,
                 )
         finally:
             ledger.give(spec.name, PageUse.WEIGHTS, lent)

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from tokenpool.errors import ConfigError, HostError, PoolError
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from tokenpool.errors import ConfigError, EngineLostError, HostError, PoolError
 from tokenpool.host.affinity import use_all_cpus
 from tokenpool.host.build_lane import BuildLane
 from tokenpool.host.device_choice import make_device, spare_host_bytes
@@ -27,6 +30,7 @@ from tokenpool.host.residency import ResidencyManager
 from tokenpool.host.room_maker import RoomMaker
 from tokenpool.host.trace import TraceLog
 from tokenpool.host.turn_chooser import TurnChooser
+from tokenpool.host.waiting import is_blocked
 from tokenpool.memory.arena import KVArena
 from tokenpool.memory.copy_engine import CopyEngine
 from tokenpool.memory.device import Device
@@ -42,12 +46,22 @@ from tokenpool.policy.turns import Phase, load_turn_policy
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_NAP_S, _LONGEST_NAP_S = 0.001, 0.008
+"""How long the loop sleeps while models wait for memory, a copy or a retry: twice as long each time, at most so long."""
 
 
 class EngineHost:
     """Owns the arena and the engines. All methods except `call` and `stop` belong to the loop's thread."""
 
-    def __init__(self, config: HostConfig, *, device: Device | None = None, poison: bool = False) -> None:
+    def __init__(
+        self,
+        config: HostConfig,
+        *,
+        device: Device | None = None,
+        poison: bool = False,
+        executor_class: type[Executor] = UniProcExecutor,
+        copy_engine: type[CopyEngine] = CopyEngine,
+    ) -> None:
         apply_all()
         self.config = config
         self.ledger = PageLedger(config.device_memory // config.page_size, config.page_size)
@@ -73,8 +87,8 @@ class EngineHost:
             self.ledger,
             self.host_ledger,
             poison=poison,
-            copier=CopyEngine(**side),
-            fetcher=CopyEngine(**side, name="weights-fetch"),
+            copier=copy_engine(**side),
+            fetcher=copy_engine(**side, name="weights-fetch"),
         )
         spare_bytes = spare_host_bytes(self.arena.device, config.host_memory)
         self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device, spare_bytes=spare_bytes))
@@ -85,7 +99,9 @@ class EngineHost:
         policy = load_turn_policy(config.policy, dict(config.policy_options))
         self._turns = TurnChooser(policy, self.residency, self.trace)
         self._globals = EngineGlobals()
-        self._relief = PressureRelief(self.allocator, config.kv_floor_pages, room.most_slabs_for, room.keep_promises)
+        self._relief = PressureRelief(
+            self.models, self.allocator, config.kv_floor_pages, room.most_slabs_for, room.keep_promises
+        )
         self._lane = BuildLane(self._globals)
         self._builder = EngineBuilder(
             config,
@@ -98,6 +114,7 @@ class EngineHost:
             self._globals,
             self._lane,
             self._notify,
+            executor_class,
         )
         self._wake = threading.Event()
         self._inputs: set[str] = set()  # models with new input; set operations are atomic under the GIL
@@ -107,6 +124,8 @@ class EngineHost:
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._next_index = 0
         self._stopping = False
+        self._naps = 0  # in a row
+        self._lost: EngineLostError | None = None  # by a job that adds a model
 
     # -- models --------------------------------------------------------------------------------------
 
@@ -170,17 +189,34 @@ class EngineHost:
                 continue
             if self._stopping and not self._active:
                 return
-            # Models that wait for memory, a copy or a retry have work but no turn: look again soon.
-            self._wake.wait(timeout=0.001 if self._active else None)
+            self._wake.wait(self.nap_s())
             self._wake.clear()
 
+    def nap_s(self) -> float | None:
+        """How long the loop sleeps unless it is woken, after a `run_once` without a step; None = until it is woken."""
+        if not self._active:
+            return None
+        self._naps = min(self._naps + 1, 8)
+        return min(_NAP_S * 2 ** (self._naps - 1), _LONGEST_NAP_S)
+
     def run_once(self) -> bool:
-        """Drain all inputs, run one engine step of the model whose turn it is; False if none could step."""
+        """Drain all inputs, run one engine step of the model whose turn it is; False if none could step.
+
+        Raises EngineLostError when an engine cannot go on: the host must end.
+        """
+        if self._lost is not None:
+            raise self._lost
+        stepped = self._run_once()
+        self._naps = 0 if stepped else self._naps
+        return stepped
+
+    def _run_once(self) -> bool:
         start = time.perf_counter()
         self._run_calls()
         self._drain_inputs()
         if self.residency.busy():
             self._note_failures(self.residency.poll())
+        self._relief.review()
         hosted, admit = self._choose() or (None, False)
         if hosted is None or not self._make_ready(hosted):
             return False
@@ -193,12 +229,13 @@ class EngineHost:
         self.overhead_seconds += step_start - start
         try:
             executed = hosted.core.step_once(admit=admit)
-        except Exception as error:  # any exception of a model's code ends in quarantine or in HostError
+        except Exception as error:  # any exception of a model's code ends in quarantine or in EngineLostError
             hosted.quarantine.step_crashed(error)
             self._turns.changed(hosted.name)
             executed = True
         else:
             hosted.quarantine.step_done(executed)
+            hosted.rest(executed)
             self._turns.observe_step(hosted, time.perf_counter() - step_start, executed)
         self._after_step(hosted)
         self._relief.after_step(hosted.name, hosted.core, executed)
@@ -243,6 +280,7 @@ class EngineHost:
             if core.has_work() or core.deferred:
                 self._active[name] = hosted
                 self._relief.wake(name)
+                self._naps, hosted.rest_until_s = 0, 0.0
                 self.residency.room.reuse.observe_arrival(name, time.time())
             else:
                 self._active.pop(name, None)
@@ -250,9 +288,9 @@ class EngineHost:
     def _choose(self) -> tuple[HostedModel, bool] | None:
         """The model to step next and whether it may admit waiting requests; None if none can step."""
         now = time.monotonic()
-        ready = [h for name, h in self._active.items() if self._relief.may_step(name) and h.retry_at_s <= now]
-        for hosted in ready:
-            self.residency.fetch(hosted)
+        ready = [h for name, h in self._active.items() if h.may_step(now) and self._relief.may_step(name)]
+        ready = [hosted for hosted in ready if not is_blocked(hosted.core)]
+        self.residency.fetch(ready)
         ready = [hosted for hosted in ready if self.residency.can_come(hosted)]
         if len(ready) < 2:
             return (ready[0], True) if ready else None
@@ -307,9 +345,16 @@ class EngineHost:
 
     def build_beside(self, job: Callable[[], _T]) -> Future[_T]:
         """Run `job`, which adds models, in slices between the steps of the others; usable from any thread."""
-        future = self._lane.submit(job)
+        future = self._lane.submit(lambda: self._build(job))
         self._wake.set()
         return future
+
+    def _build(self, job: Callable[[], _T]) -> _T:
+        try:
+            return job()
+        except EngineLostError as error:  # of a model that gave way: it ends the host, not only the job
+            self._lost = error
+            raise HostError(f"the host ends: {error}") from error
 
     @property
     def progress(self) -> BuildProgress:
@@ -330,6 +375,9 @@ class EngineHost:
             function, future = self._calls.popleft()
             try:
                 future.set_result(function())
+            except EngineLostError as error:
+                future.set_exception(HostError(f"the host ends: {error}"))
+                raise
             except Exception as error:  # goes to whoever waits for the future
                 future.set_exception(error)
 

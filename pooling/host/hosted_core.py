@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +25,9 @@ from vllm.v1.request import Request, RequestStatus
 from tokenpool.config import SLO
 from tokenpool.host.affinity import use_all_cpus
 from tokenpool.host.input_receiver import InputReceiver
-from tokenpool.host.kv_transit import schedule_arrived
 from tokenpool.host.output_sender import OutputSender
 from tokenpool.host.resume import ContinuedRequest, restore_in_worker, restore_request
+from tokenpool.host.step_watch import StepWatch
 from tokenpool.policy.slo import SloAccount, SloBook
 
 _NEED_NO_WEIGHTS = frozenset(
@@ -66,8 +67,6 @@ class CoreCounters:
     """Running totals of one engine, plain integers because they change on every step."""
 
     steps: int = 0
-    results: int = 0
-    """Steps that computed something and whose output came."""
     turns: int = 0
     step_seconds: float = 0.0
     crashed_steps: int = 0
@@ -107,38 +106,13 @@ class HostedEngineCore(EngineCoreProc):
         """Utility calls that wait until the model is back."""
         self.on_crash: Callable[[Exception], None] = _raise
         """Told of a crash of a step that the host did not ask for; set by the model's quarantine."""
-        self.last_scheduled: Any = None
-        """The SchedulerOutput of the last step."""
-        self.in_flight: list[Any] = []
-        """SchedulerOutputs of the steps whose output has not come; between steps those of `batch_queue`."""
         try:
             super().__init__(vllm_config, True, "", executor_class, log_stats)
         except BaseException:
             self._close_sockets(tell=False)
             raise
         self.process_input_queue_block = False
-        self._watch_steps()
-
-    def _watch_steps(self) -> None:
-        """Note what the scheduler hands out, and when the output of that is back."""
-        schedule, update = self.scheduler.schedule, self.scheduler.update_from_output
-
-        def schedule_and_keep(*args: Any) -> Any:
-            transit = getattr(self.scheduler.kv_cache_manager.block_pool, "transit", None)
-            if transit is None:
-                self.last_scheduled = schedule(*args)
-            else:
-                self.last_scheduled = schedule_arrived(self.scheduler, transit, lambda: schedule(*args))
-            self.in_flight.append(self.last_scheduled)
-            return self.last_scheduled
-
-        def update_and_drop(scheduler_output: Any, *args: Any) -> Any:
-            outputs = update(scheduler_output, *args)
-            self.in_flight = [output for output in self.in_flight if output is not scheduler_output]
-            self.counters.results += scheduler_output.total_num_scheduled_tokens > 0
-            return outputs
-
-        self.scheduler.schedule, self.scheduler.update_from_output = schedule_and_keep, update_and_drop
+        self.watch = StepWatch(self.scheduler)
 
     # -- overrides of EngineCoreProc -----------------------------------------------------------------
 
@@ -190,6 +164,9 @@ class HostedEngineCore(EngineCoreProc):
         made, wave = super().preprocess_add_request(request)
         if isinstance(request, ContinuedRequest):
             restore_request(made, request.delivered_token_ids, self.structured_output_manager)
+        grammar = made.structured_output_request and made.structured_output_request._grammar
+        if isinstance(grammar, Future):  # the request waits for that and for no step
+            grammar.add_done_callback(lambda _: self._notify())
         return made, wave
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
@@ -250,7 +227,8 @@ class HostedEngineCore(EngineCoreProc):
         With `admit` false no waiting request is scheduled: a decode step. With async scheduling the outputs are those
         of an earlier step, or none, and the engine still does something while a step is under way.
         """
-        start, results = time.perf_counter(), self.counters.results
+        start, results = time.perf_counter(), self.watch.results
+        self.watch.refused = None
         if admit or self.scheduler._pause_state != PauseState.UNPAUSED:
             outputs, executed = self.step_fn()
         else:
@@ -264,8 +242,8 @@ class HostedEngineCore(EngineCoreProc):
         self.post_step(executed)
         self.counters.steps += 1
         self.counters.step_seconds += time.perf_counter() - start
-        computing = any(output.total_num_scheduled_tokens for output in self.in_flight)
-        return executed or computing or self.counters.results > results
+        computing = any(output.total_num_scheduled_tokens for output in self.watch.in_flight)
+        return executed or computing or self.watch.results > results
 
     def _send(self, outputs: Mapping[int, Any]) -> None:
         for client_outputs in outputs.items():
@@ -298,6 +276,9 @@ class HostedEngineCore(EngineCoreProc):
                 self._step_unasked()
         finally:
             self.scheduler._pause_state = before
+        self.forget_finished()  # their last requests may have ended, and the model may be about to leave
+        if not self.has_work():
+            self._notify()  # the host counts it among those with work
 
     def _step_unasked(self) -> None:
         try:
@@ -316,9 +297,9 @@ class HostedEngineCore(EngineCoreProc):
                 output = future.result()
             except Exception:  # the crash that is being handled, or one that it caused
                 continue
-            if self.in_flight[0] is scheduled:
+            if self.watch.in_flight[0] is scheduled:
                 self._send(self.scheduler.update_from_output(scheduled, output))
-        lost, self.in_flight = self.in_flight, []
+        lost, self.watch.in_flight = self.watch.in_flight, []
         for scheduled in lost:  # the runner may not have heard of these; being told twice does no harm
             self.scheduler.finished_req_ids |= scheduled.finished_req_ids - self.scheduler.requests.keys()
         return {request_id for scheduled in lost for request_id in scheduled.num_scheduled_tokens}
@@ -331,6 +312,13 @@ class HostedEngineCore(EngineCoreProc):
         self.scheduler._preempt_request(request, time.monotonic())
         return request
 
+    def preempt_all(self) -> bool:
+        """Preempt all running requests: their KV is given up, and computed again later; False if there are none."""
+        had_any = self.preempt_newest() is not None
+        while self.preempt_newest():
+            pass
+        return had_any
+
     def attach(self, client_index: int, addresses: EngineAddresses) -> None:
         """Serve one more frontend, at its own addresses, in the place of the one that had that index before."""
         assert isinstance(self._outbox, OutputSender) and self._receiver is not None
@@ -342,9 +330,13 @@ class HostedEngineCore(EngineCoreProc):
         """A frontend is gone: drop its requests, which nobody reads."""
         assert isinstance(self._outbox, OutputSender) and self._receiver is not None
         self._receiver.detach(client_index)
+        self.drop_client(client_index)
+        self._outbox.detach(client_index)
+
+    def drop_client(self, client_index: int) -> None:
+        """Abort the requests of a frontend."""
         self._process_input_queue()
         self.abort_requests([r.request_id for r in self.scheduler.requests.values() if r.client_index == client_index])
-        self._outbox.detach(client_index)
         self._notify()
 
     def fail_request(self, request_id: str) -> None:

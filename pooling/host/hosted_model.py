@@ -18,6 +18,7 @@ from tokenpool.policy.cost_model import CostModel
 
 logger = logging.getLogger(__name__)
 _MAX_SWITCH_FAILURES = 8
+_REST_S, _LONGEST_REST_S = 0.001, 0.016
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,21 @@ class HostedModel:
     """Switches to it that failed in a row."""
     retry_at_s: float = 0.0
     """Not brought in before this moment of the monotonic clock."""
+    rest_until_s: float = 0.0
+    """Not stepped before this moment, unless input comes: its last steps did nothing, and not for want of memory."""
+    _rests: int = 0
+
+    def may_step(self, now_s: float) -> bool:
+        """Whether neither a failure nor an idle step was too short a time ago."""
+        return max(self.retry_at_s, self.rest_until_s) <= now_s
+
+    def rest(self, executed: bool) -> None:
+        """Note what a step did: a model that waits for something that is not known here is looked at now and then."""
+        if executed or self.core.watch.refused is not None or not self.core.has_work():
+            self._rests = 0
+            return
+        self._rests = min(self._rests + 1, 8)
+        self.rest_until_s = time.monotonic() + min(_REST_S * 2 ** (self._rests - 1), _LONGEST_REST_S)
 
     def put_off(self, error: PoolError) -> bool:
         """Try it again later, as a switch to it failed; True if after several failures its requests were ended."""

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps every model moving when the pages run out: nothing deadlocks and no request waits for ever.
 
-When memory is short, vLLM preempts requests of the model that asks. A model that could not run anything in a step is
-starved. The model that starved first gets its floor raised to what its oldest request needs to finish: the others
-keep what they use but get nothing more until that floor is met, and since each of their requests ends or preempts
-itself when it needs another slab, it is met. One model at a time has a raised floor, so the floors always fit.
+When memory is short, vLLM preempts requests of the model that asks. A model is starved when its own block pool refused
+a request and its step could run nothing. The model that starved first gets its floor raised to what that request needs
+to finish: the others keep what they use but get nothing more until that floor is met, and since each of their requests
+ends or preempts itself when it needs another slab, it is met. One model at a time has a raised floor, so the floors
+always fit. A floor stays raised as long as its request is there and may be scheduled, however it ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from tokenpool.errors import CapacityError
 from tokenpool.host.hosted_core import HostedEngineCore
+from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.slab_block_pool import SlabBlockPool
+from tokenpool.host.waiting import is_paused
 from tokenpool.memory.slab_allocator import SlabAllocator
 
 
@@ -22,21 +25,33 @@ class PressureRelief:
 
     def __init__(
         self,
+        models: Mapping[str, HostedModel],
         allocator: SlabAllocator,
         floor: int,
         most_for: Callable[[str], int],
         on_raised: Callable[[str], None] = lambda model: None,
     ) -> None:
+        self._models = models
         self._allocator = allocator
         self._floor = floor
         self._most_for = most_for
         """Slabs that a model could have if all others gave up what they can."""
         self._on_raised = on_raised
         """Called when a model's floor was raised; may move other models off the device."""
-        self._starved: dict[str, str] = {}  # model -> request it starves for, the longest starved first
+        self._starved: dict[str, str] = {}  # model -> request that was refused, the longest starved first
         self._seen_version: dict[str, int] = {}
         self._raised: str | None = None
         self._needs: dict[str, int] = {}  # model -> slabs that one request of its full length needs
+
+    @property
+    def raised(self) -> str | None:
+        """The model whose floor is raised."""
+        return self._raised
+
+    @property
+    def starved(self) -> dict[str, str]:
+        """Model -> request that was refused memory, the longest starved first."""
+        return dict(self._starved)
 
     def may_step(self, model: str) -> bool:
         """False while a starved model would find the memory as it found it last time."""
@@ -48,41 +63,41 @@ class PressureRelief:
 
     def forget(self, model: str) -> None:
         """The model is gone."""
-        self._starved.pop(model, None)
         self._seen_version.pop(model, None)
         self._needs.pop(model, None)
-        if self._raised == model:
-            self._raised = None
-            self._raise_next_floor({})
+        self.review()
 
     def after_step(self, model: str, core: HostedEngineCore, executed: bool) -> None:
-        """Note whether the model could run, and move the raised floor on when its request is done."""
+        """Note what the model's block pool said in the step that ended."""
         if executed:
             self._seen_version.pop(model, None)
-        elif core.scheduler.has_unfinished_requests():
+        elif core.watch.refused is not None:
             self._seen_version[model] = self._allocator.version
-            waiting = core.scheduler.waiting
-            if waiting and model not in self._starved:
-                self._starved[model] = waiting.peek_request().request_id
-        if not self._starved:
-            return
-        request_id = self._starved.get(model)
-        if request_id is not None and request_id not in core.scheduler.requests:
-            del self._starved[model]
-            if self._raised == model:
-                self._raised = None
-                self._allocator.set_floor(model, self._floor)
-        self._raise_next_floor({model: core})
+            self._starved.setdefault(model, core.watch.refused)
 
-    def _raise_next_floor(self, cores: dict[str, HostedEngineCore]) -> None:
-        if self._raised is not None or not self._starved:
-            return
+    def review(self) -> None:
+        """Drop what does not starve any more, whatever ended it, and raise the next floor; once per loop.
+
+        A request ends by its last token, an abort, the death of its frontend, an error, or the removal of its model;
+        and it gets nothing while its engine is paused. All of that is read from the scheduler, so nobody has to tell.
+        """
+        for model, request_id in list(self._starved.items()):
+            hosted = self._models.get(model)
+            if hosted is None or request_id not in hosted.core.scheduler.requests or is_paused(hosted.core):
+                self._drop(model)
+        if self._raised is None and self._starved:
+            self._raise_next_floor()
+
+    def _drop(self, model: str) -> None:
+        del self._starved[model]
+        if self._raised == model:
+            self._raised = None
+            if model in self._models:
+                self._allocator.set_floor(model, self._floor)
+
+    def _raise_next_floor(self) -> None:
         model, request_id = next(iter(self._starved.items()))
-        core = cores.get(model)
-        if core is None:
-            # Its turn comes: let it step so that its core is at hand.
-            self._seen_version.pop(model, None)
-            return
+        core = self._models[model].core
         request = core.scheduler.requests[request_id]
         pool = core.scheduler.kv_cache_manager.block_pool
         length = min(request.num_prompt_tokens + (request.max_tokens or 0), core.scheduler.max_model_len)

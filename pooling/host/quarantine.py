@@ -12,7 +12,7 @@ import logging
 
 from vllm.v1.request import RequestStatus
 
-from tokenpool.errors import HostError
+from tokenpool.errors import EngineLostError
 from tokenpool.host.hosted_core import HostedEngineCore
 from tokenpool.host.runner_adapter import adapter_of
 
@@ -42,19 +42,23 @@ class Quarantine:
         return bool(self._suspects)
 
     def step_crashed(self, error: Exception) -> None:
-        """Handle an exception of an engine step; raises HostError when the engine cannot go on."""
+        """Handle an exception of an engine step; raises EngineLostError when the engine cannot go on."""
         scheduler = self._core.scheduler
         self._note_results()
         self._core.counters.crashed_steps += 1
         self._crashes_in_a_row += 1
         logger.error("engine step crashed model=%s", self._model, exc_info=error)
-        if isinstance(error, (MemoryError, HostError)) or self._crashes_in_a_row > _MAX_CRASHES_IN_A_ROW:
-            raise HostError(f"engine of {self._model!r} crashes on every step: {error}") from error
+        if isinstance(error, EngineLostError):
+            raise error
+        if isinstance(error, MemoryError):
+            raise EngineLostError(f"engine of {self._model!r} is out of memory: {error}") from error
+        if self._crashes_in_a_row > _MAX_CRASHES_IN_A_ROW:
+            raise EngineLostError(f"engine of {self._model!r} crashes on every step: {error}") from error
         lost = self._core.drop_batches()
         batch = [i for i in scheduler.requests if i in lost]
         batch = batch or [request.request_id for request in scheduler.running]
         if not batch and not lost:
-            raise HostError(f"engine of {self._model!r} crashed with no request in its batch: {error}") from error
+            raise EngineLostError(f"engine of {self._model!r} crashed with no request in its batch: {error}") from error
         self._reset_engine()
         if len(batch) == 1:
             logger.error("request fails, it crashes the engine alone model=%s request=%s", self._model, batch[0])
@@ -79,7 +83,7 @@ class Quarantine:
             return
         del self._suspects[0]
         if self._suspects and request is not None and request.status == RequestStatus.RUNNING:
-            self._preempt_all()
+            self._core.preempt_all()
         self._next_suspect()
 
     def _next_suspect(self) -> None:
@@ -98,7 +102,7 @@ class Quarantine:
     def _reset_engine(self) -> None:
         """Preempt everything and drop what the crashed step left behind."""
         self._runner.drop_step()
-        self._preempt_all()
+        self._core.preempt_all()
         scheduler = self._core.scheduler
         for request in scheduler.requests.values():
             # Their output never arrives: without this, later tokens would be taken for stale ones.
@@ -110,12 +114,8 @@ class Quarantine:
         # Hashes are entered when a step is scheduled, so the crashed one left hashes of blocks never computed.
         scheduler.kv_cache_manager.reset_prefix_cache()
 
-    def _preempt_all(self) -> None:
-        while self._core.preempt_newest():
-            pass
-
     def _note_results(self) -> None:
         """A step whose tokens came since the last look ends a row of crashes."""
-        if self._core.counters.results != self._num_results:
-            self._num_results = self._core.counters.results
+        if self._core.watch.results != self._num_results:
+            self._num_results = self._core.watch.results
             self._crashes_in_a_row = 0

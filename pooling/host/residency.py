@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
 
 from tokenpool.errors import PoolError, SwitchError
 from tokenpool.host.hosted_model import HostedModel
@@ -89,6 +90,7 @@ class ResidencyManager:
     def enter(self, hosted: HostedModel) -> None:
         """The model takes its turn: it is not evicted for another's growth, and its copies go last."""
         self.room.current = hosted.name
+        self.room.host.entered(hosted.name)
         if hosted.name in self._weights:
             self._weights.touch(hosted.name)
         self.room.changed()
@@ -108,11 +110,11 @@ class ResidencyManager:
         Raises PoolError when a phase fails; the state is legal and the call can be repeated.
         """
         start = time.time()
-        self.room.target = hosted.name
+        self.room.host.target = hosted.name
         try:
             plan = self._bring_in(hosted)
         finally:
-            self.room.target = None
+            self.room.host.target = None
         end = time.time()
         self.counters.switches += 1
         self.counters.visible_seconds += end - start
@@ -148,27 +150,23 @@ class ResidencyManager:
         if attempt == self._refused:
             return False
         try:
-            self.room.target = hosted.name
+            self.room.host.target = hosted.name
             self._start_load(hosted, keep=keep, spare=spare, wait=False)
         except PoolError as error:
             logger.debug("no prefetch model=%s reason=%s", hosted.name, error)
             self._refused = attempt
             return False
         finally:
-            self.room.target = None
+            self.room.host.target = None
         self.counters.prefetches += 1
         return True
 
-    def fetch(self, hosted: HostedModel) -> None:
-        """Start to read a cold model's weights from disk, if host memory allows; nothing in any other state."""
-        if self._state(hosted.name) is not WeightState.COLD:
-            return
-        try:
-            self._weights.load_host(hosted.name)
-        except PoolError as error:  # tried again when the loop looks next
-            logger.debug("no fetch model=%s reason=%s", hosted.name, error)
-        else:
-            self._job_started[hosted.name] = time.time()
+    def fetch(self, waiting: Iterable[HostedModel]) -> None:
+        """Start to read the weights of those of `waiting`, which have work, that are cold, as far as memory allows."""
+        cold = [hosted.name for hosted in waiting if self._state(hosted.name) is WeightState.COLD]
+        for name in self.room.host.next_fetches(cold):
+            self._weights.load_host(name)
+            self._job_started[name] = time.time()
 
     def poll(self) -> list[tuple[str, PoolError]]:
         """Take over copies that have ended; returns the models whose copy failed, with the reason."""
@@ -212,6 +210,8 @@ class ResidencyManager:
             if was_loading:
                 self.room.evict(name)
             raise
+        if not was_loading:
+            self.room.host.fetched(name)
         kind, label = (CopyKind.TO_DEVICE, "weights_in") if was_loading else (CopyKind.FROM_DISK, "weights_from_disk")
         nbytes = self._weights.bytes_of(name)
         self.copies.observe(kind, nbytes, job.seconds)
@@ -232,4 +232,5 @@ class ResidencyManager:
         if self.room.current == name:
             self.room.current = None
         self.room.reuse.forget(name)
+        self.room.host.forget(name)
         self.room.changed()

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frees pages of the device, and host memory, at the expense of models that can do without them for a while."""
+"""Frees pages of the device at the expense of models that can do without them for a while."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from tokenpool.errors import CapacityError, PoolError
+from tokenpool.host.host_room import HostRoom
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.kv_swap import KVMove, KVSwapper
+from tokenpool.host.switch_counters import SwitchCounters
 from tokenpool.host.trace import TraceLog
 from tokenpool.memory.host_ledger import HostLedger
 from tokenpool.memory.ledger import PageUse
@@ -26,21 +27,6 @@ logger = logging.getLogger(__name__)
 _REUSE_HORIZON_S = 10.0
 _SPARE_REUSE = 0.5
 """Rank of the busy model that the policy can spare: behind models without work, before other busy ones."""
-
-
-@dataclass(slots=True)
-class SwitchCounters:
-    """Running totals of the device's switches."""
-
-    switches: int = 0
-    """Times a model was brought in that was not ready."""
-    visible_seconds: float = 0.0
-    """Time the loop waited for that."""
-    prefetches: int = 0
-    failures: int = 0
-    weight_evictions: int = 0
-    kv_evictions: int = 0
-    """Of models with requests that had KV; what nothing refers to leaves without a copy and is not counted."""
 
 
 class RoomMaker:
@@ -60,20 +46,18 @@ class RoomMaker:
         self.reuse = ReuseEstimator()
         self.current: str | None = None
         """Whose turn it is: its weights are not lent to KV."""
-        self.target: str | None = None
-        """Which model is being brought in: its host copy stays."""
+        self.host = HostRoom(models, weights, swapper, host, copies, self.counters, self.evict)
+        """Shares host memory."""
         self._models = models
         self._allocator = allocator
         self._weights = weights
         self._swapper = swapper
-        self._host = host
         self._copies = copies
         self._cost = CostModel(copies=copies)
         self._trace = trace
         self._lendable = 0
         self._lendable_is_stale = True
         weights.make_room = self._free_pages
-        host.make_room = self._free_host_memory
         swapper.on_moved = self._note_move
         allocator.lender = self
 
@@ -183,8 +167,9 @@ class RoomMaker:
     ) -> list[Victim]:
         """Take victims out until `pages` more pages are nobody's promise; returns them.
 
-        A victim that cannot leave, for want of host memory, is spared and others are chosen. Raises CapacityError if
-        all others together are too few, or are still leaving and nobody is to `wait`.
+        A victim that cannot leave, for want of host memory, is spared and others are chosen. If these are too few and
+        somebody is to `wait`, requests of spared models are preempted: their KV is given up and computed again later.
+        Raises CapacityError if all that is too little, or still leaving and nobody is to `wait`.
         """
         allocator = self._allocator
         goal = allocator.num_unpromised + pages
@@ -199,6 +184,8 @@ class RoomMaker:
             if missing <= 0:
                 raise CapacityError(f"KV of {', '.join(leaving)} is being copied to the host", needed_pages=pages)
             chosen = choose_evictions(self._candidates(target, keep, spare, spared), missing)
+            if chosen is None and wait and target is not None and self._preempt_one(spared):
+                continue
             if chosen is None:
                 raise CapacityError(
                     f"{missing} more pages are needed{f' for model {target!r}' if target else ''} and all that may "
@@ -218,13 +205,13 @@ class RoomMaker:
         name, kind = candidate.owner, candidate.kind
         hosted, gone = self._models[name], []
         hosted.core.drain_batches()
-        if kind is not EvictionKind.WEIGHTS or self._can_leave_for_free(hosted):
+        if kind is not EvictionKind.WEIGHTS or (name not in spared and self._can_leave_for_free(hosted)):
             promised, nbytes = self._allocator.committed(name), self._swapper.bytes_out(hosted)
             try:
                 self._swapper.begin_out(hosted)
                 if not nbytes:
                     self._swapper.settle(name)
-            except PoolError as error:  # the host tier is full: keep this KV, look for others
+            except PoolError as error:  # the host tier is full, or a copy fails: keep this KV, look for others
                 logger.warning("KV stays on the device model=%s reason=%s", name, error)
                 self.counters.failures += 1
                 spared.add(name)
@@ -239,6 +226,18 @@ class RoomMaker:
             self._trace.record("weights_out", name, start, time.time())
             gone.append(Victim(name, kind, self._weights.pages_of(name)))
         return gone
+
+    def _preempt_one(self, spared: set[str]) -> bool:
+        """Preempt all requests of a model whose KV cannot leave, so that it can be forgotten; False if there is none."""
+        for name in sorted(spared):
+            core = self._models[name].core
+            core.drain_batches()
+            if core.preempt_all():
+                logger.warning("KV is given up, host memory is full and another model waits model=%s", name)
+                self.counters.kv_given_up += 1
+                spared.discard(name)
+                return True
+        return False
 
     def _can_leave_for_free(self, hosted: HostedModel) -> bool:
         """Whether the model's KV is in and no request uses a block: it leaves without a copy."""
@@ -260,7 +259,7 @@ class RoomMaker:
             if name == target or name in keep:
                 continue
             pool, is_out = hosted.build.pool, self._swapper.is_out(name)
-            promised = 0 if pool is None or is_out else self._allocator.committed(name)
+            promised = 0 if pool is None or is_out or name in spared else self._allocator.committed(name)
             used = promised > 0 and pool.num_slabs > pool.num_idle_slabs
             p_reuse = 1.0
             if not hosted.core.scheduler.has_unfinished_requests():
@@ -273,26 +272,8 @@ class RoomMaker:
                 found.append(Candidate(EvictionKind.WEIGHTS, name, pages, cost_s, p_reuse))
             elif promised and not used and name in self._weights:
                 found.append(Candidate(EvictionKind.IDLE_KV, name, promised, 0.0, p_reuse))
-            if used and name not in spared:
+            if used:
                 nbytes = self._swapper.bytes_out(hosted)
                 cost_s = sum(self._copies.predict(kind, nbytes) for kind in (CopyKind.TO_HOST, CopyKind.TO_DEVICE))
                 found.append(Candidate(EvictionKind.PAUSED_KV, name, promised, cost_s, p_reuse))
         return found
-
-    # -- host memory ---------------------------------------------------------------------------------
-
-    def _free_host_memory(self, nbytes: int) -> None:
-        """Give up cached KV, then host copies that can be read again: of models without work, last of busy ones.
-
-        The model whose turn it is and the one that is being brought in keep theirs.
-        """
-        goal = self._host.free_bytes + nbytes
-        self._swapper.tier.drop_cached(nbytes)
-        needed = {self.current, self.target}
-        busy = self._busy_names() | needed
-        if self._host.free_bytes >= goal or self._weights.try_make_host_room(goal, keep=busy):
-            return
-        for name, weights in self._weights.snapshot().items():
-            if weights.state is WeightState.RESIDENT and weights.droppable and name not in busy:
-                self.evict(name)
-        self._weights.try_make_host_room(goal, keep=busy) or self._weights.try_make_host_room(goal, keep=needed)

@@ -61,7 +61,7 @@ class TurnChooser:
         stats = self._stats.pop(hosted.name, None)
         if not executed or stats is None or hosted.core.counters.steps <= _WARM_UP_STEPS:
             return  # with one busy model nobody asks what a step costs
-        scheduled = hosted.core.last_scheduled.num_scheduled_tokens
+        scheduled = hosted.core.watch.scheduled.num_scheduled_tokens
         num_decodes = sum(count == 1 for count in scheduled.values())
         num_prefill = sum(scheduled.values()) - num_decodes
         if self._residency.can_prefetch():

@@ -226,6 +226,12 @@ class HostKVTier:
         for entry in list(self._entries.get(model, {}).values()):
             self._remove(entry)
 
+    @property
+    def droppable_bytes(self) -> int:
+        """What `drop_cached` can give back at most."""
+        spare = sum(b.nbytes for c in self._classes.values() for b in c.paused.buffers if not b.occupants)
+        return self.host.total(HostUse.CACHED_KV) + spare
+
     def drop_cached(self, nbytes: int) -> int:
         """Give at least `nbytes` of host memory back if cached blocks hold as much; returns how much it was.
 

@@ -24,6 +24,8 @@ class WeightsView:
     """Pages the range needs, mapped or not."""
     droppable: bool | None
     """Whether the host copy can be given up; None = not tried yet."""
+    kept_bytes: int
+    """What stays in host memory when the copy is given up."""
     job_bytes: int
     """Progress of the job in flight; 0 without one."""
     loads: int
@@ -59,6 +61,7 @@ class ModelWeights:
             nbytes=self.nbytes,
             pages=self.range.num_pages,
             droppable=self.proof.droppable if self.proof else None,
+            kept_bytes=self.proof.kept_bytes if self.proof else 0,
             job_bytes=self.job.progress if self.job else 0,
             loads=self.loads,
         )

@@ -11,7 +11,8 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import NamedTuple, Protocol
 
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
@@ -129,9 +130,14 @@ class TurnPolicy(Protocol):
         """Choose what steps next; `run` is one of `pool.models`."""
 
 
+@cache
+def _registered() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+
+
 def load_turn_policy(name: str, options: Mapping[str, float] | None = None) -> TurnPolicy:
     """Instantiate the policy registered as `name` with its `options`; raises ConfigError naming the known ones."""
-    known = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    known = _registered()
     if name not in known:
         problem = f"no policy {name!r}; known: {', '.join(sorted(known))}"
         raise ConfigError(problem, key="scheduling.policy")

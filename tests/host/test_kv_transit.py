@@ -77,7 +77,7 @@ class Returning:
 
     def ran(self) -> list[str]:
         """Which requests were in the last step."""
-        return sorted(self.core.last_scheduled.num_scheduled_tokens)
+        return sorted(self.core.watch.scheduled.num_scheduled_tokens)
 
     def finish(self) -> None:
         self.device.chance = 1.0
@@ -179,7 +179,7 @@ def test_late_copies_change_no_stream(cases, reference, seed):
     def each_step(step: int) -> None:
         nonlocal left_out, beside_leaving
         hosted = pool.host._current
-        if hosted is not None and (ran := hosted.core.last_scheduled) is not None and hosted.build.pool.transit:
+        if hosted is not None and (ran := hosted.core.watch.scheduled) is not None and hosted.build.pool.transit:
             left_out += len(ran.num_scheduled_tokens) < len(hosted.core.scheduler.running)
         beside_leaving += bool(pool.host.swapper.leaving())
         if step % 25 == 0:

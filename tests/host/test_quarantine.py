@@ -75,11 +75,11 @@ def test_a_step_that_crashes_once_costs_no_request(cases):
 
 def test_an_engine_that_always_crashes_ends_the_host(cases):
     """When every step crashes the host gives up, so that its supervisor can restart it."""
-    from tokenpool.errors import HostError
+    from tokenpool.errors import EngineLostError
 
     pooled = _pool(cases)
     crash_when(pooled, "llama", lambda output: True)
     for request in prompts_for(7, 6):
         pooled.submit_one("llama", RequestSpec(f"more-{len(request)}", request, max_tokens=5), [])
-    with pytest.raises(HostError, match="crashes on every step"):
+    with pytest.raises(EngineLostError, match="crashes on every step"):
         pooled.run()

@@ -98,13 +98,13 @@ def test_draining_takes_outputs_and_schedules_nothing(cases):
     core = pooled.host.models["llama"].core
     for _ in range(5):
         pooled.run_once()
-    steps_ahead = sum(output.total_num_scheduled_tokens > 0 for output in core.in_flight)
+    steps_ahead = sum(output.total_num_scheduled_tokens > 0 for output in core.watch.in_flight)
     tokens_before = {key: len(result.tokens) for key, result in pooled.results("llama").items()}
     scheduled_before = [request.num_computed_tokens for request in core.scheduler.running]
     assert 1 == steps_ahead == len(core.batch_queue)
     core.drain_batches()
     pooled._collect()
-    assert not core.batch_queue and not core.in_flight
+    assert not core.batch_queue and not core.watch.in_flight
     assert scheduled_before == [request.num_computed_tokens for request in core.scheduler.running]
     tokens = {key: len(result.tokens) for key, result in pooled.results("llama").items()}
     assert {key: count + steps_ahead for key, count in tokens_before.items()} == tokens
@@ -184,7 +184,7 @@ def test_a_crash_that_shows_when_a_model_is_drained_is_its_own(cases):
     assert core.batch_queue and 0 == core.counters.crashed_steps
     core.drain_batches()
     assert (1, True) == (core.counters.crashed_steps, pooled.host.models["llama"].quarantine.active)
-    assert not core.batch_queue and not core.in_flight
+    assert not core.batch_queue and not core.watch.in_flight
     pooled.run()
     pooled.check()
     for name in ("llama", "qwen2"):

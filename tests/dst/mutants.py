@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults that the host once had, put back for a run: whoever changes the simulator sees whether it still finds them.
+
+Each is what stood in the code of its time, as far as the code of today allows, and is undone at the end of the block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tokenpool.errors import EngineLostError, HostError
+from tokenpool.host import engine_host, hosted_model, pressure, quarantine
+from tokenpool.host.host_room import HostRoom
+from tokenpool.host.hosted_core import HostedEngineCore
+from tokenpool.memory.states import WeightState
+
+
+@contextmanager
+def _replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    before = [(owner, name, owner.__dict__[name]) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def hunger_is_guessed() -> Any:
+    """A step that ran nothing counts as hunger for memory, whatever its requests wait for; nobody wakes the loop."""
+
+    def after_step(self: Any, model: str, core: Any, executed: bool) -> None:
+        if executed:
+            self._seen_version.pop(model, None)
+        elif core.scheduler.has_unfinished_requests():
+            self._seen_version[model] = self._allocator.version
+            waiting = core.scheduler.waiting
+            if waiting and model not in self._starved:
+                self._starved[model] = waiting.peek_request().request_id
+
+    preprocess = HostedEngineCore.preprocess_add_request
+
+    def preprocess_quietly(self: Any, request: Any) -> Any:
+        notify, self._notify = self._notify, lambda: None
+        try:
+            made, wave = preprocess(self, request)
+        finally:
+            self._notify = notify
+        grammar = made.structured_output_request and made.structured_output_request._grammar
+        if hasattr(grammar, "_done_callbacks"):
+            grammar._done_callbacks.clear()
+        return made, wave
+
+    return _replaced(
+        (pressure.PressureRelief, "after_step", after_step),
+        (engine_host, "is_blocked", lambda core: False),
+        (hosted_model.HostedModel, "rest", lambda self, executed: None),
+        (HostedEngineCore, "preprocess_add_request", preprocess_quietly),
+    )
+
+
+def raised_floor_outlives_its_request() -> Any:
+    """A raised floor is looked at only after a step of its own model that the turn policy asked for."""
+    note = pressure.PressureRelief.after_step
+    review = pressure.PressureRelief.review
+
+    def after_step(self: Any, model: str, core: Any, executed: bool) -> None:
+        note(self, model, core, executed)
+        if self._raised in (None, model):
+            review(self)
+
+    return _replaced(
+        (pressure.PressureRelief, "after_step", after_step),
+        (pressure.PressureRelief, "review", lambda self: None),
+    )
+
+
+def copies_throw_each_other_out() -> Any:
+    """Every cold model is read at each look, at the expense of any copy but the present model's."""
+
+    def next_fetches(self: Any, cold: Any) -> Any:
+        for name in cold:
+            missing = self._weights.bytes_of(name) - self._host.free_bytes
+            if missing > 0:
+                self._swapper.tier.drop_cached(missing)
+            if self._weights.bytes_of(name) <= self._host.free_bytes or _dropped(self, name):
+                yield name
+
+    def _dropped(self: Any, name: str) -> bool:
+        current = _current[-1] if _current else None
+        for owner, view in self._weights.snapshot().items():
+            if self._weights.bytes_of(name) <= self._host.free_bytes:
+                return True
+            if owner in (name, current, self.target) or not view.droppable:
+                continue
+            if view.state is WeightState.RESIDENT and not self._is_busy(owner):
+                self._evict(owner)
+            if self._weights.state(owner) is WeightState.WARM:
+                self._weights.drop_host(owner)
+        return self._weights.bytes_of(name) <= self._host.free_bytes
+
+    _current: list[str] = []
+    return _replaced(
+        (HostRoom, "next_fetches", next_fetches),
+        (HostRoom, "entered", lambda self, name: _current.append(name)),
+        (HostRoom, "fetched", lambda self, name: None),
+    )
+
+
+def fatal_error_is_charged_to_another() -> Any:
+    """An engine that cannot go on says so with the error that a failed switch has."""
+
+    class _Lost(EngineLostError, HostError):
+        pass
+
+    return _replaced((quarantine, "EngineLostError", _Lost), (engine_host, "EngineLostError", _Lost))
+
+
+MUTANTS: Mapping[str, Callable[[], Any]] = {
+    mutant.__name__: mutant
+    for mutant in (
+        hunger_is_guessed,
+        raised_floor_outlives_its_request,
+        copies_throw_each_other_out,
+        fatal_error_is_charged_to_another,
+    )
+}

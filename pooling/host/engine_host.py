@@ -47,7 +47,7 @@ from tokenpool.policy.turns import Phase, load_turn_policy
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _NAP_S, _LONGEST_NAP_S = 0.001, 0.008
-"""How long the loop sleeps while models wait for memory, a copy or a retry: twice as long each time, at most so long."""
+"""How long the loop sleeps while models wait for memory, a copy or a retry: twice as long each time, up to a limit."""
 
 
 class EngineHost:

@@ -228,7 +228,7 @@ class RoomMaker:
         return gone
 
     def _preempt_one(self, spared: set[str]) -> bool:
-        """Preempt all requests of a model whose KV cannot leave, so that it can be forgotten; False if there is none."""
+        """Preempt all requests of a model whose KV cannot leave, which is then forgotten; False if there is none."""
         for name in sorted(spared):
             core = self._models[name].core
             core.drain_batches()

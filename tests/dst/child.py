@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs seeds in this process and prints a report of each as a line of JSON: `python -m tests.dst.child FOLDER A B`."""
+"""Runs seeds in this process and prints a report of each as JSON: `python -m tests.dst.child FOLDER 1,2,3 [OPTIONS]`.
+
+Options: `--mutant=NAME` puts a fault back (mutants.py), `-v` shows the log of the host.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +16,39 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.dst.mutants import MUTANTS
+from tests.dst.scenario import make_scenario
 from tests.dst.simulation import simulate
 from tests.dst.world import make_checkpoints
 from tokenpool.host import engine_builder, engine_host
 
-_SEED_LIMIT_S = 30
+_SEED_LIMIT_S = 120
 """A seed that takes longer does not end: the process dies with a traceback."""
 
 
-def main(folder: str, first: str, end: str, *options: str) -> None:
-    """Run the seeds from `first` on, up to `end`."""
+def prepare(folder: Path) -> None:
+    """Make this process one that runs simulations."""
     faulthandler.enable()
-    logging.getLogger("tokenpool").setLevel(logging.DEBUG if "-v" in options else logging.CRITICAL + 1)
-    if "-v" in options:
-        logging.basicConfig(level=logging.DEBUG)
+    for name in ("vllm", "tokenpool"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     # A full collection for each model that comes or goes takes ten times as long as the rest of a simulation.
     engine_host.release_engine = engine_builder.release_engine = lambda error=None: None
-    make_checkpoints(Path(folder))
-    mutants = [MUTANTS[option.removeprefix("--mutant=")]() for option in options if option.startswith("--mutant=")]
+    make_checkpoints(folder)
+
+
+def main(folder: str, seeds: str, *options: str) -> None:
+    """Run the seeds."""
+    prepare(Path(folder))
+    if "-v" in options:
+        logging.getLogger("tokenpool").setLevel(logging.DEBUG)
+        logging.basicConfig(level=logging.DEBUG)
     with ExitStack() as stack:
-        for mutant in mutants:
-            stack.enter_context(mutant)
-        for seed in range(int(first), int(end)):
+        for option in options:
+            if option.startswith("--mutant="):
+                stack.enter_context(MUTANTS[option.removeprefix("--mutant=")]())
+        for seed in map(int, seeds.split(",")):
             print(f"seed {seed}", flush=True)
             faulthandler.dump_traceback_later(_SEED_LIMIT_S, exit=True)
-            print(json.dumps(asdict(simulate(seed, Path(folder)))), flush=True)
+            print(json.dumps(asdict(simulate(make_scenario(seed), Path(folder)))), flush=True)
 
 
 if __name__ == "__main__":

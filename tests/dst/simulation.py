@@ -8,6 +8,7 @@ the faults have stopped. All books agree at any time, and nothing is left when a
 from __future__ import annotations
 
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreRequestType, FinishReason
 
 from tests.dst import engines, oracle
-from tests.dst.scenario import ModelPlan, RequestPlan, Scenario, make_scenario
+from tests.dst.scenario import ModelPlan, RequestPlan, Scenario
 from tests.dst.world import Violation, World
 from tokenpool.errors import EngineLostError, HostError, PoolError
 from tokenpool.host.engine_host import EngineHost
@@ -331,23 +332,21 @@ class Simulation:
         host.close()
 
 
-def simulate(seed: int, folder: Path) -> Report:
-    """Run a seed; a violation is in the report. What the process dies of is not: run many in a child."""
+def simulate(scenario: Scenario, folder: Path) -> Report:
+    """Run a scenario, which is changed; a violation is in the report. What the process dies of is not."""
     start = time.perf_counter()
-    simulation, violation = Simulation(make_scenario(seed), folder), None
+    simulation, violation = Simulation(scenario, folder), None
     try:
         simulation.run()
     except Violation as error:
         violation = str(error)
     except Exception as error:  # nothing may leave the loop but the loss of an engine
-        import traceback
-
-        violation = f"{type(error).__name__}: {error}: " + " < ".join(
-            f"{f.name}:{f.lineno}" for f in reversed(traceback.extract_tb(error.__traceback__)[-6:])
-        )
+        frames = reversed(traceback.extract_tb(error.__traceback__)[-6:])
+        where = " < ".join(f"{frame.name}:{frame.lineno}" for frame in frames)
+        violation = f"{type(error).__name__}: {error}: {where}"
     world = simulation.world
     return Report(
-        seed=seed,
+        seed=scenario.seed,
         violation=violation,
         tokens_checked=world.tokens_checked,
         tokens_computed=world.tokens_computed,

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random lives of a host: whatever fails, hangs, aborts or comes late, each request gets its tokens or a cause."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.dst.seeds import differing, run_seeds
+
+pytestmark = pytest.mark.vllm
+
+SEEDS = range(int(os.environ.get("TOKENPOOL_DST_SEEDS", "120")))
+REGRESSIONS = (2041, 2075, 2100)
+"""Seeds that found a fault once."""
+
+
+def test_every_seed_keeps_the_laws_and_two_runs_of_it_are_the_same():
+    """Right tokens or an error that something injected explains, nobody waits, all books agree, nothing random."""
+    seeds = sorted({*SEEDS, *REGRESSIONS})
+    outcome = run_seeds(seeds)
+    failures = outcome.failures | differing(seeds[:20], outcome)
+
+    assert not failures, "\n".join(f"seed {seed}: {problem}" for seed, problem in failures.items())
+    assert outcome.total("tokens_checked") > 500 * len(seeds)
+    for figure in ("switches", "errors", "hosts_lost", "floors_raised"):
+        assert outcome.total(figure), f"no seed has any {figure}"
+
+
+@pytest.mark.parametrize("mutant", ["hunger_is_guessed", "copies_throw_each_other_out"])
+def test_a_fault_that_is_put_back_is_found(mutant):
+    """The simulator is no better than the faults that it can find; bench/dst.py puts back the rarer ones too."""
+    outcome = run_seeds(range(60), mutant=mutant, stop_early=True)
+
+    assert outcome.failures

@@ -24,6 +24,7 @@ from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import ClusterView, Deployment, Endpoints, HostReport, Order, StaleEpochError
 from tokenpool.cluster_config import ClusterConfig
 from tokenpool.errors import HostError
+from tokenpool.logs import log_to_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +34,13 @@ _PARENT_LOOK_S = 0.5
 _CALLS = ("state", "load", "check", "trace", "progress", "metrics", "attach_at", "detach_frontend")
 
 
-def _log_to_stderr() -> None:
-    level = os.environ.get("TOKENPOOL_LOG_LEVEL", "INFO")
-    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
-    logging.getLogger("tokenpool").setLevel(level)
-
-
 class HostActor:
     """One engine host of the cluster; calls run on threads, the reports on a thread of their own."""
 
     def __init__(
         self, host: str, config: Mapping[str, Any], controller: ActorHandle, period_s: float, env: Mapping[str, str]
     ) -> None:
-        _log_to_stderr()
+        log_to_stderr()
         context = ray.get_runtime_context()
         self._supervisor = HostSupervisor(
             host,
@@ -88,7 +83,7 @@ class Controller:
     """The cluster's only decider; an async actor, so everything here runs on one event loop."""
 
     def __init__(self, config: ClusterConfig, num_hosts: int, namespace: str) -> None:
-        _log_to_stderr()
+        log_to_stderr()
         self._config = config
         self._namespace = namespace
         self._path = snapshot_path(config, ray.get_runtime_context().gcs_address)

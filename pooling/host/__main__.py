@@ -24,6 +24,7 @@ from tokenpool.host.kv_exchange import KVExchange
 from tokenpool.host.metrics import HostMetrics, scrape
 from tokenpool.host.request_waits import tell_waits
 from tokenpool.host.state import host_load, host_state, host_trace, model_state
+from tokenpool.logs import log_to_stderr
 
 CONTROL_KEY_VARIABLE = "TOKENPOOL_CONTROL_KEY"
 _PR_SET_PDEATHSIG = 1
@@ -31,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main(control_path: str, config_json: str) -> None:
     """Serve until SIGTERM, then finish what was accepted. The process dies with its supervisor."""
-    logging.basicConfig(level=os.environ.get("TOKENPOOL_LOG_LEVEL", "INFO"), format="%(levelname)s host: %(message)s")
+    log_to_stderr("host")
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     host = EngineHost(HostConfig(**json.loads(config_json)))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the frontend, which drains and then asks us

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import pickle
 import signal
 from multiprocessing.connection import Connection
 from typing import Any
+
+from tokenpool.logs import log_to_stderr
 
 _PR_SET_PDEATHSIG = 1
 
@@ -29,8 +30,7 @@ logger = logging.getLogger(__name__)
 
 def follow(connection: Connection, alarm: Connection, rank: int, init_method: str) -> None:
     """Entry of the process; returns when rank 0 says so or is gone."""
-    level = os.environ.get("TOKENPOOL_LOG_LEVEL", "INFO")
-    logging.basicConfig(level=level, format=f"%(levelname)s rank {rank}: %(message)s")
+    log_to_stderr(f"rank {rank}")
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 drains first

@@ -133,8 +133,14 @@ async def _cards(model: ModelApp) -> list[dict[str, Any]]:
 
 
 async def pool_state(request: Request) -> Response:
-    """Memory map, queues and totals."""
-    return JSONResponse(await request.app.state.pool.state())
+    """Memory map, queues and totals, with the address at which this request came in."""
+    return JSONResponse({"address": _address(request), **await request.app.state.pool.state()})
+
+
+def _address(request: Request) -> str | None:
+    """Host and port of the socket; the port is the real one where the pool file says 0."""
+    host, port = request.scope.get("server") or (None, None)
+    return None if host is None or port is None else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 async def pool_tenants(request: Request) -> Response:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 
 from tokenpool.config import PoolConfig
+from tokenpool.logs import log_to_stderr
 from tokenpool.serve.launch_plan import ModelPlan
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,7 @@ class FrontendProcess:
 
 def _main(settings: FrontendSettings, sock: socket.socket) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # its parent ends with the supervisor
-    logging.basicConfig(level=os.environ.get("TOKENPOOL_LOG_LEVEL", "INFO"), format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_stderr()
     if settings.index:  # what is told of all models is told once
         logging.getLogger("tokenpool.serve.host_watch").setLevel(logging.WARNING)
     from tokenpool.patches import apply_all

@@ -23,6 +23,7 @@ from vllm.utils.system_utils import set_ulimit
 
 from tokenpool.config import PoolConfig
 from tokenpool.errors import ConfigError
+from tokenpool.logs import log_to_stderr
 from tokenpool.serve.endpoints import build_outer_app
 from tokenpool.serve.launch_plan import ModelPlan, plan_pool
 from tokenpool.serve.pool_server import PoolServer
@@ -55,8 +56,7 @@ def serve(config: PoolConfig, cluster: str | None = None, pool_file: str | None 
 
     `cluster` is the address of a Ray cluster, `auto` or `local`; there `pool_file` is watched for changes.
     """
-    logging.basicConfig(level=os.environ.get("TOKENPOOL_LOG_LEVEL", "INFO"), format="%(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_to_stderr()
     try:
         sock = create_server_socket((config.host or "", config.port), reuse_port=False)
     except OSError as error:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log lines of tokenpool reach stderr whatever other packages do to Python's logging."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tokenpool.errors import ConfigError
+from tokenpool.logs import LEVEL_VARIABLE, log_to_stderr
+
+pytestmark = pytest.mark.cpu
+
+HARM = {
+    "nothing": "",
+    "a level": "root.setLevel(logging.ERROR)",
+    "a level for handlers": "[handler.setLevel(logging.ERROR) for handler in root.handlers]",
+    "no handlers": "root.handlers.clear()",
+    "other handlers": "logging.basicConfig(level=logging.CRITICAL, force=True)",
+}
+"""What a package does to the root logger when it is imported."""
+
+
+def logged(code: str, level: str = "INFO") -> list[str]:
+    """Run `code` in a process that logs as ours do, and return its stderr."""
+    setup = "import logging; from tokenpool.logs import log_to_stderr; root = logging.getLogger()\n"
+    env = {**os.environ, LEVEL_VARIABLE: level}
+    command = [sys.executable, "-c", setup + code]
+    return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stderr.splitlines()
+
+
+@pytest.mark.parametrize("harm", HARM.values(), ids=HARM)
+def test_no_line_is_lost_or_doubled(harm: str) -> None:
+    """Each line of ours is written once and in our layout, also for loggers made after another package's import."""
+    lines = logged(
+        f"log_to_stderr()\nold = logging.getLogger('tokenpool.old')\n{harm}\n"
+        "old.info('one %d', 1); logging.getLogger('tokenpool.new').warning('two'); old.debug('three')"
+    )
+
+    assert lines == ["INFO one 1", "WARNING two"]
+
+
+def test_lines_name_their_process_and_a_second_call_replaces_the_first() -> None:
+    """A host's lines say that they are a host's."""
+    assert logged("log_to_stderr(); log_to_stderr('host'); logging.getLogger('tokenpool.x').info('up')") == [
+        "INFO host: up"
+    ]
+
+
+def test_the_level_is_that_of_the_variable() -> None:
+    """Lower case is fine, too."""
+    code = "log_to_stderr(); own = logging.getLogger('tokenpool.x'); own.info('no'); own.error('yes')"
+
+    assert logged(code, "error") == ["ERROR yes"]
+
+
+def test_of_other_packages_warnings_are_shown() -> None:
+    """What has no handler of its own is told apart by its level; its chatter is left out."""
+    code = "log_to_stderr(); other = logging.getLogger('asyncio'); other.info('no'); other.warning('yes')"
+
+    assert logged(code) == ["WARNING yes"]
+
+
+def test_a_level_that_there_is_not_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the variable and the levels, and nothing is changed."""
+    monkeypatch.setenv(LEVEL_VARIABLE, "loud")
+    before = list(logging.getLogger("tokenpool").handlers)
+
+    with pytest.raises(ConfigError, match="TOKENPOOL_LOG_LEVEL: 'LOUD' is no level: give one of DEBUG, INFO"):
+        log_to_stderr()
+    assert before == logging.getLogger("tokenpool").handlers

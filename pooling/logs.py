@@ -22,9 +22,10 @@ def log_to_stderr(process: str = "") -> None:
     The level of tokenpool's own lines is `TOKENPOOL_LOG_LEVEL`, else INFO. Of other packages that have no handler of
     their own, warnings and errors are shown. Raises ConfigError for a level that there is not.
     """
-    level = os.environ.get(LEVEL_VARIABLE, "INFO").strip().upper()
+    given = os.environ.get(LEVEL_VARIABLE, "INFO")
+    level = given.strip().upper()
     if level not in _LEVELS:
-        raise ConfigError(f"{show(level)} is no level: give one of {', '.join(_LEVELS)}", key=LEVEL_VARIABLE)
+        raise ConfigError(f"{show(given)} is no level: give one of {', '.join(_LEVELS)}", key=LEVEL_VARIABLE)
     layout = f"%(levelname)s {process}: %(message)s" if process else "%(levelname)s %(message)s"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(layout))

@@ -70,6 +70,6 @@ def test_a_level_that_there_is_not_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv(LEVEL_VARIABLE, "loud")
     before = list(logging.getLogger("tokenpool").handlers)
 
-    with pytest.raises(ConfigError, match="TOKENPOOL_LOG_LEVEL: 'LOUD' is no level: give one of DEBUG, INFO"):
+    with pytest.raises(ConfigError, match="TOKENPOOL_LOG_LEVEL: 'loud' is no level: give one of DEBUG, INFO"):
         log_to_stderr()
     assert before == logging.getLogger("tokenpool").handlers

@@ -19,18 +19,19 @@ def doctor(words: list[str]) -> int:
 
 
 def _report_versions() -> bool:
-    import psutil
     import torch
 
     import tokenpool
+    from tokenpool.memory.system_memory import system_memory
     from tokenpool.patches import vllm_version
     from tokenpool.units import format_bytes
 
     print(f"tokenpool {tokenpool.__version__}, python {sys.version.split()[0]}")
     print(f"vllm {vllm_version()}, torch {torch.__version__}")
     device_ok = _report_device()
-    memory = psutil.virtual_memory()
-    print(f"host memory {format_bytes(memory.total)}, available {format_bytes(memory.available)}")
+    memory = system_memory()
+    limited = " (the limit of a cgroup)" if memory.is_limited else ""
+    print(f"host memory {format_bytes(memory.total_bytes)}{limited}, available {format_bytes(memory.available_bytes)}")
     return device_ok
 
 

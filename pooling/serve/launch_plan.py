@@ -8,7 +8,6 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
@@ -20,6 +19,7 @@ from tokenpool.errors import ConfigError, PoolError
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostConfig, HostedModelSpec
 from tokenpool.memory.device_nvml import read_gpu
+from tokenpool.memory.system_memory import system_memory
 from tokenpool.policy.turns import load_turn_policy
 from tokenpool.serve.flags import parse_serve_flags
 from tokenpool.serve.names import check_names
@@ -114,7 +114,7 @@ def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
     if config.device_memory is None:
         config = replace(config, device_memory=_auto_device_memory(config, plans))
     if config.host_memory is None:
-        config = replace(config, host_memory=int(psutil.virtual_memory().available * _AUTO_HOST_FRACTION))
+        config = replace(config, host_memory=_share_of_memory(_AUTO_HOST_FRACTION))
     if config.weights == "auto":
         config = replace(config, weights="fixed" if _pages_for_all(config, plans) <= _pages(config) else "movable")
     if config.scheduling.policy == "auto":
@@ -147,7 +147,12 @@ def _auto_device_memory(config: PoolConfig, plans: list[ModelPlan]) -> int:
         return sum(asked) + sum(_needed_pages(config, plan) for plan in plans) * config.page_size + config.page_size
     if current_platform.is_cuda():
         return read_gpu(current_platform.get_device_uuid()).budget_bytes()
-    return int(psutil.virtual_memory().available * _AUTO_CPU_FRACTION)
+    return _share_of_memory(_AUTO_CPU_FRACTION)
+
+
+def _share_of_memory(fraction: float) -> int:
+    """A share of what the machine, or this process' container, has left; a byte where that is nothing."""
+    return max(1, int(system_memory().available_bytes * fraction))
 
 
 def _check_ranks(plans: list[ModelPlan]) -> None:

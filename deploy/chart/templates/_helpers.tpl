@@ -53,7 +53,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $unit := trimPrefix $number (trim .) | trim | lower -}}
 {{- if hasSuffix "ib" $unit -}}{{- $unit = trimSuffix "b" $unit -}}{{- end -}}
 {{- if not (and $number (hasKey $scales $unit)) -}}
-{{- fail (printf "%q is no size: write such as 24GiB; `auto` would look at the node's memory, not at the pod's" .) -}}
+{{- fail (printf "%q is no size: write such as 24GiB; the pod's memory is derived from it, so `auto` is not there" .) -}}
 {{- end -}}
 {{- mulf (float64 $number) (get $scales $unit) | ceil | int64 -}}
 {{- else -}}

@@ -15,12 +15,13 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from tokenpool.config import ModelSpec, PoolConfig
-from tokenpool.errors import ConfigError, PoolError
+from tokenpool.errors import ConfigError, PoolError, config_errors_under
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostConfig, HostedModelSpec
 from tokenpool.memory.device_nvml import read_gpu
 from tokenpool.memory.system_memory import system_memory
 from tokenpool.policy.turns import load_turn_policy
+from tokenpool.serve.checkpoint import checkpoint_bytes
 from tokenpool.serve.flags import parse_serve_flags
 from tokenpool.serve.names import check_names
 from tokenpool.serve.poolability import check_config, check_flags
@@ -34,7 +35,6 @@ _POOL_OWNED = {
     "--port": "port",
     "--shutdown-timeout": "shutdown_timeout",
 }
-_WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
 
 
 @dataclass(slots=True)
@@ -84,8 +84,8 @@ class ModelPlan:
 
 def plan_model(spec: ModelSpec) -> ModelPlan:
     """Parse a model's flags and refuse what cannot be pooled; raises ConfigError or ModelRefusedError."""
-    path = Path(spec.model)
-    if spec.model.startswith(("/", "./", "../", "~")) and not path.expanduser().exists():
+    path = Path(os.path.expanduser(spec.model))
+    if spec.model.startswith(("/", "./", "../", "~")) and not os.path.exists(path):
         raise ConfigError(f"missing path {spec.model}: correct it, or give a Hugging Face id", key="model")
     for flag, key in _POOL_OWNED.items():
         if any(word.split("=")[0].replace("_", "-") == flag for word in spec.args):
@@ -99,7 +99,9 @@ def plan_model(spec: ModelSpec) -> ModelPlan:
         raise error.under(source=f"model {spec.name!r}") from error
     check_flags(spec.name, args)
     args.api_key = None  # keys are checked once, in front of all models
-    return ModelPlan(spec, args, -(-_checkpoint_bytes(path.expanduser()) // args.tensor_parallel_size))
+    with config_errors_under(source=f"model {spec.name!r}"):
+        weight_bytes = checkpoint_bytes(path)
+    return ModelPlan(spec, args, -(-weight_bytes // args.tensor_parallel_size))
 
 
 def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
@@ -197,15 +199,6 @@ def _check_budget(config: PoolConfig, plans: list[ModelPlan]) -> None:
             f"need {format_bytes(needed * config.page_size)}; {fix}",
             key="device_memory",
         )
-
-
-def _checkpoint_bytes(path: Path) -> int:
-    if not path.is_dir():
-        return 0
-    for pattern in _WEIGHT_PATTERNS:
-        if files := list(path.glob(pattern)):
-            return sum(os.path.getsize(file) for file in files)
-    return 0
 
 
 def first_line(error: Exception) -> str:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weight files of a local checkpoint: how large they are, and whether they can be read. Imports no vLLM."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from tokenpool.errors import ConfigError
+
+_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
+"""In the order in which vLLM looks: the first of which there are files is taken."""
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Size of the weights in `folder`; 0 if it is no folder or has none.
+
+    Raises ConfigError that names a weight file which is no readable file, since vLLM would fail to open it.
+    """
+    if not os.path.isdir(folder):
+        return 0
+    for pattern in _PATTERNS:
+        if files := sorted(folder.glob(pattern)):
+            return sum(_file_bytes(file) for file in files)
+    return 0
+
+
+def _file_bytes(file: Path) -> int:
+    try:
+        # Not to wait for a writer, should it be a pipe.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise _unreadable(file, f"cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise _unreadable(file, "is no file")
+    return status.st_size
+
+
+def _unreadable(file: Path, problem: str) -> ConfigError:
+    target = f", a link to {os.readlink(file)}," if os.path.islink(file) else ""
+    return ConfigError(f"weight file {file}{target} {problem}; correct it or fetch the model again", key="model")

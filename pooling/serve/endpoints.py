@@ -10,8 +10,6 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -35,7 +33,7 @@ _MODELS = LabelledGauge("models")
 HOST_RESTARTS = metric("host_restarts").make()
 
 
-def build_outer_app(cors: dict[str, Any]) -> Starlette:
+def build_outer_app() -> Starlette:
     """The app for pool-level paths; `PoolServer` puts itself into its state as `pool`."""
     get = {"methods": ["GET"]}
     routes = [
@@ -57,8 +55,7 @@ def build_outer_app(cors: dict[str, Any]) -> Starlette:
         Route("/v1/pool/models", add_model, methods=["POST"]),
         Route("/v1/pool/models/{name:path}", remove_model, methods=["DELETE"]),
     ]
-    middleware = [Middleware(CORSMiddleware, **cors)] if cors.get("allow_origins") else []
-    return Starlette(routes=routes, middleware=middleware, exception_handlers={PoolError: _pool_error})
+    return Starlette(routes=routes, exception_handlers={PoolError: _pool_error})
 
 
 async def health(request: Request) -> Response:

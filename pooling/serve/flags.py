@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import NoReturn
@@ -44,7 +45,7 @@ def parse_serve_flags(words: Sequence[str]) -> Namespace:
     # The parser takes an unknown flag's value for a positional and names the wrong word: look first.
     _refuse_unknown(words)
     try:
-        args = parser.parse_args(list(words))
+        args = parser.parse_args(_with_json_lists(words))
         if args.model_tag is not None:
             args.model = args.model_tag
         validate_parsed_serve_args(args)
@@ -53,6 +54,40 @@ def parse_serve_flags(words: Sequence[str]) -> Namespace:
             raise
         raise ConfigError(str(error)) from error
     return args
+
+
+def _with_json_lists(words: Sequence[str]) -> list[str]:
+    """Write the values of flags that want one list in JSON, such as --allowed-origins, as that list.
+
+    In a pool file and on a command line they look like flags of several values.
+    """
+    flags = {
+        option
+        for action in _serve_parser()._actions
+        if action.type is json.loads and isinstance(action.default, list)
+        for option in action.option_strings
+    }
+    written: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag.replace("_", "-") not in flags:
+            written.append(word)
+            continue
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        is_written = not values or (len(values) == 1 and _is_json_list(values[0]))
+        written += [flag, *(values if is_written else [json.dumps(values)])]
+    return written
+
+
+def _is_json_list(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), list)
+    except ValueError:
+        return False
 
 
 def _refuse_unknown(words: Sequence[str]) -> None:

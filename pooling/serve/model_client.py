@@ -22,6 +22,7 @@ from tokenpool.host.heap import release_engine, release_metrics
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.patches.engine_client import handing_in
 from tokenpool.serve.admission import EngineQueue
+from tokenpool.serve.cors import drop_cors
 from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, first_line
@@ -109,6 +110,7 @@ class ModelClient:
     async def _build_app(self) -> None:
         tasks = await self.engine.get_supported_tasks()
         self.app = app = build_app(self.plan.args, tasks, self.engine.model_config)
+        drop_cors(app)  # the port has one, by the first model's flags
         await init_app_state(self.engine, app.state, self.plan.args, tasks)
         app.state.server = None  # vLLM's error handler looks it up; the pool never stops because of one model
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))

@@ -24,6 +24,7 @@ from vllm.utils.system_utils import set_ulimit
 from tokenpool.config import PoolConfig
 from tokenpool.errors import ConfigError
 from tokenpool.logs import log_to_stderr
+from tokenpool.serve.cors import with_cors
 from tokenpool.serve.endpoints import build_outer_app
 from tokenpool.serve.launch_plan import ModelPlan, plan_pool
 from tokenpool.serve.pool_server import PoolServer
@@ -98,11 +99,11 @@ async def _serve(
     config: PoolConfig, plans: list[ModelPlan], sock: socket.socket, make_pool: MakePool, announce: bool
 ) -> None:
     args = plans[0].args
-    pool = make_pool(build_outer_app(_cors(args)))
+    pool = make_pool(build_outer_app())
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = NoSignalServer(_uvicorn_config(pool.app, args, config))
+    server = NoSignalServer(_uvicorn_config(with_cors(pool.app, args), args, config))
     # The port answers while models load: /health is up, /ready and the models say 503.
     serving = asyncio.create_task(_answer(server, pool, sock))
     starting = asyncio.create_task(pool.start())
@@ -155,12 +156,3 @@ def _uvicorn_config(app: Any, args: Namespace, config: PoolConfig) -> uvicorn.Co
     )
     uvicorn_config.h11_max_header_count = args.h11_max_header_count
     return uvicorn_config
-
-
-def _cors(args: Namespace) -> dict[str, Any]:
-    return {
-        "allow_origins": args.allowed_origins,
-        "allow_credentials": args.allow_credentials,
-        "allow_methods": args.allowed_methods,
-        "allow_headers": args.allowed_headers,
-    }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from prometheus_client import generate_latest
@@ -14,6 +14,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_model import HostedModel
+from tokenpool.host.metric_files import forget_models
 from tokenpool.host.state import copied_bytes, step_errors, weight_state
 from tokenpool.memory.states import WeightState
 from tokenpool.metric_registry import metric
@@ -33,10 +34,12 @@ _CHECK_PERIOD_S = 10.0
 
 
 class LabelledGauge:
-    """A gauge whose samples are replaced as a whole: one that is no longer given is set to 0."""
+    """A gauge whose samples are replaced as a whole: one that is no longer given is set to 0, until it is forgotten."""
 
     def __init__(self, name: str) -> None:
         self._gauge = metric(name).make()
+        labels = metric(name).labels
+        self._model = labels.index("model_name") if "model_name" in labels else None
         self._shown: dict[tuple[str, ...], float] = {}
 
     def replace(self, values: Mapping[tuple[str, ...], float]) -> None:
@@ -45,6 +48,11 @@ class LabelledGauge:
             self._set(labels, 0)
         for labels, value in values.items():
             self._set(labels, value)
+
+    def forget(self, models: Collection[str]) -> None:
+        """Know nothing more of the samples of these models, which `forget_models` takes out of the scrape."""
+        if self._model is not None:
+            self._shown = {labels: value for labels, value in self._shown.items() if labels[self._model] not in models}
 
     def _set(self, labels: tuple[str, ...], value: float) -> None:
         if self._shown.get(labels) != value:
@@ -76,14 +84,18 @@ class HostMetrics:
         self._errors = LabelledGauge("cost_error")
         self._attainment = LabelledGauge("slo_attainment")
         self._goodput = LabelledGauge("goodput_tokens_per_s")
+        self._gauges = (self._pages, self._host_memory, self._queue, self._states, self._errors, self._attainment,
+                        self._goodput)  # fmt: skip
         self._books = metric("ledger_ok").make()
         self._books_checked_s = -math.inf
-        self._seen: dict[object, float] = {}
+        self._seen: dict[Any, float] = {}  # totals by name; those of a model by its index and name
+        self._indices: dict[str, int] = {}  # of the models that have series
         metric("page_size_bytes").make().set(host.config.page_size)
 
     def update(self) -> None:
         """Copy the counters; called on the loop's thread. Some 100 us for four models."""
         host = self._host
+        self._forget_models()
         for name, counter in self._global.items():
             self._advance(name, counter, (), getattr(host, name))
         for name, counter in self._moves.items():
@@ -93,6 +105,18 @@ class HostMetrics:
             self._update_model(hosted)
         self._update_gauges()
         self._check_books()
+
+    def _forget_models(self) -> None:
+        """Take the series of models that are gone, or were replaced by others of their name, out of the scrape."""
+        now = {hosted.name: hosted.index for hosted in self._host.models.values()}
+        gone = {name for name, index in self._indices.items() if now.get(name) != index}
+        ended = {self._indices[name] for name in gone}
+        self._indices = now
+        if gone:
+            forget_models(gone)
+            for gauge in self._gauges:
+                gauge.forget(gone)
+            self._seen = {key: value for key, value in self._seen.items() if key[0] not in ended}
 
     def _check_books(self) -> None:
         """Check the ledgers now and then; some 150 us per 1,000 pages."""
@@ -126,7 +150,7 @@ class HostMetrics:
         values |= {"tokens": account.tokens, "tokens_on_time": account.tokens_on_time, "tokens_late": late}
         for name, value in values.items():
             # The index tells a model that was removed and added again, whose counters start anew.
-            self._advance((name, hosted.index), self._per_model[name], (hosted.name,), value)
+            self._advance((hosted.index, name), self._per_model[name], (hosted.name,), value)
 
     def _update_gauges(self) -> None:
         host, models = self._host, self._host.models.values()
@@ -153,7 +177,7 @@ class HostMetrics:
         self._attainment.replace(shares)
         self._goodput.replace(goodput)
 
-    def _advance(self, key: object, counter: Any, labels: tuple[str, ...], value: float) -> None:
+    def _advance(self, key: Any, counter: Any, labels: tuple[str, ...], value: float) -> None:
         """Bring a counter up to a running total; `key` names the total. One that has not changed costs nothing."""
         before = self._seen.get(key)
         if before != value:

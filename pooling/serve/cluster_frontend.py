@@ -141,11 +141,9 @@ class ClusterFrontend(FrontendServer):
         if name in self._view.models:
             self._take_state(name, self._view.models[name], model.is_served)
 
-    async def _forget(self, name: str) -> None:
-        model = self._models.pop(name, None)
+    async def _close(self, name: str) -> None:
         self._clients.pop(name, None)  # it belongs to the model
-        await super()._forget(name)
-        if model is not None:
+        if model := self._models.pop(name, None):
             await model.close()
 
     # -- what is told --------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tokenpool.config import ModelSpec
 from tokenpool.errors import PoolError
 from tokenpool.host.control import ControlServer, call_host
 from tokenpool.host.hosted_core import EngineAddresses
+from tokenpool.host.metric_files import forget_models
 from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.frontend_process import FrontendSettings
 from tokenpool.serve.frontend_reports import state_of_all
@@ -275,9 +276,14 @@ class FrontendServer(PoolServer):
         await self._ask_as_this("drained", name)
 
     async def _forget(self, name: str) -> None:
-        self.router.remove(name)
+        names = self.router.remove(name).aliases()
         self._plans.pop(name, None)
         self._joined.pop(name, None)
+        await self._close(name)
+        await asyncio.to_thread(forget_models, names)
+
+    async def _close(self, name: str) -> None:
+        """Close what this frontend has of a model, after which nothing counts for it."""
         if client := self._clients.pop(name, None):
             await client.close()
 

@@ -20,12 +20,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
 from tokenpool.host.heap import release_engine, release_metrics
 from tokenpool.host.hosted_core import EngineAddresses
+from tokenpool.host.metric_files import forget_models
 from tokenpool.patches.engine_client import handing_in
 from tokenpool.serve.admission import EngineQueue
 from tokenpool.serve.cors import drop_cors
 from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, first_line
+from tokenpool.serve.names import names_of
 from tokenpool.serve.tenant_meter import meter
 from tokenpool.serve.tracing import RequestTracer, provider_for, trace_requests
 
@@ -96,6 +98,7 @@ class ModelClient:
                 await client.close()
             else:
                 core.close()
+            await asyncio.to_thread(forget_models, {name for name, _ in names_of(plan)})
             if not isinstance(error, Exception):
                 raise
             raise _as_pool_error(plan, error) from error

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import CapacityError, ConfigError, HostError, ModelUnavailableError, PoolError
+from tokenpool.host.metric_files import forget_models
 from tokenpool.host.trace import chrome_trace
 from tokenpool.serve.admission import FORECAST_PERIOD_S, Gate
 from tokenpool.serve.auth import ApiKeyAuth
@@ -229,9 +230,10 @@ class PoolServer:
             await client.drain(5.0)
         async with self._changing:
             await self._unload(name)
-            self.router.remove(name)
+            names = self.router.remove(name).aliases()
             del self._plans[name], self._clients[name]
             await client.close()
+            await asyncio.to_thread(forget_models, names)
 
     async def _unload(self, name: str) -> None:
         while self._host is not None and not self._host.ended:

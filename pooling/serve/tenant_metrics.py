@@ -16,14 +16,15 @@ _shown: dict[tuple[str, ...], int] = {}
 
 
 def show_tenants(book: TenantBook, models: dict[str, ModelApp]) -> None:
-    """Bring the metrics of this process up to date."""
+    """Bring the metrics of this process up to date; models that are gone have none."""
     for tenant, account in book.accounts.items():
-        for model, usage in account.usage.items():
+        for model, usage in ((name, account.usage[name]) for name in models.keys() & account.usage.keys()):
             _count(_REQUESTS, usage.requests, tenant, model)
             _count(_TOKENS, usage.prompt_tokens, tenant, model, "prompt")
             _count(_TOKENS, usage.completion_tokens, tenant, model, "completion")
         for (model, reason), count in account.refused.items():
-            _count(_REFUSED, count, tenant, model, reason)
+            if model in models:
+                _count(_REFUSED, count, tenant, model, reason)
         for name, model_app in models.items():
             if model_app.gate.line is not None:
                 _HELD.labels(tenant, name).set(model_app.gate.line.num_held(tenant))

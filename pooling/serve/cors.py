@@ -30,3 +30,4 @@ def drop_cors(app: Starlette) -> None:
     app.user_middleware = [
         each for each in app.user_middleware if each.cls is not CORSMiddleware or "allow_origins" not in each.kwargs
     ]
+    app.middleware_stack = None  # some of vLLM's integrations build it early; the first request builds it anew

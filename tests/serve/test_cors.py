@@ -138,9 +138,11 @@ def test_a_models_app_loses_the_middleware_of_its_flags_and_no_other():
     with_flags = Starlette(middleware=[Middleware(CORSMiddleware)])
     init_entrypoints_middleware(args, with_flags, ("generate",))  # type: ignore[arg-type]
     added = len(with_flags.user_middleware)
+    with_flags.middleware_stack = with_flags.build_middleware_stack()  # as vLLM's SageMaker routes do
     drop_cors(with_flags)
     drop_cors(app)
 
+    assert ALLOWED not in TestClient(with_flags).get("/", headers=KEY).headers
     assert len(with_flags.user_middleware) == added - 1
     assert len(app.user_middleware) == 1
 

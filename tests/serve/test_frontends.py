@@ -95,6 +95,9 @@ def test_models_come_and_go_at_both(server: PoolServerProcess, tiny_models: Tiny
         assert server.admin("DELETE", "/models/late").status_code == 200
         after = [client.post("/v1/completions", json=BODY | {"model": "late"}).status_code for client in both]
         assert after == [404, 404]
+        for client in both:  # the series of the host and of both frontends are gone, those of the others are not
+            text = poll(lambda client=client: client.get("/metrics").text, until=lambda text: '"late"' not in text)
+            assert 'vllm:generation_tokens_total{engine="0",model_name="qwen2"}' in text
     assert server.admin("DELETE", "/models/late").status_code == 404
     server.wait_until_idle()
 

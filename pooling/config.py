@@ -33,7 +33,7 @@ from tokenpool.cluster_config import CLUSTER_PARSERS, ClusterConfig, check_repli
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
 from tokenpool.tenant_config import TENANT_PARSERS, TenantConfig, check_tenants, parse_tenants
 
-_NAME = re.compile(r"[A-Za-z0-9._:/-]+")
+_NAME = re.compile(r"(?!(.*/)?\.{0,2}(/|\Z))[A-Za-z0-9._:/-]+")  # no part is empty, "." or "..": clients drop those
 _FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
 _UNIT_SUFFIX = re.compile(r"_(s|bytes)$")
 
@@ -99,8 +99,9 @@ class ModelSpec:
     """Hosts of a cluster that may serve it, at most; None = as `cluster.max_replicas` says."""
 
     def __post_init__(self) -> None:
-        problem = f"{show(self.name)} is no model name: use letters, digits and . _ : / - only"
-        check_setting(_NAME.fullmatch(self.name) is not None, "name", problem)
+        problem = f"{show(self.name)} is no model name: use letters, digits and . _ : / - only, no part empty, . or .."
+        name = self.name.strip("./") if self.name == self.model else self.name  # on a command line a path is its name
+        check_setting(_NAME.fullmatch(name) is not None, "name", problem)
         needs_slo = dict(self.admission).get("on_miss") == "reject"
         problem = "reject needs to know when tokens are due: give the model an slo"
         check_setting(self.slo is not None or not needs_slo, "admission.on_miss", problem)

@@ -77,6 +77,14 @@ async def _form_model(headers: Headers, body: bytes, content_type: str) -> Any:
     return form.get("model")
 
 
+def adapter_name(body: bytes) -> Any:
+    """Return the `lora_name` of a body that asks vLLM to load an adapter, or None if there is none to read."""
+    try:
+        return json.loads(body).get("lora_name")
+    except (ValueError, AttributeError, RecursionError):
+        return None  # vLLM's own validation says what is wrong with it
+
+
 def is_too_deep(body: bytes, content_type: str) -> bool:
     """Tell whether a body that is JSON, or may be taken for it, is nested deeper than `MAX_DEPTH`.
 

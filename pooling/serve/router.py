@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .admission import Gate, Ticket, waits_for_tokens
 from .auth import POOL_PREFIX, TENANT_KEY, error_response, route_path, scope_below, touches_pool_api
-from .request_body import MAX_DEPTH, UnreadableModelError, body_model, is_too_deep, replay
+from .request_body import MAX_DEPTH, UnreadableModelError, adapter_name, body_model, is_too_deep, replay
 from .tenant_line import TenantLine
 from .tenants import CURRENT_CALL, Account, Call, TenantBook
 
@@ -44,6 +44,7 @@ ANY_MODEL_PATHS = frozenset({"/", "/docs", "/openapi.json", "/redoc"})
 
 _MODELS_PREFIX = "/models/"
 _RESPONSES_PREFIX = "/v1/responses/"
+_LOAD_ADAPTER = "/v1/load_lora_adapter"
 _BODILESS_METHODS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
 _MAX_RETRY_AFTER_S = 3600.0
 
@@ -165,6 +166,8 @@ class ModelRouter:
                 raise _RefusedError(error_response(400, "BadRequestError", message))
             app_receive = replay(body, receive)
         model = model or await self._by_request(path, scope, headers, body or b"")
+        if path.endswith(_LOAD_ADAPTER):
+            self._refuse_taken_name(model, adapter_name(body or b""))
         if model.state != "resident":
             raise _RefusedError(model.refusal(), close_code=1013)
         account: Account | None = scope.get(TENANT_KEY)
@@ -261,6 +264,13 @@ class ModelRouter:
         if not fits:
             raise self._unknown_model(name)
         return fits[0]
+
+    def _refuse_taken_name(self, model: ModelApp, adapter: Any) -> None:
+        """Refuse an adapter of `model` under a name that leads to another model: nobody would reach it."""
+        for other in self._models.values():
+            if other is not model and isinstance(adapter, str) and adapter in other.aliases():
+                message = f"The name `{adapter[:200]}` belongs to model `{other.name}`: give the adapter another name."
+                raise _RefusedError(error_response(400, "BadRequestError", message, "lora_name"))
 
     def _any_model(self) -> ModelApp:
         models = sorted(self._models.values(), key=lambda model: model.state != "resident")

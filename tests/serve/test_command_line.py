@@ -112,6 +112,16 @@ def test_a_pool_file_and_flags_over_it(pool_file: str) -> None:
     assert (ModelSpec("a", "org/a"),) == pool.models
 
 
+@pytest.mark.parametrize("path", ["./a", "../b/a", "/data/a/", "~/a"])
+def test_a_path_alone_is_the_name_of_its_model(path: str) -> None:
+    """As with vLLM, although such a name is refused where somebody writes one."""
+    if path.startswith("~"):
+        with pytest.raises(ConfigError, match="is no model name"):
+            pool_from_command_line([path])
+    else:
+        assert path == pool_from_command_line([path]).models[0].name
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

@@ -31,6 +31,8 @@ API_KEY_VARIABLE = "TOKENPOOL_API_KEY"
 
 def bench(words: list[str]) -> int:
     """Run `tokenpool bench`; raises ConfigError for settings and files that cannot be."""
+    if words in (["-h"], ["--help"]):
+        words = ["serve", *words]
     if not words or words[0] != "serve":
         raise ConfigError("give `tokenpool bench serve`; see tokenpool bench serve --help")
     flags = _parser().parse_args(words[1:])

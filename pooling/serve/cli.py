@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
 USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [pool flags]
        tokenpool serve pool.yaml [pool flags]
@@ -29,6 +30,13 @@ pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --weights a
             and of vllm serve: --host --port --api-key --shutdown-timeout"""
 
 
+VALIDATE_USAGE = """usage: tokenpool validate pool.yaml [pool flags]
+       tokenpool validate MODEL [MODEL ...] [any flag of vllm serve] [pool flags]
+
+Checks a pool as `tokenpool serve` does at its start and prints what it plans: memory, weights, models, due times. Loads
+no weights and starts nothing. The pool flags are those of `tokenpool serve`; see tokenpool --help."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -41,23 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    commands = {"serve": _serve, "validate": _validate, "doctor": _doctor, "trace": _trace, "sim": _sim, "plan": _plan}
-    commands |= {"bench": _bench, "job": _job, "key": _key}
-    commands["top"] = _top
-    if command not in commands:
-        return _fail(f"unknown command {command!r}; known: {', '.join(commands)}")
-    if command == "serve" and ("-h" in rest or "--help" in rest):
-        print(USAGE)
-        return 0
-    if command == "trace" and ("-h" in rest or "--help" in rest):
-        from tokenpool.serve.trace_tool import USAGE as TRACE_USAGE
-
-        print(TRACE_USAGE)
+    if command not in COMMANDS:
+        return _fail(f"unknown command {command!r}; known: {', '.join(COMMANDS)}")
+    if ("-h" in rest or "--help" in rest) and (usage := _usage(command)):
+        print(usage)
         return 0
     from tokenpool.errors import PoolError
 
     try:
-        status = commands[command](rest)
+        status = COMMANDS[command](rest)
         sys.stdout.flush()
         return status
     except PoolError as error:
@@ -67,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit tries to write the rest
         return 128 + signal.SIGPIPE
+
+
+def _usage(command: str) -> str | None:
+    """The help of a command; None for one whose own parser prints it."""
+    if command == "serve":
+        return USAGE
+    if command == "validate":
+        return VALIDATE_USAGE
+    module = {"doctor": "doctor", "top": "top", "trace": "trace_tool", "job": "job_tool", "key": "key_tool"}
+    return import_module(f"tokenpool.serve.{module[command]}").USAGE if command in module else None
 
 
 def _fail(message: str) -> int:
@@ -163,6 +173,21 @@ def _key(words: list[str]) -> int:
     from tokenpool.serve.key_tool import key
 
     return key(words)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": _serve,
+    "validate": _validate,
+    "doctor": _doctor,
+    "top": _top,
+    "trace": _trace,
+    "sim": _sim,
+    "plan": _plan,
+    "bench": _bench,
+    "job": _job,
+    "key": _key,
+}
+"""The subcommands by name; each takes the words after it and returns the exit status."""
 
 
 if __name__ == "__main__":

@@ -7,6 +7,11 @@ import sys
 
 from tokenpool.errors import PoolError
 
+USAGE = """usage: tokenpool doctor [pool.yaml | MODEL ...] [flags of tokenpool serve]
+
+Prints the versions, the device and the memory that are found, and whether each patch fits the installed vLLM; of a pool
+also what `tokenpool validate` prints. The exit status is 1 when something does not fit."""
+
 
 def doctor(words: list[str]) -> int:
     """Print the report; returns 0 when everything fits, 1 when something does not."""

@@ -25,9 +25,9 @@ Paths in the pool file must exist on the node that runs the job, and on those of
 
 def job(words: Sequence[str]) -> int:
     """Run the subcommand; returns its exit status."""
-    if not words or words[0] in ("-h", "--help"):
+    if not words:
         print(USAGE)
-        return 0 if words else 2
+        return 2
     address, submit, rest = _take_flags(list(words))
     line = submit_line(rest, address)
     if not submit:

@@ -17,9 +17,6 @@ _KEY_BYTES = 32
 
 def key(words: list[str]) -> int:
     """Run `tokenpool key`; returns the exit status, raises ConfigError."""
-    if words in (["-h"], ["--help"]):
-        print(USAGE)
-        return 0
     if words == ["new"]:
         new = f"tp-{secrets.token_urlsafe(_KEY_BYTES)}"
         print(f"key:  {new}    # give it to the tenant; it is shown only now")

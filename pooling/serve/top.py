@@ -50,9 +50,6 @@ class _Parser(argparse.ArgumentParser):
 
 def top(words: list[str]) -> int:
     """Run the subcommand and return its exit status; raises PoolError with one line."""
-    if "-h" in words or "--help" in words:
-        print(USAGE)
-        return 0
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--url", default=default_url())
     parser.add_argument("--admin-key", default=os.environ.get("TOKENPOOL_ADMIN_KEY"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
@@ -70,6 +71,22 @@ def test_the_readme_names_every_patch(patch):
     text = README.read_text()
     assert patch.name in text
     assert patch.target.rpartition(":")[2] in text
+
+
+CHANGED = re.findall(r"^\| `((?:pooling|patches)/[^`]+)` \| ([^|]*) \|", README.read_text(), re.MULTILINE)
+CHANGES = re.compile(r"\.__class__ = |method-assign|getclosurevars|\.cache_clear\(\)|middleware_stack = ")
+"""Code that changes an object of another package."""
+
+
+def test_the_readme_lists_what_is_changed_in_objects():
+    """Each file that changes one is in the table, and each file of the table has what the table says of it."""
+    root = README.parents[1]
+    found = {str(p.relative_to(root)) for p in (root / "pooling").rglob("*.py") if CHANGES.search(p.read_text())}
+    assert CHANGED
+    assert found <= {file for file, _ in CHANGED}
+    for file, what in CHANGED:
+        text = (root / file).read_text()
+        assert not [name for name in re.findall(r"`([^`]+)`", what) if name.rpartition(".")[2] not in text], file
 
 
 @by_name

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tokenpool.config import SLO
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.residency import ResidencyManager
-from tokenpool.policy.slo import next_due_s as slo_due_s
+from tokenpool.policy.slo import due_s as slo_due_s
 from tokenpool.policy.turns import ModelView
 
 

@@ -65,8 +65,7 @@ def weight_state(host: EngineHost, hosted: HostedModel) -> str:
 
 def kv_state(host: EngineHost, hosted: HostedModel) -> str:
     """Where the KV of unfinished requests is: `in`, which is also that of a model without, or on its way, or `out`."""
-    state = host.swapper.state(hosted.name)
-    return "in" if state is None else state.value
+    return host.swapper.state(hosted.name).value
 
 
 def _costs(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:

@@ -12,7 +12,10 @@ from tokenpool.memory.device import Device
 
 
 class CountedDevice:
-    """Passes every call on to `device` and adds up the bytes of both directions; see `Device` for the contract."""
+    """Passes on to `device` the calls that weights need, and adds up the bytes of both directions; see `Device`.
+
+    `begin_copies_in` and `begin_copies_out` are not here: they move KV, which its host tier counts.
+    """
 
     def __init__(self, device: Device) -> None:
         self.granularity = device.granularity

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where work goes: a new request to a host that runs its model already, a further seat to the emptiest host.
+"""Where work goes: a new request, or a further seat of a model, to the host that it overloads least.
+
+Of hosts without overload a request takes the one where it costs least, a seat the one on another machine with the least
+load.
 
 Pure: values in, an index out; shared by the cluster and the simulator. Imports neither vllm nor ray.
 """

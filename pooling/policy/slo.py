@@ -22,11 +22,6 @@ def due_s(slo: SLO | None, arrival_s: float, index: int) -> float:
     return arrival_s + slo.ttft_s + index * slo.tpot_s if slo else _INF
 
 
-def next_due_s(slo: SLO | None, arrival_s: float, num_delivered: int) -> float:
-    """When the next token of a request is due that has got `num_delivered`; inf without an SLO."""
-    return due_s(slo, arrival_s, num_delivered)
-
-
 def num_due(slo: SLO | None, arrival_s: float, now_s: float) -> int:
     """How many tokens of a request are due by `now_s`, if it is long enough; 0 without an SLO."""
     if slo is None or now_s < arrival_s + slo.ttft_s:

@@ -18,7 +18,7 @@ from tokenpool.policy.slo import (
     SloAccount,
     SloBook,
     attainments,
-    next_due_s,
+    due_s,
     num_due,
 )
 
@@ -36,8 +36,8 @@ def timeline_of(slo: SLO | None, *times_s: float) -> RequestTimeline:
 
 def test_due_times():
     """Token i is due at arrival + ttft + i * tpot; without an SLO never."""
-    assert 115.0 == next_due_s(SLO(10.0, 0.5), 100.0, 10)
-    assert math.inf == next_due_s(None, 100.0, 10)
+    assert 115.0 == due_s(SLO(10.0, 0.5), 100.0, 10)
+    assert math.inf == due_s(None, 100.0, 10)
     assert [0, 1, 1, 2, 3] == [num_due(SLO(2.0, 0.5), 10.0, now_s) for now_s in (11.9, 12.0, 12.4, 12.5, 13.0)]
     assert 0 == num_due(None, 10.0, 99.0)
 

@@ -267,30 +267,6 @@ def test_served_names_and_adapters_are_aliases() -> None:
     assert choose(router, "GET", "/models/a/x") == "a"
 
 
-@pytest.mark.parametrize(
-    ("name", "status"), [("org/b", 400), ("served-org/b", 400), ("lora-b", 400), ("a", 200), ("lora-a", 200), (7, 200)]
-)
-@pytest.mark.parametrize("path", ["/models/a/v1/load_lora_adapter", "/v1/load_lora_adapter"])
-def test_an_adapter_takes_no_name_of_another_model(path: str, name: object, status: int) -> None:
-    """Neither its own name nor that of an adapter; what vLLM thinks of the other names is its matter."""
-    router = two()
-    set_vllm_state(router.models["a"], {"lora-a": object()})
-    set_vllm_state(router.models["org/b"], {"lora-b": object()})
-    response = post(router, path, json={"model": "a", "lora_name": name, "lora_path": "/l"})
-
-    assert response.status_code == status
-    if status == 400:
-        error = response.json()["error"]
-        assert error["param"] == "lora_name"
-        assert error["message"].startswith(f"The name `{name}` belongs to model `org/b`")
-
-
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"null"])
-def test_an_adapter_without_a_name_goes_to_the_app(body: bytes) -> None:
-    """vLLM says what is wrong with it."""
-    assert post(two(), "/models/a/v1/load_lora_adapter", content=body).json()["app"] == "a"
-
-
 def test_an_unseen_adapter_goes_to_the_one_model_that_may_find_it() -> None:
     """vLLM's LoRA resolver plugins load adapters by name on demand; two such models would be a guess."""
     router = two()

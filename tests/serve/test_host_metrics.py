@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tokenpool.host.metric_files import forget_models
 from tokenpool.serve.host_metrics import merged
+from tokenpool.serve.tenant_metrics import show_tenants
 
 pytestmark = pytest.mark.cpu
 
@@ -46,3 +50,27 @@ def test_each_family_is_written_once_with_its_type():
 def test_without_hosts_a_scrape_is_the_frontends_own():
     own = registry(4, pages=1)
     assert merged(own, {}) == generate_latest(own)
+
+
+def test_tenants_have_no_series_of_models_that_are_gone():
+    """Their usage is kept for the bill; a scrape does not make a series of it again after the model's were removed."""
+    def shown() -> dict[tuple[str, ...], float]:
+        samples = (sample for family in REGISTRY.collect() for sample in family.samples)
+        return {
+            (s.labels["tenant"], s.labels["model_name"]): s.value
+            for s in samples
+            if s.name == "tokenpool:tenant_requests_total" and s.labels["tenant"] == "acme"
+        }
+
+    usage = {name: SimpleNamespace(requests=3, prompt_tokens=0, completion_tokens=0) for name in ("stays", "goes")}
+    account = SimpleNamespace(usage=usage, refused={("goes", "queue"): 1})
+    book = SimpleNamespace(accounts={"acme": account})
+    models = {name: SimpleNamespace(gate=SimpleNamespace(line=None)) for name in usage}
+    show_tenants(book, models)
+    assert shown() == {("acme", "stays"): 3, ("acme", "goes"): 3}
+
+    del models["goes"]
+    forget_models({"goes"})
+    usage["stays"].requests = 4
+    show_tenants(book, models)
+    assert shown() == {("acme", "stays"): 4}

@@ -276,7 +276,8 @@ class FrontendServer(PoolServer):
         await self._ask_as_this("drained", name)
 
     async def _forget(self, name: str) -> None:
-        names = self.router.remove(name).aliases()
+        names = self._names(name)
+        self.router.remove(name)
         self._plans.pop(name, None)
         self._joined.pop(name, None)
         await self._close(name)

@@ -230,10 +230,15 @@ class PoolServer:
             await client.drain(5.0)
         async with self._changing:
             await self._unload(name)
-            names = self.router.remove(name).aliases()
+            names = self._names(name)
+            self.router.remove(name)
             del self._plans[name], self._clients[name]
             await client.close()
             await asyncio.to_thread(forget_models, names)
+
+    def _names(self, name: str) -> set[str]:
+        """All names that a model and its adapters have: those now loaded, and those of its flags."""
+        return self.router.models[name].aliases() | {alias for alias, _ in names_of(self._plans[name])}
 
     async def _unload(self, name: str) -> None:
         while self._host is not None and not self._host.ended:

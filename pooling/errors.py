@@ -9,6 +9,7 @@
     ├── ModelUnavailableError   the model cannot serve now; it says when to come back
     ├── SwitchError             weights or KV could not be moved; it says in which phase
     └── HostError               an engine host died, hangs or answers nonsense
+        └── ModelBusyError      a model that is to be unloaded still has requests
 
     EngineLostError             an engine cannot go on, and its host with it; outside PoolError, so that nobody who
                                 handles a failure of one model takes it for one
@@ -147,6 +148,10 @@ class SwitchError(PoolError):
 
 class HostError(PoolError):
     """An engine host failed: it died, does not answer, or answered what it must not."""
+
+
+class ModelBusyError(HostError):
+    """A model cannot be unloaded while it has requests: drain or abort them, then try again."""
 
 
 class EngineLostError(Exception):

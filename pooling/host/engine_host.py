@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from tokenpool.errors import ConfigError, EngineLostError, HostError, PoolError
+from tokenpool.errors import ConfigError, EngineLostError, HostError, ModelBusyError, PoolError
 from tokenpool.host.affinity import use_all_cpus
 from tokenpool.host.build_lane import BuildLane
 from tokenpool.host.device_choice import make_device, spare_host_bytes
@@ -150,7 +150,7 @@ class EngineHost:
         hosted = self.models[name]
         hosted.core._process_input_queue()
         if hosted.core.scheduler.has_unfinished_requests():
-            raise HostError(f"model {name!r} still has requests: drain or abort them first")
+            raise ModelBusyError(f"model {name!r} still has requests: drain or abort them first")
         hosted.core.forget_finished()
         del self.models[name]
         self._active.pop(name, None)

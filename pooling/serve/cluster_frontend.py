@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -17,6 +18,7 @@ from tokenpool.serve.cluster_model import ClusterModel, EndpointMaker
 from tokenpool.serve.frontend_process import FrontendSettings
 from tokenpool.serve.frontend_server import RETRY_S, FrontendServer, sendable
 from tokenpool.serve.frontend_view import ModelStanding, SupervisorView
+from tokenpool.serve.keeper import Work
 from tokenpool.serve.seat_follower import Key
 
 logger = logging.getLogger(__name__)
@@ -85,8 +87,8 @@ class ClusterFrontend(FrontendServer):
 
     # -- the supervisor ------------------------------------------------------------------------------
 
-    def _background(self) -> list[Any]:
-        return [*super()._background(), self._ask_loads()]
+    def _background(self) -> Mapping[str, Work]:
+        return {**super()._background(), "asking for queues": self._ask_loads}
 
     async def _ask_loads(self) -> None:
         """Learn of the hosts' queues and where weights are, while a model has several hosts to choose from."""
@@ -125,6 +127,7 @@ class ClusterFrontend(FrontendServer):
     async def _make(self, name: str, standing: ModelStanding) -> None:
         plan, version, index = standing.plan, standing.version, self._settings.index
         model = FrontendModel(plan, version, self._ask_as_this, self._endpoints, self._show, client_index=index)
+        model.on_fault = partial(self.lives.client_fault, name)
         await model.prepare()
         self._models[name] = model
 

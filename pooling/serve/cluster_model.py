@@ -80,6 +80,8 @@ class ClusterModel(SeatFollower):
         self._core: PoolEngineClient | None = None
         self._endpoints = endpoints
         self._client_index = client_index
+        self.on_fault: Callable[[str], None] = lambda fault: None
+        """See ModelClient."""
 
     async def prepare(self) -> None:
         """Make what joins engines."""
@@ -124,6 +126,7 @@ class ClusterModel(SeatFollower):
         assert self._core is not None
         try:
             self.client = await ModelClient.over(self.plan, self._core, {})
+            self.client.on_fault = self.on_fault
         except Exception as error:
             self._fatal = self.error = error  # its client is closed: no host can help
             raise

@@ -8,8 +8,9 @@ import logging
 import shutil
 import tempfile
 from collections import Counter as Totals
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from secrets import token_hex
 from typing import Any
 
@@ -23,6 +24,7 @@ from tokenpool.errors import ConfigError, HostError
 from tokenpool.host.trace import chrome_traces
 from tokenpool.metric_registry import metric
 from tokenpool.serve.cluster_model import ClusterModel, EndpointMaker
+from tokenpool.serve.keeper import Work, start_kept
 from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_pool
 from tokenpool.serve.model_client import ModelClient
 from tokenpool.serve.pool_file import follow_pool_file
@@ -39,6 +41,8 @@ _LOOK_LIMIT_S = 5.0
 """For what is asked all the time; a host that builds a model answers late."""
 _RETRY_CALLS_S = 60.0
 _LOADS_PERIOD_S = 1.0
+_RAY_END_S = 4.0
+_UNLOAD_LIMIT_S = 120.0
 
 
 def plan_cluster(config: PoolConfig, num_hosts: int) -> tuple[PoolConfig, list[ModelPlan]]:
@@ -110,8 +114,8 @@ class _Hosts:
             raise HostError(f"{name} does not answer {method}: {type(error).__name__}") from error
 
     async def stop(self, limit_s: float) -> None:
-        """End all hosts."""
-        await self._session.stop(limit_s)
+        """End all hosts, and what Ray has here."""
+        await self._session.stop(max(1.0, limit_s - _RAY_END_S))
 
 
 class ClusterServer(PoolServer):
@@ -150,15 +154,20 @@ class ClusterServer(PoolServer):
             self._following.cancel()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    async def _start_host(self) -> None:
+    async def _first_start(self) -> None:
         for name, plan in self._plans.items():
             await self._want(name, plan)
-        self._following = asyncio.create_task(self._follow())
-        await asyncio.gather(*(self._until_served(name) for name in list(self._models)))
+        self._following = start_kept("following the controller", self._follow)
+        # What no host takes is `failed` by now; the controller tries it again.
+        await asyncio.gather(*(self._until_served(name) for name in list(self._models)), return_exceptions=True)
 
-    async def _supervise(self) -> None:
-        watching = follow_pool_file(self._pool_file, self) if self._pool_file else asyncio.sleep(0)
-        await asyncio.gather(self._session.follow_nodes(), self._ask_loads(), watching)
+    def _background(self) -> Mapping[str, Work]:
+        works = dict(super()._background())
+        del works["supervising the host"]
+        works |= {"following nodes": self._session.follow_nodes, "asking for queues": self._ask_loads}
+        if self._pool_file:
+            works["following the pool file"] = partial(follow_pool_file, self._pool_file, self)
+        return works
 
     async def _ask_loads(self) -> None:
         """Ask hosts for their queues and where weights are, while a model has several to choose from."""
@@ -177,7 +186,9 @@ class ClusterServer(PoolServer):
         self._models[name] = model
 
     def _model(self, plan: ModelPlan) -> SeatFollower:
-        return ClusterModel(plan, self._revision, self._tell, self._endpoints, self._show)
+        model = ClusterModel(plan, self._revision, self._tell, self._endpoints, self._show)
+        model.on_fault = partial(self.lives.client_fault, plan.spec.name)
+        return model
 
     # -- the controller ------------------------------------------------------------------------------
 
@@ -234,7 +245,9 @@ class ClusterServer(PoolServer):
             assert model.client is not None
             self._clients[name] = model.client
             app.answer_with(model.client)
-            app.state = "resident"
+            self.lives.served(name)
+        elif model.error is not None and self.lives[name].error is None:
+            self.lives.failed(name, model.error, tried_by="the controller")
         elif app.state == "resident":
             app.state, app.retry_after_s = "unavailable", 5.0
 
@@ -272,9 +285,13 @@ class ClusterServer(PoolServer):
     async def _unload(self, name: str) -> None:
         model = self._models[name]
         await self._withdraw(name)
-        while self._view is not None and name in self._view.models:
-            model.changed.clear()
-            await model.changed.wait()
+        try:
+            async with asyncio.timeout(_UNLOAD_LIMIT_S):
+                while self._view is not None and name in self._view.models:
+                    model.changed.clear()
+                    await model.changed.wait()
+        except TimeoutError:
+            raise HostError(f"hosts still have model {name!r} after {_UNLOAD_LIMIT_S:g} s") from None
         del self._models[name]
 
     # -- what is told --------------------------------------------------------------------------------
@@ -289,6 +306,7 @@ class ClusterServer(PoolServer):
             model, seats = self._models.get(name), view.models.get(name) if view else None
             models[name] = {
                 "state": app.state,
+                "reason": app.reason or None,
                 "inflight": app.inflight,
                 "model": self._plans[name].spec.model if name in self._plans else None,
                 "hosts": model.standing(seats) if model and seats else {},

@@ -30,7 +30,7 @@ from tokenpool.units import parse_seconds
 
 _REFUSED = metric("refused_requests").make()
 _MODELS = LabelledGauge("models")
-HOST_RESTARTS = metric("host_restarts").make()
+_MODEL_FAILED = LabelledGauge("model_failed")
 
 
 def build_outer_app() -> Starlette:
@@ -64,7 +64,7 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 when every model can be served, else 503 with each model's state."""
+    """200 when a model can be served and all others are or have failed, else 503; with each model's state."""
     pool = request.app.state.pool
     body = {name: model.state for name, model in pool.router.models.items()}
     return JSONResponse(body, status_code=200 if pool.ready else 503)
@@ -88,11 +88,9 @@ async def metrics(request: Request) -> Response:
         for status, count in model.gate.take_refused().items():
             _REFUSED.labels(name, str(status)).inc(count)
     _MODELS.replace(Counter((model.state,) for model in pool.router.models.values()))
-    counted = getattr(request.app.state, "counted_restarts", 0)
+    _MODEL_FAILED.replace({(name,): float(m.state == "failed") for name, m in pool.router.models.items()})
     if pool.tenants is not None:
         show_tenants(pool.tenants, pool.router.models)
-    HOST_RESTARTS.inc(pool.host_restarts - counted)
-    request.app.state.counted_restarts = pool.host_restarts
     text = await asyncio.to_thread(merged, get_prometheus_registry(), await pool.host_metrics())
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
@@ -126,7 +124,8 @@ async def _cards(model: ModelApp) -> list[dict[str, Any]]:
         cards = [{"id": model.name, "object": "model", "owned_by": "vllm"}]
     else:
         cards = (await serving.show_available_models()).model_dump()["data"]
-    return [{**card, "pool": {"state": model.state}} for card in cards]
+    told = {"state": model.state} | ({"reason": model.reason} if model.reason else {})
+    return [{**card, "pool": told} for card in cards]
 
 
 async def pool_state(request: Request) -> Response:

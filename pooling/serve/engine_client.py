@@ -316,8 +316,10 @@ class PoolEngineClient(AsyncMPClient):
         self.journal.hold(entry)
 
     def _take(self, link: EngineLink, outputs: EngineCoreOutputs) -> None:
-        outputs.outputs, ended = self.journal.take(outputs.outputs, link)
+        outputs.outputs, ended, without_result = self.journal.take(outputs.outputs, link)
         link.load -= len(ended)
+        for request_id in without_result:
+            self.fail(request_id, GracefulHTTPError("The engine failed the request.", HTTPStatus.INTERNAL_SERVER_ERROR))
         if outputs.outputs or outputs.scheduler_stats:
             self._outputs.put_nowait(outputs)
         if self.roles.get(link.host) is Role.PREFILL:

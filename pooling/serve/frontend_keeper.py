@@ -18,6 +18,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from prometheus_client import multiprocess
@@ -27,9 +28,11 @@ from tokenpool.errors import PoolError
 from tokenpool.host.control import ControlServer, call_host
 from tokenpool.metric_registry import metric
 from tokenpool.serve.admission import EngineQueue
+from tokenpool.serve.ending import within
 from tokenpool.serve.frontend_process import FrontendProcess, FrontendSettings
 from tokenpool.serve.frontend_reports import merged_reports, used_only
 from tokenpool.serve.frontend_view import ModelStanding, SupervisorView
+from tokenpool.serve.keeper import Backoff, note_failure, start_kept
 from tokenpool.serve.launch_plan import ModelPlan
 from tokenpool.serve.pool_server import PoolServer
 from tokenpool.serve.shared_limits import SharedLimits
@@ -41,8 +44,11 @@ _LOOK_S = 0.02
 _WATCH_LIMIT_S = 10.0
 _REPORT_PERIOD_S = 1.0
 _REPORT_LIMIT_S = 5.0
-_RESTART_WAITS_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
-_STABLE_AFTER_S = 60.0
+_END_LIMIT_S = 6.0
+"""What a frontend may take beyond `shutdown_timeout` before it is killed."""
+_DRAIN_LIMIT_S = 10.0
+"""What frontends may take beyond the limit of a drain to say that they have done it; one that hangs never does."""
+_DETACH_LIMIT_S = 30.0
 _FRONTEND_RESTARTS = metric("frontend_restarts").make()
 
 
@@ -65,11 +71,18 @@ class SharedClients:
         """Let all frontends finish, or abort after `limit_s`, what they have."""
         self.drain_s = limit_s
         self.keeper.unsay(self.plan.spec.name)
-        await self.keeper.all_say("drained", self.plan.spec.name)
+        try:
+            async with asyncio.timeout(limit_s + _DRAIN_LIMIT_S):
+                await self.keeper.all_say("drained", self.plan.spec.name)
+        except TimeoutError:
+            return False
         return True
 
     async def abort_all(self) -> None:
         """Nothing: the frontends did."""
+
+    def fail_all(self, reason: str) -> None:
+        """Nothing: the frontends do when they see that the model is given up."""
 
     async def close(self) -> None:
         """Nothing."""
@@ -121,8 +134,9 @@ class FrontendKeeper(PoolServer, ABC):
             lambda make: asyncio.run_coroutine_threadsafe(make(), loop),
         )
         calls.serve({call.__name__: call for call in self._calls()})
-        keeping = [self._keep(index) for index in range(self.config.frontends)]
-        self._keepers = [asyncio.create_task(work) for work in (*keeping, self._publish(), self._collect())]
+        keeping = {f"keeping frontend {index}": partial(self._keep, index) for index in range(self.config.frontends)}
+        works = {**keeping, "showing the view": self._publish, "collecting reports": self._collect}
+        self._keepers = [start_kept(task, work) for task, work in works.items()]
         await super().start()
         self._has_started = True
         await self._all_follow()
@@ -135,8 +149,9 @@ class FrontendKeeper(PoolServer, ABC):
         """Let the frontends finish, then end the rest."""
         self.stopping = self.watch.stopping = True
         await self._notify()
-        limit_s = self.config.shutdown_timeout_s + 10.0
-        await asyncio.gather(*(frontend.stop(limit_s) for frontend in list(self.frontends.values())))
+        limit_s = self.config.shutdown_timeout_s + _END_LIMIT_S
+        ends = [(f"stopping frontend {index}", frontend.stop(limit_s)) for index, frontend in self.frontends.items()]
+        await asyncio.gather(*(within(limit_s + 2.0, what, end) for what, end in ends))
         for task in self._keepers:
             task.cancel()
         self._clients.clear()
@@ -147,9 +162,8 @@ class FrontendKeeper(PoolServer, ABC):
 
     async def _keep(self, index: int) -> None:
         """Keep one frontend running."""
-        loop, attempt = asyncio.get_running_loop(), 0
+        backoff = Backoff(first_at_once=True)
         while not self.stopping:
-            began_s = loop.time()
             frontend = await FrontendProcess.start(replace(self._settings, index=index), self._sock)
             self.frontends[index] = frontend
             logger.debug("frontend started index=%d pid=%d", index, frontend.pid)
@@ -157,9 +171,11 @@ class FrontendKeeper(PoolServer, ABC):
             if self.stopping:
                 return
             logger.error("frontend ended index=%d pid=%d status=%s, restarting", index, frontend.pid, status)
-            await self._frontend_died(index, frontend.pid)
-            attempt = 0 if loop.time() - began_s > _STABLE_AFTER_S else attempt + 1
-            await asyncio.sleep(_RESTART_WAITS_S[min(attempt, len(_RESTART_WAITS_S)) - 1] if attempt else 0.0)
+            try:
+                await self._frontend_died(index, frontend.pid)
+            except Exception:  # whatever is left of it, its successor is needed
+                note_failure("clearing up after a frontend", "its successor starts")
+            await asyncio.sleep(backoff.next_s())
 
     async def _frontend_died(self, index: int, pid: int) -> None:
         self.frontends.pop(index, None)
@@ -174,8 +190,8 @@ class FrontendKeeper(PoolServer, ABC):
         multiprocess.mark_process_dead(pid, os.environ["PROMETHEUS_MULTIPROC_DIR"])
         with contextlib.suppress(OSError):
             os.unlink(self._settings.own_socket(pid))
-        await self._detach(index)
         await self._notify()
+        await within(_DETACH_LIMIT_S, f"detaching frontend {index}", self._detach(index))
 
     # -- what frontends ask --------------------------------------------------------------------------
 
@@ -264,6 +280,10 @@ class FrontendKeeper(PoolServer, ABC):
                     async with asyncio.timeout(0.5):
                         await self._news.wait()
 
+    def why_failed(self, model: str) -> str:
+        """What a frontend said last that could not join the model; empty if none did."""
+        return str(self._failures.get(model, ""))
+
     def refuse_failed(self, model: str) -> None:
         """Raise why a frontend could not join a model, if one said so."""
         if model in self._failures:
@@ -297,7 +317,9 @@ class FrontendKeeper(PoolServer, ABC):
             clients: Any = self._clients.get(name)
             plan = self._plan_for_frontends(name)
             if plan is not None:
-                standings[name] = ModelStanding(plan, model.state, clients.drain_s if clients is not None else 0.0)
+                drain_s, life = clients.drain_s if clients is not None else 0.0, self.lives[name]
+                given_up = life.is_given_up or (life.is_leaving and life.error is not None)
+                standings[name] = ModelStanding(plan, model.state, drain_s, 0, model.reason, given_up)
         return standings
 
     def _plan_for_frontends(self, name: str) -> ModelPlan | None:

@@ -14,7 +14,9 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -24,10 +26,12 @@ from tokenpool.errors import PoolError
 from tokenpool.host.control import ControlServer, call_host
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.metric_files import forget_models
+from tokenpool.serve.ending import let_finish
 from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.frontend_process import FrontendSettings
 from tokenpool.serve.frontend_reports import state_of_all
 from tokenpool.serve.frontend_view import HostAddress, ModelStanding, SupervisorView
+from tokenpool.serve.keeper import Work, start_kept
 from tokenpool.serve.launch_plan import ModelPlan
 from tokenpool.serve.model_client import ModelClient, connect
 from tokenpool.serve.pool_server import PoolServer
@@ -79,7 +83,6 @@ class FrontendServer(PoolServer):
         super().__init__(config, settings.plans, outer, limits=limits, frontend=settings.index)
         self._plans = {}
         self._settings = settings
-        self._outer_state = outer.state
         self._view: SupervisorView | None = None
         self._changed = asyncio.Condition()
         self._joined: dict[str, int] = {}  # pid of the host by model
@@ -106,13 +109,17 @@ class FrontendServer(PoolServer):
             lambda make: asyncio.run_coroutine_threadsafe(make(), loop),
         )
         calls.serve({"report": self._report})
-        self._watching = asyncio.create_task(self.watch.run())
-        self._tasks = [asyncio.create_task(work) for work in self._background()]
+        self._watching = start_kept("watching the host", self.watch.run)
+        self._tasks = [start_kept(task, work) for task, work in self._background().items()]
         async with self._changed:
             await self._changed.wait_for(self._has_all)
 
-    def _background(self) -> list[Any]:
-        return [self._follow(), self._forecast(), self._tell_calls()]
+    def _background(self) -> Mapping[str, Work]:
+        return {
+            "following the supervisor": self._follow,
+            "asking for forecasts": super()._background()["asking for forecasts"],
+            "telling calls": self._tell_calls,
+        }
 
     async def stop(self) -> None:
         """Finish what was accepted; the host and the other frontends are not concerned."""
@@ -174,7 +181,7 @@ class FrontendServer(PoolServer):
             self._follow_model(name, standing)
 
     def _follow_host(self, view: SupervisorView) -> None:
-        self._outer_state.counted_restarts = self.host_restarts = view.host_restarts  # the supervisor counts them
+        self.host_restarts = view.host_restarts
         pid = view.host.pid if view.host else 0
         if self._host is not None and self._host.pid != pid:
             self._host.note_end()  # type: ignore[attr-defined]
@@ -200,10 +207,14 @@ class FrontendServer(PoolServer):
         model = self.router.models[name]
         if standing.state == "draining" and model.state != "draining":
             model.state = "draining"
-            self._begin(name, self._drain(name, standing.drain_s), anew=True)
+            self._begin(name, self._drain(name, standing), anew=True)
+        elif standing.state == "resident" and is_here:
+            self.lives.served(name)
         elif standing.state != "draining":
-            model.state = standing.state if is_here or standing.state != "resident" else "loading"
-            model.retry_after_s = 5.0
+            model.state = "loading" if standing.state == "resident" else standing.state
+            model.retry_after_s, model.reason = 5.0, standing.reason
+            if standing.is_given_up:
+                self._fail_requests(name)
 
     def _begin(self, name: str, work: Any, *, anew: bool = False) -> None:
         before = self._work.get(name)
@@ -219,7 +230,8 @@ class FrontendServer(PoolServer):
             await work
         except Exception as error:
             logger.exception("frontend cannot follow model=%s", name)
-            await self._ask_as_this("failed", name, sendable(error))
+            with contextlib.suppress(PoolError):  # a supervisor that does not hear ends, and this process with it
+                await self._ask_as_this("failed", name, sendable(error))
             await asyncio.sleep(RETRY_S)
         if self._work.get(name) is asyncio.current_task():
             del self._work[name]
@@ -253,6 +265,7 @@ class FrontendServer(PoolServer):
             if client is None:
                 async with self._building:
                     client = await ModelClient.over(standing.plan, core, {})
+                    client.on_fault = partial(self.lives.client_fault, name)
         except BaseException:
             if name not in self._clients:
                 core.close()
@@ -268,16 +281,17 @@ class FrontendServer(PoolServer):
     async def _make_core(self, plan: ModelPlan) -> PoolEngineClient:
         return PoolEngineClient(await asyncio.to_thread(plan.engine_config), client_index=self._settings.index)
 
-    async def _drain(self, name: str, limit_s: float) -> None:
-        client = self._clients.get(name)
-        if client is not None and not await client.drain(limit_s):
-            await client.abort_all()
-            await client.drain(5.0)
+    async def _drain(self, name: str, standing: ModelStanding) -> None:
+        if standing.is_given_up:
+            self._fail_requests(name, standing.reason)
+        if client := self._clients.get(name):
+            await let_finish(client, standing.drain_s)
         await self._ask_as_this("drained", name)
 
     async def _forget(self, name: str) -> None:
         names = self._names(name)
         self.router.remove(name)
+        self.lives.forget(name)
         self._plans.pop(name, None)
         self._joined.pop(name, None)
         await self._close(name)

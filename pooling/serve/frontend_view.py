@@ -32,6 +32,10 @@ class ModelStanding:
     """While it drains: how long its requests may take."""
     host_pid: int = 0
     """The host process whose engine the frontends are to join; 0 while there is none, or there are several hosts."""
+    reason: str = ""
+    """Why it is `failed`."""
+    is_given_up: bool = False
+    """Whether nobody will load it any more: what waits for it ends with the reason."""
     version: int = 0
     """In a cluster: the revision of the pool that set it."""
 

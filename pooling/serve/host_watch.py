@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+from tokenpool.serve.admission import FORECAST_PERIOD_S
 from tokenpool.serve.router import ModelApp
 
 logger = logging.getLogger(__name__)
@@ -147,6 +148,23 @@ class HostWatch:
             return None
         told_s, state = self._last
         return {**state, "age_s": round(time.monotonic() - told_s, 3)}
+
+
+async def follow_forecasts(models: Mapping[str, ModelApp], host_call: Callable[[], Call | None]) -> None:
+    """Ask the host when first tokens would come, while that can refuse a request, until cancelled."""
+    while True:
+        await asyncio.sleep(FORECAST_PERIOD_S)
+        concerned, call = [m for m in models.values() if m.inflight and m.gate.wants_forecast], host_call()
+        if not concerned or call is None:
+            continue
+        try:
+            loads = await call("load")
+        except Exception as error:  # such as a host that is being restarted: old forecasts lapse
+            logger.debug("no forecast: %s", error)
+            continue
+        for model in concerned:
+            if model.name in loads:
+                model.gate.learn(loads[model.name])
 
 
 async def _ends(task: asyncio.Task[Any], deadline_s: float) -> bool:

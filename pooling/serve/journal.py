@@ -91,6 +91,11 @@ class JournalEntry(Generic[Place]):
             self._num_open_inputs -= 1
         return self.ended
 
+    def lacks_result(self, output: EngineCoreOutput) -> bool:
+        """Whether a pooling request ends with this output and has no result."""
+        is_pooling = self.request.pooling_params is not None
+        return is_pooling and output.finish_reason is not None and output.pooling_output is None
+
 
 def _without_prompt_logprobs(params: SamplingParams) -> SamplingParams:
     """Ask for no logprobs of the prompt: they came with the first token, and would forbid the prefix cache."""
@@ -149,15 +154,24 @@ class Journal(Generic[Place]):
             self._on_wire.pop(entry.wire_id, None)
         return entry
 
-    def take(self, outputs: list[EngineCoreOutput], place: Place) -> tuple[list[EngineCoreOutput], list[str]]:
-        """Record what `place` says; returns the outputs that count and the ids of requests that ended with them."""
-        kept, ended = [], []
+    def take(
+        self, outputs: list[EngineCoreOutput], place: Place
+    ) -> tuple[list[EngineCoreOutput], list[str], list[str]]:
+        """Record what `place` says; returns the outputs that count and the ids of requests that ended with them.
+
+        The ids that come last are those of pooling requests that ended without a result, whose outputs AsyncLLM does
+        not bear: its task would die of them.
+        """
+        kept, ended, without_result = [], [], []
         for output in outputs:
             entry = self._on_wire.get(output.request_id)
             if entry is None or entry.place is not place:
                 continue  # aborted, moved elsewhere, or ended: the engine did not know yet
-            kept.append(output)
+            if entry.lacks_result(output):
+                without_result.append(entry.request_id)
+            else:
+                kept.append(output)
             if entry.take(output):
                 self.close(entry.request_id)
                 ended.append(entry.request_id)
-        return kept, ended
+        return kept, ended, without_result

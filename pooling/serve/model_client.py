@@ -7,11 +7,15 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
+from http import HTTPStatus
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
+from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils import func_utils
@@ -26,6 +30,7 @@ from tokenpool.serve.admission import EngineQueue
 from tokenpool.serve.cors import drop_cors
 from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.host_process import HostProcess
+from tokenpool.serve.keeper import Backoff, count_failure
 from tokenpool.serve.launch_plan import ModelPlan, first_line
 from tokenpool.serve.names import names_of
 from tokenpool.serve.tenant_meter import meter
@@ -49,7 +54,13 @@ class ModelClient:
         self.tracer: RequestTracer | None = None
         self.added = state
         """What the first host said about the model when it was added."""
+        self.on_fault: Callable[[str], None] = lambda fault: None
+        """Told why the client is not there, and nothing once it is again."""
+        self.num_revivals = 0
         self._lifespan = AsyncExitStack()
+        self._revivals = Backoff(first_at_once=True)
+        self._reviving: asyncio.Task[None] | None = None
+        self._is_closed = False
         core.fail = self._fail
 
     @classmethod
@@ -92,6 +103,7 @@ class ModelClient:
                 client.tracer = trace_requests(engine, plan.spec.name, provider_for(endpoint))
                 core.on_assign = client.tracer.sent
             await client._build_app()
+            client._hear_engines()
             return client
         except BaseException as error:
             if client is not None:
@@ -151,6 +163,36 @@ class ModelClient:
         """End every unfinished request."""
         await self.engine.abort(list(self.engine.output_processor.request_states), internal=True)
 
+    def fail_all(self, reason: str) -> None:
+        """End every unfinished request with an error that says why."""
+        for request_id in list(self.engine.output_processor.request_states):
+            self._fail(request_id, GracefulHTTPError(reason, HTTPStatus.BAD_GATEWAY))
+
+    def _hear_engines(self) -> None:
+        """Run AsyncLLM's task that takes what engines say; vLLM starts it once, and what it raises ends it for good."""
+        self.engine.output_handler = None
+        self.engine._run_output_handler()
+        self.engine.output_handler.add_done_callback(self._hears_no_more)
+
+    def _hears_no_more(self, handler: asyncio.Task[None]) -> None:
+        if self._is_closed or handler.cancelled() or self.core.resources.engine_dead:
+            return
+        self._reviving = asyncio.get_running_loop().create_task(self._revive())
+
+    async def _revive(self) -> None:
+        """Begin anew without the requests that were there: vLLM told them an error, the engines know nothing yet."""
+        wait_s, name = self._revivals.next_s(), self.plan.spec.name
+        self.num_revivals += 1
+        count_failure("engine client")
+        logger.error("client of the engine died model=%s requests=%d, again in %g s", name, self.num_unfinished, wait_s)
+        self.on_fault("the client of its engine died, see the log")
+        self.core.abort(self.engine.output_processor.abort_requests(
+            list(self.engine.output_processor.request_states), internal=True))  # fmt: skip
+        await asyncio.sleep(wait_s)
+        if not self._is_closed:
+            self._hear_engines()
+            self.on_fault("")
+
     def _fail(self, request_id: str, error: Exception) -> None:
         """End a request, with all that belongs to it, with an error that its client reads."""
         processor = self.engine.output_processor
@@ -163,6 +205,9 @@ class ModelClient:
 
     async def close(self) -> None:
         """Free the client. Its engines are gone, or are removed from their hosts, or end together with them."""
+        self._is_closed = True
+        if self._reviving is not None:
+            self._reviving.cancel()
         if self.engine.output_handler is not None:
             self.engine.output_handler.cancel()
         if self.tracer is not None:
@@ -172,6 +217,16 @@ class ModelClient:
         await asyncio.to_thread(self.engine.shutdown)
         # vLLM's app froze the heap, which would keep all of this for ever; soon nobody refers to it any more.
         asyncio.get_running_loop().call_later(RELEASE_AFTER_S, _release)
+
+
+async def first_config(plans: Iterable[ModelPlan]) -> VllmConfig | None:
+    """The engine config of the first model that still has one: its files may be gone."""
+    for plan in list(plans):
+        try:
+            return plan.checked or await asyncio.to_thread(plan.engine_config)
+        except PoolError as error:
+            logger.debug("no config of model=%s: %s", plan.spec.name, error)
+    return None
 
 
 def _release() -> None:

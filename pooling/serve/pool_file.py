@@ -44,7 +44,7 @@ async def follow_pool_file(path: str, pool: Pool) -> None:
         stamp = now
         try:
             wanted = await asyncio.to_thread(load_pool_file, path)
-        except PoolError as error:
+        except (PoolError, OSError, ValueError) as error:  # also one that cannot be read, or is no text
             logger.error("pool file not taken: %s", error)
             continue
         await apply_changes(known, wanted, pool)
@@ -61,14 +61,19 @@ async def apply_changes(known: PoolConfig, wanted: PoolConfig, pool: Pool) -> No
             await pool.remove_model(name, _DRAIN_S)
         except KeyError:
             logger.info("pool file: model is gone already model=%s", name)
-        except PoolError as error:
-            logger.error("pool file: model not removed model=%s: %s", name, error)
+        except Exception as error:  # whatever it is, the rest of the file counts
+            logger.error("pool file: model not removed model=%s: %s", name, error, exc_info=_unless_known(error))
     for name in [name for name, spec in after.items() if before.get(name) != spec]:
         try:
             await pool.add_model(after[name])
             logger.info("pool file: model added model=%s", name)
-        except PoolError as error:
-            logger.error("pool file: model not added model=%s: %s", name, error)
+        except Exception as error:  # as above
+            logger.error("pool file: model not added model=%s: %s", name, error, exc_info=_unless_known(error))
+
+
+def _unless_known(error: Exception) -> Exception | None:
+    """An error whose words do not say it all."""
+    return None if isinstance(error, PoolError) else error
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

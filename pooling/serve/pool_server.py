@@ -7,21 +7,27 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from prometheus_client import multiprocess
 from starlette.applications import Starlette
 
 from tokenpool.config import ModelSpec, PoolConfig
-from tokenpool.errors import CapacityError, ConfigError, HostError, ModelUnavailableError, PoolError
+from tokenpool.errors import CapacityError, ConfigError, HostError, ModelBusyError, ModelUnavailableError, PoolError
 from tokenpool.host.metric_files import forget_models
 from tokenpool.host.trace import chrome_trace
-from tokenpool.serve.admission import FORECAST_PERIOD_S, Gate
+from tokenpool.metric_registry import metric
+from tokenpool.serve.admission import Gate
 from tokenpool.serve.auth import ApiKeyAuth
+from tokenpool.serve.ending import HOST_END_S, KILL_S, let_finish, within
 from tokenpool.serve.host_process import HostProcess
-from tokenpool.serve.host_watch import HostWatch
+from tokenpool.serve.host_watch import HostWatch, follow_forecasts
+from tokenpool.serve.keeper import Backoff, Work, start_kept
 from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_model
-from tokenpool.serve.model_client import ModelClient
+from tokenpool.serve.model_client import ModelClient, first_config
+from tokenpool.serve.model_life import ModelLives, reason_of
 from tokenpool.serve.names import check_names, names_of
 from tokenpool.serve.router import ModelApp, ModelRouter
 from tokenpool.serve.shared_limits import SharedLimits
@@ -29,8 +35,12 @@ from tokenpool.serve.tenants import TenantBook
 
 logger = logging.getLogger(__name__)
 
-_RESTART_WAITS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
-_STABLE_AFTER_S = 60.0
+_HOST_RESTARTS = metric("host_restarts").make()
+_LOOK_S = 0.1
+_END_LIMIT_S, _SILENT_END_LIMIT_S = 0.5, 10.0
+"""How long it may take until a host is seen to have ended; a large one that does not answer takes longer."""
+_UNLOAD_LIMIT_S = 30.0
+"""How long the host may say that a drained model has requests."""
 
 
 class PoolServer:
@@ -59,8 +69,9 @@ class PoolServer:
         self._changing = asyncio.Lock()  # one model is added or removed at a time
         self._tasks: list[asyncio.Task[None]] = []
         self._watching: asyncio.Task[None] | None = None
+        self.lives = ModelLives(self.router.models)
         self._host_config = host_config(config, plans)
-        self.watch = HostWatch(self.router.models, lambda: self._host.call if self._host else None)
+        self.watch = HostWatch(self.router.models, self._host_call)
         outer.state.pool = self
 
     # -- life ----------------------------------------------------------------------------------------
@@ -69,53 +80,108 @@ class PoolServer:
         """Return when the port may be answered: at once, while models load."""
 
     async def start(self) -> None:
-        """Start the host and all models; raises PoolError, with nothing left running, when one cannot be served."""
+        """Start the host and all models; raises PoolError, with nothing left running, when none can be served."""
         for plan in self._plans.values():
             self.router.add(self._model_app(plan.spec))
-        self._watching = asyncio.create_task(self.watch.run())
+        self._watching = start_kept("watching the host", self.watch.run)
         try:
-            await self._start_host()
+            await self._first_start()
+            self.lives.refuse_if_all_failed()
         except BaseException:
             await self.stop()
             raise
-        self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._forecast())]
+        self._tasks = [start_kept(task, work) for task, work in self._background().items()]
+
+    def _background(self) -> Mapping[str, Work]:
+        """What goes on beside the requests, by name."""
+        return {
+            "supervising the host": self._supervise,
+            "trying failed models": self._try_failed,
+            "asking for forecasts": lambda: follow_forecasts(self.router.models, self._host_call),
+        }
 
     async def stop(self) -> None:
-        """Finish what was accepted, at most `shutdown_timeout` long, then end everything."""
+        """Finish what was accepted, at most `shutdown_timeout` long, then end everything, each part within a limit."""
         self.stopping = self.watch.stopping = True
         for task in self._tasks:
             task.cancel()
-        limit_s = self.config.shutdown_timeout_s
-        await self.router.let_through(limit_s)
-        drained = await asyncio.gather(*(client.drain(limit_s) for client in self._clients.values()))
-        for client, done in zip(self._clients.values(), drained, strict=True):
-            if not done:
-                logger.warning("drain limit reached, aborting model=%s requests=%d", client.plan.spec.name,
-                               client.num_unfinished)
-                await client.abort_all()
-        for client in self._clients.values():
-            await client.close()
-        if self._host is not None:
-            await self._host.stop(10.0)
+        deadline = time.monotonic() + self.config.shutdown_timeout_s
+        await self.router.let_through(self.config.shutdown_timeout_s)
+        clients = list(self._clients.values())
+        await asyncio.gather(*(let_finish(client, deadline - time.monotonic()) for client in clients))
+        await asyncio.gather(*(within(3.0, f"closing model {c.plan.spec.name!r}", c.close()) for c in clients))
+        if self._host is not None and not await within(HOST_END_S + KILL_S, "stopping", self._host.stop(HOST_END_S)):
+            logger.error("engine host is left to the kernel pid=%s", self._host.pid)
         if self._watching is not None:
             self._watching.cancel()
         self._clients.clear()
 
     @property
     def ready(self) -> bool:
-        """True when every model can be served and the pool is not shutting down."""
-        return not self.stopping and all(m.state == "resident" for m in self.router.models.values())
+        """True when all models but the failed ones can be served, and the pool is not shutting down."""
+        return not self.stopping and self.lives.ready
 
     def _model_app(self, spec: ModelSpec) -> ModelApp:
         gate = Gate.of(spec.name, self.config.admission_of(spec), spec.slo)
         return ModelApp(spec.name, _no_app, state="loading", retry_after_s=5, gate=gate)
 
+    # -- starting ------------------------------------------------------------------------------------
+
+    async def _first_start(self) -> None:
+        while True:
+            await self._start_host()
+            try:
+                await self._load_all()
+                return
+            except HostError:
+                if not self.lives.can_go_on:
+                    raise
+                assert self._host is not None
+                await self._host_died(self._host.pid)
+
     async def _start_host(self) -> None:
-        first = next(iter(self._plans.values()), None)
-        config = (first.checked or await asyncio.to_thread(first.engine_config)) if first else None
-        self._host = await HostProcess.start(self._host_config, config)
-        for plan in list(self._plans.values()):
-            await self._start_model(plan)
+        if self._host is not None:
+            self.host_restarts += 1
+            _HOST_RESTARTS.inc()
+        async with self._changing:
+            self._host = await HostProcess.start(self._host_config, await first_config(self._plans.values()))
+
+    async def _load_all(self) -> None:
+        """Load what is wanted into a new host; raises HostError when that ends."""
+        for name in self.lives.to_load(self._plans):
+            await self._load(name)
+
+    async def _load(self, name: str) -> None:
+        """Load a model, which is `failed` if that cannot be done; raises HostError when the host ends."""
+        async with self._changing:
+            plan, began_s = self._plans.get(name), time.monotonic()
+            if plan is None or (self.lives[name].is_leaving and name not in self._clients):
+                return  # removed, or about to be, and nobody waits for it
+            try:
+                await self._start_model(plan)
+                if self._host is not None and not self._host.ended:
+                    return
+                error: Exception = HostError("the engine host ended")
+            except Exception as caught:  # of vLLM's making, too: it is the model's failure, unless the host ended
+                error = caught
+            if await self._ends_soon(_SILENT_END_LIMIT_S if isinstance(error, HostError) else _END_LIMIT_S):
+                self.lives.host_died_loading(name)
+                if self.lives[name].is_given_up:
+                    self._give_up(name)
+                raise HostError(f"the engine host ended while it loaded model {name!r}") from error
+            self.lives.failed(name, error, took_s=time.monotonic() - began_s)
+            if self.lives[name].is_leaving:
+                self._fail_requests(name)
+
+    def _give_up(self, name: str) -> None:
+        deaths = self.lives[name].host_deaths
+        self.lives.failed(name, HostError(f"{deaths} engine hosts ended in a row while they loaded it"))
+        self._fail_requests(name)
+
+    def _fail_requests(self, name: str, reason: str = "") -> None:
+        """End what was accepted for a model that will not be loaded any more."""
+        if client := self._clients.get(name):
+            client.fail_all(f"The model `{name}` is not loaded any more: {reason or self.router.models[name].reason}")
 
     async def _start_model(self, plan: ModelPlan) -> ModelClient:
         assert self._host is not None
@@ -131,35 +197,31 @@ class PoolServer:
                 raise
             # Others hold the pages: weights of unknown size before, or a model that came later than the plan.
             raise CapacityError(f"{error}; or let weights leave the device (weights: movable)") from error
-        model = self.router.models[name]
-        model.answer_with(client)
-        if model.state != "draining":
-            model.state = "resident"
+        self.router.models[name].answer_with(client)
+        self.lives.served(name)
         logger.info("model ready model=%s seconds=%.2f", name, client.added["build_s"])
         return client
 
     async def _make_client(self, plan: ModelPlan) -> ModelClient:
         assert self._host is not None
-        return await ModelClient.start(plan, self._host)
+        client = await ModelClient.start(plan, self._host)
+        client.on_fault = partial(self.lives.client_fault, plan.spec.name)
+        return client
 
     # -- supervision ---------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
-        attempt, started = 0, time.monotonic()
+        backoff = Backoff()
         while True:
             assert self._host is not None
             status = await self._host.wait()
-            if time.monotonic() - started > _STABLE_AFTER_S:
-                attempt = 0
             logger.error("engine host ended pid=%d status=%d, restarting", self._host.pid, status)
             await self._host_died(self._host.pid)
             while True:
-                await asyncio.sleep(_RESTART_WAITS_S[min(attempt, len(_RESTART_WAITS_S) - 1)])
-                attempt, started = attempt + 1, time.monotonic()
-                self.host_restarts += 1
+                await asyncio.sleep(backoff.next_s())
                 try:
-                    async with self._changing:
-                        await self._start_host()
+                    await self._start_host()
+                    await self._load_all()
                     break
                 except Exception:  # whatever stops a restart, the next attempt may work
                     logger.exception("engine host does not come back, trying again")
@@ -168,29 +230,24 @@ class PoolServer:
                     await self._host_died(self._host.pid, blame=died)
 
     async def _host_died(self, pid: int, *, blame: bool = True) -> None:
-        for model in self.router.models.values():
-            if model.state != "draining":
-                model.state, model.retry_after_s = "unavailable", 5.0
+        self.lives.host_gone()
         assert self._host is not None
         for client in self._clients.values():
             client.core.lost(self._host.name, blame=blame)
         multiprocess.mark_process_dead(pid, os.environ["PROMETHEUS_MULTIPROC_DIR"])
 
-    async def _forecast(self) -> None:
-        """Ask the host when first tokens would come, while that can refuse a request."""
+    async def _try_failed(self) -> None:
+        """Try again what could not be loaded, or removed, when its time has come."""
         while True:
-            await asyncio.sleep(FORECAST_PERIOD_S)
-            models = [m for m in self.router.models.values() if m.inflight and m.gate.wants_forecast]
-            if not models or self._host is None:
-                continue
-            try:
-                loads = await self._host.call("load")
-            except Exception as error:  # such as a host that is being restarted: old forecasts lapse
-                logger.debug("no forecast: %s", error)
-                continue
-            for model in models:
-                if model.name in loads:
-                    model.gate.learn(loads[model.name])
+            await asyncio.sleep(_LOOK_S)
+            for name in self.lives.due():
+                try:
+                    if self.lives[name].is_unwanted:
+                        await self.remove_model(name, 0.0)
+                    elif self._host is not None and not self._host.ended:
+                        await self._load(name)
+                except PoolError as error:  # the host ended, or its removal failed again: it is seen to
+                    logger.debug("no success model=%s: %s", name, error)
 
     # -- models at run time --------------------------------------------------------------------------
 
@@ -211,49 +268,72 @@ class PoolServer:
                 client = await self._start_model(plan)
             except BaseException:
                 self.router.remove(spec.name)
+                self.lives.forget(spec.name)
                 raise
             self._plans[spec.name] = plan
             return client.added
 
     async def remove_model(self, name: str, drain_s: float) -> None:
-        """Stop taking requests for a model, let it finish for at most `drain_s`, abort the rest and unload it."""
-        model = self.router.models.get(name)
+        """Stop taking requests for a model, let it finish for at most `drain_s`, abort the rest and unload it.
+
+        What waits for a model that is `failed` ends at once. Raises KeyError for an unknown name; PoolError, with the
+        model `failed`, when it cannot be unloaded, which is tried again then.
+        """
+        model, life = self.router.models.get(name), self.lives[name]
         if model is None:
+            self.lives.forget(name)
             raise KeyError(name)
-        async with self._changing:
-            client = self._clients.get(name)
-            if client is None or model.state != "resident":
-                raise ModelUnavailableError(f"model {name!r} is {model.state}", retry_after_s=5.0)
-            model.state = "draining"
-        if not await client.drain(drain_s):  # a host that dies meanwhile comes back with the model and finishes
-            await client.abort_all()
-            await client.drain(5.0)
-        async with self._changing:
-            await self._unload(name)
-            names = self._names(name)
-            self.router.remove(name)
-            del self._plans[name], self._clients[name]
+        if life.is_leaving:
+            raise ModelUnavailableError(f"model {name!r} is being removed already", retry_after_s=5.0)
+        life.is_leaving, model.state = True, "draining"
+        try:
+            if life.error is not None:
+                self._fail_requests(name)
+            if name in self._clients:  # a host that dies meanwhile comes back with the model and finishes
+                await let_finish(self._clients[name], drain_s)
+            async with self._changing:
+                await self._unload(name)
+                names = self._names(name)
+                self.router.remove(name)
+                self.lives.forget(name)
+                self._plans.pop(name, None)
+                client = self._clients.pop(name, None)
+        except Exception as error:
+            life.is_leaving, life.is_unwanted = False, True
+            cause = error if isinstance(error, PoolError) else HostError(reason_of(error))
+            self.lives.failed(name, HostError(f"it cannot be removed: {cause}"))
+            raise cause from error
+        if client is not None:
             await client.close()
-            await asyncio.to_thread(forget_models, names)
+        await asyncio.to_thread(forget_models, names)
 
     def _names(self, name: str) -> set[str]:
         """All names that a model and its adapters have: those now loaded, and those of its flags."""
-        return self.router.models[name].aliases() | {alias for alias, _ in names_of(self._plans[name])}
+        planned = {alias for alias, _ in names_of(self._plans[name])} if name in self._plans else set()
+        return self.router.models[name].aliases() | planned
 
     async def _unload(self, name: str) -> None:
+        deadline = time.monotonic() + _UNLOAD_LIMIT_S
         while self._host is not None and not self._host.ended:
             try:
                 await self._host.call("remove_model", name)
                 return
-            except HostError as error:
-                if "still has requests" not in str(error) and not await self._ends_soon():
+            except KeyError:
+                return  # it could not be loaded
+            except ModelBusyError:
+                if time.monotonic() > deadline:
+                    raise
+            except HostError:
+                if not await self._ends_soon(_SILENT_END_LIMIT_S):
                     raise
             await asyncio.sleep(0.05)
 
-    async def _ends_soon(self) -> bool:
+    async def _ends_soon(self, limit_s: float = _END_LIMIT_S) -> bool:
         """Whether the host is going: it stops to answer a moment before it can be seen to have ended."""
         assert self._host is not None
-        await asyncio.sleep(0.5)
+        deadline = time.monotonic() + limit_s
+        while not self._host.ended and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
         return self._host.ended
 
     async def state(self) -> dict[str, Any]:
@@ -265,6 +345,7 @@ class PoolServer:
         models = {
             name: {
                 "state": model.state,
+                "reason": model.reason or None,
                 "inflight": model.inflight,
                 "model": self._plans[name].spec.model if name in self._plans else None,
             }
@@ -288,8 +369,8 @@ class PoolServer:
     async def tenants_report(self) -> dict[str, Any]:
         """Each tenant's limits, what is left of them, its usage, and its requests that are held, per model."""
         report = self.tenants.report() if self.tenants is not None else {}
+        lines = {model.name: model.gate.line for model in self.router.models.values()}
         for name, tenant in report.items():
-            lines = {model.name: model.gate.line for model in self.router.models.values()}
             tenant["held"] = {model: line.num_held(name) for model, line in lines.items() if line is not None}
         return report
 
@@ -308,6 +389,10 @@ class PoolServer:
         """Check the host's books; raises what is wrong."""
         if self._host is not None:
             await self._host.call("check")
+
+    def _host_call(self) -> Any:
+        """The function that calls the present host; None while there is none."""
+        return self._host.call if self._host else None
 
     def _refuse_while_stopping(self) -> None:
         if self.stopping or self._host is None:

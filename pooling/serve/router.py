@@ -58,6 +58,8 @@ class ModelApp:
     state: ModelState = "loading"
     retry_after_s: float = 1.0
     """When a client refused now should come back."""
+    reason: str = ""
+    """Why it is `failed`, in one line; empty in other states."""
     inflight: int = 0
     """Calls into `app` that have not returned."""
     gate: Gate = field(default_factory=Gate)
@@ -86,6 +88,8 @@ class ModelApp:
         """Return a 503 that says why the model does not answer, with Retry-After in whole seconds, >= 1."""
         wait_s = math.ceil(min(max(1.0, self.retry_after_s), _MAX_RETRY_AFTER_S))
         reason = "did not answer" if self.state == "resident" else f"is {self.state}"
+        if self.reason:
+            reason += f" ({self.reason})"
         message = f"The model `{self.name}` {reason}; retry after {wait_s} s."
         headers = {"retry-after": str(wait_s)}
         return error_response(503, "ServiceUnavailableError", message, "model", headers)
@@ -336,7 +340,7 @@ async def _call_for(
 
 
 async def _call(model: ModelApp, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run the model's app; a crash, or a 500 of a model that became unavailable, becomes a 503 to retry."""
+    """Run the model's app; a crash, or a 500 of a model that lost its engine, becomes a 503 to retry."""
     started, replaced = scope["type"] == "websocket", False
     held: Message | None = None  # the start of a 500, until its body comes
 
@@ -348,7 +352,7 @@ async def _call(model: ModelApp, ticket: Ticket, scope: Scope, receive: Receive,
             if message["type"] == "http.response.start" and message["status"] == 500:
                 held = message
                 return
-            if held is not None and model.state == "unavailable":
+            if held is not None and model.state in ("unavailable", "failed"):
                 replaced = True
                 await model.refusal()(scope, receive, send)
                 return

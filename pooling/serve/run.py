@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import socket
+import ssl
+import threading
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -22,12 +24,15 @@ from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.utils.system_utils import set_ulimit
 
 from tokenpool.config import PoolConfig
-from tokenpool.errors import ConfigError
+from tokenpool.errors import ConfigError, PoolError
 from tokenpool.logs import log_to_stderr
 from tokenpool.serve.cors import with_cors
+from tokenpool.serve.ending import END_MARGIN_S, end_after
 from tokenpool.serve.endpoints import build_outer_app
-from tokenpool.serve.launch_plan import ModelPlan, plan_pool
+from tokenpool.serve.launch_plan import ModelPlan, first_line, plan_pool
+from tokenpool.serve.model_life import reason_of
 from tokenpool.serve.pool_server import PoolServer
+from tokenpool.serve.tracing import end_tracing
 from tokenpool.units import format_bytes, format_count
 
 logger = logging.getLogger(__name__)
@@ -48,6 +53,8 @@ def describe_plan(config: PoolConfig, plans: list[ModelPlan]) -> str:
     return "\n".join(lines)
 
 
+_TRACING_END_S = 2.0
+Timers = list[threading.Timer]
 MakePool = Callable[[Starlette], PoolServer]
 """Makes the server behind the port, given the app for pool-level paths."""
 
@@ -80,7 +87,14 @@ def run(
 ) -> None:
     """Serve on `sock` until SIGTERM or SIGINT; raises PoolError when the pool does not start."""
     set_ulimit()
-    uvloop.run(_serve(config, plans, sock, make_pool, announce))
+    check_http(plans[0].args, config)
+    timers: Timers = []
+    try:
+        uvloop.run(_serve(config, plans, sock, make_pool, announce, timers))
+    finally:
+        end_tracing(_TRACING_END_S)
+        for timer in timers:
+            timer.cancel()
 
 
 def _plan(
@@ -96,7 +110,7 @@ def _plan(
 
 
 async def _serve(
-    config: PoolConfig, plans: list[ModelPlan], sock: socket.socket, make_pool: MakePool, announce: bool
+    config: PoolConfig, plans: list[ModelPlan], sock: socket.socket, make_pool: MakePool, announce: bool, timers: Timers
 ) -> None:
     args = plans[0].args
     pool = make_pool(build_outer_app())
@@ -115,14 +129,22 @@ async def _serve(
             if announce:
                 log_address(plans, sock)
             await asyncio.wait({stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
-        else:
-            starting.cancel()
+        if serving.done() and not stop.is_set():
+            raise PoolError(f"the HTTP server has ended by itself: {_how_it_ended(serving)}")
     finally:
+        timers.append(end_after(config.shutdown_timeout_s + END_MARGIN_S))
         logger.info("draining: no new requests, at most %g s", config.shutdown_timeout_s)
         server.should_exit = True  # closes the listening socket and waits for open responses
+        starting.cancel()
+        await asyncio.wait({starting}, timeout=config.shutdown_timeout_s)
         await pool.stop()
-        await asyncio.wait({serving}, timeout=5.0)
+        await asyncio.wait({serving}, timeout=2.0)
         stopping.cancel()
+
+
+def _how_it_ended(task: asyncio.Task[None]) -> str:
+    error = None if task.cancelled() else task.exception()
+    return "without an error" if error is None else reason_of(error)
 
 
 async def _answer(server: NoSignalServer, pool: PoolServer, sock: socket.socket) -> None:
@@ -130,10 +152,19 @@ async def _answer(server: NoSignalServer, pool: PoolServer, sock: socket.socket)
     await server.serve(sockets=[sock])
 
 
+def check_http(args: Namespace, config: PoolConfig) -> None:
+    """Refuse what the HTTP server would not start with, such as a certificate that cannot be read: ConfigError."""
+    try:
+        _uvicorn_config(lambda scope: None, args, config).load()
+    except (OSError, ssl.SSLError, ValueError) as error:
+        raise ConfigError(f"cannot be used: {first_line(error)}", key="--ssl-certfile, --ssl-keyfile") from error
+
+
 def log_address(plans: list[ModelPlan], sock: socket.socket) -> None:
     """Say where the models are served."""
     address = sock.getsockname()
-    logger.info("serving %s on http://%s:%d", format_count(len(plans), "model"), address[0], address[1])
+    scheme = "https" if plans[0].args.ssl_certfile or plans[0].args.ssl_keyfile else "http"
+    logger.info("serving %s on %s://%s:%d", format_count(len(plans), "model"), scheme, address[0], address[1])
 
 
 def _uvicorn_config(app: Any, args: Namespace, config: PoolConfig) -> uvicorn.Config:

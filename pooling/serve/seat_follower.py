@@ -15,6 +15,7 @@ from typing import Any
 
 from tokenpool.cluster.values import Deployment, Endpoints, ModelView, SeatState, SeatView
 from tokenpool.policy.capacity import Role
+from tokenpool.serve.keeper import count_failure
 from tokenpool.serve.launch_plan import ModelPlan
 
 logger = logging.getLogger(__name__)
@@ -208,5 +209,12 @@ _tasks: set[asyncio.Task[None]] = set()
 def _spawn(work: Any) -> asyncio.Task[None]:
     task = asyncio.get_running_loop().create_task(work)
     _tasks.add(task)  # the loop itself holds tasks weakly
-    task.add_done_callback(_tasks.discard)
+    task.add_done_callback(_ended)
     return task
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    _tasks.discard(task)
+    if not task.cancelled() and (error := task.exception()) is not None:
+        count_failure("following seats")
+        logger.error("background task died task=following_seats, the next view is complete, too", exc_info=error)

@@ -18,13 +18,13 @@ from vllm.utils.system_utils import set_ulimit
 from tokenpool.config import PoolConfig
 from tokenpool.errors import HostError, PoolError
 from tokenpool.host.hosted_core import EngineAddresses
-from tokenpool.serve.endpoints import HOST_RESTARTS
+from tokenpool.serve.ending import END_MARGIN_S, end_after
 from tokenpool.serve.frontend_keeper import FrontendKeeper, SharedClients
 from tokenpool.serve.frontend_view import HostAddress, SupervisorView
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.launch_plan import ModelPlan, plan_pool
 from tokenpool.serve.model_client import load_model
-from tokenpool.serve.run import log_address
+from tokenpool.serve.run import Timers, check_http, log_address
 
 _JOIN_LIMIT_S = 300.0
 
@@ -45,11 +45,19 @@ def supervise(config: PoolConfig, cluster: str | None, pool_file: str | None, so
         def make() -> FrontendKeeper:
             return ClusterSupervisor(config, plans, sock, session, pool_file)
 
+    check_http(plans[0].args, config)
     set_ulimit()
-    uvloop.run(_supervise(make, plans, sock))
+    timers: Timers = []
+    try:
+        uvloop.run(_supervise(make, plans, sock, timers))
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
-async def _supervise(make: Callable[[], FrontendKeeper], plans: list[ModelPlan], sock: socket.socket) -> None:
+async def _supervise(
+    make: Callable[[], FrontendKeeper], plans: list[ModelPlan], sock: socket.socket, timers: Timers
+) -> None:
     pool = make()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -61,10 +69,11 @@ async def _supervise(make: Callable[[], FrontendKeeper], plans: list[ModelPlan],
             starting.result()
             log_address(plans, sock)
             await stopping
-        else:
-            starting.cancel()
     finally:
+        timers.append(end_after(pool.config.shutdown_timeout_s + END_MARGIN_S))
+        starting.cancel()
         sock.close()  # nobody may connect any more; the frontends close theirs
+        await asyncio.wait({starting}, timeout=pool.config.shutdown_timeout_s)
         await pool.stop()
         stopping.cancel()
 
@@ -85,9 +94,18 @@ class _Clients(SharedClients):
     async def join(self, host: HostProcess) -> None:
         """Load the model in the host and wait until all frontends are there; raises PoolError."""
         self.added = await load_model(host, self.plan, EngineAddresses((), ()))
-        self.host_pid = host.pid
         name = self.plan.spec.name
         self.keeper.unsay(name, host.pid)
+        self.host_pid = host.pid
+        try:
+            await self._until_all_joined(host, name)
+        except BaseException:
+            self.host_pid = 0
+            with contextlib.suppress(Exception):  # a host that is gone holds nothing either
+                await host.call("remove_model", name)
+            raise
+
+    async def _until_all_joined(self, host: HostProcess, name: str) -> None:
 
         def go_on() -> None:
             if not self.has_served:
@@ -100,7 +118,8 @@ class _Clients(SharedClients):
                 await self.keeper.all_say("joined", name, host.pid, unless=go_on)
                 self.has_served = True
         except TimeoutError:
-            raise HostError(f"not all frontends could join model {name!r}") from None
+            said = self.keeper.why_failed(name)
+            raise HostError(f"not all frontends could join model {name!r}{f': {said}' if said else ''}") from None
 
     def lost(self, host: str, *, blame: bool = True) -> None:
         """The host is gone."""
@@ -137,11 +156,6 @@ class Supervisor(FrontendKeeper):
             with contextlib.suppress(PoolError):  # a host that is gone has none of its requests either
                 await self._host.call("detach_frontend", index)
 
-    async def _start_host(self) -> None:
-        if self._host is not None:  # the frontends' own count is that of the view, not of their metrics
-            HOST_RESTARTS.inc()
-        await super()._start_host()
-
     async def _make_client(self, plan: ModelPlan) -> Any:
         assert self._host is not None
         clients = _Clients(replace(plan, checked=None), self)
@@ -149,9 +163,6 @@ class Supervisor(FrontendKeeper):
         try:
             await clients.join(self._host)
         except BaseException:
-            clients.host_pid = 0
-            with contextlib.suppress(HostError):  # a host that is gone holds nothing either
-                await self._host.call("remove_model", plan.spec.name)
             del self._clients[plan.spec.name]
             raise
         return clients

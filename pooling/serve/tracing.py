@@ -18,6 +18,7 @@ Without OpenTelemetry's packages vLLM refuses the flag.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Mapping
 from functools import cache
@@ -33,6 +34,7 @@ from tokenpool.host.request_waits import SINCE, WAITS
 from tokenpool.serve.tenants import CURRENT_CALL
 
 SPAN_NAME = "llm_request"
+_providers: list[Any] = []
 
 
 @cache
@@ -45,7 +47,20 @@ def provider_for(endpoint: str) -> Any:
 
     provider = TracerProvider(resource=Resource.create({"service.name": "tokenpool"}))  # OTEL_SERVICE_NAME goes first
     provider.add_span_processor(BatchSpanProcessor(get_span_exporter(endpoint)))
+    _providers.append(provider)
     return provider
+
+
+def end_tracing(limit_s: float) -> None:
+    """Send the spans that have ended and are still here, for at most `limit_s`; for the end of the process."""
+    ends = [threading.Thread(target=provider.shutdown, daemon=True) for provider in _providers]
+    for end in ends:
+        end.start()
+    deadline = time.monotonic() + limit_s
+    for end in ends:
+        end.join(max(0.0, deadline - time.monotonic()))
+    _providers.clear()
+    provider_for.cache_clear()
 
 
 def trace_requests(engine: AsyncLLM, model: str, provider: Any) -> RequestTracer:

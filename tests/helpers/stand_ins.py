@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pool server over hosts and clients that do what a test tells them to; no engine, no process, no port."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from argparse import Namespace
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tokenpool.config import ModelSpec, PoolConfig
+from tokenpool.errors import ConfigError, HostError
+from tokenpool.serve import keeper, pool_server
+from tokenpool.serve.admission import EngineQueue
+from tokenpool.serve.endpoints import build_outer_app
+from tokenpool.serve.launch_plan import ModelPlan
+from tokenpool.serve.pool_server import PoolServer
+
+_LIMIT_S = 30.0
+_pids = itertools.count(1 << 22)  # above those of any process
+
+
+class StandInHost:
+    """A host without a process; `world` says how its models fare."""
+
+    def __init__(self, world: World) -> None:
+        self.name, self.pid = "host", next(_pids)
+        self.world = world
+        self.models: list[str] = []
+        self._end = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        return self._end.is_set()
+
+    def die(self) -> None:
+        self._end.set()
+
+    async def wait(self) -> int:
+        await self._end.wait()
+        return -9
+
+    async def kill(self) -> None:
+        self.die()
+
+    async def stop(self, limit_s: float) -> None:
+        await self.world.hold.wait()
+        self.die()
+
+    async def call(self, method: str, *args: Any) -> Any:
+        if self.ended:
+            raise HostError(f"engine host does not answer {method}")
+        if method == "remove_model":
+            if self.world.unloads:
+                raise self.world.unloads.pop(0)
+            if args[0] not in self.models:
+                raise KeyError(args[0])
+            self.models.remove(args[0])
+        return {} if method == "state" else None
+
+    async def load(self, name: str) -> None:
+        """Load a model, as a client asks for it."""
+        self.world.loads.append(name)
+        await self.world.gates.get(name, self.world.hold).wait()
+        if name in self.world.deadly:
+            self.die()
+        if self.ended:
+            raise HostError("engine host does not answer add_model")
+        if name in self.world.broken:
+            raise ConfigError("no file", key=f"model {name!r}")
+        self.models.append(name)
+
+
+class StandInClient:
+    """A model's client; requests are names in `waiting`."""
+
+    num_seats = 1
+    app: Any = None
+    queue = staticmethod(EngineQueue)
+
+    def __init__(self, plan: ModelPlan) -> None:
+        self.plan = plan
+        self.core = self
+        self.added = {"build_s": 0.0}
+        self.on_fault: Callable[[str], None] = lambda fault: None
+        self.waiting: list[str] = []
+        self.told: dict[str, str] = {}
+        self.closed = False
+
+    @classmethod
+    async def start(cls, plan: ModelPlan, host: StandInHost) -> StandInClient:
+        await host.load(plan.spec.name)
+        return cls(plan)
+
+    async def join(self, host: StandInHost) -> None:
+        await host.load(self.plan.spec.name)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.waiting)
+
+    def lost(self, host: str, *, blame: bool = True) -> None: ...
+
+    async def drain(self, limit_s: float) -> bool:
+        return not self.waiting
+
+    async def abort_all(self) -> None:
+        self.waiting.clear()
+
+    def fail_all(self, reason: str) -> None:
+        self.told |= dict.fromkeys(self.waiting, reason)
+        self.waiting.clear()
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class World:
+    """What goes wrong, and what was asked for."""
+
+    def __init__(self) -> None:
+        self.broken: set[str] = set()
+        """Models that cannot be loaded."""
+        self.deadly: set[str] = set()
+        """Models that a host dies of while it loads them."""
+        self.unloads: list[Exception] = []
+        """What the next removals raise."""
+        self.loads: list[str] = []
+        """All attempts to load, in order."""
+        self.hosts: list[StandInHost] = []
+        self.hold = asyncio.Event()
+        """Hosts neither load nor end while it is not set."""
+        self.hold.set()
+        self.gates: dict[str, asyncio.Event] = {}
+        """As `hold`, for the loading of single models."""
+        self.pool: PoolServer
+
+    @property
+    def host(self) -> StandInHost:
+        """The present one."""
+        return self.hosts[-1]
+
+    @property
+    def states(self) -> dict[str, str]:
+        return {name: model.state for name, model in self.pool.router.models.items()}
+
+    def client(self, name: str) -> StandInClient:
+        client: Any = self.pool._clients[name]
+        return client
+
+    async def until(self, look: Callable[[], object]) -> None:
+        """Wait until that holds."""
+        async with asyncio.timeout(_LIMIT_S):
+            while not look():
+                await asyncio.sleep(0.005)
+
+    async def start_host(self, *_: Any) -> StandInHost:
+        self.hosts.append(StandInHost(self))
+        return self.host
+
+
+def plan_of(name: str) -> ModelPlan:
+    """A plan that nobody builds."""
+    args = Namespace(tensor_parallel_size=1, lora_modules=None, served_model_name=None)
+    checked: Any = SimpleNamespace()
+    return ModelPlan(ModelSpec(name=name, model="/none"), args, 0, checked)
+
+
+@asynccontextmanager
+async def stand_in_pool(
+    patch: pytest.MonkeyPatch, folder: Path, names: Sequence[str] = ("a", "b", "c")
+) -> AsyncIterator[World]:
+    """A pool of these models that was not started; it is stopped at the end."""
+    world = World()
+    patch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
+    patch.setattr(keeper, "RESTART_WAITS_S", (0.02,))
+    patch.setattr(pool_server, "_LOOK_S", 0.01)
+    patch.setattr(pool_server, "_END_LIMIT_S", 0.02)
+    patch.setattr(pool_server, "_SILENT_END_LIMIT_S", 0.02)
+    patch.setattr(pool_server, "HostProcess", SimpleNamespace(start=world.start_host))
+    patch.setattr(pool_server, "ModelClient", StandInClient)
+    plans = [plan_of(name) for name in names]
+    models = tuple(plan.spec for plan in plans)
+    config = PoolConfig(models=models, device_memory=1 << 30, host_memory=1 << 30, shutdown_timeout_s=0.2)
+    world.pool = PoolServer(config, plans, build_outer_app({}))
+    try:
+        yield world
+    finally:
+        world.hold.set()
+        await world.pool.stop()

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One bad model is one bad model: whatever happens to it, the others serve, and it can be seen and removed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tokenpool.errors import ConfigError, HostError, ModelBusyError, ModelUnavailableError
+
+if TYPE_CHECKING:
+    from tests.helpers.stand_ins import World
+
+pytestmark = pytest.mark.vllm
+
+Test = Callable[["World"], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Test], None]:
+    """Run a test on an event loop of its own, with a pool of the models a, b and c."""
+    from tests.helpers.stand_ins import stand_in_pool
+
+    async def with_pool(test: Test) -> None:
+        async with stand_in_pool(monkeypatch, tmp_path) as world:
+            await test(world)
+
+    return lambda test: asyncio.run(with_pool(test))
+
+
+ALL_SERVE = {"a": "resident", "b": "resident", "c": "resident"}
+A_FAILED = ALL_SERVE | {"a": "failed"}
+
+
+def test_at_the_start_the_others_serve(run) -> None:
+    """A model that cannot be loaded is failed, with its reason and a 503; the pool is ready, and it is tried again."""
+
+    async def test(w: World) -> None:
+        w.broken.add("a")
+        await w.pool.start()
+        assert w.states == A_FAILED
+        assert w.pool.ready
+        model = w.pool.router.models["a"]
+        assert model.reason == "model 'a': no file"
+        refusal = model.refusal()
+        assert refusal.status_code == 503 and int(refusal.headers["retry-after"]) >= 1
+        assert b"no file" in refusal.body
+        state = await w.pool.state()
+        assert state["models"]["a"]["reason"] == model.reason and state["models"]["b"]["reason"] is None
+        w.broken.clear()
+        await w.until(lambda: w.states == ALL_SERVE)
+        assert model.reason == "" and w.host.models == ["b", "c", "a"]
+
+    run(test)
+
+
+def test_a_pool_whose_every_model_fails_does_not_start(run) -> None:
+    """The start raises the reason of the first one and leaves no host behind."""
+
+    async def test(w: World) -> None:
+        w.broken |= {"a", "b", "c"}
+        with pytest.raises(ConfigError, match="model 'a': no file"):
+            await w.pool.start()
+        assert all(host.ended for host in w.hosts)
+
+    run(test)
+
+
+def test_after_the_death_of_a_host_the_others_serve(run) -> None:
+    """Only what cannot be loaded again stays away; requests that wait for it wait while attempts go on, then get on."""
+
+    async def test(w: World) -> None:
+        await w.pool.start()
+        w.client("a").waiting.append("stream")
+        w.broken.add("a")
+        w.host.die()
+        await w.until(lambda: len(w.hosts) == 2 and w.states == A_FAILED)
+        await w.until(lambda: w.loads.count("a") >= 4)
+        assert len(w.hosts) == 2 and w.pool.host_restarts == 1
+        assert w.client("a").waiting == ["stream"]
+        w.broken.clear()
+        await w.until(lambda: w.states == ALL_SERVE)
+
+    run(test)
+
+
+def test_a_model_that_hosts_die_of_is_given_up(run) -> None:
+    """The others are loaded before it; after three deaths in a row it is failed, and what waits for it is told why."""
+
+    async def test(w: World) -> None:
+        await w.pool.start()
+        w.client("a").waiting.append("stream")
+        w.deadly.add("a")
+        w.host.die()
+        await w.until(lambda: w.states == A_FAILED)
+        assert len(w.hosts) == 5  # the first, three that died of it, and the one that serves
+        assert w.host.models == ["b", "c"] and w.loads[-2:] == ["b", "c"]
+        assert "3 engine hosts ended" in w.client("a").told["stream"]
+        w.host.die()
+        await w.until(lambda: len(w.hosts) == 6 and w.states == A_FAILED)
+        await w.pool.remove_model("a", 0.0)
+        assert list(w.states) == ["b", "c"]
+
+    run(test)
+
+
+def test_a_model_that_hosts_die_of_at_the_start_is_given_up(run) -> None:
+    """The pool starts without it; one that has no other model does not start."""
+
+    async def test(w: World) -> None:
+        w.deadly.add("a")
+        await w.pool.start()
+        assert w.states == A_FAILED and w.pool.ready
+        assert w.pool.host_restarts == 3
+
+    async def all_deadly(w: World) -> None:
+        w.deadly |= {"a", "b", "c"}
+        with pytest.raises(HostError, match="ended while it loaded"):
+            await w.pool.start()
+
+    run(test)
+    run(all_deadly)
+
+
+def test_a_failed_model_can_be_removed_and_replaced(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its requests end with the reason; a model under its name begins a life of its own."""
+    from tests.helpers.stand_ins import plan_of
+    from tokenpool.serve import pool_server
+
+    monkeypatch.setattr(pool_server, "plan_model", lambda spec: plan_of(spec.name))
+
+    async def test(w: World) -> None:
+        await w.pool.start()
+        client = w.client("a")
+        client.waiting.append("stream")
+        w.broken.add("a")
+        w.host.die()
+        await w.until(lambda: w.states == A_FAILED)
+        await w.pool.remove_model("a", 60.0)
+        assert "no file" in client.told["stream"] and client.closed
+        assert list(w.states) == ["b", "c"]
+        w.broken.clear()
+        await w.pool.add_model(plan_of("a").spec)
+        assert w.states == ALL_SERVE and w.pool.router.models["a"].reason == ""
+
+    run(test)
+
+
+def test_a_model_can_be_removed_while_it_loads(run) -> None:
+    """The removal ends once the attempt has; requests that came meanwhile were refused, and nothing is left of it."""
+
+    async def test(w: World) -> None:
+        w.gates["b"] = asyncio.Event()
+        starting = asyncio.create_task(w.pool.start())
+        await w.until(lambda: "b" in w.loads)
+        removals = [asyncio.create_task(w.pool.remove_model(name, 0.0)) for name in "bc"]
+        await w.until(lambda: w.states == {"a": "resident", "b": "draining", "c": "draining"})
+        w.gates["b"].set()
+        await asyncio.gather(starting, *removals)
+        assert w.states == {"a": "resident"} and w.host.models == ["a"] and "c" not in w.loads
+
+    run(test)
+
+
+def test_a_model_can_be_removed_while_there_is_no_host(run) -> None:
+    """It does not come back with the next one."""
+
+    async def test(w: World) -> None:
+        await w.pool.start()
+        w.hold.clear()
+        w.host.die()
+        await w.until(lambda: "unavailable" in w.states.values())
+        removing = asyncio.create_task(w.pool.remove_model("c", 0.0))
+        await w.until(lambda: w.states.get("c") in ("draining", None))
+        w.hold.set()
+        await removing
+        await w.until(lambda: w.states == {"a": "resident", "b": "resident"})
+        assert w.host.models == ["a", "b"]
+
+    run(test)
+
+
+def test_a_removal_that_fails_leaves_no_model_draining(run) -> None:
+    """The model is failed, says why, and is removed at the next attempt; a model that is busy for a moment is asked
+    again, by its class and not by its words.
+    """
+
+    async def test(w: World) -> None:
+        await w.pool.start()
+        w.unloads += [ModelBusyError("call it what you like")]
+        await w.pool.remove_model("b", 0.0)
+        w.unloads += [RuntimeError("no such group"), HostError("still has requests")]
+        with pytest.raises(HostError, match="no such group"):
+            await w.pool.remove_model("a", 0.0)
+        assert w.states["a"] == "failed" and "no such group" in w.pool.router.models["a"].reason
+        await w.until(lambda: list(w.states) == ["c"])
+        assert w.host.models == ["c"]
+
+    run(test)
+
+
+def test_two_cannot_remove_a_model(run) -> None:
+    """The second one is told to come back; an unknown name is a KeyError."""
+
+    async def test(w: World) -> None:
+        await w.pool.start()
+        w.gates["a"] = asyncio.Event()
+        w.host.die()
+        await w.until(lambda: w.loads.count("a") == 2)
+        first = asyncio.create_task(w.pool.remove_model("a", 0.0))
+        await w.until(lambda: w.states["a"] == "draining")
+        with pytest.raises(ModelUnavailableError):
+            await w.pool.remove_model("a", 0.0)
+        w.gates["a"].set()
+        await first
+        with pytest.raises(KeyError):
+            await w.pool.remove_model("a", 0.0)
+
+    run(test)
+
+
+def test_a_client_that_died_is_no_resident_model(run) -> None:
+    """While it is not there its model is failed, whatever happens to the host; afterwards it serves again."""
+
+    async def test(w: World) -> None:
+        await w.pool.start()
+        w.client("a").on_fault("the client died")
+        assert w.states == A_FAILED and w.pool.ready
+        w.host.die()
+        await w.until(lambda: len(w.hosts) == 2 and w.states["c"] == "resident")
+        assert w.states == A_FAILED and w.pool.router.models["a"].reason == "the client died"
+        w.client("a").on_fault("")
+        assert w.states == ALL_SERVE
+
+    run(test)

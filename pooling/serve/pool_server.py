@@ -39,6 +39,7 @@ _HOST_RESTARTS = metric("host_restarts").make()
 _LOOK_S = 0.1
 _END_LIMIT_S, _SILENT_END_LIMIT_S = 0.5, 10.0
 """How long it may take until a host is seen to have ended; a large one that does not answer takes longer."""
+_CLOSE_S = 3.0
 _UNLOAD_LIMIT_S = 30.0
 """How long the host may say that a drained model has requests."""
 
@@ -109,7 +110,7 @@ class PoolServer:
         await self.router.let_through(self.config.shutdown_timeout_s)
         clients = list(self._clients.values())
         await asyncio.gather(*(let_finish(client, deadline - time.monotonic()) for client in clients))
-        await asyncio.gather(*(within(3.0, f"closing model {c.plan.spec.name!r}", c.close()) for c in clients))
+        await asyncio.gather(*(within(_CLOSE_S, f"closing model {c.plan.spec.name!r}", c.close()) for c in clients))
         if self._host is not None and not await within(HOST_END_S + KILL_S, "stopping", self._host.stop(HOST_END_S)):
             logger.error("engine host is left to the kernel pid=%s", self._host.pid)
         if self._watching is not None:

@@ -109,6 +109,9 @@ def _serve(words: list[str]) -> int:
         status = serve(pool, cluster, next((word for word in words if word.endswith((".yaml", ".yml"))), None))
     except PoolError as error:
         status = _fail(str(error))
+    except Exception:  # a fault of ours; the exit below does not wait for threads that hang
+        logging.getLogger(__name__).exception("the server ends")
+        status = 1
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # an orderly interpreter exit takes seconds and prints what Triton leaks

@@ -98,6 +98,7 @@ def _model(
     return {
         "name": name,
         "state": pool["state"],
+        "reason": pool.get("reason"),
         "loading": ((state.get("progress") or {}).get("loading") or {}).get(name),
         "inflight": pool.get("inflight", 0),
         "weights": sorted({part["state"] for part in parts}),
@@ -135,6 +136,8 @@ def frame(view: dict[str, Any], *, width: int = 80, height: int | None = 24, col
     for name, host in view["hosts"].items():
         lines += _host_lines(name if len(view["hosts"]) > 1 else "device", host, width, paint)
     lines += [paint(_cut(f"{name} does not answer: {error}", width), "bad") for name, error in view["errors"].items()]
+    failed = [model for model in view["models"] if model["state"] == "failed"]
+    lines += [paint(_cut(f"{model['name']} failed: {model['reason']}", width), "bad") for model in failed]
     name_width = max(8, min(max((len(m["name"]) for m in view["models"]), default=5), width - 66))
     header = f"{'MODEL':{name_width}}  {'STATE':15}{'RUN':>4}{'WAIT':>5}{'TOK/S':>8}{'ON TIME':>9}"
     lines += ["", paint(f"{header}{'TTFT':>9}{'TPOT':>9}{'KV':>5}", "bold")]
@@ -150,8 +153,9 @@ def frame(view: dict[str, Any], *, width: int = 80, height: int | None = 24, col
 
 
 def _importance(model: dict[str, Any]) -> tuple[bool, float, float]:
-    """Busy models first, in the order of the pool among equals."""
-    return (model["loading"] is None, -(model["running"] + model["waiting"]), -model["goodput_tokens_per_s"])
+    """Models that load or failed first, then busy ones, in the order of the pool among equals."""
+    is_well = model["loading"] is None and model["state"] != "failed"
+    return (is_well, -(model["running"] + model["waiting"]), -model["goodput_tokens_per_s"])
 
 
 def _status(view: dict[str, Any], paint: Any) -> list[str]:
@@ -164,6 +168,8 @@ def _status(view: dict[str, Any], paint: Any) -> list[str]:
         word, tone = f"loading, {progress['done']} of {progress['total']} models ready", "warn"
     else:
         word, tone = ("ready", "good") if view["ready"] else ("not ready", "bad")
+        if failed := sum(model["state"] == "failed" for model in view["models"]):
+            word, tone = f"{word}, {failed} failed", "bad"
     parts = [paint("tokenpool", "bold"), paint(word, tone), f"{num} models" if num != 1 else "1 model"]
     hosts = list(view["hosts"].values())
     if hosts:

@@ -29,6 +29,12 @@ def status(server: PoolServerProcess, model: str) -> int:
     return server.request("POST", "/v1/completions", json=body).status_code
 
 
+def failed_gauge(server: PoolServerProcess) -> dict[str, float]:
+    families = text_string_to_metric_families(server.request("GET", "/metrics").text)
+    samples = (sample for family in families if family.name == "tokenpool:model_failed" for sample in family.samples)
+    return {sample.labels["model_name"]: sample.value for sample in samples}
+
+
 def spoil(folder: Path) -> bytes:
     """Cut the weights off and return what they were: the plan does not see it, loading does."""
     file = next(folder.glob("*.safetensors"))
@@ -62,9 +68,7 @@ def test_the_others_serve(tiny_models: TinyModels, tmp_path: Path, frontends: in
         assert reason and reason in refused.json()["error"]["message"]
         assert int(refused.headers["retry-after"]) >= 1
         assert server.state()["models"]["bad"]["reason"] == reason
-        families = text_string_to_metric_families(server.request("GET", "/metrics").text)
-        samples = {s.labels["model_name"]: s.value for f in families if f.name == "tokenpool:model_failed" for s in f.samples}
-        assert samples == {"bad": 1, "good": 0, "gone": 0}
+        assert failed_gauge(server) == {"bad": 1, "good": 0, "gone": 0}
 
         alone, call = Call(server, **LONG).result(), Call(server, **LONG)
         call.wait_until_begun()

@@ -17,8 +17,9 @@ from tokenpool.metric_registry import METRICS
 pytestmark = pytest.mark.vllm
 
 RARE = {"tokenpool:refused_requests", "tokenpool:cost_error", "tokenpool:decisions", "tokenpool:frontend_restarts"}
+RARE |= {"tokenpool:task_failures"}
 RARE |= {name for name in METRICS if name.startswith("tokenpool:tenant_")}
-"""Families without a sample before something is refused or predicted, and those of clusters, tenants
+"""Families without a sample before something is refused or predicted, or a task dies, and those of clusters, tenants
 and several frontends."""
 README = Path(__file__).parents[2] / "README.md"
 

@@ -264,6 +264,13 @@ def test_loading_shows_phases_and_count(changed: Any) -> None:
     assert "device figures 7.00 s old: the host is building a model" in page.text("#about")
 
 
+def test_a_failed_model_says_why(changed: Any) -> None:
+    """In its row, and in the banner above."""
+    page = changed("(s) => { s.models.embed.state = 'failed'; s.models.embed.reason = 'no file'; }")
+    assert "embed failed: no file" == page.text("#banner")
+    assert "embed failed no file" in page.run(row("embed"))
+
+
 def test_a_pool_without_host_or_models_is_no_broken_page(changed: Any) -> None:
     """Before the host is there, and with nothing to serve, the page says so."""
     page = changed("(s) => { s.host = null; s.models = {}; s.ready = false; }")

@@ -146,6 +146,16 @@ def test_loading_draining_and_a_dead_host_are_said(state: dict[str, Any]) -> Non
     assert "the engine host does not answer: it ended" in dead
 
 
+def test_a_failed_model_comes_first_with_its_reason(state: dict[str, Any]) -> None:
+    """How many failed is in the first line, the reason in one of its own, and the model above the others."""
+    state["models"]["qwen2"] |= {"state": "failed", "reason": "model 'qwen2': no file"}
+    lines = frame(summarize(state))
+    assert "ready, 1 failed" in lines[0]
+    assert "qwen2 failed: model 'qwen2': no file" in lines
+    header = next(i for i, line in enumerate(lines) if line.startswith("MODEL"))
+    assert lines[header + 1].startswith("qwen2     failed")
+
+
 def test_a_model_added_to_a_busy_host_shows_its_progress(pool_server: PoolServerProcess) -> None:
     """The state answers while a fifth model is built on the thread that answers for it, and says how far that is."""
     entry = {**pool_server.pool["models"][2], "name": "fifth"}

@@ -176,6 +176,18 @@ def test_the_client_decides_what_is_sampled(server, collector):
     assert [span for span in collector.spans if span.trace_id == "e" * 32] == []
 
 
+def test_the_last_spans_are_sent_at_the_end(collector, monkeypatch):
+    """Spans that wait for the next batch when the process ends are with the collector before it does."""
+    from tokenpool.serve.tracing import end_tracing, provider_for
+
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "3600000")
+    span = provider_for(collector.url).get_tracer("test").start_span("last")
+    span.end()
+    end_tracing(30.0)
+    assert [s.name for s in collector.spans if s.name == "last"] == ["last"]
+
+
 def test_a_move_to_another_host_is_an_event_of_the_span():
     """The first host that a request is sent to is no move, nor is the same one again."""
     exporter = InMemorySpanExporter()

@@ -73,7 +73,7 @@ function rowsOf(state) {
     const worst = (key) => parts.map((p) => p[key]).filter(Boolean).sort((a, b) => b.p99 - a.p99)[0] ?? null;
     const pool = state.models[name];
     return {
-      name, index, checkpoint: pool.model ?? "", pool: pool.state, inflight: pool.inflight ?? 0,
+      name, index, checkpoint: pool.model ?? "", pool: pool.state, inflight: pool.inflight ?? 0, reason: pool.reason ?? "",
       loading: loading[name] ?? null,
       weights: parts.map((p) => p.state), kvOut: parts.some((p) => p.kv === "out"),
       hasTurn: hosts.some(([, host]) => host.current_model === name),
@@ -94,7 +94,7 @@ function stateOf(row) {
     return { word: waits ? "waits to load" : row.loading.phase, tone: waits ? "open" : "warn", detail: waits ? "" : seconds(row.loading.elapsed_s) };
   }
   if (row.pool === "draining") return { word: "draining", tone: "warn", detail: `${row.inflight} left` };
-  if (row.pool !== "resident") return { word: row.pool, tone: row.pool === "loading" ? "warn" : "bad", detail: "" };
+  if (row.pool !== "resident") return { word: row.pool, tone: row.pool === "loading" ? "warn" : "bad", detail: row.reason };
   const kinds = [...new Set(row.weights)];
   const word = kinds.length > 1 ? kinds.map((k) => `${row.weights.filter((w) => w === k).length} ${k}`).join(", ") : kinds[0] ?? "resident";
   const tone = kinds.includes("resident") ? "good" : kinds.some((k) => k === "loading" || k === "fetching") ? "warn" : "open";

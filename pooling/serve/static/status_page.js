@@ -104,7 +104,8 @@ function connected() {
   else if (state.progress) link("warn", `loading ${state.progress.done} of ${state.progress.total}`);
   else link(state.ready ? "good" : "bad", state.ready ? "ready" : "not ready");
   const silent = failuresOf(state).map(([name, error]) => `${name} does not answer: ${error}`);
-  banner(silent.join(". "), "bad");
+  const failed = Object.entries(state.models ?? {}).filter(([, model]) => model.state === "failed");
+  banner([...silent, ...failed.map(([name, model]) => `${name} failed: ${model.reason}`)].join(". "), "bad");
 }
 
 function disconnected(error) {

@@ -48,7 +48,7 @@ _END_LIMIT_S = 6.0
 """What a frontend may take beyond `shutdown_timeout` before it is killed."""
 _DRAIN_LIMIT_S = 10.0
 """What frontends may take beyond the limit of a drain to say that they have done it; one that hangs never does."""
-_DETACH_LIMIT_S = 30.0
+_DETACH_LIMIT_S = _FOLLOW_LIMIT_S = 30.0
 _FRONTEND_RESTARTS = metric("frontend_restarts").make()
 
 
@@ -307,8 +307,12 @@ class FrontendKeeper(PoolServer, ABC):
         """Wait until all frontends answer by what is so now."""
         await self._show_view()
         version = self._shown.version
-        async with self._news:
-            await self._news.wait_for(lambda: all(self._followed[index] >= version for index in self._up))
+        try:
+            async with asyncio.timeout(_FOLLOW_LIMIT_S), self._news:
+                await self._news.wait_for(lambda: all(self._followed[index] >= version for index in self._up))
+        except TimeoutError:  # it will follow when it looks again, or be replaced
+            late = [pid for index, pid in self._up.items() if self._followed[index] < version]
+            logger.error("frontends do not follow after %g s pids=%s", _FOLLOW_LIMIT_S, late)
 
     def _standings(self) -> dict[str, ModelStanding]:
         """Each model, without an engine to join."""

@@ -39,6 +39,8 @@ class ModelLife:
     """When it is tried again, on the monotonic clock."""
     host_deaths: int = 0
     """How many hosts in a row died while they loaded it."""
+    host_pid: int = 0
+    """The host process that has it, or had it last; 0 without one of this machine."""
     client_fault: str = ""
     """Why its client in this process is not there; empty while it is."""
     is_leaving: bool = False
@@ -70,10 +72,10 @@ class ModelLives:
 
     # -- what happens --------------------------------------------------------------------------------
 
-    def served(self, name: str) -> None:
-        """The model takes requests."""
+    def served(self, name: str, host_pid: int = 0) -> None:
+        """The model takes requests, at the host process with that pid."""
         life, model = self[name], self._models[name]
-        life.error, life.due_s, life.host_deaths = None, math.inf, 0
+        life.error, life.due_s, life.host_deaths, life.host_pid = None, math.inf, 0, host_pid
         life.backoff.reset()
         if not life.is_leaving:
             model.state, model.reason = ("failed", life.client_fault) if life.client_fault else ("resident", "")
@@ -118,6 +120,7 @@ class ModelLives:
     def host_gone(self) -> None:
         """No model has a host; those that had one come back with the next."""
         for name, model in self._models.items():
+            self[name].host_pid = 0
             if model.state != "draining" and self[name].error is None:
                 model.state, model.reason, model.retry_after_s = "unavailable", "", _DEFAULT_RETRY_AFTER_S
             elif self[name].is_unwanted:

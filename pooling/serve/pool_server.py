@@ -111,8 +111,8 @@ class PoolServer:
         clients = list(self._clients.values())
         await asyncio.gather(*(let_finish(client, deadline - time.monotonic()) for client in clients))
         await asyncio.gather(*(within(_CLOSE_S, f"closing model {c.plan.spec.name!r}", c.close()) for c in clients))
-        if self._host is not None and not await within(HOST_END_S + KILL_S, "stopping", self._host.stop(HOST_END_S)):
-            logger.error("engine host is left to the kernel pid=%s", self._host.pid)
+        if self._host is not None:
+            await within(HOST_END_S + KILL_S, "stopping the host", self._host.stop(HOST_END_S))
         if self._watching is not None:
             self._watching.cancel()
         self._clients.clear()
@@ -158,6 +158,8 @@ class PoolServer:
             plan, began_s = self._plans.get(name), time.monotonic()
             if plan is None or (self.lives[name].is_leaving and name not in self._clients):
                 return  # removed, or about to be, and nobody waits for it
+            if self._host is not None and self._host.pid == self.lives[name].host_pid:
+                return  # somebody was faster
             try:
                 await self._start_model(plan)
                 if self._host is not None and not self._host.ended:
@@ -170,6 +172,7 @@ class PoolServer:
                 if self.lives[name].is_given_up:
                     self._give_up(name)
                 raise HostError(f"the engine host ended while it loaded model {name!r}") from error
+            self.lives[name].host_deaths = 0  # this attempt ended without one
             self.lives.failed(name, error, took_s=time.monotonic() - began_s)
             if self.lives[name].is_leaving:
                 self._fail_requests(name)
@@ -199,7 +202,7 @@ class PoolServer:
             # Others hold the pages: weights of unknown size before, or a model that came later than the plan.
             raise CapacityError(f"{error}; or let weights leave the device (weights: movable)") from error
         self.router.models[name].answer_with(client)
-        self.lives.served(name)
+        self.lives.served(name, self._host.pid)
         logger.info("model ready model=%s seconds=%.2f", name, client.added["build_s"])
         return client
 

@@ -126,6 +126,26 @@ def test_a_model_that_hosts_die_of_at_the_start_is_given_up(run) -> None:
     run(all_deadly)
 
 
+def test_a_model_is_loaded_once_by_a_host(run) -> None:
+    """An attempt that comes due while a new host loads all models takes its turn, and neither is made again."""
+
+    async def test(w: World) -> None:
+        w.broken.add("c")
+        await w.pool.start()
+        w.gates["a"] = asyncio.Event()
+        w.host.die()
+        await w.until(lambda: w.loads.count("a") == 2)
+        w.broken.clear()
+        await w.until(lambda: w.pool.lives.due() == ["c"])
+        await w.until(lambda: w.pool._changing._waiters)  # type: ignore[attr-defined]
+        w.gates["a"].set()
+        await w.until(lambda: w.states == ALL_SERVE)
+        await w.until(lambda: not w.pool._changing.locked())
+        assert w.states == ALL_SERVE and sorted(w.host.models) == ["a", "b", "c"]
+
+    run(test)
+
+
 def test_a_failed_model_can_be_removed_and_replaced(run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its requests end with the reason; a model under its name begins a life of its own."""
     from tests.helpers.stand_ins import plan_of
@@ -237,3 +257,89 @@ def test_a_client_that_died_is_no_resident_model(run) -> None:
         assert w.states == ALL_SERVE
 
     run(test)
+
+
+# --- several frontends, and clusters ------------------------------------------------------------------------
+
+
+def test_frontends_follow_the_states_of_the_supervisor(tmp_path: Path) -> None:
+    """A failed model and its reason are the same at all; what waits at a frontend ends once the model is given up."""
+    from tests.helpers.stand_ins import StandInClient, plan_of
+    from tokenpool.config import PoolConfig
+    from tokenpool.serve.endpoints import build_outer_app
+    from tokenpool.serve.frontend_process import FrontendSettings
+    from tokenpool.serve.frontend_server import FrontendServer
+    from tokenpool.serve.frontend_view import ModelStanding, SupervisorView
+
+    plan = plan_of("a")
+    config = PoolConfig(models=(plan.spec,), device_memory=1 << 30, host_memory=1 << 30, frontends=2)
+
+    def view(**standing: Any) -> SupervisorView:
+        return SupervisorView(1, None, 0, True, True, {"a": ModelStanding(plan, drain_s=0.0, **standing)}, {})
+
+    async def test() -> None:
+        pool = FrontendServer(FrontendSettings(0, config, [plan], str(tmp_path), b""), build_outer_app({}))
+        client: Any = StandInClient(plan)
+        pool._clients["a"] = client
+        client.waiting.append("stream")
+        pool._apply(view(state="failed", reason="no file"))
+        model = pool.router.models["a"]
+        assert (model.state, model.reason, client.waiting) == ("failed", "no file", ["stream"])
+        pool._apply(view(state="unavailable"))
+        assert (model.state, model.reason, client.waiting) == ("unavailable", "", ["stream"])
+        pool._apply(view(state="draining", reason="no file", is_given_up=True))
+        await asyncio.wait({pool._work["a"]}, timeout=30)
+        assert model.state == "draining" and "no file" in client.told["stream"]
+
+    asyncio.run(test())
+
+
+def test_a_supervisor_tells_frontends_what_is_given_up(tmp_path: Path) -> None:
+    """A failed model is not given up while it is tried again, and is once it is being removed."""
+    import socket
+
+    from tests.helpers.stand_ins import plan_of
+    from tokenpool.config import PoolConfig
+    from tokenpool.serve.supervisor import Supervisor
+
+    plan = plan_of("a")
+    config = PoolConfig(models=(plan.spec,), device_memory=1 << 30, host_memory=1 << 30, frontends=2)
+
+    async def test() -> None:
+        with socket.socket() as sock:
+            pool = Supervisor(config, [plan], sock)
+            pool.router.add(pool._model_app(plan.spec))
+            pool.lives.failed("a", ConfigError("no file"))
+            told = pool._look(0).models["a"]
+            assert (told.state, told.reason, told.is_given_up) == ("failed", "no file", False)
+            pool.lives["a"].is_leaving = True
+            assert pool._look(0).models["a"].is_given_up
+
+    asyncio.run(test())
+
+
+def test_a_model_that_no_host_of_a_cluster_takes_is_failed(tmp_path: Path) -> None:
+    """It has the reason of the hosts, in the same words as on one host, and serves once one takes it."""
+    from types import SimpleNamespace
+
+    from tests.helpers.stand_ins import StandInClient, plan_of
+    from tokenpool.serve.cluster_server import ClusterServer
+    from tokenpool.serve.model_life import ModelLives
+    from tokenpool.serve.router import ModelApp
+
+    async def test() -> None:
+        plan = plan_of("a")
+        app = ModelApp("a", app=None)  # type: ignore[arg-type]
+        models = {"a": app}
+        pool: Any = SimpleNamespace(router=SimpleNamespace(models=models), lives=ModelLives(models), _clients={})
+        follower: Any = SimpleNamespace(plan=plan, is_served=False, error=HostError("host-0: no file"), client=None)
+        ClusterServer._show(pool, follower)
+        assert (app.state, app.reason, pool.lives.ready) == ("failed", "host-0: no file", False)
+        follower.is_served, follower.error, follower.client = True, None, StandInClient(plan)
+        ClusterServer._show(pool, follower)
+        assert (app.state, app.reason, pool.lives.ready) == ("resident", "", True)
+        follower.is_served = False
+        ClusterServer._show(pool, follower)
+        assert app.state == "unavailable"
+
+    asyncio.run(test())

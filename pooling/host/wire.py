@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages over a socket with a time limit, between two processes that prove to each other that they know a key.
+
+    who calls                                  who listens
+              ◄──────── nonce ───────────────
+    nonce, HMAC(key, "call", both nonces) ────►
+              ◄──────── HMAC(key, "answer", both nonces)
+
+Every wait ends at the limit, so no peer, whatever it does or leaves undone, can hold a thread for longer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import socket
+import time
+
+Address = str | tuple[str, int]
+"""Path of a Unix socket, or IP address and port."""
+
+_BACKLOG = 128
+_NONCE_BYTES = 32
+_HEADER_BYTES = 8
+_FULL_REST_S = 0.01
+
+
+class KeyRefusedError(Exception):
+    """The peer does not know the key, or is none of ours."""
+
+
+class Wire:
+    """One connected socket; for one thread. All methods raise TimeoutError at the limit, OSError and EOFError else."""
+
+    def __init__(self, sock: socket.socket, limit_s: float) -> None:
+        self._sock = sock
+        self.set_limit(limit_s)
+
+    def set_limit(self, limit_s: float) -> None:
+        """All that follows must be done in `limit_s` seconds from now."""
+        self._deadline_s = time.monotonic() + limit_s
+
+    def send(self, message: bytes) -> None:
+        """Send one message."""
+        self._send_raw(len(message).to_bytes(_HEADER_BYTES, "big"))
+        self._send_raw(message)
+
+    def receive(self) -> bytes:
+        """The next message."""
+        return self._receive_raw(int.from_bytes(self._receive_raw(_HEADER_BYTES), "big"))
+
+    def prove(self, key: bytes) -> None:
+        """As who calls: show that this side knows the key and see that the other does; raises KeyRefusedError."""
+        theirs, ours = self._receive_raw(_NONCE_BYTES), secrets.token_bytes(_NONCE_BYTES)
+        self._send_raw(ours + _digest(key, b"call", theirs, ours))
+        try:
+            answer = self._receive_raw(hashlib.sha256().digest_size)
+        except (EOFError, ConnectionError) as error:
+            raise KeyRefusedError("it refused the key") from error
+        if not hmac.compare_digest(answer, _digest(key, b"answer", theirs, ours)):
+            raise KeyRefusedError("it does not know the key")
+
+    def ask_proof(self, key: bytes) -> None:
+        """As who listens: the other half of `prove`; raises KeyRefusedError."""
+        ours = secrets.token_bytes(_NONCE_BYTES)
+        self._send_raw(ours)
+        theirs = self._receive_raw(_NONCE_BYTES)
+        digest = self._receive_raw(hashlib.sha256().digest_size)
+        if not hmac.compare_digest(digest, _digest(key, b"call", ours, theirs)):
+            raise KeyRefusedError("a peer does not know the key")
+        self._send_raw(_digest(key, b"answer", ours, theirs))
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _send_raw(self, content: bytes) -> None:
+        self._limit_socket()
+        self._sock.sendall(content)
+
+    def _receive_raw(self, count: int) -> bytes:
+        content, filled = bytearray(count), 0
+        while filled < count:
+            self._limit_socket()
+            received = self._sock.recv_into(memoryview(content)[filled:])
+            if not received:
+                raise EOFError("it ended")
+            filled += received
+        return bytes(content)
+
+    def _limit_socket(self) -> None:
+        # Not 0 when the limit is over: what has come already is still taken, as after a stop of this process.
+        self._sock.settimeout(max(0.001, self._deadline_s - time.monotonic()))
+
+
+def listen(address: Address) -> socket.socket:
+    """Listen at an address, which for a port 0 becomes any free one; a Unix socket appears only when it answers."""
+    if not isinstance(address, str):
+        return socket.create_server(address, backlog=_BACKLOG)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.bind(f"{address}~")
+        made.listen(_BACKLOG)
+        os.rename(f"{address}~", address)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def connect(address: Address, limit_s: float) -> Wire:
+    """Connect to who listens there, and do all that follows within `limit_s`."""
+    deadline_s = time.monotonic() + limit_s
+    made = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        made.settimeout(limit_s)
+        while True:
+            try:
+                made.connect(address)
+                return Wire(made, deadline_s - time.monotonic())
+            except BlockingIOError as error:  # the queue of a Unix socket is full; with TCP the kernel tries again
+                if time.monotonic() > deadline_s:
+                    raise TimeoutError from error
+                time.sleep(_FULL_REST_S)
+    except BaseException:
+        made.close()
+        raise
+
+
+def _digest(key: bytes, role: bytes, listener_nonce: bytes, caller_nonce: bytes) -> bytes:
+    return hmac.digest(key, role + listener_nonce + caller_nonce, "sha256")

@@ -142,7 +142,7 @@ class Fleet:
             for name in models:
                 models[name] += need_s[name] / slower
             found[host] = HostReport(
-                host, f"{host}-1", 1, sent_s=now_s, node=f"n{int(host[1:]) // 8}", device_memory=68 * _GB,
+                host, f"{host}-1", 1, number=int(1000 * now_s), node=f"n{int(host[1:]) // 8}", device_memory=68 * _GB,
                 host_memory=256 * _GB, page_size=32 << 20, movable=True,
                 models={name: _hosted(done_s, slower) for name, done_s in models.items()},
             )  # fmt: skip

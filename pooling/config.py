@@ -18,7 +18,6 @@ Every refusal is a ConfigError of one line that names the key and the fix. Impor
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -30,11 +29,11 @@ import yaml
 
 from tokenpool import units
 from tokenpool.cluster_config import CLUSTER_PARSERS, ClusterConfig, check_replicas
+from tokenpool.engine_flags import parse_flags
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
 from tokenpool.tenant_config import TENANT_PARSERS, TenantConfig, check_tenants, parse_tenants
 
 _NAME = re.compile(r"(?!(.*/)?\.{0,2}(/|\Z))[A-Za-z0-9._:/-]+")  # no part is empty, "." or "..": clients drop those
-_FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
 _UNIT_SUFFIX = re.compile(r"_(s|bytes)$")
 
 WEIGHTS = ("auto", "movable", "fixed")
@@ -157,6 +156,12 @@ class PoolConfig:
     """How the pool is spread over a Ray cluster; means nothing without `--cluster`."""
     tenants: tuple[TenantConfig, ...] = ()
     """Who may use the pool and how much; empty = whoever has an `api_key`, without limits."""
+    host_timeout_s: float = 60.0
+    """Without a pulse, or in one step, copy or call for so long, an engine host is killed and started again; 1 s or
+    more. YAML: `host_timeout: 60s`."""
+    load_timeout_s: float = 1800.0
+    """The same for loading, from one sign of progress to the next: `warming up` of a large model shows none for
+    minutes. YAML: `load_timeout: 30m`."""
     shutdown_timeout_s: float = 60.0
     """Longest wait for running requests after SIGTERM; 60 covers most. YAML: `shutdown_timeout: 60s`."""
     max_request_bytes: int = 256 << 20
@@ -189,6 +194,8 @@ class PoolConfig:
         for setting, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
             good = all(key and key.isprintable() and key == key.strip() for key in keys)
             check_setting(good, setting, "a key is empty, unprintable or has spaces at an end: correct it")
+        check_setting(self.host_timeout_s >= 1, "host_timeout", "must be 1s or more, such as 60s")
+        check_setting(self.load_timeout_s >= 1, "load_timeout", "must be 1s or more, such as 30m")
         check_setting(self.shutdown_timeout_s >= 0, "shutdown_timeout", "must be 0s or more")
         check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 256MiB")
         check_tenants(self.tenants, seen, self.api_key + self.admin_key)
@@ -272,7 +279,7 @@ def _models(value: object, folder: str) -> tuple[ModelSpec, ...]:
     parsers: _Parsers = dict(
         name=units.parse_text,
         model=partial(_model, folder=folder),
-        args=_args,
+        args=parse_flags,
         slo=_slo,
         priority=units.parse_int,
         admission=_admission_changes,
@@ -325,59 +332,6 @@ def _options(value: object) -> tuple[tuple[str, float], ...]:
     return tuple(value.items())
 
 
-def _args(value: object) -> tuple[str, ...]:
-    args: list[str] = []
-    if isinstance(value, str):
-        args = units.split_words(value)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            with config_errors_under(f"[{i}]"):
-                word = _word(item)
-                # Only "--flag value" is split: a JSON value that is an item of its own stays whole.
-                args += units.split_words(word) if re.match(r"-\S*\s", word) else [word]
-    elif isinstance(value, dict):
-        seen: set[str] = set()
-        for key, item in value.items():
-            flag = _flag(key)
-            check_setting(flag not in seen, None, f"flag {flag} is given twice: remove one")
-            seen.add(flag)
-            with config_errors_under(key):
-                args += _flag_words(flag, item)
-    else:
-        raise ConfigError(f"expected a list, a text or a mapping of vLLM flags, got {show(value)}")
-    return tuple(args)
-
-
-def _flag(key: object) -> str:
-    if not isinstance(key, str) or not _FLAG.fullmatch(key.removeprefix("--")):
-        raise ConfigError(f"{show(key)} is no flag: write such as max_model_len: 512")
-    # vLLM reads _ as - too, but not behind a dot, where keys of a JSON value begin.
-    head, dot, tail = key.removeprefix("--").partition(".")
-    return f"--{head.replace('_', '-')}{dot}{tail}"
-
-
-def _flag_words(flag: str, value: object) -> list[str]:
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    if isinstance(value, list):
-        check_setting(len(value) > 0, None, "is an empty list: give values, or remove the flag")
-        return [flag, *(_word(item) for item in value)]
-    word = _word(value)
-    # A value with a leading dash would be read as a flag of its own.
-    return [f"{flag}={word}"] if word.startswith("-") else [flag, word]
-
-
-def _word(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float | dict) and not isinstance(value, bool):
-        try:
-            return json.dumps(value, allow_nan=False)
-        except (ValueError, TypeError, RecursionError):
-            pass  # NaN, a date, a key that is no text, a loop of YAML anchors
-    raise ConfigError(f"expected a text, a finite number or a mapping of such, got {show(value)}")
-
-
 _POOL_PARSERS: _Parsers = {
     "device_memory": units.parse_bytes_or_auto,
     "host_memory": units.parse_bytes_or_auto,
@@ -394,6 +348,8 @@ _POOL_PARSERS: _Parsers = {
     "admission": _admission,
     "cluster": lambda value: _build(ClusterConfig, value, CLUSTER_PARSERS),
     "tenants": lambda value: parse_tenants(value, lambda item: _build(TenantConfig, item, TENANT_PARSERS)),
+    "host_timeout": units.parse_seconds,
+    "load_timeout": units.parse_seconds,
     "shutdown_timeout": units.parse_seconds,
     "max_request": units.parse_bytes,
 }

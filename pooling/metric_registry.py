@@ -77,6 +77,7 @@ _LIST = (
     Metric("tokenpool:models", "gauge", "Models by what /v1/models says of them.", ("state",)),
     Metric("tokenpool:model_failed", "gauge", "1 while a model cannot be loaded or served, else 0.", _MODEL),
     Metric("tokenpool:task_failures", "counter", "Background tasks that died and were started again.", ("task",)),
+    Metric("tokenpool:host_pulse_age_seconds", "gauge", "Seconds since an engine host gave a pulse."),
     Metric("tokenpool:host_restarts", "counter", "Times a dead engine host was started again."),
     Metric("tokenpool:frontend_restarts", "counter", "Times a dead one of several frontends was started again."),
     Metric("tokenpool:decisions", "counter", "Decisions and events of the cluster's controller.", ("action",)),

@@ -7,6 +7,8 @@ host process opens what the controller sends.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import logging
 import os
@@ -23,13 +25,18 @@ from typing import Any
 from tokenpool.cluster.machine import machine_id
 from tokenpool.cluster.values import HostedReport, HostReport, Order, StaleEpochError
 from tokenpool.errors import HostError
-from tokenpool.host.control import call_host
+from tokenpool.host.control import call_host, limit_of
+from tokenpool.host.guard import HostGuard
+from tokenpool.metric_registry import metric
 
 logger = logging.getLogger(__name__)
 
 _RESTART_WAITS_S = (0.0, 0.5, 2.0, 5.0, 15.0, 30.0)
 _STABLE_AFTER_S = 60.0
 _START_LIMIT_S = 300.0
+_AGE = metric("host_pulse_age_seconds")
+_ORDERS = ("add_packed", "remove_model", "attach_at", "detach_frontend")
+"""Calls that wait for a host whatever it does; others are questions, which one whose pulse is overdue gets none of."""
 
 Push = Callable[[HostReport], tuple[int, str] | None]
 """Sends a report to the controller; returns its epoch and identity, or None if it did not answer."""
@@ -64,6 +71,8 @@ class HostSupervisor:
         self._key = b""
         self._life = ""
         self._changes = 0
+        self._guard: HostGuard | None = None
+        self._numbers = itertools.count(time.monotonic_ns())  # a later supervisor of the node begins above
         self._models: dict[str, HostedReport] = {}
         self._loads: dict[str, dict[str, Any]] = {}
         self._free_pages: int | None = None
@@ -80,11 +89,13 @@ class HostSupervisor:
     def order(self, order: Order) -> int:
         """Carry out an order; returns how many have been in this life. Blocks while a model is loaded.
 
-        Raises StaleEpochError for an order of a replaced controller, HostError for one to an earlier life, and what
-        the host raises. An order for what is so already is done.
+        Raises StaleEpochError for an order of a replaced controller, HostError for one to an earlier life, or that is
+        not carried out in time, and what the host raises. An order for what is so already is done.
         """
         self._fence(order.epoch, order.controller)
-        with self._ordering:
+        if not self._ordering.acquire(timeout=(limit_s := limit_of("add_packed"))):
+            raise HostError(f"{self.host} has been at earlier orders for {limit_s:g} s")
+        try:
             self._fence(order.epoch, order.controller)  # a newer one may have come while this one waited
             name, life = order.deployment.name, order.life
             with self._lock:
@@ -97,9 +108,12 @@ class HostSupervisor:
                 report = HostedReport(order.deployment.version, order.endpoints)
                 self._done(life, lambda: self._models.__setitem__(name, report))
             elif order.action == "remove" and hosted is not None:
-                self.call("remove_model", name)
+                with contextlib.suppress(KeyError):  # an earlier order's answer did not come in time
+                    self.call("remove_model", name)
                 self._done(life, lambda: self._models.pop(name, None))
             return self._changes
+        finally:
+            self._ordering.release()
 
     def _done(self, life: str, change: Callable[[], Any]) -> None:
         with self._lock:
@@ -117,12 +131,23 @@ class HostSupervisor:
             self.epoch, self.controller = epoch, controller
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call the host process; raises HostError when there is none or it ends meanwhile."""
+        """Call the host process; raises HostError when there is none, it ends meanwhile, or is late.
+
+        `metrics` are answered without it, too: by the age of its pulse.
+        """
         with self._lock:
-            folder, key, life = self._folder, self._key, self._life
+            folder, key, life, guard = self._folder, self._key, self._life, self._guard
         if not life:
             raise HostError(f"{self.host}: the host process is not there")
-        return call_host(os.path.join(folder, "control"), key, method, *args)
+        try:
+            if guard is not None and guard.is_overdue and method not in _ORDERS:
+                raise HostError(f"{self.host}: {guard.reason}")
+            answer = call_host(os.path.join(folder, "control"), key, method, *args)
+        except HostError:
+            if method != "metrics":
+                raise
+            answer = ""
+        return answer + _age_text(guard) if method == "metrics" else answer
 
     def report(self) -> HostReport:
         """What is known of the host now; asks nobody."""
@@ -137,7 +162,7 @@ class HostSupervisor:
                 epoch=self.epoch,
                 controller=self.controller,
                 changes=self._changes,
-                sent_s=time.time(),
+                number=next(self._numbers),
                 pid=self._process.pid if self._process else 0,
                 device_memory=self.config["device_memory"],
                 host_memory=self.config.get("host_memory", 0),
@@ -145,6 +170,7 @@ class HostSupervisor:
                 movable=self.config.get("movable_weights", False),
                 models=models,
                 free_pages=self._free_pages,
+                overdue=self._guard.reason if self._guard is not None else "",
                 **self._where,
             )
 
@@ -180,6 +206,7 @@ class HostSupervisor:
             attempt = 1 if time.monotonic() - started > _STABLE_AFTER_S else attempt + 1
             with self._lock:
                 self._process, self._life, self._models, self._loads, self._changes = None, "", {}, {}, 0
+                self._guard = None
                 folder, self._folder = self._folder, ""
             self._news.set()
             shutil.rmtree(folder, ignore_errors=True)
@@ -206,8 +233,9 @@ class HostSupervisor:
                 process.wait()
                 raise HostError("the host process did not listen in time")
             time.sleep(0.02)
+        guard = HostGuard.of(self.host, process.pid, control, key, self.config)
         with self._lock:
-            self._life = secrets.token_hex(4)
+            self._life, self._guard = secrets.token_hex(4), guard
         logger.info("host is up host=%s life=%s pid=%d", self.host, self._life, process.pid)
         self._news.set()
         return process
@@ -229,7 +257,7 @@ class HostSupervisor:
             self._news.wait(self._period_s)
 
     def _ask(self) -> None:
-        """Ask the host process for its queues, which takes as long as the model build that it may be in."""
+        """Ask the host process for its queues, which it tells when the build that it may be in is over."""
         while not self._stopping.wait(self._period_s):
             with self._lock:
                 life = self._life
@@ -245,3 +273,11 @@ class HostSupervisor:
             with self._lock:
                 if life == self._life:
                     self._loads, self._free_pages = loads, state["num_free_pages"]
+
+
+def _age_text(guard: HostGuard | None) -> str:
+    """The age of the pulse as a part of a scrape."""
+    if guard is None:
+        return ""
+    name = _AGE.exported
+    return f"# HELP {name} {_AGE.text}\n# TYPE {name} {_AGE.kind}\n{name} {guard.age_s:.3f}\n"

@@ -38,6 +38,10 @@ _FIRST_SETTLE_S = 300.0
 _SETTLE_S = 3.0
 """Longest wait of a later controller for the hosts that its predecessor knew."""
 _BAR_S = (2.0, 5.0, 15.0, 60.0)
+"""How long a host is not told again what it failed at, by the failures in a row."""
+_ORDER_LIMIT_S = 3600.0
+"""For the answer to an order; a host that hangs is killed by its supervisor long before, and one that is slow reports
+what it has loaded in the end."""
 _TAKEN = (SeatState.WANTED, SeatState.LOADING, SeatState.SERVING)
 
 
@@ -56,6 +60,7 @@ class Reconciler:
         *,
         host_timeout_s: float,
         now_s: float,
+        order_limit_s: float = _ORDER_LIMIT_S,
         snapshot: dict[str, Any] | None = None,
         num_hosts: int = 0,
         identity: str = "controller",
@@ -80,6 +85,7 @@ class Reconciler:
         """Grows with every change that frontends need to know."""
         self._placement = placement
         self._host_timeout_s = host_timeout_s
+        self._order_limit_s = order_limit_s
         self._heard_s: dict[str, float] = {}
         self._errors: dict[str, PoolError] = {}
         self._bars: dict[tuple[str, str], _Bar] = {}
@@ -150,7 +156,7 @@ class Reconciler:
     def host_reported(self, report: HostReport, now_s: float) -> None:
         """A host's supervisor is there and says what the host has loaded."""
         last = self._last.get(report.host)
-        if last is not None and last.node == report.node and last.sent_s > report.sent_s:
+        if last is not None and last.node == report.node and last.number > report.number:
             return  # overtaken by a later one
         self._last[report.host] = report
         is_other = report.controller != self.identity
@@ -166,6 +172,9 @@ class Reconciler:
             return
         self.hosts[report.host] = report
         self._expected.discard(report.host)
+        if before is not None and bool(before.overdue) != bool(report.overdue):
+            self._note("host_overdue" if report.overdue else "host_in_time", report.overdue, host=report.host)
+            self._changed()
         if before is None:
             loaded = f", {len(report.models)} models loaded" if report.models else ""
             self._note("host_joined", f"life {report.life} on {report.address}{loaded}", host=report.host)
@@ -206,8 +215,9 @@ class Reconciler:
             wait_s = self._bar(*pair, now_s)
             self._note("add_failed", f"{error}; not again for {wait_s:g} s", name, order.host)
         else:
-            seat.ordered = False  # such as a request that is still there: told again in the next period
-            self._note("remove_failed", f"{error}", name, order.host)
+            wait_s = _BAR_S[min(seat.failures, len(_BAR_S) - 1)]
+            seat.ordered, seat.failures, seat.retry_s = False, seat.failures + 1, now_s + wait_s
+            self._note("remove_failed", f"{error}; not again for {wait_s:g} s", name, order.host)
         self._changed()
 
     def _bar(self, model: str, host: str, now_s: float) -> float:
@@ -226,9 +236,10 @@ class Reconciler:
                 self.host_lost(host, f"no word for {now_s - heard_s:.1f} s")
         if not self._settled(now_s):
             return []
+        self._give_up_orders(now_s)
         self._leave_unwanted()
         self._place(now_s)
-        return self._orders()
+        return self._orders(now_s)
 
     def _settled(self, now_s: float) -> bool:
         """Whether enough is known to decide: a frontend said what it wants, the hosts what they have."""
@@ -286,15 +297,26 @@ class Reconciler:
         self._note("remove", reason, name, host)
         self.seats[name, host].state = SeatState.LEAVING
 
-    def _orders(self) -> list[Order]:
+    def _orders(self, now_s: float) -> list[Order]:
         orders = []
         for (_, host), seat in self.seats.items():
-            if seat.ordered or seat.state not in (SeatState.LOADING, SeatState.REMOVING):
+            if seat.ordered or seat.state not in (SeatState.LOADING, SeatState.REMOVING) or now_s < seat.retry_s:
                 continue
-            seat.ordered = True
-            action = "add" if seat.state is SeatState.LOADING else "remove"
-            orders.append(Order(self.epoch, self.identity, host, seat.life, action, seat.deployment, seat.endpoints))
+            seat.ordered, seat.ordered_s = True, now_s
+            orders.append(self._order(host, seat))
         return orders
+
+    def _order(self, host: str, seat: Seat) -> Order:
+        action = "add" if seat.state is SeatState.LOADING else "remove"
+        return Order(self.epoch, self.identity, host, seat.life, action, seat.deployment, seat.endpoints)
+
+    def _give_up_orders(self, now_s: float) -> None:
+        """Take orders that were never answered as failed; what they came to in the end will be reported."""
+        for (_, host), seat in list(self.seats.items()):
+            is_due = seat.ordered and seat.state in (SeatState.LOADING, SeatState.REMOVING)
+            if is_due and now_s - seat.ordered_s > self._order_limit_s:
+                error = HostError(f"{host} has not answered the order for {self._order_limit_s:g} s")
+                self.order_done(self._order(host, seat), error, now_s)
 
     # -- taking over -----------------------------------------------------------------------------------
 
@@ -340,7 +362,9 @@ class Reconciler:
             models[name] = ModelView(version, of_model, self._errors.get(name))
         lives = {host: report.life for host, report in self.hosts.items()}
         roles = {host: role for host, role in self.roles.items() if host in lives and role is not Role.MIXED}
-        return ClusterView(self.epoch, self.version, self.revision, models, lives, roles, dict(self.log.totals))
+        overdue = frozenset(host for host, report in self.hosts.items() if report.overdue)
+        totals = dict(self.log.totals)
+        return ClusterView(self.epoch, self.version, self.revision, models, lives, roles, totals, overdue)
 
     def snapshot(self) -> dict[str, Any]:
         """What the next controller needs beyond what hosts and frontends tell it; small and plain."""

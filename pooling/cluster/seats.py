@@ -21,6 +21,12 @@ class Seat:
     endpoints: Endpoints | None = None
     ordered: bool = False
     """Whether the host was told what the state says."""
+    ordered_s: float = 0.0
+    """When it was told, by the controller's clock."""
+    failures: int = 0
+    """Orders in a row that it failed at in this state."""
+    retry_s: float = 0.0
+    """Not told again before."""
 
 
 class Seats(dict[Pair, Seat]):

@@ -79,8 +79,8 @@ class HostReport:
     """The controller of that epoch."""
     changes: int = 0
     """Orders carried out in this life."""
-    sent_s: float = 0.0
-    """Wall time of its node; of two reports from one node the later one holds."""
+    number: int = 0
+    """Grows with each report; of two reports from one node the one with the larger number holds."""
     node: str = ""
     address: str = ""
     """IP address of its node."""
@@ -96,6 +96,8 @@ class HostReport:
     models: dict[str, HostedReport] = field(default_factory=dict)
     free_pages: int | None = None
     """Device pages nobody held when the host was asked last; None = never asked."""
+    overdue: str = ""
+    """Why nobody should count on the host now, such as a pulse that does not come; empty for one that is alive."""
 
 
 class Order(NamedTuple):
@@ -147,6 +149,8 @@ class ClusterView:
     """Of hosts that do not do everything."""
     num_decisions: dict[str, int] = field(default_factory=dict)
     """Decisions of this controller so far, by action."""
+    overdue: frozenset[str] = frozenset()
+    """Hosts that nobody should count on now; see HostReport."""
 
 
 class StaleEpochError(PoolError):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import faulthandler
 import json
 import logging
 import os
@@ -22,6 +23,7 @@ from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
 from tokenpool.host.kv_exchange import KVExchange
 from tokenpool.host.metrics import HostMetrics, scrape
+from tokenpool.host.pulse import STACKS_SIGNAL
 from tokenpool.host.request_waits import tell_waits
 from tokenpool.host.state import host_load, host_state, host_trace, model_state
 from tokenpool.logs import log_to_stderr
@@ -34,6 +36,7 @@ def main(control_path: str, config_json: str) -> None:
     """Serve until SIGTERM, then finish what was accepted. The process dies with its supervisor."""
     log_to_stderr("host")
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    faulthandler.register(STACKS_SIGNAL)
     host = EngineHost(HostConfig(**json.loads(config_json)))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the frontend, which drains and then asks us
     signal.signal(signal.SIGTERM, lambda *_: host.stop())
@@ -65,7 +68,14 @@ def main(control_path: str, config_json: str) -> None:
         "trace": lambda last_s: host_trace(host, last_s),
         "check": host.check,
     }
-    direct = {"add_model": add_model, "add_packed": add_packed, "progress": host.progress.snapshot, "metrics": scrape}
+    engines = (host.weights.copier, host.weights.fetcher)
+    direct = {
+        "add_model": add_model,
+        "add_packed": add_packed,
+        "progress": host.progress.snapshot,
+        "metrics": scrape,
+        "pulse": lambda: host.pulse.snapshot(host.progress.snapshot(), engines),
+    }
     with unpinned():
         ControlServer(control_path, key, host.call).serve(methods, direct)
     # A socket thread that wants the interpreter waits this long for the loop: 5 ms by default, a step or more.

@@ -35,8 +35,10 @@ class BuildLane:
     that is made, and between two tensors of its checkpoint. vLLM's globals are exchanged at each pause.
     """
 
-    def __init__(self, engine_globals: EngineGlobals) -> None:
+    def __init__(self, engine_globals: EngineGlobals, beat: Callable[[], None] = lambda: None) -> None:
+        """`beat` is called whenever a build could pause: it gets on."""
         self._globals = engine_globals
+        self._beat = beat
         self._jobs: deque[tuple[Callable[[], Any], Future]] = deque()
         self._thread: threading.Thread | None = None
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
@@ -79,6 +81,7 @@ class BuildLane:
 
         Raises HostError in a job that is not to go on.
         """
+        self._beat()
         if threading.current_thread() is not self._thread or time.perf_counter() < self._until_s:
             return
         with self._globals.build_paused():

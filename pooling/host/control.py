@@ -24,8 +24,8 @@ _REST_S = 0.1
 _CHANGE_S, _BUILD_S = 3600.0, 4 * 3600.0
 _LIMITS_S = {
     "pulse": 5.0,
-    "progress": 10.0,
-    "metrics": 10.0,
+    "progress": 5.0,
+    "metrics": 4.0,
     "trace": 60.0,
     "check": 60.0,
     # These wait for the builds before them. A host that hangs meanwhile is killed, which ends the call.
@@ -78,7 +78,7 @@ class ControlServer:
                 time.sleep(_REST_S)
                 continue
             try:
-                threading.Thread(target=self._serve_one, args=(sock, methods), daemon=True).start()
+                threading.Thread(target=self._serve_one, args=(sock, methods), name="control call", daemon=True).start()
             except RuntimeError as error:  # no thread left
                 logger.warning("control connection not served: %s", error)
                 sock.close()

@@ -25,6 +25,7 @@ from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
 from tokenpool.host.kv_swap import KVSwapper
 from tokenpool.host.pressure import PressureRelief
 from tokenpool.host.progress import BuildProgress
+from tokenpool.host.pulse import WAITING, Pulse
 from tokenpool.host.rank_group import RankGroup
 from tokenpool.host.residency import ResidencyManager
 from tokenpool.host.room_maker import RoomMaker
@@ -66,7 +67,8 @@ class EngineHost:
         self.config = config
         self.ledger = PageLedger(config.device_memory // config.page_size, config.page_size)
         device = device or make_device(config.page_size, config.cpu_link)
-        self.group = RankGroup(config.tensor_parallel_size) if config.tensor_parallel_size > 1 else None
+        num_ranks = config.tensor_parallel_size
+        self.group = RankGroup(num_ranks, config.cpu_link) if num_ranks > 1 else None
         if self.group is not None:
             device = MirroredDevice(device, self.group.repeat)
         self.arena = KVArena(device, self.ledger, poison=poison)
@@ -76,6 +78,7 @@ class EngineHost:
         """Called with each new model."""
         self.on_idle: Callable[[], None] = lambda: None
         """Called before the loop sleeps and about twice a second otherwise; used for metrics."""
+        self.pulse = Pulse()
         self.started_s = time.time()
         self.switches = 0
         self.loops = 0
@@ -102,7 +105,7 @@ class EngineHost:
         self._relief = PressureRelief(
             self.models, self.allocator, config.kv_floor_pages, room.most_slabs_for, room.keep_promises
         )
-        self._lane = BuildLane(self._globals)
+        self._lane = BuildLane(self._globals, self.pulse.beat)
         self._builder = EngineBuilder(
             config,
             self.group,
@@ -189,6 +192,7 @@ class EngineHost:
                 continue
             if self._stopping and not self._active:
                 return
+            self.pulse.enter(WAITING)
             self._wake.wait(self.nap_s())
             self._wake.clear()
 
@@ -213,6 +217,7 @@ class EngineHost:
     def _run_once(self) -> bool:
         start = time.perf_counter()
         self._run_calls()
+        self.pulse.enter("choosing")
         self._drain_inputs()
         if self.residency.busy():
             self._note_failures(self.residency.poll())
@@ -228,6 +233,7 @@ class EngineHost:
         step_start = time.perf_counter()
         self.overhead_seconds += step_start - start
         try:
+            self.pulse.enter("step", hosted.name)
             executed = hosted.core.step_once(admit=admit)
         except Exception as error:  # any exception of a model's code ends in quarantine or in EngineLostError
             hosted.quarantine.step_crashed(error)
@@ -245,6 +251,7 @@ class EngineHost:
 
     def build_on(self) -> None:
         """Let a job of `build_beside` go on for a slice; `run` does so between any two steps."""
+        self.pulse.enter("build")
         if self._stopping:
             self._lane.abort()
         # Ranks of a group build in step with this one: a rank that still builds could not follow a step of a model.
@@ -310,6 +317,7 @@ class EngineHost:
         if self._current is not None and hosted is not self._current:
             self._turns.note_turn(self._current)
         try:
+            self.pulse.enter("copy", hosted.name)
             self.residency.bring_in(hosted)
         except PoolError as error:
             self._note_failures([(hosted.name, error)])
@@ -373,6 +381,7 @@ class EngineHost:
     def _run_calls(self) -> None:
         while self._calls:
             function, future = self._calls.popleft()
+            self.pulse.enter(f"call {getattr(function, '__name__', '')}")
             try:
                 future.set_result(function())
             except EngineLostError as error:

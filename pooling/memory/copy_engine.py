@@ -31,6 +31,9 @@ Work = Callable[["CopyJob"], Any]
 class CopyJob:
     """One piece of work and how far it is; its state may be read, and the job cancelled, from any thread."""
 
+    num_chunks = 0
+    """Chunks that all jobs of the process have reported, about: it changes while any of them gets on."""
+
     def __init__(self, label: str, total_bytes: int, work: Work, notify: Callable[[CopyJob], None]) -> None:
         self.label = label
         self.total_bytes = total_bytes
@@ -47,11 +50,13 @@ class CopyJob:
         self._notify = notify
         self._cancel = False
         self._stopped_early = False
+        self._began_s: float | None = None
         self._ended = threading.Event()
 
     def advance(self, nbytes: int) -> None:
         """Report `nbytes` more, from inside the work; raises JobCancelled once the job is cancelled."""
         self.progress += nbytes
+        CopyJob.num_chunks += 1
         if self._cancel:
             raise JobCancelled
 
@@ -78,6 +83,11 @@ class CopyJob:
         return self.done() and self.error is None and not self._stopped_early
 
     @property
+    def running_s(self) -> float:
+        """How long the work has been running so far; 0 before it begins."""
+        return time.perf_counter() - self._began_s if self._began_s is not None else 0.0
+
+    @property
     def problem(self) -> str:
         """Why a job that is done did not succeed, in one line."""
         return f"{type(self.error).__name__}: {self.error}" if self.error else "it was cancelled"
@@ -86,7 +96,7 @@ class CopyJob:
         """Do the work on this thread; called once, by the engine or by who wants to wait for it anyway."""
         work, self._work = self._work, None  # what the work holds on to is freed with it
         assert work is not None, "a job runs once"
-        start = time.perf_counter()
+        start = self._began_s = time.perf_counter()
         try:
             self.advance(0)
             self.result = work(self)
@@ -119,7 +129,8 @@ class CopyEngine:
     ) -> None:
         self.notify: Callable[[CopyJob], None] = notify or (lambda job: None)
         self._on_start = on_start
-        self._name = name
+        self.name = name
+        """Of the side thread."""
         self._jobs: deque[CopyJob] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -137,11 +148,16 @@ class CopyEngine:
             if self._closed:
                 raise RuntimeError(f"the copy engine is closed: cannot take job {label!r}")
             if self._thread is None:  # a host that never moves weights needs no thread
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
                 self._thread.start()
             self._jobs.append(job)
             self._wake.notify()
         return job
+
+    @property
+    def current(self) -> CopyJob | None:
+        """The job that the side thread has in hand."""
+        return self._current
 
     def pending(self) -> int:
         """Jobs that are queued or running."""

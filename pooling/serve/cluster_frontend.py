@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,13 +29,19 @@ _LOADS_PERIOD_S = 1.0
 class FrontendModel(ClusterModel):
     """A model whose engines are there before this frontend: they are told where it listens once they serve."""
 
-    def apply(self, view: ModelView | None, lives: Mapping[str, str], roles: Mapping[str, Role]) -> None:
+    def apply(
+        self,
+        view: ModelView | None,
+        lives: Mapping[str, str],
+        roles: Mapping[str, Role],
+        overdue: Collection[str] = (),
+    ) -> None:
         """See SeatFollower; an engine that went without a word, between two views, is not joined any more."""
         seats = view.seats if view is not None else {}
         there = {(host, seat.life) for host, seat in seats.items()}
         for key in self._joining.keys() - there:
             self._forget(key)
-        super().apply(view, lives, roles)
+        super().apply(view, lives, roles, overdue)
 
     def _follow(self, key: Key, seat: SeatView) -> None:
         if seat.state is SeatState.SERVING and key not in self._joining:
@@ -119,7 +125,7 @@ class ClusterFrontend(FrontendServer):
             return
         assert self._view is not None and self._view.cluster is not None
         seats = self._view.cluster
-        model.apply(seats.models.get(name), seats.lives, seats.roles)
+        model.apply(seats.models.get(name), seats.lives, seats.roles, seats.overdue)
         self._take_state(name, standing, model.is_served)
 
     # -- models --------------------------------------------------------------------------------------

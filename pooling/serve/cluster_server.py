@@ -73,6 +73,7 @@ class _Hosts:
 
     pid: int | None = None
     ended = False
+    guard = None  # the hosts' supervisors have theirs
 
     def __init__(self, session: Session, names: Callable[[], list[str]]) -> None:
         self._session = session
@@ -233,7 +234,7 @@ class ClusterServer(PoolServer):
             self._counted[view.epoch, action] = count
             _DECISIONS.labels(action).inc(max(0, new))
         for name, model in self._models.items():
-            model.apply(view.models.get(name), view.hosts, view.roles)
+            model.apply(view.models.get(name), view.hosts, view.roles, view.overdue)
 
     def _show(self, model: SeatFollower) -> None:
         """Let the router know whether the model takes requests."""

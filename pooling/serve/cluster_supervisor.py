@@ -92,7 +92,7 @@ class ClusterSupervisor(FrontendKeeper, ClusterServer):
         for name, model in self._models.items():
             if name in standings:
                 standings[name] = replace(standings[name], version=model.version)
-        seats = ClusterSeats(view.models, view.hosts, view.roles) if view is not None else ClusterSeats({}, {}, {})
+        seats = ClusterSeats(view.models, view.hosts, view.roles, view.overdue) if view else ClusterSeats({}, {}, {})
         return SupervisorView(version, None, 0, True, self._has_started, standings, self._pids, seats)
 
     async def _detach(self, index: int) -> None:

@@ -25,13 +25,14 @@ from prometheus_client import multiprocess
 
 from tokenpool.config import ModelSpec
 from tokenpool.errors import PoolError
-from tokenpool.host.control import ControlServer, call_host
+from tokenpool.host.control import ControlServer
 from tokenpool.metric_registry import metric
 from tokenpool.serve.admission import EngineQueue
 from tokenpool.serve.ending import within
 from tokenpool.serve.frontend_process import FrontendProcess, FrontendSettings
 from tokenpool.serve.frontend_reports import merged_reports, used_only
 from tokenpool.serve.frontend_view import ModelStanding, SupervisorView
+from tokenpool.serve.host_calls import call_beside
 from tokenpool.serve.keeper import Backoff, note_failure, start_kept
 from tokenpool.serve.launch_plan import ModelPlan
 from tokenpool.serve.pool_server import PoolServer
@@ -237,10 +238,8 @@ class FrontendKeeper(PoolServer, ABC):
         """Get a frontend's report; without an answer the last one stays."""
         settings = self._settings
         try:
-            async with asyncio.timeout(_REPORT_LIMIT_S):
-                asked = asyncio.to_thread(call_host, settings.own_socket(pid), settings.key, "report")
-                report = await asked
-        except (PoolError, TimeoutError) as error:  # it ends, or has just come
+            report = await call_beside(settings.own_socket(pid), settings.key, "report", timeout_s=_REPORT_LIMIT_S)
+        except PoolError as error:  # it ends, or has just come
             logger.debug("no report pid=%d: %s", pid, error)
         else:
             if pid in self._up.values():

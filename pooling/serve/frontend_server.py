@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 
 from tokenpool.config import ModelSpec
 from tokenpool.errors import PoolError
-from tokenpool.host.control import ControlServer, call_host
+from tokenpool.host.control import ControlServer, limit_of
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.metric_files import forget_models
 from tokenpool.serve.ending import let_finish
@@ -31,6 +31,7 @@ from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.frontend_process import FrontendSettings
 from tokenpool.serve.frontend_reports import state_of_all
 from tokenpool.serve.frontend_view import HostAddress, ModelStanding, SupervisorView
+from tokenpool.serve.host_calls import call_beside
 from tokenpool.serve.keeper import Work, start_kept
 from tokenpool.serve.launch_plan import ModelPlan
 from tokenpool.serve.model_client import ModelClient, connect
@@ -45,7 +46,9 @@ RETRY_S = 0.2
 
 
 class _Host:
-    """The host, as a frontend knows it: somebody else starts and ends it."""
+    """The host, as a frontend knows it: somebody else starts, guards and ends it."""
+
+    guard = None
 
     def __init__(self, address: HostAddress) -> None:
         self.address = address
@@ -62,9 +65,9 @@ class _Host:
         await self._ended.wait()
         return 0
 
-    async def call(self, method: str, *args: Any) -> Any:
+    async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         """See HostProcess.call."""
-        return await asyncio.to_thread(call_host, self.address.control, self.address.key, method, *args)
+        return await call_beside(self.address.control, self.address.key, method, *args, timeout_s=timeout_s)
 
     async def stop(self, limit_s: float) -> None:
         """Nothing."""
@@ -148,9 +151,9 @@ class FrontendServer(PoolServer):
 
     # -- the supervisor ------------------------------------------------------------------------------
 
-    async def _ask(self, method: str, *args: Any) -> Any:
+    async def _ask(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         settings = self._settings
-        return await asyncio.to_thread(call_host, settings.supervisor, settings.key, method, *args)
+        return await call_beside(settings.supervisor, settings.key, method, *args, timeout_s=timeout_s)
 
     async def _ask_as_this(self, method: str, *args: Any) -> Any:
         return await self._ask(method, self._settings.index, os.getpid(), *args)
@@ -309,7 +312,7 @@ class FrontendServer(PoolServer):
 
     async def remove_model(self, name: str, drain_s: float) -> None:
         """Remove a model from all frontends and from the host."""
-        await self._ask("remove_model", name, drain_s)
+        await self._ask("remove_model", name, drain_s, timeout_s=drain_s + limit_of("remove_model"))
 
     # -- what is told --------------------------------------------------------------------------------
 

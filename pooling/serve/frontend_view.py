@@ -49,6 +49,8 @@ class ClusterSeats:
     """Of each host that is there."""
     roles: dict[str, Role]
     """Of hosts that do not do everything."""
+    overdue: frozenset[str] = frozenset()
+    """Hosts that nobody should count on now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,10 @@ from vllm.config import VllmConfig
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
 from tokenpool.errors import HostError
-from tokenpool.host.control import call_host
+from tokenpool.host.guard import HostGuard
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostConfig
+from tokenpool.serve.host_calls import call_beside
 
 _START_LIMIT_S = 120.0
 
@@ -35,6 +36,8 @@ class HostProcess:
         self._folder = folder
         self.key = key
         """Of the socket for calls."""
+        self.guard: HostGuard | None = None
+        """Kills a host that hangs, which `wait` returns from then; there once it listens."""
         self._next_endpoint = 0
 
     @classmethod
@@ -63,6 +66,7 @@ class HostProcess:
         except BaseException:
             await host.kill()
             raise
+        host.guard = HostGuard.of(name, host.pid, host.control_path, key, asdict(config))
         return host
 
     @property
@@ -86,9 +90,9 @@ class HostProcess:
         shutil.rmtree(self._folder, ignore_errors=True)
         return status
 
-    async def call(self, method: str, *args: Any) -> Any:
-        """Call the host; raises what the call raises, or HostError when the host is gone."""
-        return await asyncio.to_thread(call_host, self.control_path, self.key, method, *args)
+    async def call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
+        """Call the host; raises what the call raises, or HostError when the host is gone or late."""
+        return await call_beside(self.control_path, self.key, method, *args, timeout_s=timeout_s)
 
     def new_addresses(self) -> EngineAddresses:
         """Endpoints for one more engine with one frontend."""

@@ -10,8 +10,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import cache
 from typing import Any
 
+from tokenpool.host.guard import HostGuard
+from tokenpool.metric_registry import metric
 from tokenpool.serve.admission import FORECAST_PERIOD_S
 from tokenpool.serve.router import ModelApp
 
@@ -30,11 +33,19 @@ class HostWatch:
     """Follows one host; used on the event loop.
 
     `host_call` gives the function that calls the present host, or None while there is none; it raises PoolError.
+    `guard` gives the guard of that host, or None where somebody else has it.
     """
 
-    def __init__(self, models: Mapping[str, ModelApp], host_call: Callable[[], Call | None]) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, ModelApp],
+        host_call: Callable[[], Call | None],
+        guard: Callable[[], HostGuard | None] = lambda: None,
+    ) -> None:
         self._models = models
         self._host_call = host_call
+        self._guard = guard
+        self._hushed: tuple[HostGuard | None, set[str]] = (None, set())  # whose host was overdue, and its models
         self.stopping = False
         """Whether all models are being drained."""
         self._build: dict[str, Any] | None = None
@@ -76,9 +87,11 @@ class HostWatch:
         return "connecting" if built else "planning"
 
     def _waiting(self) -> list[str]:
-        return [name for name, model in self._models.items() if model.state in _LOADING]
+        hushed = self._hushed[1]
+        return [name for name, model in self._models.items() if model.state in _LOADING and name not in hushed]
 
     async def _look(self) -> None:
+        self._hush()
         waiting, call = self._waiting(), self._host_call()
         build, self._answers = None, False
         if waiting and call is not None:
@@ -116,6 +129,36 @@ class HostWatch:
         for name, count in left.items():
             logger.info("draining model=%s requests_left=%d", name, count)
 
+    # -- pulse ---------------------------------------------------------------------------------------
+
+    def pulse(self) -> dict[str, Any] | None:
+        """What the host did when it was asked last, and how long ago that was; None where somebody else asks."""
+        guard = self._guard()
+        return guard.snapshot() if guard is not None else None
+
+    def _hush(self) -> None:
+        """Take models off while the host's pulse is overdue; they are back with it, unless that host dies."""
+        guard = self._guard()
+        if guard is None:
+            return
+        _pulse_age().set(guard.age_s)
+        before, names = self._hushed
+        if guard is not before or guard.is_over:
+            names = set()  # they come up with the next host
+        if guard.is_over:
+            pass
+        elif guard.is_overdue:
+            for name, model in self._models.items():
+                if model.state == "resident":
+                    model.state, model.retry_after_s = "unavailable", 5.0
+                    names.add(name)
+        else:
+            for model in (self._models[name] for name in names if name in self._models):
+                if model.state == "unavailable":
+                    model.state = "resident"
+            names = set()
+        self._hushed = guard, names
+
     # -- state ---------------------------------------------------------------------------------------
 
     async def state(self) -> dict[str, Any] | None:
@@ -127,6 +170,8 @@ class HostWatch:
         call = self._host_call()
         if call is None:
             return None
+        if (guard := self._guard()) is not None and guard.is_overdue and self._last is not None:
+            return self._last_known()
         patience_s = _PATIENCE_WHILE_BUILDING_S if self._build is not None else _PATIENCE_S
         deadline = time.monotonic() + patience_s
         while self._question is not None and not self._question.done():
@@ -165,6 +210,12 @@ async def follow_forecasts(models: Mapping[str, ModelApp], host_call: Callable[[
         for model in concerned:
             if model.name in loads:
                 model.gate.learn(loads[model.name])
+
+
+@cache
+def _pulse_age() -> Any:
+    """The metric; made where a host is guarded, for elsewhere it would tell of none."""
+    return metric("host_pulse_age_seconds").make()
 
 
 async def _ends(task: asyncio.Task[Any], deadline_s: float) -> bool:

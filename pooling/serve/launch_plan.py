@@ -140,6 +140,8 @@ def host_config(config: PoolConfig, plans: list[ModelPlan]) -> HostConfig:
         host_memory=config.host_memory,
         tensor_parallel_size=plans[0].num_ranks,
         cpu_link=config.cpu_link,
+        host_timeout_s=config.host_timeout_s,
+        load_timeout_s=config.load_timeout_s,
     )
 
 

@@ -72,7 +72,9 @@ class PoolServer:
         self._watching: asyncio.Task[None] | None = None
         self.lives = ModelLives(self.router.models)
         self._host_config = host_config(config, plans)
-        self.watch = HostWatch(self.router.models, self._host_call)
+        self.watch = HostWatch(
+            self.router.models, self._host_call, lambda: self._host.guard if self._host else None
+        )
         outer.state.pool = self
 
     # -- life ----------------------------------------------------------------------------------------
@@ -361,6 +363,7 @@ class PoolServer:
             "stopping": self.stopping,
             "progress": self.watch.progress(),
             "host_pid": pid,
+            "host_pulse": self.watch.pulse(),
             "host_restarts": self.host_restarts,
             "models": models,
             "host": host,

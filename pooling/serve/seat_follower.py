@@ -41,6 +41,7 @@ class SeatFollower(ABC):
         self.error: Exception | None = None
         """Why no host serves it; None while one may."""
         self._fatal: Exception | None = None
+        self._overdue: frozenset[str] = frozenset()  # engines that nobody should count on now
         self._tell = tell
         self._on_change = on_change
         self._offered: dict[Key, Endpoints] = {}
@@ -104,8 +105,8 @@ class SeatFollower(ABC):
 
     @property
     def is_served(self) -> bool:
-        """Whether a host takes its requests."""
-        return self.client is not None and bool(self.hosts)
+        """Whether a host takes its requests that can be counted on."""
+        return self.client is not None and any(host not in self._overdue for host in self.hosts)
 
     def standing(self, view: ModelView) -> dict[str, str]:
         """Where it stands, by host; `serving` where requests are sent, `joining` where they are about to be."""
@@ -115,8 +116,15 @@ class SeatFollower(ABC):
                 states[host] = "joining"
         return states
 
-    def apply(self, view: ModelView | None, lives: Mapping[str, str], roles: Mapping[str, Role]) -> None:
+    def apply(
+        self,
+        view: ModelView | None,
+        lives: Mapping[str, str],
+        roles: Mapping[str, Role],
+        overdue: Collection[str] = (),
+    ) -> None:
         """Do what a new view asks for; returns at once, the work goes on in tasks."""
+        self._overdue = frozenset(name_of((host, lives[host])) for host in overdue if host in lives)
         self._give_roles({name_of((host, life)): roles[host] for host, life in lives.items() if host in roles})
         for key in [key for key in {*self._offered, *self._joining} if lives.get(key[0]) != key[1]]:
             self._forget(key)

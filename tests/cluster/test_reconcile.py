@@ -50,9 +50,9 @@ class MemoryHost:
     def life(self) -> str:
         return f"{self.name}-{self.num_lives}"
 
-    def report(self, sent_s: float) -> HostReport:
+    def report(self, number: float) -> HostReport:
         return HostReport(
-            self.name, self.life, self.epoch, self.controller, self.changes, sent_s, node="n", address="10.0.0.1",
+            self.name, self.life, self.epoch, self.controller, self.changes, number, node="n", address="10.0.0.1",
             device_memory=self.pages * MIB, page_size=MIB, models=dict(self.models),
         )  # fmt: skip
 
@@ -303,7 +303,7 @@ def test_an_old_report_brings_nothing_back():
     old = rig.hosts["h0"].report(rig.now_s + 0.1)
     rig.control.withdraw("a", 2)
     rig.settle()
-    rig.control.host_reported(replace(old, sent_s=rig.now_s + 0.2), rig.now_s + 0.2)
+    rig.control.host_reported(replace(old, number=rig.now_s + 0.2), rig.now_s + 0.2)
 
     assert rig.control.seats == {}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.server import poll
 from tokenpool.errors import HostError
 from tokenpool.host.control import ControlServer, call_host
 
@@ -138,12 +139,13 @@ def test_what_cannot_be_sent_reaches_the_caller_as_that_error(
 
 
 def test_a_call_that_is_not_answered_in_time_names_method_and_seconds(server: tuple[ControlServer, Loop]) -> None:
-    """A busy loop costs the caller its limit and no more; direct methods are answered meanwhile, late calls not run."""
+    """A busy loop costs the caller its limit and keeps no thread; direct methods are answered, late calls not run."""
     control, loop = server
     loop.is_busy = True
     with pytest.raises(HostError, match=r"ping within 0\.2 s"):
         call_host(control.address, KEY, "ping", timeout_s=0.2)
     assert {} == call_host(control.address, KEY, "now")
+    poll(lambda: [t for t in threading.enumerate() if t.name == "control call"], until=lambda left: not left)
     future = loop.waiting[0][1]
     loop.run()
     assert "before it began" in str(future.exception())

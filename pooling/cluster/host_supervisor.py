@@ -220,7 +220,7 @@ class HostSupervisor:
         key = secrets.token_bytes(32)
         env = {**os.environ, **self._env, "TOKENPOOL_CONTROL_KEY": key.hex(), "PROMETHEUS_MULTIPROC_DIR": metrics}
         control = os.path.join(folder, "control")
-        command = [sys.executable, "-m", "tokenpool.host", control, json.dumps(self.config)]
+        command = self._command(control, key)
         process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
         with self._lock:
             self._process, self._folder, self._key = process, folder, key
@@ -239,6 +239,10 @@ class HostSupervisor:
         logger.info("host is up host=%s life=%s pid=%d", self.host, self._life, process.pid)
         self._news.set()
         return process
+
+    def _command(self, control: str, key: bytes) -> list[str]:
+        """What starts a host process that listens at `control`; the key is in its environment."""
+        return [sys.executable, "-m", "tokenpool.host", control, json.dumps(self.config)]
 
     # -- reports -----------------------------------------------------------------------------------------
 

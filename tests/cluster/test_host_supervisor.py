@@ -1,12 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which orders a host's supervisor carries out; the host process is a recording of its control calls."""
+"""Which orders a host's supervisor carries out, and what it does about a host that hangs.
+
+The host process is a recording of its control calls, or a stand-in that can be stopped and wedged.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from tests.helpers.server import REPOSITORY, poll
 from tokenpool.cluster.host_supervisor import HostSupervisor
 from tokenpool.cluster.values import Deployment, Endpoints, Order, StaleEpochError
 from tokenpool.errors import HostError
@@ -70,3 +80,77 @@ def test_an_order_for_an_earlier_process_is_refused():
     with pytest.raises(HostError, match="new process"):
         host.order(order(1, life="x"))
     assert host.calls == []
+
+
+def test_reports_are_in_order_whatever_the_clock_of_the_node_says(monkeypatch: pytest.MonkeyPatch):
+    """Of two reports of a node the later one has the larger number, also when the supervisor was started anew."""
+    monkeypatch.setattr(time, "time", lambda: -time.monotonic())
+    first = Recorded()
+    numbers = [first.report().number, first.report().number, Recorded().report().number]
+    assert sorted(set(numbers)) == numbers
+
+
+class Guarded(HostSupervisor):
+    """A supervisor of stand-in hosts, with a short limit."""
+
+    def __init__(self) -> None:
+        config = {"device_memory": 64, "page_size": 1, "host_timeout_s": 3.0}
+        super().__init__("h0", config, lambda report: None, period_s=0.05, env={"PYTHONPATH": str(REPOSITORY)})
+
+    def _command(self, control: str, key: bytes) -> list[str]:
+        return [sys.executable, "-m", "tests.helpers.pulsing_host", control, key.hex()]
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
+    monkeypatch.chdir(REPOSITORY)
+    made = Guarded()
+    made.start()
+    poll(lambda: made.report().life)
+    yield made
+    made.stop(0.0)
+
+
+def stop(host: Guarded) -> None:
+    os.kill(host.report().pid, signal.SIGSTOP)
+
+
+def wedge(host: Guarded) -> None:
+    host.call("wedge")
+
+
+@pytest.mark.parametrize("hang", [stop, wedge])
+def test_a_host_that_hangs_is_told_of_and_then_replaced(guarded: Guarded, hang: Callable[[Guarded], None]) -> None:
+    """Reports say that it is overdue, then a new life begins; scrapes have the age of its pulse all the time."""
+    before = guarded.report()
+    assert ("a 1.0" in guarded.call("metrics"), before.overdue) == (True, "")
+    hang(guarded)
+    overdue = poll(guarded.report, until=lambda report: bool(report.overdue))
+    assert overdue.life == before.life
+    scraped = guarded.call("metrics")
+    assert "tokenpool:host_pulse_age_seconds " in scraped and "a 1.0" not in scraped
+    with pytest.raises(HostError, match=r"h0: (no pulse|in step of llama) for"):
+        guarded.call("state")
+    after = poll(guarded.report, until=lambda report: report.life not in ("", before.life))
+    assert (after.pid != before.pid, after.overdue, after.models) == (True, "", {})
+
+
+def test_an_order_ends_with_the_host_that_hangs(guarded: Guarded) -> None:
+    """An order that a host never answers fails once the host was killed, and holds up none for the next life."""
+    life, errors = guarded.report().life, []
+    guarded.order(order(1, life=life))
+    guarded.call("wedge")
+
+    def remove() -> None:
+        try:
+            guarded.order(order(1, "remove", life=life))
+        except HostError as error:
+            errors.append(error)
+
+    ordering = threading.Thread(target=remove, daemon=True)
+    ordering.start()
+    ordering.join(30)
+    assert 1 == len(errors)
+    after = poll(guarded.report, until=lambda report: report.life not in ("", life))
+    assert 1 == guarded.order(order(1, life=after.life))
+    assert {"a"} == set(guarded.report().models)

@@ -21,7 +21,7 @@ from tokenpool.cluster.values import (
     SeatState,
     StaleEpochError,
 )
-from tokenpool.errors import CapacityError, ConfigError
+from tokenpool.errors import CapacityError, ConfigError, HostError
 from tokenpool.policy.capacity import Role
 from tokenpool.policy.capacity_live import LiveCapacity
 
@@ -306,6 +306,88 @@ def test_an_old_report_brings_nothing_back():
     rig.control.host_reported(replace(old, number=rig.now_s + 0.2), rig.now_s + 0.2)
 
     assert rig.control.seats == {}
+
+
+def removing(rig: Rig) -> list[Order]:
+    """The orders of one look at a rig whose only model is not wanted any more and was left by the frontend."""
+    rig.control.withdraw("a", 2)
+    rig.control.tick(rig.now_s)
+    rig.control.left("a", "h0", "h0-1")
+    return rig.control.tick(rig.now_s)
+
+
+def test_a_remove_that_fails_is_ordered_again_after_longer_and_longer_waits():
+    """However often it is looked at, a host gets one order per wait, and the log one line."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"))
+    orders, times_s = removing(rig), []
+    start_s = rig.now_s
+    while rig.now_s < start_s + 100:
+        for order in orders:
+            times_s.append(rig.now_s - start_s)
+            rig.control.order_done(order, HostError("model 'a' still has requests"), rig.now_s)
+            orders = rig.control.tick(rig.now_s)
+            assert [] == orders, "at once"
+        rig.now_s += 0.5
+        rig.control.host_reported(rig.hosts["h0"].report(rig.now_s), rig.now_s)
+        orders = rig.control.tick(rig.now_s)
+    assert [0.0, 2.0, 7.0, 22.0, 82.0] == times_s
+    assert 5 == rig.actions().count("remove_failed")
+
+    rig.now_s += 60
+    rig.settle()
+    assert rig.loaded() == {"h0": []}
+
+
+@pytest.mark.parametrize("action", ["add", "remove"])
+def test_an_order_without_an_answer_ends(action: str):
+    """A seat does not wait for ever: it is given up, told again later, and taken as it is once the host has it."""
+    rig = Rig(MemoryHost("h0"))
+    rig.control._order_limit_s = 30.0
+    orders: list[Order] = []
+    if action == "add":
+        rig.control.attach("front", 1, [deployment("a")])
+        rig.carry_out = orders.append  # type: ignore[method-assign]
+    else:
+        attached(rig, deployment("a"))
+        rig.carry_out = orders.append  # type: ignore[method-assign]
+        orders += removing(rig)
+    rig.settle(2 * 29)
+    assert [action] == [order.action for order in orders]
+    assert [SeatState.LOADING if action == "add" else SeatState.REMOVING] == [
+        seat.state for seat in rig.control.seats.values()
+    ]
+    rig.settle(2 * 5)
+    assert [action, action] == [order.action for order in orders]
+    assert "has not answered" in [d["reason"] for d in rig.control.log.last() if d["action"] == f"{action}_failed"][0]
+
+    rig.hosts["h0"].order(orders[0])
+    rig.control.order_done(orders[0], None, rig.now_s, 1)
+    rig.settle()
+    assert rig.loaded() == {"h0": ["a"] if action == "add" else []}
+    states = [seat.state for seat in rig.control.seats.values()]
+    assert ([SeatState.SERVING] if action == "add" else []) == states
+
+
+def test_a_seat_that_serves_is_bound_by_no_order():
+    """The limit is for answers: what was answered stays, however long."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"))
+    rig.control._order_limit_s = 1.0
+    rig.settle(10)
+    assert [SeatState.SERVING] == [seat.state for seat in rig.control.seats.values()]
+    assert "remove_failed" not in rig.actions() and "add_failed" not in rig.actions()
+
+
+def test_a_host_that_is_overdue_is_told_of_until_it_is_not():
+    """The view names hosts that nobody should count on; frontends get another view at each change, not in between."""
+    rig = attached(Rig(MemoryHost("h0")), deployment("a"))
+    report, versions = rig.hosts["h0"].report, []
+    for overdue in ("no pulse for 6.0 s", "no pulse for 7.0 s", ""):
+        rig.now_s += 0.5
+        rig.control.host_reported(replace(report(rig.now_s), overdue=overdue), rig.now_s)
+        versions.append((rig.control.version, set(rig.control.view().overdue)))
+    assert [{"h0"}, {"h0"}, set()] == [hosts for _, hosts in versions]
+    assert versions[0][0] == versions[1][0] < versions[2][0]
+    assert ["host_overdue", "host_in_time"] == [a for a in rig.actions() if a in ("host_overdue", "host_in_time")]
 
 
 def test_an_overtaken_report_is_ignored():

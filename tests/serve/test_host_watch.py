@@ -43,6 +43,13 @@ def apps(**states: Any) -> dict[str, ModelApp]:
     return {name: ModelApp(name, app, state=state) for name, state in states.items()}
 
 
+class Guard:
+    """The guard of a host, as it is told to be."""
+
+    def __init__(self, *, is_overdue: bool) -> None:
+        self.is_overdue, self.is_over, self.age_s = is_overdue, False, 7.0
+
+
 def watching(models: dict[str, ModelApp], host: Host | None) -> HostWatch:
     call: Callable[[], Any] = lambda: host.call if host else None  # noqa: E731
     return HostWatch(models, call)
@@ -154,3 +161,54 @@ def test_loading_and_draining_are_logged_once_per_change(caplog: pytest.LogCaptu
     assert lines[0].startswith("loading model=a phase=planning seconds=0.0 done=1 of=3")
     assert "draining model=c requests_left=3" == lines[1]
     assert lines[2].startswith("loading model=a phase=warming_up seconds=")
+
+
+def test_models_are_off_while_the_pulse_of_their_host_is_overdue() -> None:
+    """They are unavailable and not being loaded meanwhile, and resident again with the pulse; others stay."""
+
+    async def scenario() -> None:
+        models, host, guard = apps(a="resident", b="draining", c="loading"), Host(), Guard(is_overdue=True)
+        watch = HostWatch(models, lambda: host.call, lambda: guard)  # type: ignore[arg-type, return-value]
+        await watch._look()
+        assert ["unavailable", "draining", "loading"] == [model.state for model in models.values()]
+        assert {"c"} == set((watch.progress() or {})["loading"])
+        guard.is_overdue = False
+        await watch._look()
+        assert ["resident", "draining", "loading"] == [model.state for model in models.values()]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_models_of_a_host_that_died_overdue_come_up_with_the_next_one_only(is_new: bool) -> None:
+    """Neither the dead host's guard nor that of a host that has not loaded them yet makes them resident."""
+
+    async def scenario() -> None:
+        models, guards = apps(a="resident"), [Guard(is_overdue=True)]
+        watch = HostWatch(models, lambda: None, lambda: guards[-1])  # type: ignore[arg-type, return-value]
+        await watch._look()
+        if is_new:
+            guards.append(Guard(is_overdue=False))
+        else:
+            guards[0].is_over = True
+        for _ in range(2):
+            await watch._look()
+            assert "unavailable" == models["a"].state
+        assert {"a"} == set((watch.progress() or {})["loading"])
+
+    asyncio.run(scenario())
+
+
+def test_a_state_that_is_known_is_told_without_asking_a_host_that_is_overdue() -> None:
+    """Nobody waits for a host that hangs: the last state is there, with its age."""
+
+    async def scenario() -> None:
+        models, host, guard = apps(a="resident"), Host(), Guard(is_overdue=False)
+        watch = HostWatch(models, lambda: host.call, lambda: guard)  # type: ignore[arg-type, return-value]
+        host.free.set()
+        await watch.state()
+        guard.is_overdue = True
+        told = await watch.state()
+        assert told is not None and 1 == told["switches"] == host.asked
+
+    asyncio.run(scenario())

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from tokenpool.errors import HostError
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_core import EngineAddresses
+
+logger = logging.getLogger(__name__)
 
 
 def attach_frontend(host: EngineHost, model: str, client_index: int, addresses: EngineAddresses) -> None:
@@ -19,6 +23,14 @@ def attach_frontend(host: EngineHost, model: str, client_index: int, addresses: 
 
 
 def detach_frontend(host: EngineHost, client_index: int) -> None:
-    """A frontend is gone: drop its requests at all engines."""
-    for hosted in host.models.values():
-        hosted.core.detach(client_index)
+    """A frontend is gone: drop its requests at all engines; raises HostError that names those that failed to."""
+    failed = {}
+    for name, hosted in host.models.items():
+        try:
+            hosted.core.detach(client_index)
+        except Exception as error:  # the other engines are no less to forget it
+            logger.exception("frontend not detached model=%s index=%d", name, client_index)
+            failed[name] = error
+    if failed:
+        reasons = "; ".join(f"{name}: {type(error).__name__}: {error}" for name, error in failed.items())
+        raise HostError(f"{len(failed)} of {len(host.models)} models did not drop frontend {client_index}: {reasons}")

@@ -329,9 +329,11 @@ class HostedEngineCore(EngineCoreProc):
     def detach(self, client_index: int) -> None:
         """A frontend is gone: drop its requests, which nobody reads."""
         assert isinstance(self._outbox, OutputSender) and self._receiver is not None
-        self._receiver.detach(client_index)
-        self.drop_client(client_index)
-        self._outbox.detach(client_index)
+        try:
+            self._receiver.detach(client_index)
+        finally:  # an input thread that is busy listens no more once it comes to it
+            self.drop_client(client_index)
+            self._outbox.detach(client_index)
 
     def drop_client(self, client_index: int) -> None:
         """Abort the requests of a frontend."""

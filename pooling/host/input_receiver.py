@@ -26,6 +26,7 @@ from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import FT_UTILITY_METHOD, MultiModalCacheMissError
 from vllm.v1.serial_utils import MsgpackDecoder
 
+from tokenpool.errors import HostError
 from tokenpool.host.curve import secured
 from tokenpool.host.resume import ContinuedRequest
 
@@ -51,7 +52,10 @@ class InputReceiver:
         self._context = zmq.Context()
 
     def attach(self, client_index: int, addresses: EngineAddresses) -> None:
-        """Greet one more frontend and receive from it; `addresses` are its own. For any thread."""
+        """Greet one more frontend and receive from it; `addresses` are its own. For any thread.
+
+        Raises HostError, here and in `detach`, when the thread is busy for long; it does it afterwards.
+        """
         self._run_there(lambda: self._greet(client_index, addresses.inputs[0], addresses))
 
     def detach(self, client_index: int) -> None:
@@ -72,7 +76,12 @@ class InputReceiver:
             self._rope.send(b"j")
         except OSError:  # stopped
             return
-        done.result(_JOIN_LIMIT_S)
+        try:
+            done.result(_JOIN_LIMIT_S)
+        except TimeoutError as error:
+            if done.done():
+                raise
+            raise HostError(f"the engine's input thread has been busy for {_JOIN_LIMIT_S:g} s") from error
 
     def stop(self) -> None:
         """End the thread; what frontends send from now on is lost.

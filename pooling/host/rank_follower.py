@@ -28,7 +28,7 @@ _PR_SET_PDEATHSIG = 1
 logger = logging.getLogger(__name__)
 
 
-def follow(connection: Connection, alarm: Connection, rank: int, init_method: str) -> None:
+def follow(connection: Connection, alarm: Connection, rank: int, init_method: str, cpu_link: int | None) -> None:
     """Entry of the process; returns when rank 0 says so or is gone."""
     log_to_stderr(f"rank {rank}")
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -36,7 +36,7 @@ def follow(connection: Connection, alarm: Connection, rank: int, init_method: st
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 drains first
     from tokenpool.host.rank_models import RankModels
 
-    _Follower(connection, alarm, RankModels(rank, init_method)).run()
+    _Follower(connection, alarm, RankModels(rank, init_method, cpu_link)).run()
 
 
 class _Follower:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import pickle
 import secrets
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -33,8 +35,8 @@ _STOP_LIMIT_S = 5.0
 class RankGroup:
     """Rank 0's side. `send` may be called from any thread, all else from the host loop's."""
 
-    def __init__(self, size: int) -> None:
-        """Start the followers; they import vLLM while this process goes on."""
+    def __init__(self, size: int, cpu_link: int | None = None) -> None:
+        """Start the followers; they import vLLM while this process goes on. `cpu_link` as in HostConfig."""
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="tokenpool-ranks-")
         # vLLM names the ranks' shared memory after this file, which must therefore be like no other on the machine.
@@ -42,7 +44,7 @@ class RankGroup:
         """Where the ranks meet, for torch.distributed."""
         self._lock = threading.Lock()
         self._closing = False
-        self._answered = threading.Event()
+        self._failed_answers = [0] * (size - 1)
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
         alarms = []
@@ -51,7 +53,10 @@ class RankGroup:
             ours, theirs = context.Pipe()
             alarm, alarm_end = context.Pipe(duplex=False)
             process = context.Process(
-                target=follow, args=(theirs, alarm_end, rank, self.init_method), name=f"rank {rank}", daemon=True
+                target=follow,
+                args=(theirs, alarm_end, rank, self.init_method, cpu_link),
+                name=f"rank {rank}",
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -83,10 +88,12 @@ class RankGroup:
     def answers(self) -> list[Any]:
         """What the followers answer to the last question, by rank; raises what the first of them raised."""
         try:
-            answers = [pickle.loads(connection.recv_bytes()) for connection in self._connections]
+            packed = [connection.recv_bytes() for connection in self._connections]
         except (OSError, EOFError) as error:
             raise HostError(f"a rank of the tensor parallel group is gone: {error}") from error
-        self._answered.set()
+        answers = [_unpacked(answer) for answer in packed]
+        for index, answer in enumerate(answers):
+            self._failed_answers[index] += isinstance(answer, Exception)
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
@@ -115,19 +122,39 @@ class RankGroup:
         self._folder.cleanup()
 
     def _watch(self, alarms: Sequence[Connection]) -> None:
-        """End this process when a follower is gone, or failed alone: rank 0 may wait for it in a kernel, for ever."""
+        """End this process when a follower is gone, or failed alone: rank 0 may wait for it in a kernel, for ever.
+
+        A follower that fails gives one alarm and then one answer, so the two counts tell whether rank 0 took it.
+        """
         sentinels = [process.sentinel for process in self._processes]
+        given, due_s = [0] * len(alarms), [math.inf] * len(alarms)
         while True:
-            ready = wait([*sentinels, *alarms])
+            ready = wait([*sentinels, *alarms], _wait_s(min(due_s)))
             if self._closing:
                 return
             if any(sentinel in ready for sentinel in sentinels):
                 logger.critical("a rank of the tensor parallel group ended: the host ends too")
                 os._exit(70)
-            self._answered.clear()
-            for alarm in alarms:
+            now_s = time.monotonic()
+            for index, alarm in enumerate(alarms):
                 if alarm in ready:
                     alarm.recv_bytes()
-            if not self._answered.wait(_ALARM_LIMIT_S):
-                logger.critical("a rank failed while another waits for it: the host ends")
-                os._exit(70)
+                    given[index] += 1
+                if self._failed_answers[index] >= given[index]:
+                    due_s[index] = math.inf
+                elif due_s[index] == math.inf:
+                    due_s[index] = now_s + _ALARM_LIMIT_S
+                elif due_s[index] <= now_s:
+                    logger.critical("rank %d failed while another waits for it: the host ends", index + 1)
+                    os._exit(70)
+
+
+def _wait_s(due_s: float) -> float | None:
+    return None if due_s == math.inf else max(0.0, due_s - time.monotonic())
+
+
+def _unpacked(answer: bytes) -> Any:
+    try:
+        return pickle.loads(answer)
+    except Exception as error:  # such as an exception whose class takes other arguments; the others' answers count
+        return RuntimeError(f"an answer of a rank cannot be read: {type(error).__name__}: {error}")

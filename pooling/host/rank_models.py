@@ -38,9 +38,9 @@ class RankModels:
 
     next_message: Callable[[], tuple[Any, ...]]
 
-    def __init__(self, rank: int, init_method: str) -> None:
+    def __init__(self, rank: int, init_method: str, cpu_link: int | None = None) -> None:
         apply_all()
-        self.mirror = Mirror(CpuDevice())
+        self.mirror = Mirror(CpuDevice(link_bytes_per_s=cpu_link))
         self._rank = rank
         self._init_method = init_method
         self._globals = EngineGlobals()

@@ -114,7 +114,10 @@ class EngineLink:
         call_id = next(self._call_ids)
         answer = self._calls[call_id] = asyncio.get_running_loop().create_future()
         self._send(EngineCoreRequestType.UTILITY, (self._client_index, call_id, method, args))
-        return await answer
+        try:
+            return await answer
+        finally:
+            self._calls.pop(call_id, None)  # there still if the caller has given up
 
     def close(self) -> None:
         """Close the sockets; calls without an answer fail. What the engine still sends is lost."""

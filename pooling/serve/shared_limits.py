@@ -4,11 +4,15 @@
 What a bucket holds lies there, and how many calls each frontend has of each tenant. A lock on the file, which the
 kernel opens when its holder dies, makes one frontend at a time look and take. Times are those of the monotonic clock,
 which all processes of a machine share. Taking a token costs some microseconds. Imports no vLLM.
+
+A holder that is stopped keeps the lock, so nobody waits long for it: the others go on without. What two of them write
+at the same moment may then count once instead of twice, so that tenants get a little more than their limits.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import mmap
 import os
 import struct
@@ -19,6 +23,12 @@ from contextlib import contextmanager
 from tokenpool.policy.rate_limit import TokenBucket
 from tokenpool.tenant_config import TenantConfig
 
+logger = logging.getLogger(__name__)
+
+_LOCK_LIMIT_S, _LOCK_LOOK_S = 0.02, 0.0002
+"""How long an event loop stands still at most for the lock, and between two tries."""
+_STUCK_S = 1.0
+"""How long, after the lock did not come, it is only tried once each time."""
 _BUCKET = struct.Struct("dd")
 _COUNT = struct.Struct("q")
 KINDS = ("requests", "tokens")
@@ -33,6 +43,8 @@ class SharedLimits:
         self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._map = mmap.mmap(self._file, 0)
         self._depth = 0
+        self._holds = False
+        self._stuck_until_s = 0.0
 
     @classmethod
     def create(cls, path: str, tenants: Sequence[TenantConfig], num_frontends: int) -> SharedLimits:
@@ -47,16 +59,32 @@ class SharedLimits:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else reads or writes meanwhile; may be entered again inside."""
+        """Nobody else reads or writes meanwhile, unless the lock does not come; may be entered again inside."""
         if not self._depth:
-            fcntl.lockf(self._file, fcntl.LOCK_EX)
+            self._holds = self._lock()
         self._depth += 1
         try:
             yield
         finally:
             self._depth -= 1
-            if not self._depth:
+            if not self._depth and self._holds:
                 fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def _lock(self) -> bool:
+        now_s = time.monotonic()
+        limit_s = now_s + (_LOCK_LIMIT_S if now_s > self._stuck_until_s else 0.0)
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except (BlockingIOError, PermissionError):  # both mean that somebody else has it
+                if (now_s := time.monotonic()) >= limit_s:
+                    break
+            time.sleep(_LOCK_LOOK_S)
+        if now_s > self._stuck_until_s:
+            logger.warning("a process keeps the lock of the tenants' limits: they are kept without it")
+            self._stuck_until_s = now_s + _STUCK_S
+        return False
 
     def read(self, tenant: int, kind: str) -> tuple[float, float]:
         """A bucket's level and the time of it."""

@@ -246,6 +246,23 @@ def test_calls_go_to_all_hosts_and_wait_for_one(run) -> None:
     run(test)
 
 
+def test_a_call_that_is_given_up_leaves_nothing(run) -> None:
+    """Nothing is kept of a call whose caller is gone, and an answer that comes late is dropped."""
+
+    async def scenario(setup: Setup) -> None:
+        engine = await setup.join("h0")
+        link = next(iter(setup.client._links.values()))
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0):
+                    await link.call("is_sleeping")
+        assert {} == link._calls
+        assert await link.call("is_sleeping") is False
+        assert 4 == engine.calls.count("is_sleeping")
+
+    run(scenario)
+
+
 def test_an_engine_that_says_it_is_dead_is_lost(run) -> None:
     """vLLM's last word counts as much as the end of the host's process."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,33 @@ def test_a_process_that_dies_with_the_lock_leaves_it_open(tmp_path: Path) -> Non
     assert process.exitcode == 9
     bucket = TenantRow(limits, 0, 0).bucket("requests", 30)
     assert bucket.level(limits.read(0, "requests")[1]) == 20
+
+
+def _take_and_stop(path: str) -> None:
+    limits = SharedLimits(path, 3)
+    with limits.locked():
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_one_that_is_stopped_with_the_lock_stops_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The others go on with what the table holds and say so once, and lock again when the lock is back."""
+    path = str(tmp_path / "limits")
+    limits = SharedLimits.create(path, TENANTS, 3)
+    process = multiprocessing.get_context("fork").Process(target=_take_and_stop, args=(path,))
+    process.start()
+    assert process.pid is not None
+    os.waitpid(process.pid, os.WUNTRACED)
+    row = TenantRow(limits, 1, 0)
+    assert [1, 2, 3] == [row.note_calls(count) for count in (1, 2, 3)]
+    bucket, now_s = row.bucket("requests", 7), limits.read(1, "requests")[1]
+    bucket.take(now_s, 2)
+    assert 5 == bucket.level(now_s)
+    assert 1 == caplog.text.count("kept without it")
+
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with limits.locked():
+        assert limits._holds
 
 
 def test_reports_add_up_and_a_dead_frontend_has_nothing_in_flight() -> None:

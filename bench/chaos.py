@@ -3,11 +3,12 @@
 
 Three Ray nodes on this machine with one engine host each, six tiny models with two replicas, on memory for a few of
 them, so that models are switched all the time. The streams run once undisturbed; then for each fault they run again,
-and a process is killed by SIGKILL while they run:
+and while they run a process is killed by SIGKILL, or stopped by SIGSTOP so that it hangs:
 
     host_prefill   an engine host, before the first token of most streams
     host_decode    an engine host, in the middle of the streams
     host_switch    an engine host that has weights of a model on their way
+    host_stopped   an engine host, stopped in the middle of the streams; its supervisor has to find out and kill it
     supervisor     the Ray actor that supervises a host, and with it the host
     controller     the controller, in the middle of the streams
     raylet         a whole node, as far as Ray can tell; a new one joins afterwards
@@ -17,6 +18,7 @@ One of several frontends is killed by `bench.chaos_frontends`, without Ray.
     lost           streams that ended with an error, or without all their tokens
     wrong          complete streams whose tokens are not those of the undisturbed run
     duplicated     streams with more tokens than they asked for
+    hangs          hosts that were stopped, each of which was killed and replaced
     recovery_p99_s 99th percentile, over streams that waited, of the longest pause after the kill; a stream waited if
                    that is longer than any pause of it in the undisturbed run
 """
@@ -48,7 +50,8 @@ from bench.ray_nodes import ENV, RayNodes  # noqa: E402
 ADMIN_KEY = "chaos-admin"
 KINDS = ("llama", "qwen2", "qwen3", "gemma3", "llama", "qwen2")
 NUM_NODES = 3
-FAULTS = ("host_prefill", "host_decode", "host_switch", "supervisor", "controller", "raylet")
+FAULTS = ("host_prefill", "host_decode", "host_switch", "host_stopped", "supervisor", "controller", "raylet")
+HOST_TIMEOUT = "5s"
 _ENV = {**ENV, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENPOOL_LOG_LEVEL": "INFO"}  # fmt: skip
 _STREAM_LIMIT_S = 600.0
@@ -101,6 +104,7 @@ class Chaos:
     lost: int
     wrong: int
     duplicated: int
+    hangs: int
     recovery_p99_s: float
     streams_per_round: int
     tokens_per_stream: int
@@ -188,13 +192,15 @@ class Rig:
         async def disturb(streams: list[Stream]) -> None:
             await self._until_phase(fault, streams)
             seen["tokens"] = sum(len(stream.tokens) for stream in streams)
-            seen["victim"] = self._kill(fault, state["cluster"]["controller"], rng)
+            seen["victim"], seen["pid"] = self._kill(fault, state["cluster"]["controller"], rng)
             seen["killed_s"] = time.monotonic()
 
         streams = await self.play(disturb)
         if fault == "raylet" and self.nodes is not None:
             await asyncio.to_thread(self.nodes.add)
-        await self.healed()
+        after = await self.healed()
+        if seen["pid"] in [host["pid"] for host in after["cluster"]["controller"]["hosts"].values()]:
+            raise RuntimeError(f"{seen['victim']} hangs and was not replaced")
         killed_s = seen["killed_s"]
         pauses = [s.longest_pause_s(killed_s) for s in streams]
         usual = [s.longest_pause_s() for s in undisturbed]
@@ -235,7 +241,8 @@ class Rig:
     _switching = ""
     """The host that was seen to move something."""
 
-    def _kill(self, fault: str, controller: Mapping[str, Any], rng: random.Random) -> str:
+    def _kill(self, fault: str, controller: Mapping[str, Any], rng: random.Random) -> tuple[str, int]:
+        """Do what `fault` says; returns whom it hit, and the pid of an engine host that must not be there later."""
         hosts = controller["hosts"]
         name = rng.choice(sorted(hosts))
         if fault == "host_switch" and self._switching:
@@ -244,12 +251,13 @@ class Rig:
             parents = {_parent(host["actor_pid"]): host_name for host_name, host in hosts.items()}
             index = next(i for i, pid in reversed(list(enumerate(self.nodes.raylets))) if pid in parents)
             self.nodes.kill(index)
-            return f"node of {parents[self.nodes.raylets[index]]}"
+            return f"node of {parents[self.nodes.raylets[index]]}", 0
         if fault == "controller":
             os.kill(controller["pid"], signal.SIGKILL)
-            return "controller"
-        os.kill(hosts[name]["actor_pid" if fault == "supervisor" else "pid"], signal.SIGKILL)
-        return name if fault != "host_switch" or self._switching else f"{name}, no switch seen"
+            return "controller", 0
+        pid = hosts[name]["actor_pid" if fault == "supervisor" else "pid"]
+        os.kill(pid, signal.SIGSTOP if fault == "host_stopped" else signal.SIGKILL)
+        return name if fault != "host_switch" or self._switching else f"{name}, no switch seen", hosts[name]["pid"]
 
 
 def _parent(pid: int) -> int:
@@ -268,7 +276,8 @@ def run(
         pool = {
             "models": [{"name": name, "model": str(path), "args": args} for name, path in paths.items()],
             "device_memory": device_memory, "host_memory": "512MiB", "page_size": "256KiB", "weights": "movable",
-            "admin_key": ADMIN_KEY, "cluster": {"hosts": NUM_NODES, "replicas": 2, "transport": transport},
+            "host_timeout": HOST_TIMEOUT, "admin_key": ADMIN_KEY,
+            "cluster": {"hosts": NUM_NODES, "replicas": 2, "transport": transport},
         }  # fmt: skip
         pool_file = folder / "pool.yaml"
         pool_file.write_text(yaml.safe_dump(pool))
@@ -296,6 +305,7 @@ async def _run(rig: Rig, faults: Sequence[str], rng: random.Random) -> Chaos:
         lost=sum(r.lost for r in rounds),
         wrong=sum(r.wrong for r in rounds),
         duplicated=sum(r.duplicated for r in rounds),
+        hangs=sum(r.fault == "host_stopped" for r in rounds),
         recovery_p99_s=round(common.percentile(waits, 99), 3) if len(waits) > 1 else 0.0,
         streams_per_round=len(undisturbed),
         tokens_per_stream=undisturbed[0].num_tokens,
@@ -315,7 +325,7 @@ def main() -> None:
     parser.add_argument("--transport", default="auto", help="auto or tcp, of tokens (default: %(default)s)")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS), help="in this order")
     flags = parser.parse_args()
-    common.report("chaos", run, flags, ("lost", "wrong", "duplicated", "recovery_p99_s"))
+    common.report("chaos", run, flags, ("lost", "wrong", "duplicated", "hangs", "recovery_p99_s"))
 
 
 if __name__ == "__main__":

@@ -3,20 +3,26 @@
 
 12 tiny models on memory for a few of them; two tenants, one of which runs into its limits. Requests of mixed lengths
 come at random, some clients hang up in the middle of a stream, and a thirteenth model is added and removed all the
-time. Memory of the processes is read every 10 s. At the end the load stops and the books are checked.
+time. Memory of the processes is read every 10 s. In the first third of the time the engine host is stopped twice by
+SIGSTOP, so that it hangs and has to be found out, killed and replaced; what is refused until then is counted apart. At
+the end the load stops and the books are checked.
 
 The host keeps copies of cached KV in the host memory that it is given (`host_memory`). That part fills up in the first
 minutes and is told apart.
 
     rss_slope_mib_per_h   of a straight line through the memory of all processes over the last two thirds
-    errors                answers that nobody asked for: neither 200, nor 429 of the tenant with limits, nor hung up
+    errors                answers that nobody asked for: neither 200, nor 429 of the tenant with limits, nor hung up,
+                          nor 503 while the host was away
+    hangs                 times that a host was stopped and replaced
     ledger_ok             1 if the books of the memory agree once the pool is idle, else 0
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -41,6 +47,9 @@ _NUM_MODELS = 12
 _SAMPLE_S = 10.0
 _EXTRA = "extra"
 _HANG_UP_FRAC = 0.15
+_HANGS = (1 / 12, 1 / 5)
+"""When the host is stopped, in parts of the whole time."""
+_HEAL_LIMIT_S = 300.0
 _LEN_TOKENS = (3, 300)
 _OUT_TOKENS = (1, 120)
 _LINES = {
@@ -58,6 +67,7 @@ class Soak:
     rss_slope_mib_per_h: float
     errors: int
     ledger_ok: int
+    hangs: int
     answers: Mapping[str, int]
     tokens: int
     models_added: int
@@ -73,6 +83,8 @@ class _Load:
         self.answers: Counter[str] = Counter()
         self.tokens = 0
         self.models_added = 0
+        self.is_away = False
+        """Whether the host was stopped and has not been replaced."""
         self._base = f"http://127.0.0.1:{port}"
         self._models, self._rate_per_s = list(models), rate_per_s
         self._random = random.Random(seed)
@@ -110,7 +122,7 @@ class _Load:
                         self.answers["hung up"] += 1
                         return
                 self.tokens += body["max_tokens"] if response.status == 200 else 0
-                self.answers[f"{response.status} {'limited' if key == LIMITED else 'polite'}"] += 1
+                self._count(f"{response.status} {'limited' if key == LIMITED else 'polite'}", response.status)
         except (aiohttp.ClientError, TimeoutError) as error:
             self.answers[type(error).__name__] += 1
 
@@ -119,20 +131,31 @@ class _Load:
         headers, admin = {"Authorization": f"Bearer {ADMIN_KEY}"}, f"{self._base}/v1/pool/models"
         while time.monotonic() < end_s:
             async with session.post(admin, json=extra, headers=headers) as response:
-                self.answers[f"add {response.status}"] += 1
+                self._count(f"add {response.status}", response.status)
+            if response.status != 201:
+                await asyncio.sleep(2)
+                continue
             self.models_added += 1
             body = {"model": _EXTRA, "prompt": [5, 6, 7], "max_tokens": 8, "ignore_eos": True}
             async with session.post(f"{self._base}/v1/completions", json=body, headers=headers) as response:
-                self.answers[f"extra {response.status}"] += 1
-            async with session.delete(f"{admin}/{_EXTRA}?drain=10s", headers=headers) as response:
-                self.answers[f"remove {response.status}"] += 1
+                self._count(f"extra {response.status}", response.status)
+            while True:
+                async with session.delete(f"{admin}/{_EXTRA}?drain=10s", headers=headers) as response:
+                    self._count(f"remove {response.status}", response.status)
+                if response.status != 503 or time.monotonic() > end_s + _HEAL_LIMIT_S:
+                    break
+                await asyncio.sleep(2)
             with suppress(asyncio.TimeoutError):
                 await asyncio.sleep(20)
+
+    def _count(self, answer: str, status: int) -> None:
+        self.answers["503 while the host was away" if status == 503 and self.is_away else answer] += 1
 
     @property
     def errors(self) -> int:
         """Answers that nobody asked for."""
         wanted = ("200 limited", "200 polite", "429 limited", "hung up", "add 201", "extra 200", "remove 200")
+        wanted += ("503 while the host was away",)
         return sum(count for answer, count in self.answers.items() if answer not in wanted)
 
 
@@ -159,10 +182,13 @@ def _soak(
 ) -> Soak:
     load = _Load(server.port, sorted(server.models), rate, seed)
     samples: list[dict[str, float]] = []
-    begun_s = time.monotonic()
+    begun_s, hangs = time.monotonic(), 0
 
     async def sample() -> None:
         while True:
+            await asyncio.sleep(0.1 if load.is_away else 0.0)
+            if load.is_away:
+                continue
             samples.append({"s": time.monotonic() - begun_s, **await asyncio.to_thread(_memory_mib, server)})
             samples[-1] |= {"requests": sum(load.answers.values()), "models_added": load.models_added}
             if len(samples) % 6 == 0:
@@ -170,9 +196,17 @@ def _soak(
                 common.progress(f"{seen} {dict(load.answers)}")
             await asyncio.sleep(_SAMPLE_S)
 
+    async def hang() -> None:
+        nonlocal hangs
+        for part in _HANGS:
+            await asyncio.sleep(max(0.0, begun_s + part * 60 * minutes - time.monotonic()))
+            await _stop_host(server, load)
+            hangs += 1
+
     async def both() -> None:
-        sampler = asyncio.create_task(sample())
+        sampler, hanging = asyncio.create_task(sample()), asyncio.create_task(hang())
         await load.run(begun_s + 60 * minutes, extra)
+        await hanging
         sampler.cancel()
 
     asyncio.run(both())
@@ -185,6 +219,7 @@ def _soak(
         rss_slope_mib_per_h=3600 * _slope(samples[len(samples) // 3 :]),
         errors=load.errors,
         ledger_ok=ledger_ok,
+        hangs=hangs,
         answers=dict(sorted(load.answers.items())),
         tokens=load.tokens,
         models_added=load.models_added,
@@ -192,6 +227,23 @@ def _soak(
         state=state,
         better={"rss_slope_mib_per_h": "lower", "errors": "lower", "ledger_ok": "higher"},
     )
+
+
+async def _stop_host(server: common.Server, load: _Load) -> None:
+    """Let the host hang and wait until another one serves all models; RuntimeError if none does."""
+    before = await asyncio.to_thread(server.get, "/v1/pool/state", key=ADMIN_KEY)
+    load.is_away = True
+    os.kill(before["host_pid"], signal.SIGSTOP)
+    end_s = time.monotonic() + _HEAL_LIMIT_S
+    while time.monotonic() < end_s:
+        await asyncio.sleep(0.5)
+        now = await asyncio.to_thread(server.get, "/v1/pool/state", key=ADMIN_KEY, limit_s=30.0)
+        if now["host_pid"] != before["host_pid"] and all(
+            now["models"][name]["state"] == "resident" for name in server.models
+        ):
+            load.is_away = False
+            return
+    raise RuntimeError(f"no host has replaced the one that hangs: {now}")
 
 
 def _memory_mib(server: common.Server) -> dict[str, float]:
@@ -235,6 +287,7 @@ def _pool(paths: Mapping[str, Path]) -> dict[str, Any]:
         "host_memory": "256MiB",
         "page_size": "256KiB",
         "weights": "movable",
+        "host_timeout": "5s",
         "admin_key": ADMIN_KEY,
         "tenants": [
             {"name": "polite", "keys": ["${SOAK_POLITE}"]},
@@ -272,7 +325,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="of load (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second (default: %(default)s)")
     parser.add_argument("--png", type=Path, help="draw memory over time into this file")
-    common.report("soak", run, parser.parse_args(), ["rss_slope_mib_per_h", "errors", "ledger_ok"])
+    common.report("soak", run, parser.parse_args(), ["rss_slope_mib_per_h", "errors", "ledger_ok", "hangs"])
 
 
 if __name__ == "__main__":

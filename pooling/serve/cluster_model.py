@@ -34,30 +34,43 @@ class EndpointMaker:
         self._address = address
         self._always_tcp = always_tcp
         self._num_made = 0
+        self._kept: dict[str, list[socket.socket]] = {}  # by input address
         self._keys: tuple[bytes, bytes] = zmq.curve_keypair()
 
     def make(self, machine: str) -> Endpoints:
-        """Unix sockets for a host on this machine, else TCP on this node's address."""
+        """Unix sockets for a host on this machine, else TCP on this node's address: nobody else gets these ports.
+
+        `release` must be called once they are bound, or not wanted any more.
+        """
         if machine == machine_id() and not self._always_tcp:
             self._num_made += 1
             base = f"ipc://{os.path.join(self._folder, str(self._num_made))}"
             return Endpoints(f"{base}.in", f"{base}.out")
-        return Endpoints(*(f"tcp://{self._address}:{port}" for port in self._free_ports()), self._keys[0])
+        kept = [self._keep_port() for _ in range(2)]
+        addresses = [f"tcp://{self._address}:{sock.getsockname()[1]}" for sock in kept]
+        self._kept[addresses[0]] = kept
+        return Endpoints(*addresses, self._keys[0])
+
+    def release(self, made: Endpoints) -> None:
+        """Keep the ports no longer; nothing for addresses that have none."""
+        for sock in self._kept.pop(made.input, ()):
+            sock.close()
 
     def addresses(self, made: Endpoints) -> EngineAddresses:
         """What this frontend listens with, its secret key included."""
         secret = self._keys[1] if made.server_key else b""
         return EngineAddresses((made.input,), (made.output,), made.server_key, secret)
 
-    def _free_ports(self) -> list[int]:
-        sockets = [socket.socket() for _ in range(2)]
+    def _keep_port(self) -> socket.socket:
+        """A free port that only a socket with the same option can bind, as those of ZMQ have, and nobody is given."""
+        sock = socket.socket()
         try:
-            for sock in sockets:
-                sock.bind((self._address, 0))
-            return [sock.getsockname()[1] for sock in sockets]
-        finally:
-            for sock in sockets:
-                sock.close()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((self._address, 0))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
 
 class ClusterModel(SeatFollower):
@@ -117,7 +130,11 @@ class ClusterModel(SeatFollower):
 
     async def _connect(self, key: Key) -> None:
         assert self._core is not None
-        await self._core.join(name_of(key), self._endpoints.addresses(self._offered[key]))
+        offered = self._offered[key]
+        try:
+            await self._core.join(name_of(key), self._endpoints.addresses(offered))
+        finally:
+            self._endpoints.release(offered)
         async with _BUILDING:
             if self.client is None and self._fatal is None:
                 await self._build()
@@ -131,7 +148,16 @@ class ClusterModel(SeatFollower):
             self._fatal = self.error = error  # its client is closed: no host can help
             raise
 
+    def _forget(self, key: Key) -> None:
+        self._release(key)
+        super()._forget(key)
+
+    def _release(self, key: Key) -> None:
+        if key in self._offered:
+            self._endpoints.release(self._offered[key])
+
     async def _disconnect(self, key: Key) -> None:
+        self._release(key)
         if name_of(key) in self.hosts:
             assert self._core is not None
             await self._core.leave(name_of(key))

@@ -159,7 +159,8 @@ def test_a_frontend_is_attached_to_engines_that_serve_and_to_no_others() -> None
 
     async def test() -> None:
         plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
-        model = Model(plan, 1, tell, None, lambda _: None)  # type: ignore[arg-type]
+        endpoints: Any = SimpleNamespace(release=lambda made: None)
+        model = Model(plan, 1, tell, endpoints, lambda _: None)
 
         async def see(state: SeatState | None) -> None:
             seats = {} if state is None else {"h0": SeatView("x", state, 1, "address", "machine")}
@@ -226,3 +227,32 @@ def test_a_seat_is_left_only_when_all_frontends_have_left_it_this_time() -> None
         assert (told, model.is_served) == (["offer", "left"], False)
 
     asyncio.run(test())
+
+
+def test_ports_of_an_endpoint_are_kept_until_they_are_bound(tmp_path: Path) -> None:
+    """From the offer to the join, minutes later, nobody else gets them, and ZMQ can bind them; then they are let go."""
+    import socket
+
+    import zmq
+
+    from tokenpool.serve.cluster_model import EndpointMaker
+
+    maker = EndpointMaker(str(tmp_path), "127.0.0.1", always_tcp=True)
+    made = maker.make("elsewhere")
+    ports = [int(address.rpartition(":")[2]) for address in made[:2]]
+    for port in ports:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+    context = zmq.Context()
+    try:
+        for address in made[:2]:
+            context.socket(zmq.ROUTER).bind(address)
+        maker.release(made)
+        maker.release(made)
+        assert not maker._kept
+    finally:
+        context.destroy(linger=0)
+    unwanted = maker.make("elsewhere")
+    maker.release(unwanted)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(unwanted.input.rpartition(":")[2])))

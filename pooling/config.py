@@ -156,9 +156,9 @@ class PoolConfig:
     """How the pool is spread over a Ray cluster; means nothing without `--cluster`."""
     tenants: tuple[TenantConfig, ...] = ()
     """Who may use the pool and how much; empty = whoever has an `api_key`, without limits."""
-    host_timeout_s: float = 60.0
+    host_timeout_s: float = 120.0
     """Without a pulse, or in one step, copy or call for so long, an engine host is killed and started again; 1 s or
-    more. YAML: `host_timeout: 60s`."""
+    more, and more than a step of the longest prompt takes. YAML: `host_timeout: 120s`."""
     load_timeout_s: float = 1800.0
     """The same for loading, from one sign of progress to the next: `warming up` of a large model shows none for
     minutes. YAML: `load_timeout: 30m`."""
@@ -194,7 +194,7 @@ class PoolConfig:
         for setting, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
             good = all(key and key.isprintable() and key == key.strip() for key in keys)
             check_setting(good, setting, "a key is empty, unprintable or has spaces at an end: correct it")
-        check_setting(self.host_timeout_s >= 1, "host_timeout", "must be 1s or more, such as 60s")
+        check_setting(self.host_timeout_s >= 1, "host_timeout", "must be 1s or more, such as 120s")
         check_setting(self.load_timeout_s >= 1, "load_timeout", "must be 1s or more, such as 30m")
         check_setting(self.shutdown_timeout_s >= 0, "shutdown_timeout", "must be 0s or more")
         check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 256MiB")

@@ -40,7 +40,7 @@ class HostConfig:
     """Ranks that every model of the host runs on; all sizes are those of one rank."""
     host_memory: int = 8 << 30
     """Host memory for copies of movable weights and for KV that is off the device."""
-    host_timeout_s: float = 60.0
+    host_timeout_s: float = 120.0
     """Without a pulse, or in one step, copy or call, for so long, the host is killed."""
     load_timeout_s: float = 1800.0
     """The same for one phase of a build, or a read of a checkpoint, that does not get on."""

@@ -71,7 +71,7 @@ def _work(what: str, model: str, mark: list[Any], for_s: float) -> dict[str, Any
 class PulseLimits:
     """From when on a host counts as dead; seconds."""
 
-    host_s: float = 60.0
+    host_s: float = 120.0
     """Without a pulse, or in one step, copy or call."""
     load_s: float = 1800.0
     """In one phase of a build, or in a read of a checkpoint, that does not get on."""

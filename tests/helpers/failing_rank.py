@@ -2,7 +2,8 @@
 """A group of two ranks of which the other one fails at every question: `python -m tests.helpers.failing_rank HOW`.
 
 `answered`: rank 0 takes each answer and is idle afterwards. `alone`: it never does. `unreadable`: the answers are
-exceptions that cannot be made again. Prints what rank 0 got, and `alive` once it has been idle for long.
+exceptions that cannot be made again. `link`: the other rank answers with its `cpu_link` instead. Prints what rank 0 got,
+and `alive` once it has been idle for long.
 """
 
 from __future__ import annotations
@@ -31,30 +32,35 @@ class OddError(Exception):
 class Models:
     """Fails."""
 
+    def __init__(self, cpu_link: int | None) -> None:
+        self._cpu_link = cpu_link
+
     def call(self, how: str) -> Any:
-        """Fail."""
+        """Fail, or tell."""
+        if how == "link":
+            return self._cpu_link
         if how == "unreadable":
             raise OddError(1, 2)
         raise ValueError("a failing step")
 
 
-def follow(connection: Connection, alarm: Connection, *_: Any) -> None:
+def follow(connection: Connection, alarm: Connection, rank: int, init_method: str, cpu_link: int | None) -> None:
     """The other rank."""
-    _Follower(connection, alarm, Models()).run()
+    _Follower(connection, alarm, Models(cpu_link)).run()
 
 
 def main(how: str) -> None:
     """See the module."""
     rank_group._ALARM_LIMIT_S = LIMIT_S
     rank_group.follow = follow
-    group, got = rank_group.RankGroup(2), Counter[str]()
+    group, got = rank_group.RankGroup(2, 77), Counter[str]()
     if how == "alone":
         group.send("call", how)
     else:
         for _ in range(NUM_CALLS):
             group.send("call", how)
             try:
-                group.answers()
+                got[str(group.answers())] += 1
             except Exception as error:
                 got[type(error).__name__] += 1
     print(dict(got), flush=True)

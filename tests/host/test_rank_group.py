@@ -25,6 +25,11 @@ def test_a_failure_that_was_answered_ends_nothing(how: str, kind: str) -> None:
     assert (0, f"{{'{kind}': 200}}\nalive\n") == run(how)
 
 
+def test_all_ranks_have_the_link_of_the_pool() -> None:
+    """A pool that tries policies with the copy times of another machine has them on every rank."""
+    assert (0, "{'[77]': 200}\nalive\n") == run("link")
+
+
 def test_a_rank_that_failed_alone_ends_the_host() -> None:
     """Nobody took the answer: rank 0 may wait for that rank in a kernel, for ever."""
     assert (70, "{}\n") == run("alone")

@@ -87,6 +87,13 @@ def test_tokens_equal_plain_vllm_on_two_ranks(
     assert server.admin("POST", "/check").status_code == 200
 
 
+def test_a_rank_copies_at_the_speed_of_the_link() -> None:
+    """What `cpu_link` says holds for the memory of a rank that follows, too."""
+    from tokenpool.host.rank_models import RankModels
+
+    assert 77 == RankModels(1, "file:///nowhere", 77).mirror.device.link_bytes_per_s  # type: ignore[attr-defined]
+
+
 def test_a_model_of_another_size_is_refused(server: PoolServerProcess, tiny_models: TinyModels) -> None:
     body = {"name": "alone", "model": str(tiny_models.path("llama")), "args": TINY_ARGS}
     answer = server.admin("POST", "/models", json=body)

@@ -2,8 +2,9 @@
 """A group of two ranks of which the other one fails at every question: `python -m tests.helpers.failing_rank HOW`.
 
 `answered`: rank 0 takes each answer and is idle afterwards. `alone`: it never does. `unreadable`: the answers are
-exceptions that cannot be made again. `link`: the other rank answers with its `cpu_link` instead. Prints what rank 0 got,
-and `alive` once it has been idle for long.
+exceptions that cannot be made again. `link`: the other rank answers with its `cpu_link` instead.
+
+Prints what rank 0 got, and `alive` once it has been idle for long.
 """
 
 from __future__ import annotations

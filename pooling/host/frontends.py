@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 
-from tokenpool.errors import HostError
+from tokenpool.errors import EngineLostError, HostError
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_core import EngineAddresses
 
@@ -28,6 +28,8 @@ def detach_frontend(host: EngineHost, client_index: int) -> None:
     for name, hosted in host.models.items():
         try:
             hosted.core.detach(client_index)
+        except EngineLostError:
+            raise
         except Exception as error:  # the other engines are no less to forget it
             logger.exception("frontend not detached model=%s index=%d", name, client_index)
             failed[name] = error

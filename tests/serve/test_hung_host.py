@@ -44,7 +44,7 @@ def test_a_stopped_host_is_overdue_then_replaced_and_loses_nothing(tiny_models: 
     }
     with PoolServerProcess(pool, env={"TOKENPOOL_LOG_LEVEL": "INFO"}) as server:
         before = server.wait_until_idle()
-        assert ("alive", {}) == (before["host_pulse"]["standing"], before["host_pulse"]["works"]) or frontends > 1
+        assert frontends > 1 or "alive" == before["host_pulse"]["standing"]
         alone = results({name: Call(server, **options) for name, options in RUNNING.items()})
         calls = {name: Call(server, **options) for name, options in RUNNING.items()}
         for call in calls.values():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from argparse import Namespace
@@ -40,18 +41,22 @@ def known_flags() -> set[str]:
 
 
 def parse_serve_flags(words: Sequence[str]) -> Namespace:
-    """Parse the words after `vllm serve`; raises ConfigError of one line that names the flag."""
+    """Parse the words after `vllm serve`; raises ConfigError of one line that names the flag.
+
+    What is returned shares no object with any other result: vLLM changes some of it in place.
+    """
     parser = _serve_parser()
     # The parser takes an unknown flag's value for a positional and names the wrong word: look first.
     _refuse_unknown(words)
     try:
-        args = parser.parse_args(_with_json_lists(words))
+        # The defaults are made once per process: without a copy, one model's flags would be written into all.
+        args = copy.deepcopy(parser.parse_args(_with_json_lists(words)))
         if args.model_tag is not None:
             args.model = args.model_tag
         validate_parsed_serve_args(args)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # vLLM raises many kinds for a bad value; all mean "does not start"
         raise ConfigError(str(error)) from error
     return args
 

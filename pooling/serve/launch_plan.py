@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from argparse import Namespace
 from dataclasses import dataclass, replace
@@ -55,7 +56,11 @@ class ModelPlan:
         return self.args.tensor_parallel_size
 
     def engine_config(self) -> VllmConfig:
-        """A fresh engine config, which an engine may change; raises ConfigError of one line."""
+        """A fresh engine config, which an engine may change; raises ConfigError of one line.
+
+        It shares no object with the flags or with another config. What vLLM makes of the flags here stays in them:
+        its frontend reads the reasoning parser there.
+        """
         try:
             engine_args = AsyncEngineArgs.from_cli_args(self.args)
             propagate_flash_late_interaction(self.args, engine_args)
@@ -65,7 +70,7 @@ class ModelPlan:
         except Exception as error:  # vLLM raises many kinds for a bad model or flag; all mean "does not start"
             raise ConfigError(first_line(error), key=f"model {self.spec.name!r}") from error
         check_config(self.spec.name, config)
-        return config
+        return copy.deepcopy(config)
 
     def for_host(
         self, config: VllmConfig, addresses: EngineAddresses | None = None, *, log_stats: bool | None = None

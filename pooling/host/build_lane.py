@@ -69,9 +69,8 @@ class BuildLane:
             if not beside:
                 _settle(future, job)
                 return
-            args = (job, future, _engine_stream())
-            self._thread = threading.Thread(target=self._work, args=args, name="build", daemon=True)
-            self._thread.start()
+            if not self._begin(job, future):
+                return
         self._until_s = time.perf_counter() + SLICE_S
         self._go.release()
         self._back.acquire()
@@ -94,7 +93,7 @@ class BuildLane:
         """Let the present job fail at its next pause, and those that wait at once."""
         self._aborted = True
         while self._jobs:
-            self._jobs.popleft()[1].set_exception(HostError("the host is ending: the model is not added"))
+            _settle(self._jobs.popleft()[1], _refuse)
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
@@ -112,13 +111,30 @@ class BuildLane:
     def _registered(self, *_: Any) -> None:
         self.pause()
 
+    def _begin(self, job: Callable[[], Any], future: Future) -> bool:
+        """Start the thread of a job; if there is none to be had, the job has failed."""
+        args = (job, future, _engine_stream())
+        self._thread = threading.Thread(target=self._work, args=args, name="build", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system gives no more threads
+            self._thread = None
+            future.set_exception(error)
+            return False
+        return True
+
     def _work(self, job: Callable[[], Any], future: Future, stream: Any) -> None:
-        if stream is not None:
-            torch.cuda.set_stream(stream)
+        def on_stream() -> Any:
+            if stream is not None:
+                torch.cuda.set_stream(stream)
+            return job()
+
         self._go.acquire()
-        _settle(future, job)
-        self._thread = None
-        self._back.release()
+        try:
+            _settle(future, on_stream)
+        finally:  # whatever happens: the loop holds still until then
+            self._thread = None
+            self._back.release()
 
 
 def _engine_stream() -> Any:
@@ -130,10 +146,23 @@ def _engine_stream() -> Any:
     return torch_utils.current_stream() if torch.cuda.is_initialized() else None
 
 
+def _refuse() -> None:
+    raise HostError("the host is ending: the model is not added")
+
+
 def _settle(future: Future, job: Callable[[], Any]) -> None:
+    """Run `job`, unless nobody waits for it any more, and tell the future how it ended, whatever it raised."""
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         result = job()
-    except BaseException as error:  # goes to whoever waits for the future
+    except Exception as error:  # goes to whoever waits for the future
         future.set_exception(error)
+    except BaseException as error:  # the code of a model may call sys.exit; waiters take Exceptions for answers
+        failure = HostError(f"building ended by {type(error).__name__}: {error}")
+        failure.__cause__ = error
+        future.set_exception(failure)
+        if isinstance(error, KeyboardInterrupt):  # is for the process, and comes on its main thread only
+            raise
     else:
         future.set_result(result)

@@ -87,9 +87,7 @@ class KVArena:
         missing = -(-(offset + block_bytes) // self.slab_bytes) - len(self._null_pages)
         if missing > 0:
             self.make_room(missing)
-            for page in self.ledger.take(NULL_OWNER, PageUse.NULL, missing):
-                self.device.map_zeroed(self.base + len(self._null_pages) * self.slab_bytes, self.slab_bytes)
-                self._null_pages.append(page)
+            self._map_null_pages(owner, missing)
         self._views[owner] = view
         return view
 
@@ -97,6 +95,22 @@ class KVArena:
         """Forget `owner`'s view; its null block's place is used again, null pages stay mapped."""
         view = self._views.pop(owner)
         self.device.fill(self.base + view.offset, view.block_bytes, 0)
+
+    def _map_null_pages(self, owner: str, count: int) -> None:
+        """Back so many more pages of the null region; those that the device gives stay when it refuses one."""
+        pages = self.ledger.take(NULL_OWNER, PageUse.NULL, count)
+        try:
+            while pages:
+                self.device.map_zeroed(self.base + len(self._null_pages) * self.slab_bytes, self.slab_bytes)
+                self._null_pages.append(pages.pop(0))
+        except OSError as error:
+            raise CapacityError(
+                f"model {owner!r}: the device gives no memory for its null block, {len(pages)} pages of "
+                f"{self.slab_bytes} bytes are missing: {error}; lower device_memory or stop what else uses the device",
+                needed_pages=len(pages),
+            ) from error
+        finally:
+            self.ledger.give(NULL_OWNER, PageUse.NULL, pages)
 
     def _find_null_gap(self, nbytes: int) -> int:
         end = 0

@@ -33,7 +33,8 @@ def reachable(root: Any) -> Iterator[tuple[str, Any]]:
 def shared_objects(first: Any, second: Any) -> list[str]:
     """Paths in `first` of the objects that `second` reaches too; tuples and other frozen containers do not count."""
     theirs = {id(value): value for _, value in reachable(second)}
-    return [path for path, value in reachable(first) if id(value) in theirs and not isinstance(value, tuple | frozenset)]
+    frozen = (tuple, frozenset)
+    return [path for path, value in reachable(first) if id(value) in theirs and not isinstance(value, frozen)]
 
 
 def snapshot(root: Any) -> dict[str, str]:

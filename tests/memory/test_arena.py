@@ -188,6 +188,42 @@ def test_a_page_size_off_the_granularity_is_refused():
         KVArena(CpuDevice(), PageLedger(2, 5000))
 
 
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_null_pages_that_the_device_refuses_are_given_back(given, monkeypatch):
+    """Of three pages that are asked for at once those that came stay, and the others are free for the next try."""
+    with arena_of(8) as arena:
+        original, mapped = arena.device.map_zeroed, []
+
+        def map_zeroed(address, nbytes):
+            if len(mapped) == given:
+                raise OSError(12, "no memory left")
+            mapped.append(address)
+            original(address, nbytes)
+
+        monkeypatch.setattr(arena.device, "map_zeroed", map_zeroed)
+        with pytest.raises(CapacityError, match=f"'a'.* {3 - given} pages .*no memory left"):
+            arena._map_null_pages("a", 3)
+        arena.ledger.check()
+        assert given == arena.ledger.held(NULL_OWNER, PageUse.NULL) == len(arena._null_pages)
+        assert 8 - given == arena.ledger.num_free
+        monkeypatch.undo()
+        views = [arena.open_view(name, PAGE) for name in "abc"]
+        assert not any(null_block_of(arena, view).any() for view in views)
+        assert 3 == arena.ledger.held(NULL_OWNER, PageUse.NULL)
+        arena.check()
+
+
+def test_a_view_whose_null_block_gets_no_memory_is_not_opened(monkeypatch):
+    """The page comes back, and the name can be used again."""
+    with arena_of(2) as arena:
+        with monkeypatch.context() as broken, pytest.raises(CapacityError, match="lower device_memory"):
+            broken.setattr(arena.device, "map_zeroed", lambda *_: (_ for _ in ()).throw(OSError(12, "none")))
+            arena.open_view("a", 4096)
+        assert 2 == arena.ledger.num_free
+        arena.open_view("a", 4096)
+        arena.check()
+
+
 # -- slabs -------------------------------------------------------------------------------------------
 
 

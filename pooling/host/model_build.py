@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +18,16 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from tokenpool.errors import ModelRefusedError
+from tokenpool.host.adoption_check import AdoptionCheck
 from tokenpool.host.checkpoint_reload import checkpoint_reload
-from tokenpool.host.model_tensors import fixed_bytes, movable_tensors
+from tokenpool.host.model_tensors import fixed_tensors, movable_tensors
 from tokenpool.host.slab_block_pool import SlabBlockPool
 from tokenpool.memory.arena import ArenaView
+from tokenpool.memory.loader_memory import LoaderMemory
 from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.memory.weights import WeightStore
+
+logger = logging.getLogger(__name__)
 
 LAYOUT = "BLHNC"
 _LAYOUT_WORKS = frozenset({"CPU_ATTN"})
@@ -57,8 +62,6 @@ class ModelBuild:
         self.view: ArenaView | None = None
         self.pool: SlabBlockPool | None = None
         self.movable_weights = store is not None
-        self.fixed_bytes = 0
-        """Bytes of the model that stay where vLLM put them although its weights are movable."""
         self._config = vllm_config
         self._allocator = allocator
         self._floor = floor
@@ -90,7 +93,11 @@ class ModelBuild:
         return kv_cache_views(arena.tensor(self.view), kv_cache_config, layout, kernel_block_sizes)
 
     def adopt_weights(self, model_runner: Any) -> None:
-        """Move the weights of the model, and of its draft model, into the store; nothing without one."""
+        """Move the weights of the model, and of its draft model, into the store; nothing without one.
+
+        What stays behind is accounted there. Raises ModelRefusedError for a model that does not compute the same
+        afterwards.
+        """
         if self._store is None:
             return
         if self._config.parallel_config.enable_eplb:
@@ -102,15 +109,48 @@ class ModelBuild:
         # The other ranks of a group do not read the checkpoint again: their host copies stay, and so does ours.
         alone = self._config.parallel_config.world_size == 1
         reload = checkpoint_reload(model, self._config) if alone else None
+        # A forward pass of a group needs all its ranks, and those of the others are in the midst of `adopt`.
+        check = AdoptionCheck(model_runner, models) if alone else None
+        if check is not None:
+            check.before()
+            self.pause()
+        tensors = movable_tensors(*models)
+        loaded = LoaderMemory(tensors)
+
+        def give_up() -> None:
+            loaded.poison()
+            self.give_up_loading()
+
         self._store.adopt(
             self.name,
-            movable_tensors(*models),
+            tensors,
             reload,
             verify_reload=True,
             advance=lambda nbytes: self.pause(),
-            give_up=self.give_up_loading,
+            give_up=give_up,
         )
-        self.fixed_bytes = fixed_bytes(*models)
+        if check is not None:
+            self._refuse_difference(check)
+        loaded.free()
+        self._account_fixed(fixed_tensors(*models))
+
+    def _refuse_difference(self, check: AdoptionCheck) -> None:
+        layer = check.first_difference()
+        logger.info("weights moved and compared model=%s seconds=%.3f", self.name, check.seconds)
+        if layer is not None:
+            feature = f"movable weights: {layer} still reads the memory that its weights have left"
+            raise ModelRefusedError(self.name, feature, "set weights: fixed for its pool, or serve it outside")
+
+    def _account_fixed(self, fixed: dict[str, int]) -> None:
+        assert self._store is not None
+        nbytes = sum(fixed.values())
+        self._store.fixed.add(self.name, nbytes, self._store.make_room)
+        if nbytes > self._store.ledger.page_size:
+            largest = max(fixed, key=lambda path: fixed[path])
+            logger.warning(
+                "weights that cannot move stay on the device model=%s bytes=%d movable=%d largest=%s",
+                self.name, nbytes, self._store.bytes_of(self.name), largest,
+            )
 
     def undo(self) -> None:
         """Give back what a failed build, or a model that is removed, holds of the arena."""

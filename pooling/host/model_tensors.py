@@ -3,7 +3,9 @@
 
 Movable are parameters and buffers, and whatever else in the model views the same storages. Fixed are the tensors that
 change while the model runs, such as LoRA stacks and attention scales, and those that vLLM keeps in plain attributes,
-containers or closures. KV caches are neither: they belong to the arena. What C++ code keeps to itself is not seen.
+containers or closures; also those of a layer with a handle of oneDNN, and the weights that the handle has packed: it
+keeps raw pointers to the layer's scales. KV caches are neither: they belong to the arena. What other C++ code keeps to
+itself is not seen; adoption_check.py finds it out.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from vllm._custom_ops import CPUDNNLGEMMHandler
 
 _CHANGING = frozenset(
     {
@@ -43,10 +46,14 @@ _LEAVES = (str, bytes, int, float, complex, type(None), type, types.ModuleType)
 def movable_tensors(*models: torch.nn.Module) -> list[torch.Tensor]:
     """Parameters and buffers, in the order of the modules, then other tensors that view their storages.
 
-    A storage that holds a changing tensor is left out whole. Meta tensors and those without bytes are left out.
+    A storage that holds a changing tensor is left out whole, and so are those of a layer with a handle. Meta tensors
+    and those without bytes are left out.
     """
     found: dict[int, torch.Tensor] = {}
     changing: set[int] = set()
+    for layer in (owner for _, owner, value in _walk(models) if isinstance(value, CPUDNNLGEMMHandler)):
+        own = (*layer._parameters.values(), *layer._buffers.values())
+        changing |= {_storage(tensor) for tensor in own if tensor is not None and _has_bytes(tensor)}
     for module in _modules(models):
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or not _has_bytes(tensor):
@@ -61,17 +68,19 @@ def movable_tensors(*models: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def fixed_tensors(*models: torch.nn.Module) -> dict[str, int]:
-    """Path of the first tensor that views it -> bytes, for each storage that stays on the device."""
+    """Path of the first tensor that views it -> bytes, for each storage that stays on the device, and each handle."""
     movable = {_storage(tensor) for tensor in movable_tensors(*models)}
     fixed: dict[int, tuple[str, int]] = {}
-    for path, tensor in reachable_tensors(*models):
-        if _storage(tensor) not in movable:
-            fixed.setdefault(_storage(tensor), (path, tensor.untyped_storage().nbytes()))
+    for path, _, value in _walk(models):
+        if isinstance(value, CPUDNNLGEMMHandler):
+            fixed[id(value)] = (path, _packed_bytes(path, value))
+        elif _storage(value) not in movable:
+            fixed.setdefault(_storage(value), (path, value.untyped_storage().nbytes()))
     return dict(fixed.values())
 
 
 def fixed_bytes(*models: torch.nn.Module) -> int:
-    """Bytes of the model that stay on the device when its weights leave it; KV and what C++ hides not counted."""
+    """Bytes of the model that stay on the device when its weights leave it; KV and what is not seen not counted."""
     return sum(fixed_tensors(*models).values())
 
 
@@ -81,19 +90,33 @@ def reachable_tensors(*roots: Any) -> Iterator[tuple[str, torch.Tensor]]:
     Follows attributes, containers, closures, bound methods and partial functions; not configs, process groups and
     objects of torch other than modules and tensors.
     """
-    queue: deque[tuple[str, Any]] = deque((type(root).__name__, root) for root in roots)
+    return ((path, value) for path, _, value in _walk(roots) if isinstance(value, torch.Tensor))
+
+
+def _walk(roots: Iterable[Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Path, module that leads to it (None without) and value of every tensor and handle below `roots`, each once."""
+    queue: deque[tuple[str, Any, Any]] = deque((type(root).__name__, None, root) for root in roots)
     seen: dict[int, Any] = {}  # values keep the objects alive, so that no id is used twice
     while queue:
-        path, value = queue.popleft()
+        path, owner, value = queue.popleft()
         if isinstance(value, _LEAVES) or id(value) in seen:
             continue
         seen[id(value)] = value
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.nn.Module):
+            owner = value
+        elif isinstance(value, torch.Tensor):
             if _has_bytes(value):
-                yield path, value
-        elif not isinstance(value, torch.nn.Module) and type(value).__module__.startswith(_OPAQUE):
+                yield path, owner, value
+        elif isinstance(value, CPUDNNLGEMMHandler):
+            yield path, owner, value
+        elif type(value).__module__.startswith(_OPAQUE):
             continue
-        queue.extend((f"{path}{step}", child) for step, child in _children(value))
+        queue.extend((f"{path}{step}", owner, child) for step, child in _children(value))
+
+
+def _packed_bytes(path: str, handle: CPUDNNLGEMMHandler) -> int:
+    """Bytes of the weights that a handle has packed, what it pads not counted; of int8 where a scaled kernel has it."""
+    return handle.n * handle.k * (1 if path.endswith(".dnnl_handler") else 2)
 
 
 def _children(value: Any) -> Iterable[tuple[str, Any]]:

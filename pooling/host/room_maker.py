@@ -75,7 +75,8 @@ class RoomMaker:
         if name not in self._weights:
             return self._allocator.most_for(name)
         ledger = self._allocator.ledger
-        return ledger.num_pages - ledger.total(PageUse.NULL) - self._weights.pages_of(name)
+        stays = ledger.total(PageUse.NULL) + self._weights.fixed.num_pages
+        return ledger.num_pages - stays - self._weights.pages_of(name)
 
     def evict(self, name: str) -> None:
         """Take a model's weights off the device; a copy in flight is cancelled."""

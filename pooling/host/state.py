@@ -33,6 +33,7 @@ def model_state(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
         "build_s": round(hosted.build_s, 3),
         "weight_bytes": host.residency.weight_bytes(hosted) or hosted.spec.weight_bytes,
         "weight_pages": host.ledger.held(name, PageUse.WEIGHTS),
+        "fixed_bytes": host.weights.fixed.of(name),
         "kv_pages": pool.num_slabs if pool else 0,
         "kv_idle_pages": pool.num_idle_slabs if pool else 0,
         "kv_block_bytes": hosted.build.view.block_bytes if hosted.build.view else 0,

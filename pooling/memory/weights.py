@@ -22,6 +22,7 @@ from tokenpool.errors import CapacityError, SwitchError
 from tokenpool.memory.copy_engine import CopyEngine, CopyJob, Work
 from tokenpool.memory.counted_device import CountedDevice
 from tokenpool.memory.device import Device
+from tokenpool.memory.fixed_bytes import FixedBytes
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 from tokenpool.memory.ledger import PageLedger
 from tokenpool.memory.model_weights import ModelWeights, WeightsView
@@ -58,6 +59,8 @@ class WeightStore:
         self.device = CountedDevice(device)
         """Counts the bytes of all switches: `bytes_to_device`, and `bytes_to_host`, which stays 0."""
         self.ledger = ledger
+        self.fixed = FixedBytes(ledger)
+        """What stays on the device beside the ranges; `remove` takes an owner out of it too."""
         self.host = host
         self.poison = poison
         self.chunk_bytes = chunk_bytes
@@ -129,6 +132,7 @@ class WeightStore:
         self._drop_job(entry)
         entry.range.release()
         self._give_host_memory(owner)
+        self.fixed.remove(owner)
         del self._models[owner]
 
     def close(self) -> None:
@@ -303,6 +307,7 @@ class WeightStore:
 
     def check(self) -> None:
         """Raise AssertionError unless books, ledgers and tensors agree."""
+        self.fixed.check()
         for owner, entry in self._models.items():
             entry.check(self.host.held(owner, HostUse.WEIGHTS))
 

@@ -172,7 +172,7 @@ def test_nothing_but_what_changes_stays_behind(kind, tiny_models):
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         outside = {name for name, t in tensors.items() if t.numel() and t.data_ptr() not in inside}
         assert CHANGING == {name.rpartition(".")[2] for name in outside}
-        assert pooled.host.models[kind].build.fixed_bytes < 256
+        assert 0 < pooled.host.weights.fixed.of(kind) < 256
         assert held.proof.droppable, held.proof.problem
     finally:
         pooled.close()

@@ -64,6 +64,42 @@ def moves(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
     return _close_stepped(pooled)
 
 
+def adopted(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
+    """One model's weights move and are compared by dummy steps of this runner; with and without leaving in mid-stream.
+
+    `runs` has how many outputs of modules each dummy step gave.
+    """
+    from tests.helpers.pooled import PooledModels
+    from tokenpool.host.adoption_check import AdoptionCheck
+
+    runs: list[int] = []
+    original = AdoptionCheck._run
+
+    def counted(check: AdoptionCheck) -> Any:
+        outputs = original(check)
+        runs.append(len(outputs))
+        return outputs
+
+    AdoptionCheck._run = counted
+    (case,), found = cases, {}
+    for leaves in (False, True):
+        pooled = PooledModels(DEVICE_MEMORY, PAGE, poison=True, movable_weights=True)
+        pooled.add(case, async_scheduling=ahead)
+        pooled.submit(case)
+        for _ in range(6):
+            pooled.run_once()
+        if leaves:
+            pooled.host.models[case.name].core.drain_batches()
+            pooled.host.weights.evict(case.name)
+        pooled.run()
+        pooled.check()
+        found[f"leaves-{leaves}"] = _results(pooled)
+        found["loads"] = pooled.host.weights.snapshot()[case.name].loads
+        pooled.close()
+    AdoptionCheck._run = original
+    return found | {"runs": runs}
+
+
 def hits(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
     """One request after another, the second of a case with the prompt of the first, whose blocks have moved since."""
     from tests.helpers.stepping import SteppedModels

@@ -73,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     crash = replace(cases[0], requests=[replace(request, max_tokens=CRASH_TOKENS) for request in cases[0].requests])
     with ThreadPoolExecutor(1) as side:
         reference = side.submit(run_plain, plain, program=("tests.helpers.v2_runner", "second"))
-        pooled = _run_pool({"turns": cases[:2], "moves": cases, "hits": twice, "crashes": [crash]}, folder)
+        pooled = _run_pool({"turns": cases[:2], "moves": cases, "hits": twice, "crashes": [crash], "adopted": cases[2:]}, folder)
         return pooled, {
             name: {key: asdict(result) for key, result in results.items()}
             for name, results in reference.result().items()
@@ -106,6 +106,18 @@ def test_moved_requests_give_the_streams_of_plain_vllm(runs, ahead):
     assert found["moved_ids"] > 10
     assert (found["drained"] > 2) == ahead, "steps were not in flight when models left"
     _assert_equal(found["results"], reference, f"-{ahead}")
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_weights_move_under_this_runner_too(runs, ahead):
+    """Its dummy steps agree, module by module, and a model whose weights were away gives the same streams."""
+    pooled, _ = runs
+    found = pooled[f"adopted-{ahead}"]
+    before, after, again_before, again_after = found["runs"]
+    assert before == after == again_before == again_after > 50
+    assert found["loads"] == 1
+    assert found["leaves-False"] == found["leaves-True"]
+    assert all(len(result["tokens"]) == MAX_TOKENS for result in found["leaves-True"]["gemma3"].values())
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 SCHEMES = ("int8", "int8_static", "int8_asymmetric", "fp8")
-"""W8A8: int8 with dynamic scales per token, with one scale of the checkpoint, with zero points; fp8 with dynamic ones."""
+"""W8A8: int8 with a dynamic scale per token, with one of the checkpoint, with zero points; fp8 with dynamic scales."""
 
 
 def make_w8a8(base: Path, directory: Path, scheme: str) -> Path:

@@ -117,7 +117,7 @@ def test_what_a_handle_has_packed_is_in_the_books(cases):
 
 
 def test_a_model_that_still_reads_the_old_memory_is_refused(cases, monkeypatch):
-    """Without what is known of handles the self-test finds them: the layer is named with the hint, and no trace left."""
+    """The self-test finds handles that nobody knows of: it names the layer and gives the hint, and no trace is left."""
     from tokenpool.errors import ModelRefusedError
     from tokenpool.host import model_tensors
 

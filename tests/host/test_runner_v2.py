@@ -73,7 +73,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     crash = replace(cases[0], requests=[replace(request, max_tokens=CRASH_TOKENS) for request in cases[0].requests])
     with ThreadPoolExecutor(1) as side:
         reference = side.submit(run_plain, plain, program=("tests.helpers.v2_runner", "second"))
-        pooled = _run_pool({"turns": cases[:2], "moves": cases, "hits": twice, "crashes": [crash], "adopted": cases[2:]}, folder)
+        scenarios = {"turns": cases[:2], "moves": cases, "hits": twice, "crashes": [crash], "adopted": cases[2:]}
+        pooled = _run_pool(scenarios, folder)
         return pooled, {
             name: {key: asdict(result) for key, result in results.items()}
             for name, results in reference.result().items()

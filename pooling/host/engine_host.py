@@ -6,15 +6,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from tokenpool.errors import ConfigError, EngineLostError, HostError, ModelBusyError, PoolError
+from tokenpool.errors import ConfigError, ModelBusyError, PoolError
 from tokenpool.host.affinity import use_all_cpus
 from tokenpool.host.build_lane import BuildLane
 from tokenpool.host.device_choice import make_device, spare_host_bytes
@@ -23,6 +22,7 @@ from tokenpool.host.engine_globals import EngineGlobals
 from tokenpool.host.heap import release_engine
 from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
 from tokenpool.host.kv_swap import KVSwapper
+from tokenpool.host.loop_calls import LoopCalls
 from tokenpool.host.pressure import PressureRelief
 from tokenpool.host.progress import BuildProgress
 from tokenpool.host.pulse import WAITING, Pulse
@@ -124,11 +124,10 @@ class EngineHost:
         self._active: dict[str, HostedModel] = {}
         self._current: HostedModel | None = None
         self._previous: HostedModel | None = None  # whose turn ended; its last outputs may still be due
-        self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._calls = LoopCalls(self.pulse)
         self._next_index = 0
         self._stopping = False
         self._naps = 0  # in a row
-        self._lost: EngineLostError | None = None  # by a job that adds a model
 
     # -- models --------------------------------------------------------------------------------------
 
@@ -208,15 +207,15 @@ class EngineHost:
 
         Raises EngineLostError when an engine cannot go on: the host must end.
         """
-        if self._lost is not None:
-            raise self._lost
+        if self._calls.lost is not None:
+            raise self._calls.lost
         stepped = self._run_once()
         self._naps = 0 if stepped else self._naps
         return stepped
 
     def _run_once(self) -> bool:
         start = time.perf_counter()
-        self._run_calls()
+        self._calls.run()
         self.pulse.enter("choosing")
         self._drain_inputs()
         if self.residency.busy():
@@ -346,23 +345,15 @@ class EngineHost:
 
     def call(self, function: Callable[[], _T]) -> Future[_T]:
         """Run `function` on the loop's thread between two steps; usable from any thread."""
-        future: Future[_T] = Future()
-        self._calls.append((function, future))
+        future = self._calls.submit(function)
         self._wake.set()
         return future
 
     def build_beside(self, job: Callable[[], _T]) -> Future[_T]:
         """Run `job`, which adds models, in slices between the steps of the others; usable from any thread."""
-        future = self._lane.submit(lambda: self._build(job))
+        future = self._lane.submit(lambda: self._calls.guarded(job))
         self._wake.set()
         return future
-
-    def _build(self, job: Callable[[], _T]) -> _T:
-        try:
-            return job()
-        except EngineLostError as error:  # of a model that gave way: it ends the host, not only the job
-            self._lost = error
-            raise HostError(f"the host ends: {error}") from error
 
     @property
     def progress(self) -> BuildProgress:
@@ -377,18 +368,6 @@ class EngineHost:
     def _notify(self, name: str) -> None:
         self._inputs.add(name)
         self._wake.set()
-
-    def _run_calls(self) -> None:
-        while self._calls:
-            function, future = self._calls.popleft()
-            self.pulse.enter(f"call {getattr(function, '__name__', '')}")
-            try:
-                future.set_result(function())
-            except EngineLostError as error:
-                future.set_exception(HostError(f"the host ends: {error}"))
-                raise
-            except Exception as error:  # goes to whoever waits for the future
-                future.set_exception(error)
 
     def note_turn(self) -> None:
         """Note the present turn in the trace as far as it has come."""

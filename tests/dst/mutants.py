@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tokenpool.errors import EngineLostError, HostError
-from tokenpool.host import engine_host, hosted_model, pressure, quarantine
+from tokenpool.host import engine_host, hosted_model, loop_calls, pressure, quarantine
 from tokenpool.host.host_room import HostRoom
 from tokenpool.host.hosted_core import HostedEngineCore
 from tokenpool.memory.states import WeightState
@@ -116,7 +116,7 @@ def fatal_error_is_charged_to_another() -> Any:
     class _Lost(EngineLostError, HostError):
         pass
 
-    return _replaced((quarantine, "EngineLostError", _Lost), (engine_host, "EngineLostError", _Lost))
+    return _replaced((quarantine, "EngineLostError", _Lost), (loop_calls, "EngineLostError", _Lost))
 
 
 MUTANTS: Mapping[str, Callable[[], Any]] = {

@@ -244,7 +244,7 @@ class Simulation:
     def _remove_idle(self) -> None:
         for name in list(self.removing):
             removed = self.host.call(lambda name=name: self.host.remove_model(name))
-            self.host._run_calls()
+            self.host._calls.run()
             with suppress(HostError):  # requests that are still there
                 removed.result()
                 self.removing.discard(name)

@@ -375,11 +375,8 @@ class PoolServer:
 
     async def tenants_report(self) -> dict[str, Any]:
         """Each tenant's limits, what is left of them, its usage, and its requests that are held, per model."""
-        report = self.tenants.report() if self.tenants is not None else {}
         lines = {model.name: model.gate.line for model in self.router.models.values()}
-        for name, tenant in report.items():
-            tenant["held"] = {model: line.num_held(name) for model, line in lines.items() if line is not None}
-        return report
+        return self.tenants.report(lines) if self.tenants is not None else {}
 
     async def trace(self, last_s: float | None) -> dict[str, Any]:
         """The host's trace in Chrome's format, of the last `last_s` seconds or all that is kept."""

@@ -293,9 +293,12 @@ class TenantBook:
         for account in self._accounts.values():
             account.set_share(share)
 
-    def report(self) -> dict[str, Any]:
-        """All accounts' reports by name."""
-        return {name: account.report() for name, account in self._accounts.items()}
+    def report(self, lines: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """All accounts' reports by name; with the models' `TenantLine`s, also how many requests each has held there."""
+        reports = {name: account.report() for name, account in self._accounts.items()}
+        for name, report in reports.items() if lines is not None else ():
+            report["held"] = {model: line.num_held(name) for model, line in lines.items() if line is not None}
+        return reports
 
 
 def with_default(tenants: Iterable[TenantConfig]) -> list[TenantConfig]:

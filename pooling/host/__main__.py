@@ -30,6 +30,9 @@ from tokenpool.logs import log_to_stderr
 
 CONTROL_KEY_VARIABLE = "TOKENPOOL_CONTROL_KEY"
 _PR_SET_PDEATHSIG = 1
+_LOST = 71
+"""Exit status of a host that ends because an engine is lost."""
+logger = logging.getLogger(__name__)
 
 
 def main(control_path: str, config_json: str) -> None:
@@ -80,7 +83,12 @@ def main(control_path: str, config_json: str) -> None:
         ControlServer(control_path, key, host.call).serve(methods, direct)
     # A socket thread that wants the interpreter waits this long for the loop: 5 ms by default, a step or more.
     sys.setswitchinterval(0.0005)
-    host.run()
+    try:
+        host.run()
+    except BaseException:  # an orderly end of the interpreter would wait for threads that may never end
+        logger.critical("the engine host cannot go on", exc_info=True)
+        logging.shutdown()
+        os._exit(_LOST)
     if host.group is not None:
         host.group.close()
     logging.shutdown()

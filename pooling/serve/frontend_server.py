@@ -35,6 +35,7 @@ from tokenpool.serve.host_calls import call_beside
 from tokenpool.serve.keeper import Work, start_kept
 from tokenpool.serve.launch_plan import ModelPlan
 from tokenpool.serve.model_client import ModelClient, connect
+from tokenpool.serve.names import series_names
 from tokenpool.serve.pool_server import PoolServer
 from tokenpool.serve.router import ModelApp
 from tokenpool.serve.shared_limits import SharedLimits
@@ -292,7 +293,7 @@ class FrontendServer(PoolServer):
         await self._ask_as_this("drained", name)
 
     async def _forget(self, name: str) -> None:
-        names = self._names(name)
+        names = series_names(self.router.models[name], self._plans.get(name))
         self.router.remove(name)
         self.lives.forget(name)
         self._plans.pop(name, None)

@@ -10,6 +10,7 @@ from tokenpool.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenpool.serve.launch_plan import ModelPlan
+    from tokenpool.serve.router import ModelApp
 
 
 def names_of(plan: ModelPlan) -> Iterator[tuple[str, str]]:
@@ -21,6 +22,11 @@ def names_of(plan: ModelPlan) -> Iterator[tuple[str, str]]:
             yield name, f"--served-model-name of {model}"
     for adapter in plan.args.lora_modules or ():
         yield adapter.name, f"--lora-modules of {model}"
+
+
+def series_names(model: ModelApp, plan: ModelPlan | None) -> set[str]:
+    """All names under which metrics tell of a model and its adapters: those now loaded, and those of its flags."""
+    return model.aliases() | {name for name, _ in names_of(plan)} if plan else model.aliases()
 
 
 def check_names(plans: Iterable[ModelPlan], taken: Mapping[str, str] | None = None) -> None:

@@ -28,7 +28,7 @@ from tokenpool.serve.keeper import Backoff, Work, start_kept
 from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_model
 from tokenpool.serve.model_client import ModelClient, first_config
 from tokenpool.serve.model_life import ModelLives, reason_of
-from tokenpool.serve.names import check_names, names_of
+from tokenpool.serve.names import check_names, names_of, series_names
 from tokenpool.serve.router import ModelApp, ModelRouter
 from tokenpool.serve.shared_limits import SharedLimits
 from tokenpool.serve.tenants import TenantBook
@@ -299,7 +299,7 @@ class PoolServer:
                 await let_finish(self._clients[name], drain_s)
             async with self._changing:
                 await self._unload(name)
-                names = self._names(name)
+                names = series_names(self.router.models[name], self._plans.get(name))
                 self.router.remove(name)
                 self.lives.forget(name)
                 self._plans.pop(name, None)
@@ -312,11 +312,6 @@ class PoolServer:
         if client is not None:
             await client.close()
         await asyncio.to_thread(forget_models, names)
-
-    def _names(self, name: str) -> set[str]:
-        """All names that a model and its adapters have: those now loaded, and those of its flags."""
-        planned = {alias for alias, _ in names_of(self._plans[name])} if name in self._plans else set()
-        return self.router.models[name].aliases() | planned
 
     async def _unload(self, name: str) -> None:
         deadline = time.monotonic() + _UNLOAD_LIMIT_S
@@ -357,12 +352,11 @@ class PoolServer:
             }
             for name, model in self.router.models.items()
         }
-        pid = self._host.pid if self._host else None
         return {
             "ready": self.ready,
             "stopping": self.stopping,
             "progress": self.watch.progress(),
-            "host_pid": pid,
+            "host_pid": self._host.pid if self._host else None,
             "host_pulse": self.watch.pulse(),
             "host_restarts": self.host_restarts,
             "models": models,
@@ -395,7 +389,6 @@ class PoolServer:
             await self._host.call("check")
 
     def _host_call(self) -> Any:
-        """The function that calls the present host; None while there is none."""
         return self._host.call if self._host else None
 
     def _refuse_while_stopping(self) -> None:

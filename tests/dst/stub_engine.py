@@ -55,7 +55,8 @@ class GPUModelRunner:
     """Looks like vLLM's first model runner as far as the pool reads it."""
 
     __module__ = "vllm.v1.worker.gpu_model_runner"
-    uses_mrope = False
+    uses_mrope = is_pooling_model = False
+    max_num_tokens = 1
 
     def __init__(self, world: World, facts: oracle.ModelFacts, config: Any, model: StubModel) -> None:
         self.world, self.facts, self.model = world, facts, model
@@ -79,6 +80,11 @@ class GPUModelRunner:
 
     def get_model(self) -> StubModel:
         return self.model
+
+    def _dummy_run(self, count: int, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a forward pass gives without KV: something that depends on all weights."""
+        hidden = torch.tensor([self.model.weights_sum() >> 1])
+        return hidden, hidden
 
     def bind(self, view: Any, arena: Any) -> None:
         """Know where the KV lies; nothing is read of it."""

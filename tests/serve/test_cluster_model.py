@@ -256,3 +256,33 @@ def test_ports_of_an_endpoint_are_kept_until_they_are_bound(tmp_path: Path) -> N
     maker.release(unwanted)
     with socket.socket() as other:
         other.bind(("127.0.0.1", int(unwanted.input.rpartition(":")[2])))
+
+
+def test_a_model_is_served_while_one_of_its_hosts_can_be_counted_on() -> None:
+    """Hosts that are overdue do not count, until they are in time again or have another life."""
+    from tokenpool.serve.seat_follower import Key, SeatFollower
+
+    class Model(SeatFollower):
+        hosts: Any = ("h0/x", "h1/y")
+
+        def _listen(self, machine: str) -> Endpoints:
+            raise AssertionError("nothing is offered")
+
+        async def _connect(self, key: Key) -> None:
+            raise AssertionError("nothing is joined")
+
+        async def _disconnect(self, key: Key) -> None:
+            raise AssertionError("nothing is left")
+
+        def _lose(self, key: Key) -> None:
+            raise AssertionError("nothing is lost")
+
+    nothing: Any = SimpleNamespace()
+    model = Model(nothing, 1, nothing, lambda _: None)
+    model.client = object()
+    lives = {"h0": "x", "h1": "y"}
+    seen = []
+    for overdue in ((), ("h0",), ("h0", "h1"), ("h1",), ("h0", "h2")):
+        model.apply(ModelView(1, {}), lives, {}, overdue)
+        seen.append(model.is_served)
+    assert [True, True, False, True, True] == seen

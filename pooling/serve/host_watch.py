@@ -33,7 +33,8 @@ class HostWatch:
     """Follows one host; used on the event loop.
 
     `host_call` gives the function that calls the present host, or None while there is none; it raises PoolError.
-    `guard` gives the guard of that host, or None where somebody else has it.
+    `guard` gives the guard of that host, or None where somebody else has it. `restore` is called with each model that
+    was taken off while the host was silent, and is in that state still when it answers again.
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class HostWatch:
         models: Mapping[str, ModelApp],
         host_call: Callable[[], Call | None],
         guard: Callable[[], HostGuard | None] = lambda: None,
+        restore: Callable[[str], None] | None = None,
     ) -> None:
         self._models = models
         self._host_call = host_call
         self._guard = guard
+        self._restore = restore or self._serve_again
         self._hushed: tuple[HostGuard | None, set[str]] = (None, set())  # whose host was overdue, and its models
         self.stopping = False
         """Whether all models are being drained."""
@@ -155,9 +158,12 @@ class HostWatch:
         else:
             for model in (self._models[name] for name in names if name in self._models):
                 if model.state == "unavailable":
-                    model.state = "resident"
+                    self._restore(model.name)
             names = set()
         self._hushed = guard, names
+
+    def _serve_again(self, name: str) -> None:
+        self._models[name].state = "resident"
 
     # -- state ---------------------------------------------------------------------------------------
 

@@ -74,9 +74,14 @@ class ModelLives:
 
     def served(self, name: str, host_pid: int = 0) -> None:
         """The model takes requests, at the host process with that pid."""
-        life, model = self[name], self._models[name]
+        life = self[name]
         life.error, life.due_s, life.host_deaths, life.host_pid = None, math.inf, 0, host_pid
         life.backoff.reset()
+        self.restored(name)
+
+    def restored(self, name: str) -> None:
+        """The model's host answers: it is served, unless it leaves or its client died."""
+        life, model = self[name], self._models[name]
         if not life.is_leaving:
             model.state, model.reason = ("failed", life.client_fault) if life.client_fault else ("resident", "")
 

@@ -73,7 +73,7 @@ class PoolServer:
         self.lives = ModelLives(self.router.models)
         self._host_config = host_config(config, plans)
         self.watch = HostWatch(
-            self.router.models, self._host_call, lambda: self._host.guard if self._host else None
+            self.router.models, self._host_call, lambda: self._host.guard if self._host else None, self.lives.restored
         )
         outer.state.pool = self
 

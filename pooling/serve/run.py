@@ -49,6 +49,12 @@ def describe_plan(config: PoolConfig, plans: list[ModelPlan]) -> str:
         weights = format_bytes(item.weight_bytes) if item.weight_bytes else "weights of unknown size"
         slo = f", ttft {item.spec.slo.ttft_s:g} s, tpot {item.spec.slo.tpot_s:g} s" if item.spec.slo else ""
         lines.append(f"  {item.spec.name}: {item.spec.model}, {weights}{slo}")
+    total = sum(item.weight_bytes for item in plans)
+    if config.weights == "movable" and config.host_memory is not None and total > config.host_memory:
+        lines.append(
+            f"  host memory is less than the {format_bytes(total)} of all weights: models take turns in it, "
+            "and are read from disk before their turn"
+        )
     lines.append("ok")
     return "\n".join(lines)
 

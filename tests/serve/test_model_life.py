@@ -343,3 +343,22 @@ def test_a_model_that_no_host_of_a_cluster_takes_is_failed(tmp_path: Path) -> No
         assert app.state == "unavailable"
 
     asyncio.run(test())
+
+
+def test_a_client_that_died_while_its_host_was_silent_is_not_served_when_that_answers() -> None:
+    """The host's pulse says nothing of the client: the model is `failed` with the client's reason until that is back."""
+    from tokenpool.serve.model_life import ModelLives
+    from tokenpool.serve.router import ModelApp
+
+    async def app(*_: Any) -> None: ...
+
+    models = {"chat": ModelApp("chat", app)}
+    lives = ModelLives(models)
+    lives.served("chat")
+    models["chat"].state = "unavailable"
+    lives.client_fault("chat", "its client died")
+    lives.restored("chat")
+    assert ("failed", "its client died") == (models["chat"].state, models["chat"].reason)
+    lives.client_fault("chat", "")
+
+    assert ("resident", "") == (models["chat"].state, models["chat"].reason)

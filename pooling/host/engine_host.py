@@ -278,7 +278,7 @@ class EngineHost:
             hosted = self.models.get(name)
             if hosted is None:
                 continue
-            core, num_requests = hosted.core, hosted.core.counters.requests
+            core = hosted.core
             core._process_input_queue()
             core.forget_finished()
             self._turns.changed(name)
@@ -287,8 +287,7 @@ class EngineHost:
                 self._active[name] = hosted
                 self._relief.wake(name)
                 self._naps, hosted.rest_until_s = 0, 0.0
-                for _ in range(core.counters.requests - num_requests):
-                    self.residency.room.reuse.observe_arrival(name, time.monotonic())
+                self.residency.room.reuse.observe_arrival(name, time.time())
             else:
                 self._active.pop(name, None)
 

@@ -264,7 +264,7 @@ class RoomMaker:
             used = promised > 0 and pool.num_slabs > pool.num_idle_slabs
             p_reuse = 1.0
             if not hosted.core.scheduler.has_unfinished_requests():
-                p_reuse = self.reuse.probability(name, time.monotonic(), _REUSE_HORIZON_S)
+                p_reuse = self.reuse.probability(name, time.time(), _REUSE_HORIZON_S)
             elif name == spare:
                 p_reuse = _SPARE_REUSE
             if name in self._weights and self._weights.state(name) in (WeightState.RESIDENT, WeightState.LOADING):

@@ -36,9 +36,7 @@ class TurnChooser:
         views = sorted((self._view(hosted) for hosted in models), key=lambda view: view.index)
         name = current.name if current else None
         can_prefetch = self._residency.can_prefetch()
-        now_s = time.time()
-        started_s = now_s - (time.monotonic() - self._turn_started_s)  # so a wall clock that steps makes no turn longer
-        pool = PoolView(now_s, name, views, started_s, can_prefetch, self._copy_drag)
+        pool = PoolView(time.time(), name, views, self._turn_started_s, can_prefetch, self._copy_drag)
         return self._policy.decide(pool)
 
     def changed(self, name: str) -> None:
@@ -47,7 +45,7 @@ class TurnChooser:
 
     def begin_turn(self) -> None:
         """Another model has the device from now on."""
-        self._turn_started_s, self._noted_s = time.monotonic(), time.time()
+        self._turn_started_s = self._noted_s = time.time()
         self._noted_steps = 0
 
     def note_turn(self, hosted: HostedModel) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from tests.helpers.cases import make_cases, mixed
-from tests.helpers.exact import exactly
 from tests.helpers.plain import Case, RequestSpec, run_plain
 from tokenpool.memory.host_ledger import HostUse
 
@@ -52,7 +51,7 @@ def _assert_equal(expected, actual, request_ids) -> None:
         want, got = expected[request_id], actual[request_id]
         assert 0 == want.preempted == got.preempted
         assert want.tokens == got.tokens, f"{request_id}: tokens differ"
-        assert exactly(want.logprobs) == got.logprobs, f"{request_id}: logprobs differ"
+        assert want.logprobs == got.logprobs, f"{request_id}: logprobs differ"
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from tests.helpers.cases import make_cases, mixed
-from tests.helpers.exact import exactly
 from tests.helpers.plain import Case, Result, run_plain
 from tokenpool.memory.ledger import PageUse
 
@@ -51,7 +50,7 @@ def _assert_equal(pooled: Any, reference: dict[str, dict[str, Result]], names: t
         actual = pooled.results(name)
         for request_id, want in reference[name].items():
             assert want.tokens == actual[request_id].tokens, f"{request_id}: tokens differ"
-            assert exactly(want.logprobs) == actual[request_id].logprobs, f"{request_id}: logprobs differ"
+            assert want.logprobs == actual[request_id].logprobs, f"{request_id}: logprobs differ"
 
 
 def _model_of(pooled: Any, name: str) -> Any:

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from tests.helpers.cases import make_cases
-from tests.helpers.exact import exactly
 from tests.helpers.plain import ENV, Case, RequestSpec, prompts_for, run_plain
 
 pytestmark = [
@@ -86,8 +85,7 @@ def _assert_equal(results: dict[str, Any], reference: dict[str, Any], suffix: st
     """Tokens and logprobs are those of plain vLLM, and nothing was recomputed."""
     assert results
     for name, got in results.items():
-        want = reference[f"{name}{suffix}"]
-        assert {key: {**result, "logprobs": exactly(result["logprobs"])} for key, result in want.items()} == got
+        assert reference[f"{name}{suffix}"] == got
         assert all(result["preempted"] == 0 and len(result["tokens"]) >= 6 for result in got.values())
 
 

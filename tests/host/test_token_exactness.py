@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.helpers.cases import make_cases, mixed
-from tests.helpers.exact import exactly
 from tests.helpers.plain import Case, run_plain
 from tokenpool.memory.device_cpu import CpuDevice
 
@@ -55,8 +54,8 @@ def _assert_equal(pooled, cases, reference, prefix_caching: bool) -> int:
                 assert len(want.tokens) == len(got.tokens)
                 continue
             assert want.tokens == got.tokens, f"{request.request_id}: tokens differ"
-            assert exactly(want.logprobs) == got.logprobs, f"{request.request_id}: logprobs differ"
-            assert exactly(want.embedding) == got.embedding, f"{request.request_id}: embeddings differ"
+            assert want.logprobs == got.logprobs, f"{request.request_id}: logprobs differ"
+            assert want.embedding == got.embedding, f"{request.request_id}: embeddings differ"
             compared += 1
     return compared
 

@@ -168,17 +168,6 @@ def test_fixed_weights_that_do_not_fit(pool_file: PoolFile) -> None:
     assert (0, first) == (movable.returncode, movable.stdout.splitlines()[-5]), movable.stderr[-3000:]
 
 
-def test_host_memory_below_the_sum_of_the_weights_is_told(pool_file: PoolFile) -> None:
-    """The plan says that models will take turns in host memory; what the largest one does not fit in is refused."""
-    models = [pool_file.model | {"name": f"llama{i}"} for i in range(3)]
-    budget = {"models": models, "device_memory": "2MiB", "page_size": "256KiB"}
-    small = run("validate", pool_file.write(**budget, host_memory="2MiB"))
-    too_small = refusal("validate", pool_file.write(**budget, host_memory="64KiB"))
-
-    assert small.stdout.splitlines()[-2].startswith("  host memory is less than the"), small.stderr[-3000:]
-    assert "host_memory: 64KiB is too little: the weights of model 'llama" in too_small
-
-
 def test_the_error_of_a_pool_that_does_not_start_is_the_last_line(pool_file: PoolFile) -> None:
     """What only the host finds out, after it has logged a lot, is not buried under what libraries say at the exit."""
     pool_file.model["args"] |= {"block_size": 256}

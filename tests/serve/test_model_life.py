@@ -346,7 +346,7 @@ def test_a_model_that_no_host_of_a_cluster_takes_is_failed(tmp_path: Path) -> No
 
 
 def test_a_client_that_died_while_its_host_was_silent_is_not_served_when_that_answers() -> None:
-    """The host's pulse says nothing of the client: the model is `failed`, with its reason, until that is back."""
+    """The host's pulse says nothing of the client: the model is `failed` with the client's reason until that is back."""
     from tokenpool.serve.model_life import ModelLives
     from tokenpool.serve.router import ModelApp
 

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.helpers.server import PoolServerProcess
 from tokenpool.demo.tiny_models import ENGINE_ARGS, make_tiny_lora, make_tiny_model
+
+# No test is timed: a busy machine is not a fault.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 LORA_NAME = "llama-lora"
 SLO = {"ttft": "1us", "tpot": "60s"}

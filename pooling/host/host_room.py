@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 
 from tokenpool.errors import CapacityError
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 _TURNS_PER_READ = 3.0
 """How long a busy model keeps the copy that was read for it, in times of what reading it took: 3 = it runs at least
 three quarters of the time although another waits for the room."""
+
+_LEAST_HOLD_S, _MOST_DOUBLINGS = 0.05, 16
 
 
 class HostRoom:
@@ -56,6 +59,7 @@ class HostRoom:
         """Takes a model's weights off the device."""
         self._cold_since: dict[str, float] = {}  # models with work whose weights are on disk only
         self._kept_until: dict[str, float] = {}  # busy models whose copy was read; inf until they have had a turn
+        self._num_given_up: Counter[str] = Counter()  # how often in a row a busy model's KV was given up
         host.make_room = self._make_room
 
     # -- reading from disk ---------------------------------------------------------------------------
@@ -80,12 +84,31 @@ class HostRoom:
         self._kept_until[name] = math.inf
 
     def entered(self, name: str) -> None:
-        """The model has a turn."""
+        """The model has a turn.
+
+        One whose KV was given up keeps what it has for twice as long each time: at last that is long enough for what
+        is lost each time.
+        """
+        given_up = self._num_given_up[name]
+        if given_up and not self._is_busy(name):
+            given_up = self._num_given_up[name] = 0
         if self._kept_until.get(name) == math.inf:
-            self._kept_until[name] = time.monotonic() + self._patience_s(name)
+            hold_s = max(self._patience_s(name), _LEAST_HOLD_S if given_up else 0.0)
+            self._kept_until[name] = time.monotonic() + hold_s * 2 ** min(given_up, _MOST_DOUBLINGS)
+
+    def may_give_up_kv(self, name: str) -> bool:
+        """Whether KV of the model's requests may go for good now: not while it makes up for the last time."""
+        return not self._num_given_up[name] or self._kept_until.get(name, 0.0) <= time.monotonic()
+
+    def gave_up_kv(self, name: str) -> None:
+        """The model's requests were preempted, for want of memory for their KV."""
+        self._counters.kv_given_up += 1
+        self._num_given_up[name] += 1
+        self._kept_until[name] = math.inf
 
     def forget(self, name: str) -> None:
         """The model is gone."""
+        self._num_given_up.pop(name, None)
         self._cold_since.pop(name, None)
         self._kept_until.pop(name, None)
 
@@ -108,7 +131,7 @@ class HostRoom:
         for other in (other for other, nbytes in paused.items() if nbytes):
             logger.warning("KV is given up, host memory is full and weights must be read model=%s", other)
             self._models[other].core.preempt_all()
-            self._counters.kv_given_up += 1
+            self.gave_up_kv(other)
             missing = self._weights.bytes_of(name) - self._host.free_bytes
             if missing <= 0 or self._give_up(missing, busy_resident=waited):
                 return True

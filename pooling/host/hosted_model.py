@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from vllm.config import VllmConfig
 
 from tokenpool.config import SLO
-from tokenpool.errors import PoolError
+from tokenpool.errors import CapacityError, PoolError
 from tokenpool.host.hosted_core import EngineAddresses, HostedEngineCore
 from tokenpool.host.model_build import ModelBuild
 from tokenpool.host.quarantine import Quarantine
@@ -96,9 +96,10 @@ class HostedModel:
 
     def put_off(self, error: PoolError) -> bool:
         """Try it again later, as a switch to it failed; True if after several failures its requests were ended."""
-        self.failures += 1
+        self.failures += not isinstance(error, CapacityError)  # others have the room now: it comes
         self.retry_at_s = time.monotonic() + min(0.01 * 2**self.failures, 1.0)
-        logger.error("model cannot come in model=%s failures=%d reason=%s", self.name, self.failures, error)
+        log = logger.debug if isinstance(error, CapacityError) else logger.error
+        log("model cannot come in model=%s failures=%d reason=%s", self.name, self.failures, error)
         if self.failures < _MAX_SWITCH_FAILURES:
             return False
         self.failures = 0

@@ -232,10 +232,12 @@ class RoomMaker:
         """Preempt all requests of a model whose KV cannot leave, which is then forgotten; False if there is none."""
         for name in sorted(spared):
             core = self._models[name].core
+            if not self.host.may_give_up_kv(name):
+                continue
             core.drain_batches()
             if core.preempt_all():
                 logger.warning("KV is given up, host memory is full and another model waits model=%s", name)
-                self.counters.kv_given_up += 1
+                self.host.gave_up_kv(name)
                 spared.discard(name)
                 return True
         return False

@@ -29,6 +29,8 @@ _pids = itertools.count(1 << 22)  # above those of any process
 class StandInHost:
     """A host without a process; `world` says how its models fare."""
 
+    guard = None
+
     def __init__(self, world: World) -> None:
         self.name, self.pid = "host", next(_pids)
         self.world = world
@@ -188,7 +190,7 @@ async def stand_in_pool(
     plans = [plan_of(name) for name in names]
     models = tuple(plan.spec for plan in plans)
     config = PoolConfig(models=models, device_memory=1 << 30, host_memory=1 << 30, shutdown_timeout_s=0.2)
-    world.pool = PoolServer(config, plans, build_outer_app({}))
+    world.pool = PoolServer(config, plans, build_outer_app())
     try:
         yield world
     finally:

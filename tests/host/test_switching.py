@@ -138,7 +138,7 @@ def test_a_compiled_model_comes_and_goes(pool, cases):
     _assert_equal(pool, expected, compiled, least=5)
 
 
-@pytest.mark.parametrize("pool", [{"pages": 13}], indirect=True)
+@pytest.mark.parametrize("pool", [{"pages": 15}], indirect=True)
 def test_a_switch_moves_what_its_plan_says(pool, cases):
     """Bytes of weights and KV that are copied equal those of the plan; no weights go to the host."""
     for kind in ("llama", "gemma3"):

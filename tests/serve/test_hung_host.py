@@ -21,7 +21,7 @@ RUNNING: dict[str, dict[str, Any]] = {
     "greedy": {"model": "llama", "max_tokens": 1900, **GREEDY},
     "seeded": {"model": "llama", "max_tokens": 1900, "temperature": 1, "seed": 5},
 }
-HOST_TIMEOUT_S = 6
+HOST_TIMEOUT_S = 20
 
 
 def pulse_age_s(server: PoolServerProcess) -> float:

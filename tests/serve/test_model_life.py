@@ -278,7 +278,7 @@ def test_frontends_follow_the_states_of_the_supervisor(tmp_path: Path) -> None:
         return SupervisorView(1, None, 0, True, True, {"a": ModelStanding(plan, drain_s=0.0, **standing)}, {})
 
     async def test() -> None:
-        pool = FrontendServer(FrontendSettings(0, config, [plan], str(tmp_path), b""), build_outer_app({}))
+        pool = FrontendServer(FrontendSettings(0, config, [plan], str(tmp_path), b""), build_outer_app())
         client: Any = StandInClient(plan)
         pool._clients["a"] = client
         client.waiting.append("stream")
@@ -346,7 +346,7 @@ def test_a_model_that_no_host_of_a_cluster_takes_is_failed(tmp_path: Path) -> No
 
 
 def test_a_client_that_died_while_its_host_was_silent_is_not_served_when_that_answers() -> None:
-    """The host's pulse says nothing of the client: the model is `failed` with the client's reason until that is back."""
+    """The host's pulse says nothing of the client: the model is `failed`, with its reason, until that is back."""
     from tokenpool.serve.model_life import ModelLives
     from tokenpool.serve.router import ModelApp
 

@@ -18,7 +18,7 @@ from tests.helpers.server import REPOSITORY, free_port
 
 pytestmark = pytest.mark.vllm
 
-LIMIT_S = 300
+LIMIT_S = 900
 
 
 def _commands() -> str:

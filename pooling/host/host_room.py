@@ -113,6 +113,8 @@ class HostRoom:
         self._kept_until.pop(name, None)
 
     def _patience_s(self, name: str) -> float:
+        if name not in self._weights:  # they stay
+            return 0.0
         return _TURNS_PER_READ * self._copies.predict(CopyKind.FROM_DISK, self._weights.bytes_of(name))
 
     def _make_room_for(self, name: str, now_s: float) -> bool:

@@ -179,7 +179,7 @@ class HostRoom:
 
     def _is_busy(self, name: str) -> bool:
         hosted = self._models.get(name)
-        return hosted is None or hosted.core.scheduler.has_unfinished_requests()  # None: it is being added
+        return hosted is None or bool(hosted.core.scheduler.requests)  # None: it is being added
 
 
 def check_host_memory(weights: Mapping[str, WeightsView], budget_bytes: int, copies: CopyModel) -> None:

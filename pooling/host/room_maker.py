@@ -113,7 +113,7 @@ class RoomMaker:
         self._evict_until(pages, None)
 
     def _busy_names(self) -> frozenset[str]:
-        return frozenset(name for name, h in self._models.items() if h.core.scheduler.has_unfinished_requests())
+        return frozenset(name for name, h in self._models.items() if h.core.scheduler.requests)
 
     def _is_idle(self, hosted: HostedModel) -> bool:
         name = hosted.name
@@ -121,7 +121,7 @@ class RoomMaker:
             name != self.current
             and name in self._weights
             and self._weights.state(name) is WeightState.RESIDENT
-            and not hosted.core.scheduler.has_unfinished_requests()
+            and not hosted.core.scheduler.requests  # not has_unfinished_requests: it is False while steps are drained
         )
 
     def make_room(

@@ -126,9 +126,9 @@ class HostRoom:
         missing = self._weights.bytes_of(name) - self._host.free_bytes
         if missing <= 0 or self._give_up(missing, busy_resident=waited):
             return True
-        cold = [name, *(other for other in self._cold_since if other != name)]
+        cold = [name, *(other for other in self._cold_since if other != name and self.may_give_up_kv(other))]
         paused = {other: self._host.held(other, HostUse.PAUSED_KV) for other in cold}
-        if self._can_give_up(busy_resident=waited) + sum(paused.values()) < missing:
+        if self._bytes_of(self._droppable(busy_resident=waited)) + sum(paused.values()) < missing:
             return False
         for other in (other for other, nbytes in paused.items() if nbytes):
             logger.warning("KV is given up, host memory is full and weights must be read model=%s", other)
@@ -147,9 +147,9 @@ class HostRoom:
 
     def _give_up(self, nbytes: int, *, busy_resident: bool) -> bool:
         """Free `nbytes` of host memory, or nothing at all; returns whether they are free."""
-        if self._can_give_up(busy_resident) < nbytes:
-            return False
         droppable = self._droppable(busy_resident)
+        if self._bytes_of(droppable) < nbytes:
+            return False
         goal = self._host.free_bytes + nbytes
         self._swapper.tier.drop_cached(nbytes)
         for name, _ in droppable:
@@ -161,8 +161,9 @@ class HostRoom:
             self._weights.drop_host(name)
         return self._host.free_bytes >= goal
 
-    def _can_give_up(self, busy_resident: bool) -> int:
-        return self._swapper.tier.droppable_bytes + sum(nbytes for _, nbytes in self._droppable(busy_resident))
+    def _bytes_of(self, droppable: list[tuple[str, int]]) -> int:
+        """What giving up these copies and all cached KV would free."""
+        return self._swapper.tier.droppable_bytes + sum(nbytes for _, nbytes in droppable)
 
     def _droppable(self, busy_resident: bool) -> list[tuple[str, int]]:
         """Models whose copies may go, and their bytes: idle ones, those off the device first, then busy ones."""

@@ -11,6 +11,7 @@ from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.pool_view import QueueStats, model_view, queue_stats
 from tokenpool.host.trace import Event
+from tokenpool.host.waiting import count_waits
 from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import PageUse
 from tokenpool.policy.admission import first_token_in_s
@@ -40,6 +41,7 @@ def model_state(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
         "host_bytes": {use.value: host.host_ledger.held(name, use) for use in HostUse},
         "running": len(scheduler.running),
         "waiting": len(scheduler.waiting),
+        "waits": count_waits(hosted.core),
         "finished": account.finished,
         "tokens": account.tokens,
         "tokens_on_time": account.tokens_on_time,

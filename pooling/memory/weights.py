@@ -13,7 +13,7 @@ checkpoint is read again, when nothing computes with them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 
 import torch
@@ -259,20 +259,6 @@ class WeightStore:
 
         entry.job = self.fetcher.submit(f"fetch {owner}", entry.nbytes, work)
         return entry.job
-
-    def try_make_host_room(self, nbytes: int, keep: Collection[str] = ()) -> bool:
-        """Drop host copies of WARM models that are proven droppable until `nbytes` are free; least recent first.
-
-        Those of the owners in `keep` stay.
-        """
-        for owner, entry in self._models.items():
-            if self.host.free_bytes >= nbytes:
-                break
-            if owner in keep:
-                continue
-            if entry.state is WeightState.WARM and entry.proof is not None and entry.proof.droppable:
-                self.drop_host(owner)
-        return self.host.free_bytes >= nbytes
 
     # -- state ---------------------------------------------------------------------------------------
 

@@ -128,8 +128,11 @@ def _crashes(rng: random.Random, scenario: Scenario) -> None:
         name = rng.choice(scenario.models).name
         scenario.crash_at[name] = [(rng.randint(1, 30), rng.choice(("before", "after")))]
     if rng.random() < 0.15:
-        name = rng.choice(scenario.models).name
-        scenario.memory_error_at[name] = rng.randint(1, 40), rng.random() < 0.6
+        name, step, has_to_leave = rng.choice(scenario.models).name, rng.randint(1, 40), rng.random() < 0.6
+        scenario.memory_error_at[name] = step, has_to_leave
+        if has_to_leave:  # rare: whichever model it is, and soon, and with a step under way
+            scenario.async_scheduling = True
+            scenario.memory_error_at = {model.name: (1, True) for model in scenario.models}
 
 
 def _model(rng: random.Random, name: str) -> ModelPlan:

@@ -77,7 +77,7 @@ class Simulation:
         faults.poisoned = dict(scenario.poisoned)
         faults.crash_at = {name: list(steps) for name, steps in scenario.crash_at.items()}
         faults.memory_error_at = dict(scenario.memory_error_at)
-        faults.is_draining = self._is_draining
+        faults.has_to_leave = self._has_to_leave
         self.streams: dict[str, Stream] = {}
         self.plans: dict[str, ModelPlan] = {}
         """Models that are there."""
@@ -156,8 +156,10 @@ class Simulation:
         clock.now_s = max(clock.now_s, next_s)
         return True
 
-    def _is_draining(self, name: str) -> bool:
-        return self.host.models[name].core.scheduler._pause_state is PauseState.PAUSED_ALL
+    def _has_to_leave(self, name: str) -> bool:
+        """While its steps are drained, a model that leaves is still the current one; at the end of a turn it is not."""
+        is_draining = self.host.models[name].core.scheduler._pause_state is PauseState.PAUSED_ALL
+        return is_draining and self.host._current is self.host.models[name]
 
     def _waiting(self) -> list[str]:
         return [s.plan.request_id for s in self.streams.values() if not s.is_done]

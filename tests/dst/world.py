@@ -80,9 +80,9 @@ class Faults:
         """Model -> steps at which it crashes, and where in the step."""
         self.memory_error_at: dict[str, tuple[int, bool]] = {}
         """Model -> the step from which on the next output ends in a MemoryError, and whether only one that is taken
-        because the model has to leave."""
-        self.is_draining: Callable[[str], bool] = lambda model: False
-        """Whether the outputs of a model's steps are being taken because it has to leave."""
+        because the model has to leave for another."""
+        self.has_to_leave: Callable[[str], bool] = lambda model: False
+        """Whether the outputs of a model's steps are being taken because it has to leave for another."""
         self.steps: Counter[str] = Counter()
         self.crashed: set[str] = set()
         """Requests that were in a step that crashed."""
@@ -116,9 +116,9 @@ class Faults:
 
     def check_memory(self, model: str) -> None:
         """Raise MemoryError if it is time for one; called when the output of a step is taken."""
-        step, in_drain = self.memory_error_at.get(model, (MASK, False))
-        if self.steps[model] >= step and (not in_drain or self.is_draining(model)):
-            del self.memory_error_at[model]
+        step, leaves = self.memory_error_at.get(model, (MASK, False))
+        if self.steps[model] >= step and (not leaves or self.has_to_leave(model)):
+            self.memory_error_at.clear()
             self.lost += 1
             raise MemoryError("injected: the device is out of memory")
 

@@ -61,6 +61,8 @@ def _ask_for_json(pooled, model: str) -> None:
 
 def test_a_request_whose_grammar_is_compiled_late_is_answered_on_a_quiet_pool(cases, monkeypatch):
     """Nothing else happens, and its model is not stepped in vain meanwhile; the loop is woken by the grammar."""
+    from tokenpool.host.state import model_state
+
     pooled = _pool(cases, ("llama",))
     core, compiled = pooled.host.models["llama"].core, threading.Event()
     create = core.structured_output_manager._create_grammar
@@ -74,7 +76,7 @@ def test_a_request_whose_grammar_is_compiled_late_is_answered_on_a_quiet_pool(ca
     for _ in range(20):
         assert not pooled.run_once()
     assert core.counters.steps <= 1
-    assert {"grammar": 1} == _waits(core)
+    assert {"grammar": 1} == model_state(pooled.host, pooled.host.models["llama"])["waits"]
     pooled.host._wake.clear()
     compiled.set()
     assert pooled.host._wake.wait(60)
@@ -83,12 +85,6 @@ def test_a_request_whose_grammar_is_compiled_late_is_answered_on_a_quiet_pool(ca
     assert pooled.finish_reason("llama", "json") in ("length", "stop")
     assert {} == pooled.host._relief.starved
     pooled.close()
-
-
-def _waits(core) -> dict[str, int]:
-    from tokenpool.host.waiting import count_waits
-
-    return count_waits(core)
 
 
 def test_a_model_that_waits_for_a_grammar_takes_nobody_off_the_device(cases, monkeypatch):

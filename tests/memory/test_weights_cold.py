@@ -143,7 +143,6 @@ def test_without_reload_a_host_copy_is_never_dropped(rig):
     rig.store.evict("a")
     with pytest.raises(SwitchError, match="no way to read them again"):
         rig.store.drop_host("a")
-    assert not rig.store.try_make_host_room(1 << 40)
     assert WARM is rig.store.state("a")
 
 
@@ -285,26 +284,6 @@ def test_an_adoption_that_fails_after_its_proof_puts_the_bytes_back(rig):
         rig.store.adopt("a", tensors, checkpoint.reload, verify_reload=True)
     assert 1 == checkpoint.reads
     assert values == bytes_of(tensors)
-    rig.assert_empty()
-
-
-def test_room_on_the_host_is_made_by_the_least_recent_proven_model():
-    """Residents, unproven ones and those used last keep their copies."""
-    rig = Rig(host_bytes=40 * PAGE)
-    for owner, proven in (("resident", True), ("unproven", False), ("old", True), ("new", True)):
-        tensors = parts()
-        rig.store.adopt(owner, tensors, Checkpoint(tensors).reload, verify_reload=proven)
-        if owner != "resident":
-            rig.store.evict(owner)
-    assert rig.store.try_make_host_room(16 * PAGE)
-    assert [RESIDENT, WARM, WARM, WARM] == [rig.store.state(owner) for owner in rig.store.owners]
-    rig.store.touch("old")
-    assert rig.store.try_make_host_room(22 * PAGE)
-    states = {owner: rig.store.state(owner) for owner in rig.store.owners}
-    assert {"resident": RESIDENT, "unproven": WARM, "new": COLD, "old": WARM} == states
-    assert not rig.store.try_make_host_room(29 * PAGE)
-    assert COLD is rig.store.state("old")
-    rig.store.close()
     rig.assert_empty()
 
 

@@ -84,18 +84,17 @@ def layer_of(part: str) -> int:
     return next(level for level, parts in enumerate(LAYERS) if part in parts)
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=short)
-def test_no_file_is_too_long(path):
+def test_no_file_is_too_long():
     """A module has at most 400 lines, a test file 600."""
-    limit = MAX_TEST_LINES if path in TESTS else MAX_LINES
-    assert len(path.read_text().splitlines()) <= limit
+    lines = {path: len(path.read_text().splitlines()) for path in [*SOURCES, *TESTS]}
+    assert [] == [(short(p), n) for p, n in lines.items() if n > (MAX_TEST_LINES if p in TESTS else MAX_LINES)]
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=short)
-def test_every_file_starts_with_its_licence(path):
+def test_every_file_starts_with_its_licence():
     """The first line is the SPDX line; only an empty __init__.py has none."""
-    text = path.read_text()
-    assert text.startswith(SPDX) or (path.name == "__init__.py" and not text)
+    texts = {path: path.read_text() for path in [*SOURCES, *TESTS]}
+    without = [path for path, text in texts.items() if not text.startswith(SPDX)]
+    assert [] == [short(path) for path in without if path.name != "__init__.py" or texts[path]]
 
 
 def test_every_part_has_a_layer():
@@ -104,26 +103,29 @@ def test_every_part_has_a_layer():
     assert parts == set.union(*LAYERS)
 
 
-@pytest.mark.parametrize("path", OURS, ids=short)
-def test_imports_go_downward(path):
-    """No module imports from a layer above its own."""
-    part = part_of(path)
-    for line, module in imports_of(path):
-        package, _, rest = module.partition(".")
-        imported = rest.partition(".")[0]
-        if package == "tokenpool" and any(imported in parts for parts in LAYERS):
-            assert part != "__init__", f"{short(path)}:{line}: the package itself imports nothing of ours"
-            assert layer_of(imported) <= layer_of(part), f"{short(path)}:{line}: {part} imports {module}"
-        elif package == "tokenpool":
-            assert imported in ("", "__version__"), f"{short(path)}:{line}: {module} is in no layer"
+def test_imports_go_downward():
+    """No module imports from a layer above its own; the package itself imports nothing of ours."""
+    wrong = []
+    for path in OURS:
+        part = part_of(path)
+        for line, module in imports_of(path):
+            package, _, rest = module.partition(".")
+            imported = rest.partition(".")[0]
+            if package != "tokenpool" or imported in ("", "__version__"):
+                continue
+            known = any(imported in parts for parts in LAYERS)
+            if not known or part == "__init__" or layer_of(imported) > layer_of(part):
+                wrong.append(f"{short(path)}:{line}: {module}")
+    assert [] == wrong
 
 
-@pytest.mark.parametrize("path", [p for p in OURS if part_of(p) in ENGINE_FREE], ids=short)
-def test_low_layers_know_no_engine(path):
+def test_low_layers_know_no_engine():
     """Settings, memory and policies import neither vLLM nor Ray; only memory may import torch."""
-    packages = {module.partition(".")[0] for _, module in imports_of(path)}
-    assert not packages & {"vllm", "ray"}
-    assert "torch" not in packages or part_of(path) == "memory"
+    wrong = []
+    for path in (p for p in OURS if part_of(p) in ENGINE_FREE):
+        forbidden = {"vllm", "ray"} if part_of(path) == "memory" else {"vllm", "ray", "torch"}
+        wrong += [f"{short(path)}:{line}" for line, m in imports_of(path) if m.partition(".")[0] in forbidden]
+    assert [] == wrong
 
 
 def markers_of(path: Path) -> list[str]:
@@ -137,10 +139,10 @@ def markers_of(path: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in TESTS if p.name.startswith("test_")], ids=short)
-def test_every_test_file_has_one_marker(path):
+def test_every_test_file_has_one_marker():
     """Each test file says once what it needs to run: cpu, vllm, ray, gpu or deploy."""
-    assert len(markers_of(path)) == 1
+    markers = {short(path): markers_of(path) for path in TESTS if path.name.startswith("test_")}
+    assert {} == {name: found for name, found in markers.items() if len(found) != 1}
 
 
 def test_packages_in_pyproject_are_those_on_disk():
@@ -155,10 +157,9 @@ def test_packages_in_pyproject_are_those_on_disk():
     assert {name: str(folder.relative_to(ROOT)) for name, folder in PACKAGE_DIRS.items()} == setuptools["package-dir"]
 
 
-@pytest.mark.parametrize("path", [*OURS, *TESTS], ids=short)
-def test_every_module_is_in_a_package(path):
+def test_every_module_is_in_a_package():
     """A folder without __init__.py would be left out of the wheel, or shadow another test module's name."""
-    assert (path.parent / "__init__.py").exists()
+    assert [] == [short(path) for path in [*OURS, *TESTS] if not (path.parent / "__init__.py").exists()]
 
 
 def test_markers_are_those_of_pyproject():

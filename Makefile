@@ -1,4 +1,4 @@
-# make demo | demo-files | test | test-fast | test-compat | test-deploy | dashboards | lint:
+# make demo | demo-files | test | test-all | test-fast | test-compat | test-deploy | dashboards | lint:
 # each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ COMPAT_VLLM = 0.29.0
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup demo demo-files test test-fast test-compat test-deploy dashboards lint clean
+.PHONY: setup demo demo-files test test-all test-fast test-compat test-deploy dashboards lint clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
@@ -76,6 +76,10 @@ demo-files: setup
 
 # Two workers: much of the time a test waits for a process to start. More would need more cores and memory.
 test: setup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow"
+
+# With the variants that are left out above: other seeds and policies, more frontends.
+test-all: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-fast: setup

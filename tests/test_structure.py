@@ -31,6 +31,7 @@ LAYERS = [
 """From low to high: a module imports from its own layer and lower ones. The package itself holds only the version."""
 ENGINE_FREE = LAYERS[0] | {"memory", "policy", "scheduler_plugins", "sim"}
 MARKERS = {"cpu", "vllm", "ray", "gpu", "deploy"}
+"""What a test file needs to run."""
 SPDX = "# SPDX-License-Identifier: Apache-2.0\n"
 MAX_LINES, MAX_TEST_LINES = 400, 600
 
@@ -165,4 +166,4 @@ def test_every_module_is_in_a_package():
 def test_markers_are_those_of_pyproject():
     """The markers this file knows are the registered ones."""
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    assert sorted(marker.partition(":")[0] for marker in options["markers"]) == sorted(MARKERS)
+    assert sorted(marker.partition(":")[0] for marker in options["markers"]) == sorted(MARKERS | {"slow"})

@@ -28,7 +28,9 @@ def test_every_seed_keeps_the_laws_and_two_runs_of_it_are_the_same():
         assert outcome.total(figure), f"no seed has any {figure}"
 
 
-@pytest.mark.parametrize("mutant", ["hunger_is_guessed", "copies_throw_each_other_out"])
+@pytest.mark.parametrize(
+    "mutant", ["hunger_is_guessed", pytest.param("copies_throw_each_other_out", marks=pytest.mark.slow)]
+)
 def test_a_fault_that_is_put_back_is_found(mutant):
     """The simulator is no better than the faults that it can find; bench/dst.py puts back the rarer ones too."""
     outcome = run_seeds(range(60), mutant=mutant, stop_early=True)

@@ -13,7 +13,7 @@ from tests.helpers.plain import run_plain
 pytestmark = pytest.mark.vllm
 
 
-@pytest.mark.parametrize("movable", [False, True], ids=["fixed", "movable"])
+@pytest.mark.parametrize("movable", [pytest.param(False, marks=pytest.mark.slow), True], ids=["fixed", "movable"])
 def test_models_run_on_while_another_is_built(tmp_path, monkeypatch, movable):
     """With a pause wherever one may be, tokens and logprobs of all are those of plain vLLM."""
     from tests.helpers.pooled import PooledModels, make_spec

@@ -161,7 +161,7 @@ def test_a_model_that_leaves_again_or_is_removed_settles_first(returning):
     assert 0 == returning.models.host.host_ledger.total("paused_kv")
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_late_copies_change_no_stream(cases, reference, seed):
     """Under the host's own loop, with weights that move too and random turns; other models step meanwhile."""
     from tests.helpers.pooled import PooledModels

@@ -84,7 +84,7 @@ class Traffic:
             self.removals += 1
 
 
-@pytest.mark.parametrize("policy", ["slack", "aegaeon"])
+@pytest.mark.parametrize("policy", ["slack", pytest.param("aegaeon", marks=pytest.mark.slow)])
 def test_twelve_models_on_a_quarter_of_their_memory(cases, policy):
     """Every request that is not aborted gets all its tokens; books, host memory and the process stay in bounds."""
     from tests.helpers.pooled import PooledModels

@@ -43,7 +43,7 @@ def spoil(folder: Path) -> bytes:
     return whole
 
 
-@pytest.mark.parametrize("frontends", [1, 2])
+@pytest.mark.parametrize("frontends", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_others_serve(tiny_models: TinyModels, tmp_path: Path, frontends: int) -> None:
     """A model that is bad at the start and one that cannot come back are failed, and say why; streams of the others
     go on; both can be helped: by mending their files, or by removing and adding them.

@@ -28,7 +28,7 @@ def pulse_age_s(server: PoolServerProcess) -> float:
     return float(found[1])
 
 
-@pytest.mark.parametrize("frontends", [1, 2])
+@pytest.mark.parametrize("frontends", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_host_is_overdue_then_replaced_and_loses_nothing(tiny_models: TinyModels, frontends: int) -> None:
     """Readiness, models, state and metrics say so meanwhile; all calls end as those of an undisturbed run."""
     pool = {

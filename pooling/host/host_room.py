@@ -47,8 +47,8 @@ class HostRoom:
         counters: SwitchCounters,
         evict: Callable[[str], None],
     ) -> None:
-        self.target: str | None = None
-        """Which model is being brought in: its copy stays."""
+        self.staying: frozenset[str] = frozenset()
+        """Whose copies stay: the models that are being brought in or are about to run."""
         self._models = models
         self._weights = weights
         self._swapper = swapper
@@ -170,7 +170,7 @@ class HostRoom:
         now_s, found = time.monotonic(), []
         for age, (name, view) in enumerate(self._weights.snapshot().items()):  # least recently used first
             resident = view.state is WeightState.RESIDENT
-            if name == self.target or not view.droppable or not (resident or view.state is WeightState.WARM):
+            if name in self.staying or not view.droppable or not (resident or view.state is WeightState.WARM):
                 continue
             busy = self._is_busy(name)
             if busy and (self._kept_until.get(name, 0.0) > now_s or (resident and not busy_resident)):

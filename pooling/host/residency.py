@@ -110,11 +110,11 @@ class ResidencyManager:
         Raises PoolError when a phase fails; the state is legal and the call can be repeated.
         """
         start = time.time()
-        self.room.host.target = hosted.name
+        self.room.host.staying = frozenset({hosted.name})
         try:
             plan = self._bring_in(hosted)
         finally:
-            self.room.host.target = None
+            self.room.host.staying = frozenset()
         end = time.time()
         self.counters.switches += 1
         self.counters.visible_seconds += end - start
@@ -150,14 +150,14 @@ class ResidencyManager:
         if attempt == self._refused:
             return False
         try:
-            self.room.host.target = hosted.name
+            self.room.host.staying = keep | {hosted.name}
             self._start_load(hosted, keep=keep, spare=spare, wait=False)
         except PoolError as error:
             logger.debug("no prefetch model=%s reason=%s", hosted.name, error)
             self._refused = attempt
             return False
         finally:
-            self.room.host.target = None
+            self.room.host.staying = frozenset()
         self.counters.prefetches += 1
         return True
 

@@ -206,6 +206,8 @@ class RoomMaker:
         name, kind = candidate.owner, candidate.kind
         hosted, gone = self._models[name], []
         hosted.core.drain_batches()
+        if self._is_gone(candidate):
+            return []
         if kind is not EvictionKind.WEIGHTS or (name not in spared and self._can_leave_for_free(hosted)):
             promised, nbytes = self._allocator.committed(name), self._swapper.bytes_out(hosted)
             try:
@@ -227,6 +229,12 @@ class RoomMaker:
             self._trace.record("weights_out", name, start, time.time())
             gone.append(Victim(name, kind, self._weights.pages_of(name)))
         return gone
+
+    def _is_gone(self, candidate: Candidate) -> bool:
+        """Whether it went with another since it was chosen: a drained step may end requests, and their KV was idle."""
+        if candidate.kind is EvictionKind.WEIGHTS:
+            return self._weights.state(candidate.owner) not in (WeightState.RESIDENT, WeightState.LOADING)
+        return self._swapper.is_out(candidate.owner)
 
     def _preempt_one(self, spared: set[str]) -> bool:
         """Preempt all requests of a model whose KV cannot leave, which is then forgotten; False if there is none."""

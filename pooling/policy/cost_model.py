@@ -15,6 +15,8 @@ _MEMORY = 0.995
 """Weight of the past at each observation: the last 200 or so count."""
 _PRIOR_WEIGHT = 0.3
 """Weight of the prior in observations; it never fades, or coefficients that nothing excites would drift."""
+_LEAST_PIVOT = 1e-12
+"""The same as a part of what was measured: far above what doubles round to, far below what a measurement says."""
 _SOLVE_EVERY = 8
 _CLIP = 4.0
 """An observation counts as at most so many times the usual error away from the prediction."""
@@ -100,14 +102,14 @@ class LinearFit:
         self.coefficients = tuple(values)
 
     def _solve_for(self, active: Sequence[int]) -> list[float]:
-        # Scaled, so that seconds per step and per token have the same size. Positive definite, by the prior's part:
-        # elimination needs no pivots.
+        # Scaled, so that seconds per step and per token have the same size. Positive definite, by the prior's part and
+        # beyond what rounding takes away: elimination needs no pivots.
         scales = [max(self._prior[i], self.coefficients[i], _TINY_S) for i in active]
         rows = []
         for i, scale in zip(active, scales, strict=True):
             row = [self._gram[i][j] * scale * other for j, other in zip(active, scales, strict=True)]
             row.append(self._moments[i] * scale + _PRIOR_WEIGHT * self._prior[i] / scale)
-            row[len(rows)] += _PRIOR_WEIGHT
+            row[len(rows)] += max(_PRIOR_WEIGHT, _LEAST_PIVOT * row[len(rows)])
             rows.append(row)
         size = len(rows)
         for i in range(size):

@@ -94,7 +94,7 @@ def copies_throw_each_other_out() -> Any:
         for owner, view in self._weights.snapshot().items():
             if self._weights.bytes_of(name) <= self._host.free_bytes:
                 return True
-            if owner in (name, current, self.target) or not view.droppable:
+            if owner in (name, current, *self.staying) or not view.droppable:
                 continue
             if view.state is WeightState.RESIDENT and not self._is_busy(owner):
                 self._evict(owner)

@@ -231,6 +231,7 @@ class Simulation:
                 stream.aborted = True
         for hosted in self.host.models.values():
             self.host.call(lambda core=hosted.core: core.drop_client(client))
+        self.host._calls.run()  # the frontend that takes its place sends nothing before that
 
     def _on_add(self, plan: ModelPlan) -> None:
         self.host.call(lambda: self._try_add(plan))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -101,3 +102,13 @@ def test_predictions_are_never_negative_and_grow_with_tokens(steps, batch, conte
     assert model.predict_step(batch, context, tokens) <= model.predict_step(batch, context, tokens + more)
     assert 0 <= model.predict_prefill(tokens) <= model.predict_prefill(tokens + more)
     assert 0 <= model.predict_copy(CopyKind.TO_HOST, tokens) <= model.predict_copy(CopyKind.TO_HOST, tokens + more)
+
+
+def test_steps_far_below_the_prior_with_slow_ones_between_are_learnt():
+    """Features that hardly differ and times of all sizes leave the fit little to go by; it stays finite."""
+    for seed in range(100):
+        rng, model, context = random.Random(seed), CostModel(), 20
+        for _ in range(300):
+            context = rng.choice((context + 1, context + 3, 0, context))
+            model.observe_step(rng.choice((1, 3)), context, 0, rng.choice((7e-6, 7e-6, 2e-5, rng.uniform(3e-4, 0.03))))
+            assert math.isfinite(model.predict_step(3, context))

@@ -34,7 +34,7 @@ def make_app(name: str) -> Starlette:
     """Return an app that tells its name and what it saw of the request."""
 
     async def echo(request: Request) -> JSONResponse:
-        body = await request.body()
+        body = await request.body() if request.method != "OPTIONS" else b""  # vLLM's apps read none there
         seen = {key: request.scope[key] for key in ("path", "root_path")} | {"body": body.decode("latin-1")}
         return JSONResponse({"app": name, "raw_path": request.scope["raw_path"].decode(), **seen})
 
@@ -294,7 +294,8 @@ def test_a_stored_response_is_found_where_it_was_made() -> None:
 def test_the_only_model_needs_no_name(method: str) -> None:
     """With one model, a request that names none is for that one; another's name is still unknown."""
     assert choose(make_router("a"), method, "/tokenizer_info") == "a"
-    assert choose(make_router("a"), method, "/tokenizer_info", json={"model": "x"}) == 404
+    if method != "OPTIONS":  # which asks about the path
+        assert choose(make_router("a"), method, "/tokenizer_info", json={"model": "x"}) == 404
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/redoc"])
@@ -321,6 +322,49 @@ def test_a_request_for_no_model_is_told_the_names(body: Any, status: int, kind: 
     error = {"message": f"{message} Known models: a, org/b", "type": kind, "param": "model", "code": status}
 
     assert (response.status_code, response.json()) == (status, {"error": error})
+
+
+def test_a_request_for_no_model_is_told_aliases_too() -> None:
+    """Each name that a model answers to is among those that are told, behind the model's own."""
+    router = two()
+    set_vllm_state(router.models["org/b"], {"lora-1": object()})
+    message = post(router, json={"model": "x"}).json()["error"]["message"]
+
+    assert message.endswith("Known models: a, org/b, lora-1, served-org/b")
+
+
+def make_routed(name: str, *routes: tuple[str, str]) -> ModelApp:
+    """Return a model whose app has these methods and paths alone."""
+
+    async def told(request: Request) -> JSONResponse:
+        return JSONResponse({"app": name})
+
+    app = Starlette(routes=[Route(path, told, methods=[method]) for method, path in routes])
+    return ModelApp(name, app, "resident")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [("POST", CHAT, 400), ("POST", "/v1/embeddings", 400), ("GET", "/v1/nope", 404), ("POST", "/v1/nope", 404)]
+    + [("GET", CHAT, 405), ("DELETE", "/v1/embeddings", 405), ("OPTIONS", CHAT, 405), ("OPTIONS", "/v1/nope", 404)],
+)
+def test_a_route_that_no_model_has_needs_no_name(method: str, path: str, expected: int) -> None:
+    """Unknown paths and wrong methods are answered by an app, as with one model; other requests need a name."""
+    router = make_router()
+    router.add(make_routed("a", ("POST", CHAT)))
+    router.add(make_routed("b", ("POST", "/v1/embeddings")))
+
+    assert choose(router, method, path) == expected
+    router.models["b"].app = make_app("not there yet").__call__  # it may have any route
+    assert choose(router, method, path) in (expected, 400)
+
+
+def test_a_model_is_asked_for_in_the_shape_of_the_messages_api() -> None:
+    """What the router refuses below /v1/messages is one of Anthropic's errors."""
+    for body, status in (({}, 400), ({"model": "x"}, 404)):
+        response = post(two(), "/v1/messages", json=body)
+        assert (status, "error", {"type", "message"}) == (
+            response.status_code, response.json()["type"], set(response.json()["error"]))  # fmt: skip
 
 
 def test_an_unknown_model_is_not_echoed_without_end() -> None:
@@ -418,10 +462,13 @@ def test_the_body_is_replayed_once_and_then_the_client_is_heard(cuts: tuple[int,
     assert (seen[0]["body"] is body) == (not cuts)
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
-@pytest.mark.parametrize("headers", [{}, {"content-length": "0"}])
+@pytest.mark.parametrize(
+    ("method", "headers"),
+    [(method, headers) for method in ("GET", "HEAD", "DELETE") for headers in ({}, {"content-length": "0"})]
+    + [("OPTIONS", {"content-length": "5"}), ("OPTIONS", {"transfer-encoding": "chunked"})],
+)
 def test_requests_without_a_body_are_passed_on_unread(method: str, headers: dict[str, str]) -> None:
-    """Where no body is announced, the app gets the server's own receive."""
+    """Where no body is announced, and with OPTIONS at all, the app gets the server's own receive."""
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

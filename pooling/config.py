@@ -164,8 +164,8 @@ class PoolConfig:
     minutes. YAML: `load_timeout: 30m`."""
     shutdown_timeout_s: float = 60.0
     """Longest wait for running requests after SIGTERM; 60 covers most. YAML: `shutdown_timeout: 60s`."""
-    max_request_bytes: int = 256 << 20
-    """Largest request body; 256 MiB leaves room for images and audio. YAML: `max_request: 256MiB`."""
+    max_request_bytes: int = 32 << 20
+    """Largest request body; 32 MiB leaves room for images and audio. YAML: `max_request: 32MiB`."""
 
     def __post_init__(self) -> None:
         check_setting(len(self.models) > 0, "models", "is empty: list at least one model with name and model")
@@ -197,7 +197,7 @@ class PoolConfig:
         check_setting(self.host_timeout_s >= 1, "host_timeout", "must be 1s or more, such as 120s")
         check_setting(self.load_timeout_s >= 1, "load_timeout", "must be 1s or more, such as 30m")
         check_setting(self.shutdown_timeout_s >= 0, "shutdown_timeout", "must be 0s or more")
-        check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 256MiB")
+        check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 32MiB")
         check_tenants(self.tenants, seen, self.api_key + self.admin_key)
         check_replicas(self.cluster, self.models)
 

@@ -21,6 +21,8 @@ class Metric:
     text: str
     """What it counts, and the unit if the name has none."""
     labels: tuple[str, ...] = ()
+    across: str = "livemostrecent"
+    """Which value of a gauge holds where several processes have one."""
 
     @property
     def exported(self) -> str:
@@ -33,7 +35,7 @@ class Metric:
 
         if self.kind == "counter":
             return Counter(self.name, self.text, self.labels)
-        return Gauge(self.name, self.text, self.labels, multiprocess_mode="livemostrecent")
+        return Gauge(self.name, self.text, self.labels, multiprocess_mode=self.across)
 
 
 _MODEL = ("model_name",)
@@ -77,6 +79,14 @@ _LIST = (
     Metric("tokenpool:models", "gauge", "Models by what /v1/models says of them.", ("state",)),
     Metric("tokenpool:model_failed", "gauge", "1 while a model cannot be loaded or served, else 0.", _MODEL),
     Metric("tokenpool:task_failures", "counter", "Background tasks that died and were started again.", ("task",)),
+    Metric("tokenpool:loop_lag_seconds", "counter", "Seconds by which event loops of frontends were late."),
+    Metric(
+        "tokenpool:loop_lag_max_seconds",
+        "gauge",
+        "Longest time that the event loop of a frontend was late in the last minute.",
+        across="livemax",
+    ),
+    Metric("tokenpool:loop_stalls", "counter", "Times that such a loop was later than that.", ("over_seconds",)),
     Metric("tokenpool:host_pulse_age_seconds", "gauge", "Seconds since an engine host gave a pulse."),
     Metric("tokenpool:host_restarts", "counter", "Times a dead engine host was started again."),
     Metric("tokenpool:frontend_restarts", "counter", "Times a dead one of several frontends was started again."),

@@ -106,7 +106,7 @@ def test_only_models_are_needed() -> None:
         config.device_memory, config.host_memory, config.page_size, config.kv_floor_pages,
     ) == (None, None, 32 * MIB, 1)  # fmt: skip
     assert (config.host, config.port, config.api_key, config.admin_key) == (None, 8000, (), ())
-    assert (Scheduling("auto"), 60.0, 256 * MIB) == (
+    assert (Scheduling("auto"), 60.0, 32 * MIB) == (
         config.scheduling, config.shutdown_timeout_s, config.max_request_bytes,
     )  # fmt: skip
 

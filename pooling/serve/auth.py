@@ -3,8 +3,8 @@
 
 Paths are judged by the worst reading any later layer could give them (decoded, with empty and dot segments
 removed, below a ``/models/<name>/`` prefix), so that no spelling of an admin path gets round its key.
-This module also holds what the router needs to agree on with it: how a path is read, and the OpenAI error
-shape of the pool's own refusals. It imports no vLLM.
+This module also holds what the router needs to agree on with it: how a path is read, and the shape of the pool's
+own refusals. It imports no vLLM.
 """
 
 from __future__ import annotations
@@ -28,16 +28,42 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/ping", "/pool"})
 TENANT_KEY = "tokenpool.tenant"
 """Where the scope of a request has the account of its tenant, in a pool with tenants."""
 
+CLIENT_KEY = "tokenpool.client"
+"""True in the scope of a request whose key, if the pool asks for one, is known: probes come with it and without."""
+
 _MAX_DECODE_ROUNDS = 8
+
+
+_MESSAGES = "/v1/messages"
+
+
+class ErrorAnswer(Response):
+    """An error that the pool itself answers, in the shape of the API that was called."""
+
+    def __init__(
+        self, status: int, kind: str, message: str, param: str | None, headers: Mapping[str, str] | None
+    ) -> None:
+        error = {"message": message, "type": kind, "param": param, "code": status}
+        # ASCII escapes: a name copied from the request may hold lone surrogates, which UTF-8 cannot carry.
+        super().__init__(json.dumps({"error": error}), status, headers, "application/json")
+        self._for_messages = json.dumps({"type": "error", "error": {"type": kind, "message": message}})
+        self._own_headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it: by Anthropic's Messages API below ``/v1/messages``, else by OpenAI's."""
+        path: str = scope["path"]
+        if path.endswith(_MESSAGES) or f"{_MESSAGES}/" in path:
+            answer = Response(self._for_messages, self.status_code, self._own_headers, "application/json")
+            await answer(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def error_response(
     status: int, kind: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return an error in the shape of vLLM's OpenAI server: message, type, param, code."""
-    error = {"message": message, "type": kind, "param": param, "code": status}
-    # ASCII escapes: a name copied from the request may hold lone surrogates, which UTF-8 cannot carry.
-    return Response(json.dumps({"error": error}), status, headers, "application/json")
+    """Return an error with what vLLM's OpenAI server tells: message, type, param, code."""
+    return ErrorAnswer(status, kind, message, param, headers)
 
 
 def route_path(scope: Scope) -> str:
@@ -99,11 +125,11 @@ class ApiKeyAuth:
 
     | path                  | needs                                                               |
     |-----------------------|---------------------------------------------------------------------|
-    | in `open_paths`       | nothing; the path must match exactly                                |
+    | in `open_paths`       | nothing; the path must match exactly. `CLIENT_KEY` tells of a key   |
     | touches ``/v1/pool``  | an admin key; without any configured, always refused with 403       |
     | any other             | an API, tenant or admin key, if API or tenant keys are configured   |
 
-    OPTIONS passes (CORS preflights carry no key), so a route behind this must not act on OPTIONS.
+    It holds for every method. Preflights, which carry no key, are answered in front of it: see `port`.
     """
 
     def __init__(
@@ -118,7 +144,8 @@ class ApiKeyAuth:
     ) -> None:
         """`tenant_keys` are SHA-256 digests, each with what the request's scope then has at `TENANT_KEY`.
 
-        Any other request that is let through, but for probes, has `default_tenant` there, unless it is None.
+        Any other request that is let through, but for probes without a key, has `default_tenant` there, unless it is
+        None.
         """
         self.app = app
         self._admin_digests = _digests("admin_key", admin_keys)
@@ -140,19 +167,15 @@ class ApiKeyAuth:
             await send({"type": "websocket.close", "code": 1008, "reason": "invalid or missing key"})
 
     def _refusal(self, scope: Scope) -> Response | None:
-        path: str = scope["path"]
-        if scope.get("method") == "OPTIONS":
-            return None
-        if touches_pool_api(path):
+        if touches_pool_api(scope["path"]):
             return self._admin_refusal(scope)
-        if route_path(scope) in self._open_paths:
-            return None
         owner = self._default_tenant
         if not self._is_open:
             found = _carried_key(scope, self._user_digests)
             if found is None:
-                return _unauthorized("Missing or invalid API key.")
+                return None if route_path(scope) in self._open_paths else _unauthorized("Missing or invalid API key.")
             owner = self._owners[found]
+        scope[CLIENT_KEY] = True
         if owner is not None:
             scope[TENANT_KEY] = owner
         return None

@@ -6,10 +6,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
+from http import HTTPStatus
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,9 +23,10 @@ from tokenpool.config import PoolConfig
 from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, ModelUnavailableError, PoolError
 from tokenpool.host.metrics import LabelledGauge
 from tokenpool.metric_registry import metric
-from tokenpool.serve.auth import TENANT_KEY, error_response
+from tokenpool.serve.auth import CLIENT_KEY, TENANT_KEY, error_response
 from tokenpool.serve.host_metrics import merged
-from tokenpool.serve.router import ModelApp
+from tokenpool.serve.model_app import ModelApp
+from tokenpool.serve.model_choice import unknown_model, usable
 from tokenpool.serve.status_page import status_page
 from tokenpool.serve.tenant_metrics import show_tenants
 from tokenpool.units import parse_seconds
@@ -55,7 +58,7 @@ def build_outer_app() -> Starlette:
         Route("/v1/pool/models", add_model, methods=["POST"]),
         Route("/v1/pool/models/{name:path}", remove_model, methods=["DELETE"]),
     ]
-    return Starlette(routes=routes, exception_handlers={PoolError: _pool_error})
+    return Starlette(routes=routes, exception_handlers={PoolError: _pool_error, HTTPException: _http_error})
 
 
 async def health(request: Request) -> Response:
@@ -64,10 +67,13 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 when a model can be served and all others are or have failed, else 503; with each model's state."""
-    pool = request.app.state.pool
-    body = {name: model.state for name, model in pool.router.models.items()}
-    return JSONResponse(body, status_code=200 if pool.ready else 503)
+    """200 when a model can be served and all others are or have failed, else 503; with a key, each model's state."""
+    is_ready = request.app.state.pool.ready
+    if request.scope.get(CLIENT_KEY):
+        body: dict[str, Any] = {model.name: model.state for model in _models_of(request)}
+    else:
+        body = {"ready": is_ready}
+    return JSONResponse(body, status_code=200 if is_ready else 503)
 
 
 async def load(request: Request) -> Response:
@@ -108,14 +114,12 @@ async def show_model(request: Request) -> Response:
         for card in await _cards(model):
             if card["id"] == name:
                 return JSONResponse(card)
-    return _unknown(request, name)
+    return unknown_model(name, _models_of(request)).response
 
 
 def _models_of(request: Request) -> list[ModelApp]:
     """The models that whoever asks may use."""
-    account = request.scope.get(TENANT_KEY)
-    models = request.app.state.pool.router.models.values()
-    return [model for model in models if account is None or account.config.may_use(model.name)]
+    return usable(request.app.state.pool.router.models.values(), request.scope.get(TENANT_KEY))
 
 
 async def _cards(model: ModelApp) -> list[dict[str, Any]]:
@@ -188,14 +192,8 @@ async def remove_model(request: Request) -> Response:
     try:
         await request.app.state.pool.remove_model(name, parse_seconds(request.query_params.get("drain", "60s")))
     except KeyError:
-        return _unknown(request, name)
+        return unknown_model(name, _models_of(request)).response
     return JSONResponse({"name": name, "removed": True})
-
-
-def _unknown(request: Request, name: str) -> Response:
-    known = ", ".join(model.name for model in _models_of(request))
-    message = f"The model `{name}` does not exist. Known models: {known}"
-    return error_response(404, "NotFoundError", message, "model")
 
 
 def _pool_error(request: Request, error: Exception) -> Response:
@@ -205,3 +203,10 @@ def _pool_error(request: Request, error: Exception) -> Response:
         return error_response(507, "InsufficientStorageError", str(error))
     wait_s = error.retry_after_s if isinstance(error, ModelUnavailableError) else 5.0
     return error_response(503, "ServiceUnavailableError", str(error), None, {"retry-after": str(math.ceil(wait_s))})
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """A path or method that there is not, as vLLM's apps tell it."""
+    assert isinstance(error, HTTPException)
+    kind = HTTPStatus(error.status_code).phrase
+    return error_response(error.status_code, kind, error.detail, None, error.headers)

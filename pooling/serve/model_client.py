@@ -27,12 +27,12 @@ from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.metric_files import forget_models
 from tokenpool.patches.engine_client import handing_in
 from tokenpool.serve.admission import EngineQueue
-from tokenpool.serve.cors import drop_cors
 from tokenpool.serve.engine_client import PoolEngineClient
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.keeper import Backoff, count_failure
 from tokenpool.serve.launch_plan import ModelPlan, first_line
 from tokenpool.serve.names import names_of
+from tokenpool.serve.port import drop_port_parts, without_port_flags
 from tokenpool.serve.tenant_meter import meter
 from tokenpool.serve.tracing import RequestTracer, provider_for, trace_requests
 
@@ -124,8 +124,8 @@ class ModelClient:
 
     async def _build_app(self) -> None:
         tasks = await self.engine.get_supported_tasks()
-        self.app = app = build_app(self.plan.args, tasks, self.engine.model_config)
-        drop_cors(app)  # the port has one, by the first model's flags
+        self.app = app = build_app(without_port_flags(self.plan.args), tasks, self.engine.model_config)
+        drop_port_parts(app)
         await init_app_state(self.engine, app.state, self.plan.args, tasks)
         app.state.server = None  # vLLM's error handler looks it up; the pool never stops because of one model
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))

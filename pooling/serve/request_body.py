@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the router reads of a request's body: the model's name and how deep its JSON is. Imports no vLLM."""
+"""What the router reads of a request's body: its model's name, and what parsing its JSON would cost. No vLLM here."""
 
 from __future__ import annotations
 
+import asyncio
+import codecs
 import json
-import re
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
+import numpy as np
 from starlette.datastructures import Headers
 from starlette.formparsers import FormParser, MultiPartParser
 from starlette.types import Message, Receive
@@ -17,11 +19,17 @@ MAX_DEPTH = 128
 """Levels of arrays and objects in a body. JSON schemas of tools have a dozen; code that walks a deeper value by
 recursion, in validation or in grammar compilers, may run out of stack."""
 
-_FORM_PIECE_BYTES = 64 * 1024
+MAX_CONTAINERS = 100_000
+"""Arrays and objects in a body. Each takes an allocation, so that a body of brackets alone would keep parsers busy."""
+
+MAX_VALUES = 1_000_000
+"""Values in a body, such as the numbers of prompts that come as tokens."""
+
+_PIECE_BYTES = 64 * 1024
+"""Of a body that are looked at before others have a turn."""
 _FORM_TYPES = ("multipart/form-data", "application/x-www-form-urlencoded")
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)  # one without an end goes to the body's end
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_ALIKE = bytes.maketrans(b"{}", b"[]")
+_QUOTE, _COMMA = b'",'
+_OPENS, _CLOSES = b"[{", b"]}"
 
 
 class UnreadableModelError(Exception):
@@ -62,8 +70,9 @@ async def _form_model(headers: Headers, body: bytes, content_type: str) -> Any:
     """Parse the form only as far as its `model` field: clients send it before megabytes of audio."""
 
     async def pieces() -> AsyncGenerator[bytes, None]:
-        for start in range(0, len(body), _FORM_PIECE_BYTES):
-            yield body[start : start + _FORM_PIECE_BYTES]
+        for start in range(0, len(body), _PIECE_BYTES):
+            yield body[start : start + _PIECE_BYTES]
+            await asyncio.sleep(0)  # others have a turn: the parser is slow
             if any(key == "model" for key, _ in getattr(parser, "items", ())):
                 return
 
@@ -85,21 +94,69 @@ def adapter_name(body: bytes) -> Any:
         return None  # vLLM's own validation says what is wrong with it
 
 
-def is_too_deep(body: bytes, content_type: str) -> bool:
-    """Tell whether a body that is JSON, or may be taken for it, is nested deeper than `MAX_DEPTH`.
+async def fault_of(body: bytes, content_type: str) -> str | None:
+    """Say why a body that is JSON, or may be taken for it, costs too much to parse, or return None.
 
-    Works on the bytes, without recursion: O(bytes), and at most MAX_DEPTH passes over the brackets alone.
+    Works on the bytes, without recursion: O(bytes), and others have a turn every `_PIECE_BYTES`.
     """
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH or media_type(content_type) in _FORM_TYPES:
-        return False  # nearly every request ends here
-    if (encoding := json.detect_encoding(body)) not in ("utf-8", "utf-8-sig"):
-        body = body.decode(encoding, "replace").encode(errors="replace")
-    brackets = _STRING.sub(b"", body).translate(_ALIKE, _NO_BRACKETS)
-    for _ in range(MAX_DEPTH):  # each pass takes the innermost level away
-        brackets, before = brackets.replace(b"[]", b""), brackets
-        if brackets == before:
-            break
-    return b"[]" in brackets or brackets.count(b"[") > MAX_DEPTH
+    if media_type(content_type) in _FORM_TYPES or not _may_be_large(body):
+        return None  # nearly every request ends here
+    encoding, scan = json.detect_encoding(body), _JsonScan()
+    decoder = None if encoding in ("utf-8", "utf-8-sig") else codecs.getincrementaldecoder(encoding)("replace")
+    for start in range(0, len(body), _PIECE_BYTES):
+        if start:
+            await asyncio.sleep(0)
+        piece = body[start : start + _PIECE_BYTES]
+        if decoder is not None:
+            piece = decoder.decode(piece).encode(errors="replace")
+        if piece and (fault := scan.feed(piece)) is not None:
+            return fault
+    return None
+
+
+def _may_be_large(body: bytes) -> bool:
+    # In UTF-16 and UTF-32, too, each of these characters has this byte.
+    return body.count(b"[") + body.count(b"{") > min(MAX_DEPTH, MAX_CONTAINERS) or body.count(b",") >= MAX_VALUES
+
+
+class _JsonScan:
+    """Counts what lies outside of the strings of a JSON text that comes in pieces."""
+
+    def __init__(self) -> None:
+        self._in_string = False
+        self._carried = b""  # a backslash that belongs to the next piece
+        self._depth = self._num_containers = self._num_commas = 0
+
+    def feed(self, piece: bytes) -> str | None:
+        """Count one more piece; returns what is wrong with the text so far."""
+        text = np.frombuffer(self._without_escapes(piece), np.uint8)
+        if not len(text):
+            return None
+        inside = np.bitwise_xor.accumulate((text == _QUOTE).view(np.int8)).view(bool) ^ self._in_string
+        self._in_string = bool(inside[-1])
+        outside = ~inside
+        opens = outside & ((text == _OPENS[0]) | (text == _OPENS[1]))
+        closes = outside & ((text == _CLOSES[0]) | (text == _CLOSES[1]))
+        depths = np.cumsum(opens.view(np.int8) - closes.view(np.int8), dtype=np.int32)
+        deepest, self._depth = self._depth + int(depths.max()), self._depth + int(depths[-1])
+        self._num_containers += int(np.count_nonzero(opens))
+        self._num_commas += int(np.count_nonzero(outside & (text == _COMMA)))
+        if deepest > MAX_DEPTH:
+            return f"The JSON of the request is nested deeper than {MAX_DEPTH} levels."
+        if self._num_containers > MAX_CONTAINERS:
+            return f"The JSON of the request has more than {MAX_CONTAINERS} arrays and objects."
+        if self._num_commas >= MAX_VALUES:
+            return f"The JSON of the request has more than {MAX_VALUES} values."
+        return None
+
+    def _without_escapes(self, piece: bytes) -> bytes:
+        """The piece without escaped quotes and backslashes, so that each quote begins or ends a string."""
+        piece, self._carried = self._carried + piece, b""
+        if b"\\" not in piece:
+            return piece
+        if (len(piece) - len(piece.rstrip(b"\\"))) % 2:
+            piece, self._carried = piece[:-1], b"\\"
+        return piece.replace(b"\\\\", b"").replace(b'\\"', b"")
 
 
 def media_type(content_type: str) -> str:
@@ -107,11 +164,21 @@ def media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that yields the body once, then the real messages: the app sees its client go."""
-    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+def replay(body: bytes, receive: Receive, content_type: str = "") -> Receive:
+    """Return a `receive` that yields the body once, then the real messages: the app sees its client go.
+
+    JSON comes in one message, a form in pieces, between which others have a turn: its parser is slow.
+    """
+    size = _PIECE_BYTES if media_type(content_type) in _FORM_TYPES else max(1, len(body))
+    pieces = iter(range(0, max(1, len(body)), size))
 
     async def replayed() -> Message:
-        return pending.pop() if pending else await receive()
+        if (start := next(pieces, None)) is None:
+            return await receive()
+        if start:
+            await asyncio.sleep(0)
+        is_all = not start and size >= len(body)
+        piece = body if is_all else body[start : start + size]
+        return {"type": "http.request", "body": piece, "more_body": start + size < len(body)}
 
     return replayed

@@ -20,18 +20,21 @@ import uvloop
 from starlette.applications import Starlette
 from vllm import envs
 from vllm.entrypoints.launchers.launcher import NoSignalServer, create_server_socket
+from vllm.entrypoints.launchers.utils.constants import H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
 from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
 from vllm.utils.system_utils import set_ulimit
 
 from tokenpool.config import PoolConfig
 from tokenpool.errors import ConfigError, PoolError
 from tokenpool.logs import log_to_stderr
-from tokenpool.serve.cors import with_cors
 from tokenpool.serve.ending import END_MARGIN_S, end_after
 from tokenpool.serve.endpoints import build_outer_app
+from tokenpool.serve.http_limits import HEAD_BYTES, http_protocol
 from tokenpool.serve.launch_plan import ModelPlan, first_line, plan_pool
+from tokenpool.serve.loop_watch import LoopWatch
 from tokenpool.serve.model_life import reason_of
 from tokenpool.serve.pool_server import PoolServer
+from tokenpool.serve.port import with_port_flags
 from tokenpool.serve.tracing import end_tracing
 from tokenpool.units import format_bytes, format_count
 
@@ -118,12 +121,14 @@ def _plan(
 async def _serve(
     config: PoolConfig, plans: list[ModelPlan], sock: socket.socket, make_pool: MakePool, announce: bool, timers: Timers
 ) -> None:
-    args = plans[0].args
-    pool = make_pool(build_outer_app())
+    args, outer, watch = plans[0].args, build_outer_app(), LoopWatch()
+    pool = make_pool(outer)
+    watch.start()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = NoSignalServer(_uvicorn_config(with_cors(pool.app, args), args, config))
+    app = watch.around(with_port_flags(pool.app, args, outer))
+    server = NoSignalServer(_uvicorn_config(app, args, config))
     # The port answers while models load: /health is up, /ready and the models say 503.
     serving = asyncio.create_task(_answer(server, pool, sock))
     starting = asyncio.create_task(pool.start())
@@ -146,6 +151,7 @@ async def _serve(
         await pool.stop()
         await asyncio.wait({serving}, timeout=2.0)
         stopping.cancel()
+        watch.stop()
 
 
 def _how_it_ended(task: asyncio.Task[None]) -> str:
@@ -175,6 +181,7 @@ def log_address(plans: list[ModelPlan], sock: socket.socket) -> None:
 
 def _uvicorn_config(app: Any, args: Namespace, config: PoolConfig) -> uvicorn.Config:
     options: dict[str, Any] = {}
+    is_default = args.h11_max_incomplete_event_size == H11_MAX_INCOMPLETE_EVENT_SIZE_DEFAULT
     if (log_config := get_uvicorn_log_config(args)) is not None:
         options["log_config"] = log_config
     uvicorn_config = uvicorn.Config(
@@ -188,7 +195,8 @@ def _uvicorn_config(app: Any, args: Namespace, config: PoolConfig) -> uvicorn.Co
         ssl_certfile=args.ssl_certfile,
         ssl_ca_certs=args.ssl_ca_certs,
         ssl_cert_reqs=args.ssl_cert_reqs,
-        h11_max_incomplete_event_size=args.h11_max_incomplete_event_size,
+        http=http_protocol(),
+        h11_max_incomplete_event_size=HEAD_BYTES if is_default else args.h11_max_incomplete_event_size,
         **options,
     )
     uvicorn_config.h11_max_header_count = args.h11_max_header_count

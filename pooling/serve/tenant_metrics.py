@@ -23,7 +23,7 @@ def show_tenants(book: TenantBook, models: dict[str, ModelApp]) -> None:
             _count(_TOKENS, usage.prompt_tokens, tenant, model, "prompt")
             _count(_TOKENS, usage.completion_tokens, tenant, model, "completion")
         for (model, reason), count in account.refused.items():
-            if model in models:
+            if model in models or not model:  # a request is refused before its body, and with it its model, is read
                 _count(_REFUSED, count, tenant, model, reason)
         for name, model_app in models.items():
             if model_app.gate.line is not None:

@@ -167,18 +167,18 @@ class Account:
         for bucket in filter(None, (self.request_bucket, self.token_bucket)):
             bucket.set_share(time.monotonic(), share)
 
-    def refusal(self, scope: Scope, model: str) -> Response | None:
-        """The answer that refuses a request for `model`, counted; None if no limit is in the way."""
-        if not self.config.may_use(model):
-            self.refused[model, "models"] += 1
-            message = f"The tenant {self.config.name} may not use the model `{model}`."
-            return error_response(403, "PermissionDeniedError", message, "model")
-        if not _is_limited(scope):
+    def refusal(self, scope: Scope, model: str, being_read: int | None = None) -> Response | None:
+        """The answer that refuses a request by a limit, counted; None if no limit is in the way.
+
+        Before the body is read, `being_read` is how many others of the tenant are, which count as calls, and `model`
+        may be empty: nobody knows it.
+        """
+        if being_read is None and not _is_limited(scope):
             return None
         now_s = time.monotonic()
         if limit := self.config.max_concurrent:
             limit = max(1, math.floor(limit * self._share))
-            if (count := self.count_calls()) >= limit:
+            if (count := self.count_calls() + (being_read or 0)) >= limit:
                 return self._over_limit(model, "max_concurrent", self._mean_call_s / count)
         if self.token_bucket and (wait_s := self.token_bucket.ready_in_s(now_s)):
             return self._over_limit(model, "tokens_per_minute", wait_s)

@@ -13,7 +13,10 @@ import yaml
 from tests.deploy.test_chart_values import SCHEMA, VALUES, deeply
 from tokenpool.config import PoolConfig
 from tokenpool.serve.auth import OPEN_PATHS
-from tokenpool.serve.request_body import MAX_DEPTH
+from tokenpool.serve.body_budget import LARGEST_BODIES
+from tokenpool.serve.http_limits import HEAD_BYTES, HEAD_LINES, SILENCE_S
+from tokenpool.serve.loop_watch import STALL_S
+from tokenpool.serve.request_body import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES
 
 pytestmark = pytest.mark.deploy
 
@@ -50,10 +53,16 @@ def test_the_security_page_names_every_open_path():
 
 
 def test_the_security_page_states_the_limits_of_the_code():
-    """Size and depth of a body are what the defaults say."""
+    """Sizes, times and counts of a request are what the code says."""
     default = PoolConfig.from_dict({"models": [{"name": "a", "model": "b"}]})
     assert f"{default.max_request_bytes >> 20} MiB by default" in PAGES["security"]
-    assert f"| depth of JSON | {MAX_DEPTH}; 400 |" in PAGES["security"]
+    counts = f"depth {MAX_DEPTH}, {MAX_CONTAINERS:,} arrays and objects, a million values"
+    assert f"| JSON | {counts}; 400 |" in PAGES["security"] and MAX_VALUES == 1_000_000
+    bodies = f"{LARGEST_BODIES} times `max_request` together, {LARGEST_BODIES * default.max_request_bytes >> 20} MiB"
+    assert bodies in PAGES["security"]
+    assert f"{HEAD_BYTES >> 10} KiB and {HEAD_LINES} headers" in PAGES["security"]
+    assert f"{SILENCE_S:g} s for a whole head" in PAGES["security"]
+    assert f"more than {STALL_S:g} s" in PAGES["security"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from tokenpool.serve.auth import ApiKeyAuth, route_path, scope_below, touches_pool_api
+from tokenpool.serve.auth import CLIENT_KEY, ApiKeyAuth, route_path, scope_below, touches_pool_api
 from tokenpool.serve.router import ModelApp, ModelRouter
 
 pytestmark = pytest.mark.cpu
@@ -218,9 +218,34 @@ def test_a_path_starlette_would_route_to_the_pool_always_counts(parts: list[str]
     assert touches_pool_api("/" + "".join(f"{part}/" for part in parts) + "v1/pool")
 
 
-def test_preflights_pass() -> None:
-    """OPTIONS carries no key in a CORS preflight, so it passes."""
-    assert fetch(make_auth(), "/v1/chat/completions", method="OPTIONS").status_code == 200
+@pytest.mark.parametrize("method", [*METHODS, "WEIRD"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/models/a/metrics", "/metrics/", "/v1/pool/state"])
+def test_no_method_goes_without_a_key(method: str, path: str) -> None:
+    """A key is asked for by path alone; preflights are answered before."""
+    assert status(make_auth(), path, method=method) == 401
+
+
+def test_a_probe_knows_whether_its_client_has_a_key() -> None:
+    """The scope says so to the app, which answers probes with and without one; any key will do, no other one."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope.get(CLIENT_KEY))
+
+    for headers in (USER, ADMIN, {}, {"x-api-key": "wrong"}):
+        call(make_auth(app), "/ready", headers)
+    call(make_auth(app, api_keys=()), "/ready")
+    assert seen == [True, True, None, None, True]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/models/a/v1/messages"])
+def test_refusals_have_the_shape_of_the_messages_api(path: str) -> None:
+    """Below /v1/messages an error is one of Anthropic's, with the same headers."""
+    response = fetch(make_auth(), path, method="POST")
+    error = {"type": "AuthenticationError", "message": "Missing or invalid API key."}
+
+    assert (401, {"type": "error", "error": error}) == (response.status_code, response.json())
+    assert response.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("path", ["/v1/realtime", "/v1/pool/events", "/models/a/v1/pool"])

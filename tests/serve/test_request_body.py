@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -12,11 +13,19 @@ from hypothesis import strategies as st
 
 from tests.serve.test_router import post, two
 from tokenpool.serve import request_body
-from tokenpool.serve.request_body import MAX_DEPTH, is_too_deep
+from tokenpool.serve.request_body import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES, fault_of, replay
 
 pytestmark = pytest.mark.cpu
 
 JSON = "application/json"
+
+
+def fault(body: bytes, content_type: str = JSON) -> str | None:
+    return asyncio.run(fault_of(body, content_type))
+
+
+def is_too_deep(body: bytes, content_type: str = JSON) -> bool:
+    return "nested deeper" in (fault(body, content_type) or "")
 
 
 def nested(depth: int, opening: str = "[", closing: str = "]", inner: str = "") -> bytes:
@@ -29,6 +38,14 @@ def depth_of(value: Any) -> int:
     if isinstance(value, list):
         return 1 + max(map(depth_of, value), default=0)
     return 0
+
+
+def counts_of(value: Any) -> tuple[int, int]:
+    """Arrays and objects in a value, and commas outside of its texts."""
+    if not isinstance(value, list | dict):
+        return 0, 0
+    inner = [counts_of(each) for each in (value.values() if isinstance(value, dict) else value)]
+    return 1 + sum(each[0] for each in inner), max(0, len(inner) - 1) + sum(each[1] for each in inner)
 
 
 @pytest.mark.parametrize(("opening", "closing", "inner"), [("[", "]", ""), ('{"a":', "}", "1"), ('[{"a":', "}]", "0")])
@@ -49,13 +66,27 @@ values = st.recursive(
 
 
 @settings(max_examples=300)
-@given(values, st.integers(1, 6), st.sampled_from(["utf-8", "utf-16", "utf-32", "utf-16-le"]), st.booleans())
-def test_it_agrees_with_a_parser(value, limit, encoding, ascii_only):
-    """Whatever the texts hold and however they are encoded, the answer is that of walking the parsed value."""
+@given(
+    values,
+    st.integers(1, 6),
+    st.sampled_from(["utf-8", "utf-16", "utf-32", "utf-16-le"]),
+    st.booleans(),
+    st.integers(1, 40),
+)
+def test_it_agrees_with_a_parser(value, limit, encoding, ascii_only, piece_bytes):
+    """Whatever texts hold, however they are encoded and cut, the answers are those of walking the parsed value."""
     body = json.dumps(value, ensure_ascii=ascii_only).encode(encoding)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request_body, "_PIECE_BYTES", piece_bytes)
         patch.setattr(request_body, "MAX_DEPTH", limit)
-        assert (depth_of(value) > limit) == is_too_deep(body, JSON)
+        assert (depth_of(value) > limit) == is_too_deep(body)
+        patch.setattr(request_body, "MAX_DEPTH", 1000)
+        patch.setattr(request_body, "MAX_CONTAINERS", limit)
+        patch.setattr(request_body, "MAX_VALUES", 1000)
+        assert (counts_of(value)[0] > limit) == ("arrays and objects" in (fault(body) or ""))
+        patch.setattr(request_body, "MAX_CONTAINERS", 1000)
+        patch.setattr(request_body, "MAX_VALUES", limit)
+        assert (counts_of(value)[1] >= limit) == ("values" in (fault(body) or ""))
 
 
 @pytest.mark.parametrize("quote", [b'"', b'"\\"', b'\\"', b'"\\'])
@@ -65,9 +96,57 @@ def test_hostile_texts_cost_linear_time(quote):
     assert is_too_deep(b"[" * 200 + b'"' + b"]" * 200, JSON)
 
 
-def test_flat_brackets_are_not_deep():
-    """A million empty arrays side by side are two levels."""
-    assert not is_too_deep(b"[" + b"[]," * 1_000_000 + b"[]]", JSON)
+def test_flat_brackets_are_not_deep_but_may_be_too_many():
+    """Empty arrays side by side are two levels; as many as would keep a parser busy are refused."""
+    assert fault(b"[" + b"[]," * (MAX_CONTAINERS - 2) + b"[]]") is None
+    assert "more than 100000 arrays and objects" in (fault(b"[" + b"[]," * MAX_CONTAINERS + b"[]]") or "")
+    assert fault(b'["' + b"[{" * MAX_CONTAINERS + b'"]') is None
+
+
+def test_numbers_may_be_many_but_not_any():
+    """A prompt of a million tokens is a body; texts of commas are none of them."""
+    assert fault(b"[" + b"1," * (MAX_VALUES - 1) + b"1]") is None
+    assert "more than 1000000 values" in (fault(b"[" + b"1," * MAX_VALUES + b"1]") or "")
+    assert fault(b'["' + b"," * MAX_VALUES + b'"]') is None
+
+
+@pytest.mark.parametrize("body", [b"[]" * (1 << 20), b'{"x":"' + b"[" * 200 + b'\\"' * (1 << 20)])
+def test_others_have_a_turn_while_a_body_is_looked_at(body):
+    """The event loop runs on between pieces of a large body, whether it is refused or not."""
+
+    async def main() -> None:
+        turns = 0
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count())
+        await fault_of(body, JSON)
+        counting.cancel()
+        assert turns > 1
+
+    asyncio.run(main())
+
+
+def test_a_form_is_replayed_in_pieces():
+    """The app's own parser of forms gives others a turn, too: what it gets together is the body."""
+
+    async def main() -> None:
+        async def receive() -> Any:
+            return {"type": "http.disconnect"}
+
+        body = bytes(range(256)) * 1000
+        replayed, messages = replay(body, receive, "multipart/form-data; boundary=x"), []
+        while not messages or messages[-1]["type"] == "http.request":
+            messages.append(await replayed())
+        assert body == b"".join(message["body"] for message in messages[:-1])
+        assert [True] * (len(messages) - 2) + [False] == [message["more_body"] for message in messages[:-1]]
+        assert len(messages) > 3
+
+    asyncio.run(main())
 
 
 def test_forms_are_not_json():

@@ -34,7 +34,7 @@ def make_app(name: str) -> Starlette:
     """Return an app that tells its name and what it saw of the request."""
 
     async def echo(request: Request) -> JSONResponse:
-        body = await request.body()
+        body = await request.body() if request.method != "OPTIONS" else b""  # vLLM's apps read none there
         seen = {key: request.scope[key] for key in ("path", "root_path")} | {"body": body.decode("latin-1")}
         return JSONResponse({"app": name, "raw_path": request.scope["raw_path"].decode(), **seen})
 
@@ -267,34 +267,12 @@ def test_served_names_and_adapters_are_aliases() -> None:
     assert choose(router, "GET", "/models/a/x") == "a"
 
 
-def test_an_unseen_adapter_goes_to_the_one_model_that_may_find_it() -> None:
-    """vLLM's LoRA resolver plugins load adapters by name on demand; two such models would be a guess."""
-    router = two()
-    set_vllm_state(router.models["org/b"], lora_resolvers=[object()])
-    assert choose(router, "POST", CHAT, json={"model": "new"}) == "org/b"
-    set_vllm_state(router.models["a"], lora_resolvers=[object()])
-    assert choose(router, "POST", CHAT, json={"model": "new"}) == 404
-
-
-def test_a_stored_response_is_found_where_it_was_made() -> None:
-    """GET and cancel of a stored response go to its model; an id nobody has is 404 in vLLM's words."""
-    router = two()
-    set_vllm_state(router.models["org/b"], responses={"resp_1": object()})
-
-    assert choose(router, "GET", "/v1/responses/resp_1?stream=true") == "org/b"
-    assert choose(router, "POST", "/v1/responses/resp_1/cancel") == "org/b"
-    assert choose(router, "GET", "/v1/responses/resp_2") == 404
-    message = fetch(router, "GET", "/v1/responses/resp_2").json()["error"]["message"]
-    assert message == "Response with id 'resp_2' not found."
-    assert choose(router, "POST", "/v1/responses/render", json={"model": "a"}) == "a"
-    assert choose(make_router("a"), "GET", "/v1/responses/resp_2") == "a"
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_the_only_model_needs_no_name(method: str) -> None:
     """With one model, a request that names none is for that one; another's name is still unknown."""
     assert choose(make_router("a"), method, "/tokenizer_info") == "a"
-    assert choose(make_router("a"), method, "/tokenizer_info", json={"model": "x"}) == 404
+    if method != "OPTIONS":  # which asks about the path
+        assert choose(make_router("a"), method, "/tokenizer_info", json={"model": "x"}) == 404
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/redoc"])
@@ -418,10 +396,13 @@ def test_the_body_is_replayed_once_and_then_the_client_is_heard(cuts: tuple[int,
     assert (seen[0]["body"] is body) == (not cuts)
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
-@pytest.mark.parametrize("headers", [{}, {"content-length": "0"}])
+@pytest.mark.parametrize(
+    ("method", "headers"),
+    [(method, headers) for method in ("GET", "HEAD", "DELETE") for headers in ({}, {"content-length": "0"})]
+    + [("OPTIONS", {"content-length": "5"}), ("OPTIONS", {"transfer-encoding": "chunked"})],
+)
 def test_requests_without_a_body_are_passed_on_unread(method: str, headers: dict[str, str]) -> None:
-    """Where no body is announced, the app gets the server's own receive."""
+    """Where no body is announced, and with OPTIONS at all, the app gets the server's own receive."""
     seen: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -149,11 +149,11 @@ def test_limits_hold_for_streams_and_say_when_to_come_back(server):
 
 
 def test_a_tenant_sees_and_uses_its_models_only(server):
-    """The others are not listed and answer 403; the pool's API is for admins."""
+    """The others are not listed and are as none: 404; the pool's API is for admins."""
     listed = send(server, "narrow", "/v1/models", None, "GET").json()["data"]
     assert ["embed"] == [card["id"] for card in listed]
     assert 404 == send(server, "narrow", "/v1/models/llama", None, "GET").status_code
-    assert 403 == send(server, "narrow", "/v1/completions", COMPLETION).status_code
+    assert 404 == send(server, "narrow", "/v1/completions", COMPLETION).status_code
     assert 200 == send(server, "narrow", "/v1/embeddings", {"model": "embed", "input": "x"}).status_code
     assert 2 == len(send(server, "free", "/v1/models", None, "GET").json()["data"])
     for path in ("/v1/pool/tenants", "/v1/pool/state"):

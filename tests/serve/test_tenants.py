@@ -198,15 +198,32 @@ def test_work_in_the_background_counts_until_the_engine_ends_it():
     asyncio.run(main())
 
 
-def test_models_that_a_tenant_may_not_use():
-    """403 that names both; nothing reaches the app."""
+@pytest.mark.parametrize("path", [CHAT, "/models/{}/v1/completions"])
+def test_a_model_that_a_tenant_may_not_use_is_as_none(path):
+    """The answer is that for a name that nobody has, to the letter; nothing reaches the app, and it is counted."""
 
     async def main() -> None:
         pool = Pool(tenant("a", models=("b*",)))
-        answer = await pool.send("a", quick=True)
-        assert (403, "PermissionDeniedError") == (answer.status_code, answer.json()["error"]["type"])
-        assert "The tenant a may not use the model `a`." == answer.json()["error"]["message"]
+        pool.router.add(ModelApp("b1", pool.engine, "resident"))
+        pool.router.add(ModelApp("c", pool.engine, "resident"))
+        hidden, absent = [await pool.send("a", path.format(name), model=name) for name in ("c", "d")]
+        assert (404, 404) == (hidden.status_code, absent.status_code)
+        assert hidden.text.replace("`c`", "`d`") == absent.text
+        assert "The model `c` does not exist. Known models: b1" == hidden.json()["error"]["message"]
         assert [] == pool.engine.order
+        assert {("c", "models"): 1} == pool.book.accounts["a"].refused
+
+    asyncio.run(main())
+
+
+def test_the_only_model_that_a_tenant_may_use_needs_no_name():
+    """What it may not use is not there for it."""
+
+    async def main() -> None:
+        pool = Pool(tenant("a", models=("a",)), tenant("b"))
+        pool.router.add(ModelApp("other", pool.engine, "resident"))
+        answers = [await pool.send(name, model=None, quick=True) for name in ("a", "b")]
+        assert [200, 400] == [answer.status_code for answer in answers]
 
     asyncio.run(main())
 
@@ -367,7 +384,7 @@ def test_reports_hold_limits_usage_and_no_keys():
     book = TenantBook([tenant("a", requests_per_minute=5, models=("m",)), tenant("b", weight=2.0)])
     account = book.accounts["a"]
     account.begin(POST, "m", 0).put_out(4)
-    assert account.refusal(POST, "other") is not None
+    account.refused["other", "models"] += 1
     report = json.loads(json.dumps(book.report()))
 
     assert {"a", "b", "default"} == report.keys()

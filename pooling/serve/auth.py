@@ -28,6 +28,7 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/ping", "/pool"})
 TENANT_KEY = "tokenpool.tenant"
 """Where the scope of a request has the account of its tenant, in a pool with tenants."""
 
+_LOOKING_METHODS = frozenset({"GET", "HEAD"})
 _MAX_DECODE_ROUNDS = 8
 
 
@@ -100,6 +101,7 @@ class ApiKeyAuth:
     | path                  | needs                                                               |
     |-----------------------|---------------------------------------------------------------------|
     | in `open_paths`       | nothing; the path must match exactly                                |
+    | GET, ``/v1/pool``     | a view or admin key; without any configured, always refused with 403|
     | touches ``/v1/pool``  | an admin key; without any configured, always refused with 403       |
     | any other             | an API, tenant or admin key, if API or tenant keys are configured   |
 
@@ -112,6 +114,7 @@ class ApiKeyAuth:
         *,
         api_keys: Iterable[str],
         admin_keys: Iterable[str],
+        view_keys: Iterable[str] = (),
         tenant_keys: Iterable[tuple[bytes, object]] = (),
         default_tenant: object = None,
         open_paths: Iterable[str] = OPEN_PATHS,
@@ -122,6 +125,7 @@ class ApiKeyAuth:
         """
         self.app = app
         self._admin_digests = _digests("admin_key", admin_keys)
+        self._looking_digests = self._admin_digests + _digests("view_key", view_keys)
         api_digests, tenants = _digests("api_key", api_keys), list(tenant_keys)
         self._default_tenant = default_tenant
         self._is_open = not api_digests and not tenants
@@ -158,12 +162,16 @@ class ApiKeyAuth:
         return None
 
     def _admin_refusal(self, scope: Scope) -> Response | None:
-        if not self._admin_digests:
-            message = f"The pool API below {POOL_PREFIX} is off: set admin_key in the pool file to use it."
-            return error_response(403, "PermissionDeniedError", message)
+        looks = scope.get("method") in _LOOKING_METHODS
+        if not (self._looking_digests if looks else self._admin_digests):
+            message = f"The pool API below {POOL_PREFIX} is off: set admin_key in the pool file to use it"
+            return error_response(403, "PermissionDeniedError", message + (", or view_key to look." if looks else "."))
         if _carried_key(scope, self._admin_digests) is not None:
             return None
-        return _unauthorized("Missing or invalid admin key.")
+        if _carried_key(scope, self._looking_digests) is None:
+            return _unauthorized("Missing or invalid admin key.")
+        message = "A view key only looks: this needs an admin key."
+        return None if looks else error_response(403, "PermissionDeniedError", message)
 
 
 def _unauthorized(message: str) -> Response:

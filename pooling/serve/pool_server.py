@@ -60,7 +60,7 @@ class PoolServer:
         self.config = config
         self.tenants = TenantBook(config.tenants, limits, frontend) if config.tenants else None
         self.router = ModelRouter(outer, max_request_bytes=config.max_request_bytes, tenants=self.tenants)
-        options = self.tenants.auth_options() if self.tenants else {}
+        options = {"view_keys": config.view_key} | (self.tenants.auth_options() if self.tenants else {})
         self.app = ApiKeyAuth(self.router, api_keys=config.api_key, admin_keys=config.admin_key, **options)
         self.host_restarts = 0
         self.stopping = False

@@ -26,7 +26,8 @@ MIN_KEY_CHARS = 16
 ADMIN_MODELS = ("none", "listed", "any")
 
 SECRET_VARIABLES = {
-    "VLLM_API_KEY", "TOKENPOOL_API_KEY", "TOKENPOOL_VIEW_KEY", "TOKENPOOL_ADMIN_KEY", "RAY_AUTH_TOKEN",
+    "VLLM_API_KEY", "TOKENPOOL_API_KEY", "TOKENPOOL_VIEW_KEY", "TOKENPOOL_ADMIN_KEY",
+    "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH",
 }  # fmt: skip
 """Environment variables that no engine host gets: these, and all that a key in a pool file has referred to."""
 
@@ -59,6 +60,11 @@ def expand_key(text: str, key: str | None = None) -> str:
     """`units.expand_env` for a key: the variables that it names are kept from engine hosts."""
     SECRET_VARIABLES.update(_REFERENCE.findall(text))
     return units.expand_env(text, key)
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for an engine host, in which the code of models runs."""
+    return {name: value for name, value in environment.items() if name not in SECRET_VARIABLES}
 
 
 def parse_keys(value: object) -> tuple[str, ...]:

@@ -41,7 +41,9 @@ def test_hash_reads_the_key_from_standard_input(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "stdin"), [([], ""), (["hash", "my-secret"], ""), (["hash"], ""), (["hash"], " my-secret-0123456\n"), (["hash"], "my-secret\n")]
+    ("words", "stdin"),
+    [([], "")] + [(["hash"] + more, stdin) for more, stdin in (
+        (["my-secret"], ""), ([], ""), ([], " my-secret-0123456\n"), ([], "my-secret\n"))],
 )
 def test_mistakes_are_one_line_without_the_key(words, stdin, capsys, monkeypatch):
     """Exit status 2, and what was given is not repeated."""

@@ -101,6 +101,8 @@ def _serve(words: list[str]) -> int:
     # unless they live in files, and an engine that dies must not end the server: the supervisor restarts the host.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokenpool-metrics-")
     os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
+    # A redirect would lead past --allowed-media-domains, which vLLM compares with the first address only.
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     from tokenpool.errors import PoolError
     from tokenpool.patches import apply_all
     from tokenpool.serve.run import serve

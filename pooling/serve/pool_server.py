@@ -263,7 +263,7 @@ class PoolServer:
         Raises PoolError and changes nothing when it cannot be served.
         """
         self._refuse_while_stopping()
-        plan = await asyncio.to_thread(plan_model, spec)
+        plan = await asyncio.to_thread(plan_model, spec, bool(self.config.tenants))
         async with self._changing:
             if any(spec.name in model.aliases() for model in self.router.models.values()):
                 raise ConfigError(f"model {spec.name!r} is in the pool already: choose another name", key="name")

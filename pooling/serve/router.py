@@ -24,7 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .admission import Gate, Ticket, waits_for_tokens
 from .auth import POOL_PREFIX, TENANT_KEY, error_response, route_path, scope_below, touches_pool_api
+from .blamed_tenants import REASON
 from .request_body import MAX_DEPTH, UnreadableModelError, adapter_name, body_model, is_too_deep, replay
+from .suspects import SUSPECTS
 from .tenant_line import TenantLine
 from .tenants import CURRENT_CALL, Account, Call, TenantBook
 
@@ -191,8 +193,12 @@ class ModelRouter:
             call.close()
 
     def _take_in(self, model: ModelApp, account: Account | None, scope: Scope, path: str) -> Ticket:
-        if account is not None and (refusal := account.refusal(scope, model.name)) is not None:
-            raise _RefusedError(refusal)
+        if account is not None:
+            if (refusal := SUSPECTS.tenants.refusal(scope, account.config.name)) is not None:
+                account.refused[model.name, REASON] += 1
+                raise _RefusedError(refusal)
+            if (refusal := account.refusal(scope, model.name)) is not None:
+                raise _RefusedError(refusal)
         ticket = model.gate.admit(scope, path, account and account.config.name)
         if isinstance(ticket, Response):
             if account is not None:

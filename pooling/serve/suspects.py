@@ -116,7 +116,9 @@ class Suspects:
         there = [e for journal in self._journals for e in journal if e.place is not None and e.place.host == host]
         guilty, trial = there, self._trial
         if trial is not None and trial.entry in there:
-            guilty = [trial.entry, *(e for e in there if e is not trial.entry and not e.is_proven)]
+            is_late = trial.entry.num_losses >= MAX_LOSSES  # then tokens prove nothing, for those that came meanwhile
+            others = (e for e in there if not e.is_proven or (is_late and not e.num_losses))
+            guilty = [trial.entry, *(e for e in others if e is not trial.entry)]
         for entry in guilty:
             entry.num_losses += 1
             entry.is_released = False

@@ -152,7 +152,7 @@ def test_who_was_there_at_three_deaths_goes_on_alone(tmp_path: Path) -> None:
         assert await s.gets_nothing()
         await s.speak(first)
         assert "new" == await s.got()
-        await s.speak("new")
+        await s.speak("new", finished=True)
         assert await s.gets_nothing(), "two that are suspected run beside each other"
         second = {"late": "a", "a": "late"}[first]
         await s.speak(first, finished=True)

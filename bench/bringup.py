@@ -30,7 +30,7 @@ from bench import common  # noqa: E402
 KINDS = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
 PROMPT_TOKENS = 64
 PAGES_PER_MODEL_MIB = 16
-ADMIN_KEY = "bench-admin"
+ADMIN_KEY = "bench-admin-0123456"
 
 
 @dataclass(frozen=True, slots=True)

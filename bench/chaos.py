@@ -47,7 +47,7 @@ import yaml  # noqa: E402
 from bench import common  # noqa: E402
 from bench.ray_nodes import ENV, RayNodes  # noqa: E402
 
-ADMIN_KEY = "chaos-admin"
+ADMIN_KEY = "chaos-admin-0123456"
 KINDS = ("llama", "qwen2", "qwen3", "gemma3", "llama", "qwen2")
 NUM_NODES = 3
 FAULTS = ("host_prefill", "host_decode", "host_switch", "host_stopped", "supervisor", "controller", "raylet")

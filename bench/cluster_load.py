@@ -17,7 +17,7 @@ import yaml
 from bench import common
 from bench.ray_nodes import ENV, RayNodes
 
-ADMIN_KEY = "bench-admin"
+ADMIN_KEY = "bench-admin-0123456"
 MODEL_ARGS = {"max_model_len": 512, "enforce_eager": True, "dtype": "bfloat16", "block_size": 32}
 _ENV = {**ENV, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENPOOL_LOG_LEVEL": "INFO"}  # fmt: skip

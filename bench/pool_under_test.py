@@ -15,7 +15,7 @@ from bench import common, sized_models
 from bench.traces import TracedRequest
 from tokenpool.config import SLO
 
-ADMIN_KEY = "bench-admin"
+ADMIN_KEY = "bench-admin-0123456"
 WITH_OPTIONS: dict[str, tuple[str, dict[str, float]]] = {"aegaeon_join": ("aegaeon", {"join": 1, "quota_max_s": 0.5})}
 """Our names for policies with options; see docs/scheduling.md. Other names are policies as they are."""
 _PAGE_MIB = 1

@@ -40,7 +40,7 @@ import yaml  # noqa: E402
 
 from bench import common  # noqa: E402
 
-ADMIN_KEY = "soak-admin"
+ADMIN_KEY = "soak-admin-0123456"
 POLITE, LIMITED = "soak-polite-key", "soak-limited-key"
 KINDS = ("llama", "qwen2", "qwen3", "gemma3")
 _NUM_MODELS = 12

@@ -51,8 +51,8 @@ from tokenpool.serve.bench_report import summary  # noqa: E402
 from tokenpool.tenant_config import hash_key  # noqa: E402
 
 MODEL = "shared"
-KEYS = {"polite": "polite-key", "other": "other-key", "free": "free-key"}
-ADMIN_KEY = "bench-admin"
+KEYS = {name: f"{name}-key-0123456789" for name in ("polite", "other", "free")}
+ADMIN_KEY = "bench-admin-0123456"
 ARMS = {
     "alone": ("tenants", ""),
     "again": ("tenants", ""),

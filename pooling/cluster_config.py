@@ -55,7 +55,7 @@ class ClusterConfig:
     """How tokens travel between frontend and hosts: `auto` = Unix sockets within a machine and TCP between machines,
     `tcp` = always TCP. TCP is encrypted, with a key that only the hosts of the pool are told."""
     state_dir: str | None = None
-    """Folder for the controller's snapshot; None = a folder of the user below the temporary one."""
+    """Folder in which the controller makes one of its own for its snapshot; None = the temporary folder."""
 
     def __post_init__(self) -> None:
         good = _NAME.fullmatch(self.name) is not None

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import yaml
 
 from tokenpool import units
+from tokenpool.access_config import check_access, is_path, parse_keys, parse_roots
 from tokenpool.cluster_config import CLUSTER_PARSERS, ClusterConfig, check_replicas
 from tokenpool.engine_flags import parse_flags
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
@@ -144,7 +145,13 @@ class PoolConfig:
     api_key: tuple[str, ...] = field(default=(), repr=False)
     """Keys that clients must send, any of them; empty = no key is asked for. `${NAME}` as in `host`."""
     admin_key: tuple[str, ...] = field(default=(), repr=False)
-    """Keys for the pool API; empty = that API is off. `${NAME}` as in `host`."""
+    """Keys for all of the pool API; empty = nothing is changed over HTTP. `${NAME}` as in `host`."""
+    view_key: tuple[str, ...] = field(default=(), repr=False)
+    """Keys for looking at the pool: GET below `/v1/pool/`, the status page, `top`, `trace`. `${NAME}` as in `host`."""
+    admin_models: str = "listed"
+    """Models that an `admin_key` may add: `none`, `any`, or `listed` = below `admin_roots`, with harmless flags."""
+    admin_roots: tuple[str, ...] | None = None
+    """Folders, and owners on the hub, of models that may be added; None = those of the models of the pool file."""
     cpu_link: int | None = None
     """Bytes per second at which weights and KV move to and from the CPU device, to try policies with the copy times
     of another machine; None = as fast as memory is."""
@@ -191,14 +198,13 @@ class PoolConfig:
         check_setting(0 <= self.port <= 65535, "port", f"{show(self.port)} is out of range: give 0 to 65535")
         problem = f"{show(self.frontends)} is out of range: give 1 to 64 processes"
         check_setting(1 <= self.frontends <= 64, "frontends", problem)
-        for setting, keys in (("api_key", self.api_key), ("admin_key", self.admin_key)):
-            good = all(key and key.isprintable() and key == key.strip() for key in keys)
-            check_setting(good, setting, "a key is empty, unprintable or has spaces at an end: correct it")
+        keys = {"api_key": self.api_key, "admin_key": self.admin_key, "view_key": self.view_key}
+        check_access(keys, self.admin_models, self.admin_roots)
         check_setting(self.host_timeout_s >= 1, "host_timeout", "must be 1s or more, such as 120s")
         check_setting(self.load_timeout_s >= 1, "load_timeout", "must be 1s or more, such as 30m")
         check_setting(self.shutdown_timeout_s >= 0, "shutdown_timeout", "must be 0s or more")
         check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 32MiB")
-        check_tenants(self.tenants, seen, self.api_key + self.admin_key)
+        check_tenants(self.tenants, seen, self.api_key + self.admin_key + self.view_key)
         check_replicas(self.cluster, self.models)
 
     def admission_of(self, spec: ModelSpec) -> Admission:
@@ -210,7 +216,9 @@ class PoolConfig:
         """Check the parsed YAML of a pool file; errors name `source`, relative paths start at its folder."""
         folder = os.path.dirname(os.path.abspath(source))
         with config_errors_under(source=source):
-            return _build(cls, data, {"models": partial(_models, folder=folder), **_POOL_PARSERS})
+            roots = partial(parse_roots, folder=folder)
+            parsers = {"models": partial(_models, folder=folder), **_POOL_PARSERS, "admin_roots": roots}
+            return _build(cls, data, parsers)
 
 
 def load_pool_file(path: str | os.PathLike[str]) -> PoolConfig:
@@ -266,13 +274,6 @@ def _build(cls: type[_T], data: object, parsers: _Parsers) -> _T:
     return cls(**values)
 
 
-def _keys(value: object) -> tuple[str, ...]:
-    keys = [value] if isinstance(value, str) else value
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise ConfigError("expected a text or a list of texts: put a key of digits in quotes")
-    return tuple(units.expand_env(key) for key in keys)
-
-
 def _models(value: object, folder: str) -> tuple[ModelSpec, ...]:
     if not isinstance(value, list):
         raise ConfigError(f"expected a list of models, each with name and model, got {show(value)}")
@@ -295,7 +296,7 @@ def _models(value: object, folder: str) -> tuple[ModelSpec, ...]:
 
 def _model(value: object, folder: str) -> str:
     model = units.parse_text(value)
-    if not model.startswith(("/", "./", "../", "~")):
+    if not is_path(model):
         return model
     path = os.path.abspath(os.path.join(folder, os.path.expanduser(model)))
     check_setting(os.path.exists(path), None, f"missing path {show(path)}: correct it, or give a model id")
@@ -340,8 +341,10 @@ _POOL_PARSERS: _Parsers = {
     "host": units.optional(lambda value: units.expand_env(units.parse_text(value))),
     "port": units.parse_int,
     "frontends": units.parse_int,
-    "api_key": _keys,
-    "admin_key": _keys,
+    "api_key": parse_keys,
+    "admin_key": parse_keys,
+    "view_key": parse_keys,
+    "admin_models": units.parse_text,
     "weights": units.parse_text,
     "cpu_link": lambda value: None if value is None else units.parse_bytes(value),
     "scheduling": lambda value: _build(Scheduling, value, {"policy": units.parse_text, "options": _options}),

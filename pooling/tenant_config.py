@@ -21,6 +21,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from tokenpool import units
+from tokenpool.access_config import MIN_KEY_CHARS, expand_key
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
 
 DEFAULT_TENANT = "default"
@@ -131,7 +132,7 @@ def _keys(value: object) -> tuple[bytes, ...]:
 def _digest(text: str) -> bytes:
     # No message shows the text: it may be a key.
     is_reference = _REFERENCE.fullmatch(text) is not None
-    key = units.expand_env(text) if is_reference else text
+    key = expand_key(text) if is_reference else text
     if match := _HASH.fullmatch(key):
         return bytes.fromhex(match[1])
     problem = "begins with sha256: but not with 64 lower-case hexadecimal digits behind it: correct it"
@@ -140,6 +141,8 @@ def _digest(text: str) -> bytes:
     check_setting(is_reference, None, problem)
     good = bool(key) and key.isprintable() and key == key.strip()
     check_setting(good, None, f"{text} is empty, unprintable or has spaces at an end: correct the variable")
+    problem = f"{text} has {len(key)} characters: give {MIN_KEY_CHARS} or more, `tokenpool key new` makes one"
+    check_setting(len(key) >= MIN_KEY_CHARS, None, problem)
     return hashlib.sha256(key.encode()).digest()
 
 

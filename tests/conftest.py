@@ -60,8 +60,8 @@ def pool_server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
         "models": models,
         "device_memory": "96MiB",
         "page_size": "1MiB",
-        "api_key": "test-api-key",
-        "admin_key": "test-admin-key",
+        "api_key": "test-api-key-0123",
+        "admin_key": "test-admin-key-0123",
     }
     with PoolServerProcess(pool) as server:
         yield server

@@ -47,7 +47,7 @@ def refusal_of(data: object) -> str:
 
 def test_every_key_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file with every key gives every field in its unit."""
-    monkeypatch.setenv("TOKENPOOL_TEST_KEY", "k-2")
+    monkeypatch.setenv("TOKENPOOL_TEST_KEY", "api-key-0123456-2")
     monkeypatch.setenv("TOKENPOOL_TEST_IP", "10.0.0.7")
     path = write_pool(
         tmp_path,
@@ -66,8 +66,11 @@ page_size: 2MiB
 kv_floor_pages: 2
 host: ${TOKENPOOL_TEST_IP}
 port: 9000
-api_key: [k-1, "${TOKENPOOL_TEST_KEY}"]
-admin_key: root
+api_key: [api-key-0123456-1, "${TOKENPOOL_TEST_KEY}"]
+admin_key: root-0123456789ab
+view_key: view-0123456789ab
+admin_models: any
+admin_roots: [./models, Qwen/]
 scheduling: {policy: aegaeon, options: {qmax_s: 2}}
 weights: movable
 admission: {max_waiting: 50, max_waiting_tokens: 100000}
@@ -85,8 +88,11 @@ max_request: 1MiB
         kv_floor_pages=2,
         host="10.0.0.7",
         port=9000,
-        api_key=("k-1", "k-2"),
-        admin_key=("root",),
+        api_key=("api-key-0123456-1", "api-key-0123456-2"),
+        admin_key=("root-0123456789ab",),
+        view_key=("view-0123456789ab",),
+        admin_models="any",
+        admin_roots=(str(tmp_path / "models"), "Qwen"),
         scheduling=Scheduling("aegaeon", (("qmax_s", 2),)),
         weights="movable",
         admission=Admission(50, 100_000),
@@ -258,6 +264,12 @@ MODEL = {"name": "a", "model": "org/a"}
         (one_model(admission={"on_miss": "drop"}), "pool.yaml: models[0].admission.on_miss: must be one of queue, rej"),
         (one_model(admission={"on_miss": "reject"}), "pool.yaml: models[0].admission.on_miss: reject needs to know"),
         ({**one_model(), "max_request": 0}, "pool.yaml: max_request: must be above 0"),
+        ({**one_model(), "api_key": "fifteen-letters"}, "pool.yaml: api_key: a key has 15 characters: give 16"),
+        ({**one_model(), "admin_models": "some"}, "pool.yaml: admin_models: must be one of none, listed, any, got"),
+        ({**one_model(), "admin_roots": []}, "pool.yaml: admin_roots: is empty: list folders or owners"),
+        ({**one_model(), "admin_roots": [5]}, "pool.yaml: admin_roots: expected a list of folders"),
+        ({**one_model(), "admin_roots": ["a/b"]}, "pool.yaml: admin_roots: 'a/b' is neither a folder, such as /models"),
+        ({**one_model(), "view_key": "k" * 16, "admin_key": "k" * 16}, "pool.yaml: view_key: a key is in admin_ke"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_by_name(data: object, message: str) -> None:
@@ -265,10 +277,11 @@ def test_mistakes_are_refused_by_name(data: object, message: str) -> None:
     assert refusal_of(data).startswith(message)
 
 
-@pytest.mark.parametrize("setting", ["api_key", "admin_key"])
+@pytest.mark.parametrize("setting", ["api_key", "admin_key", "view_key"])
 @pytest.mark.parametrize(
     "value",
-    [None, 12345678, {"hunter2": 1}, ["hunter2", 5], "", "hunter2 ", ["a", ""], "hunter2\n", "hunter2${", "hunter\0"],
+    [None, 12345678, {"hunter2": 1}, ["hunter2", 5], "", "hunter2", "hunter2-01234567 ", ["a", ""],
+     "hunter2-01234567\n", "hunter2${", "hunter2-01234567\0"],
 )
 def test_bad_keys_are_refused_in_secret(setting: str, value: object) -> None:
     """A key that can never be sent is refused, and the message does not show it."""
@@ -280,19 +293,20 @@ def test_bad_keys_are_refused_in_secret(setting: str, value: object) -> None:
 
 def test_keys_are_not_printed() -> None:
     """The printed form of a config, as in a log line, holds no key."""
-    config = PoolConfig.from_dict({**one_model(), "api_key": "hunter2", "admin_key": ["hunter3"]})
+    config = PoolConfig.from_dict({**one_model(), "api_key": "hunter2-01234567", "admin_key": ["hunter3-01234567"]})
 
-    assert (config.api_key, config.admin_key) == (("hunter2",), ("hunter3",))
+    assert (config.api_key, config.admin_key) == (("hunter2-01234567",), ("hunter3-01234567",))
     assert "hunter" not in repr(config)
 
 
 def test_variables_are_put_in_keys_and_host_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """${NAME} is read in host and keys; anywhere else it is plain text."""
-    monkeypatch.setenv("TOKENPOOL_TEST", "v")
+    monkeypatch.setenv("TOKENPOOL_TEST", "v-0123456789abcd")
     reference = "${TOKENPOOL_TEST}"
     config = PoolConfig.from_dict({**one_model(args=[reference]), "host": reference, "api_key": f"<{reference}>"})
 
-    assert ("v", ("<v>",), (reference,)) == (config.host, config.api_key, config.models[0].args)
+    assert ("v-0123456789abcd", ("<v-0123456789abcd>",)) == (config.host, config.api_key)
+    assert (reference,) == config.models[0].args
 
 
 def test_an_empty_variable_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,6 +466,9 @@ pools = mapping_of(
         "port": likely,
         "api_key": likely,
         "admin_key": st.lists(likely, max_size=2),
+        "view_key": likely,
+        "admin_models": likely,
+        "admin_roots": st.lists(likely, max_size=2),
         "weights": likely,
         "cpu_link": likely,
         "admission": admissions,

@@ -17,7 +17,8 @@ PACKAGE_DIRS = {"tokenpool": ROOT / "pooling"}
 PACKAGE_DIRS |= {f"tokenpool.{name}": ROOT / name for name in ("patches", "scheduler_plugins")}
 
 LAYERS = [
-    {"errors", "units", "config", "cluster_config", "tenant_config", "engine_flags", "metric_registry", "logs"},
+    {"errors", "units", "config", "cluster_config", "tenant_config", "access_config", "engine_flags", "metric_registry",
+     "logs"},
     {"memory"},
     {"policy"},
     {"scheduler_plugins"},

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.cpu
 
 SECRET = "sk-Very-Secret-77"
 MODELS = [{"name": "chat", "model": "x/y"}, {"name": "team-a/code", "model": "x/z"}]
-GOOD = {"name": "a", "keys": hash_key("one")}
+ONE = "one-0123456789ab"
+GOOD = {"name": "a", "keys": hash_key(ONE)}
 
 
 def pool(*tenants: Any, **settings: Any) -> PoolConfig:
@@ -77,6 +78,7 @@ def test_a_key_from_the_environment_is_hashed_at_once(monkeypatch):
         ({"name": "a", "keys": ["x${TEAM_KEY}"]}, "tenants[0].keys[0]: is no hash"),
         ({"name": "a", "keys": "${NOT_SET_AT_ALL}"}, "tenants[0].keys[0]: environment variable NOT_SET_AT_ALL"),
         ({"name": "a", "keys": "${SPACED_KEY}"}, "tenants[0].keys[0]: ${SPACED_KEY} is empty, unprintable"),
+        ({"name": "a", "keys": "${SHORT_KEY}"}, "tenants[0].keys[0]: ${SHORT_KEY} has 8 characters: give 16 or more"),
         ({"name": "a", "keys": 5}, "tenants[0].keys: expected a text or a list"),
         ({**GOOD, "name": "a b"}, "tenants[0].name: 'a b' is no tenant name"),
         ({**GOOD, "name": "default"}, "tenants[0].keys: the tenant 'default' has the keys of api_key"),
@@ -95,6 +97,7 @@ def test_a_key_from_the_environment_is_hashed_at_once(monkeypatch):
 def test_a_mistake_is_one_line_without_the_key(tenant, problem, monkeypatch):
     """The message names the place and the fix; a key written in plain text is not repeated."""
     monkeypatch.setenv("SPACED_KEY", f"{SECRET} ")
+    monkeypatch.setenv("SHORT_KEY", SECRET[:8])
     with pytest.raises(ConfigError) as error:
         pool(tenant)
     message = str(error.value)
@@ -109,8 +112,8 @@ def test_a_mistake_is_one_line_without_the_key(tenant, problem, monkeypatch):
     [
         ([GOOD, {**GOOD, "keys": hash_key("z")}], {}, "tenants[1].name: 'a' is the name of tenants[0] already"),
         ([GOOD, {**GOOD, "name": "b"}], {}, "tenants[1].keys[0]: this key is in tenants[0].keys[0] already"),
-        ([GOOD], {"api_key": "one"}, "tenants[0].keys[0]: this key is in api_key or admin_key already"),
-        ([GOOD], {"admin_key": "one"}, "tenants[0].keys[0]: this key is in api_key or admin_key already"),
+        ([GOOD], {"api_key": ONE}, "tenants[0].keys[0]: this key is in api_key or admin_key already"),
+        ([GOOD], {"admin_key": ONE}, "tenants[0].keys[0]: this key is in api_key or admin_key already"),
     ],
 )
 def test_a_key_has_one_owner(tenants, settings, problem):
@@ -123,7 +126,7 @@ def test_a_key_has_one_owner(tenants, settings, problem):
 def test_a_key_given_on_the_command_line_is_checked_too():
     """`replace`, by which flags override the file, checks again."""
     with pytest.raises(ConfigError, match="this key is in api_key or admin_key already"):
-        replace(pool(GOOD), api_key=("one",))
+        replace(pool(GOOD), api_key=(ONE,))
 
 
 def test_the_default_tenant_has_no_keys():

@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 
 from tokenpool.cluster.host_supervisor import HostSupervisor
 from tokenpool.cluster.live_placement import placement_of
+from tokenpool.cluster.private_state import read_private, write_private
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import ClusterView, Deployment, Endpoints, HostReport, Order, StaleEpochError
 from tokenpool.cluster_config import ClusterConfig
@@ -38,7 +39,12 @@ class HostActor:
     """One engine host of the cluster; calls run on threads, the reports on a thread of their own."""
 
     def __init__(
-        self, host: str, config: Mapping[str, Any], controller: ActorHandle, period_s: float, env: Mapping[str, str]
+        self,
+        host: str,
+        config: Mapping[str, Any],
+        controller: ActorHandle,
+        period_s: float,
+        env: Mapping[str, str | None],
     ) -> None:
         log_to_stderr()
         context = ray.get_runtime_context()
@@ -248,7 +254,7 @@ class Controller:
             return
         self._saved = snapshot
         try:
-            _write(self._path, snapshot)
+            write_private(self._path, json.dumps(snapshot).encode())
         except OSError as error:  # the next controller asks the hosts; it only takes longer
             logger.warning("snapshot not written path=%s: %s", self._path, error)
 
@@ -263,23 +269,19 @@ def _end_with_parent() -> None:
 
 def snapshot_path(config: ClusterConfig, cluster: str) -> Path:
     """Where the controller of a pool keeps its snapshot; a machine may have pools of one name in several clusters."""
-    folder = config.state_dir or os.path.join(tempfile.gettempdir(), f"tokenpool-state-{os.getuid()}")
-    return Path(folder, f"{config.name}-{cluster.replace(':', '-')}.json")
+    folder = Path(config.state_dir or tempfile.gettempdir(), f"tokenpool-state-{os.getuid()}")
+    return folder / f"{config.name}-{cluster.replace(':', '-')}.json"
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        snapshot = json.loads(path.read_text())
+        snapshot = json.loads(read_private(path))
         return snapshot if isinstance(snapshot, dict) else {}
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
-
-
-def _write(path: Path, snapshot: dict[str, Any]) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(snapshot))
-    temporary.replace(path)
+    except (OSError, ValueError, RecursionError) as error:  # the hosts are asked instead
+        logger.warning("snapshot not read path=%s: %s", path, error)
+        return {}
 
 
 def _cause(error: Exception) -> Exception:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tokenpool.access_config import without_secrets
 from tokenpool.cluster.machine import machine_id
 from tokenpool.cluster.values import HostedReport, HostReport, Order, StaleEpochError
 from tokenpool.errors import HostError
@@ -52,11 +53,11 @@ class HostSupervisor:
         push: Push,
         *,
         period_s: float = 0.5,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         node: str = "",
         address: str = "",
     ) -> None:
-        """`config` holds the fields of a HostConfig."""
+        """`config` holds the fields of a HostConfig; a variable that is None in `env` is kept from the host."""
         self.host = host
         self.config = dict(config)
         self.epoch, self.controller = 0, ""
@@ -218,7 +219,9 @@ class HostSupervisor:
         metrics = os.path.join(folder, "metrics")
         os.mkdir(metrics)
         key = secrets.token_bytes(32)
-        env = {**os.environ, **self._env, "TOKENPOOL_CONTROL_KEY": key.hex(), "PROMETHEUS_MULTIPROC_DIR": metrics}
+        given = {**without_secrets(os.environ), **self._env}
+        env = {name: value for name, value in given.items() if value is not None}
+        env |= {"TOKENPOOL_CONTROL_KEY": key.hex(), "PROMETHEUS_MULTIPROC_DIR": metrics}
         control = os.path.join(folder, "control")
         command = self._command(control, key)
         process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)

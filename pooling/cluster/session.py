@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tokenpool.access_config import SECRET_VARIABLES
 from tokenpool.cluster_config import ClusterConfig
 from tokenpool.errors import ConfigError, PoolError
 
@@ -24,20 +25,31 @@ _LOOK_S = 5.0
 def prepare(address: str) -> None:
     """Set Ray's authentication, then import Ray, which reads it then; raises PoolError that says how to get Ray.
 
-    A Ray that is started here gets a token that nobody else knows. Another one is asked with this user's token if
-    there is one, else without. RAY_AUTH_MODE in the environment overrides. Call it before vLLM, which imports Ray too.
+    A Ray that is started here gets a token that nobody else knows. Another one is asked with this user's token; without
+    one it is refused, unless RAY_AUTH_MODE says `disabled`: whoever reaches such a Ray runs code on its nodes. Call it
+    before vLLM, which imports Ray too.
     """
-    if address == "local":
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        if os.environ["RAY_AUTH_MODE"] == "token":
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    else:
-        known = "RAY_AUTH_TOKEN" in os.environ or Path("~/.ray/auth_token").expanduser().exists()
-        os.environ.setdefault("RAY_AUTH_MODE", "token" if known else "disabled")
+    mode = os.environ.get("RAY_AUTH_MODE")
+    if mode is None and address != "local" and not _has_token():
+        raise ConfigError(
+            "no token of Ray's is here (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token): give it, or set "
+            "RAY_AUTH_MODE=disabled for a cluster that asks for none, where whoever reaches Ray runs code",
+            key="--cluster",
+        )
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if address == "local" and os.environ["RAY_AUTH_MODE"] == "token":
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray  # noqa: F401
     except ImportError as error:
         raise PoolError("--cluster needs Ray: pip install 'tokenpool[cluster]'") from error
+    if mode == "disabled":
+        logger.warning("Ray asks for no token (RAY_AUTH_MODE=disabled): whoever reaches its ports runs code here")
+
+
+def _has_token() -> bool:
+    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return named or Path("~/.ray/auth_token").expanduser().exists()
 
 
 def connect(address: str, config: ClusterConfig, num_hosts: int) -> None:
@@ -122,8 +134,9 @@ class Session:
             await asyncio.sleep(_LOOK_S)
             await asyncio.to_thread(self.add_hosts)
 
-    def _host_env(self) -> dict[str, str]:
-        env = {k: v for k, v in os.environ.items() if k.startswith(_FORWARDED) and not any(s in k for s in _SECRET)}
+    def _host_env(self) -> dict[str, str | None]:
+        env: dict[str, str | None] = dict.fromkeys(SECRET_VARIABLES)  # of this process, and maybe of Ray's workers
+        env |= {k: v for k, v in os.environ.items() if k.startswith(_FORWARDED) and not any(s in k for s in _SECRET)}
         if not self._use_gpus:
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several hosts would be bound to the same cores
             env.setdefault("OMP_NUM_THREADS", str(max(1, int(self._config.num_cpus_per_host))))

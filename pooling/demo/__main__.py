@@ -30,7 +30,7 @@ from tokenpool.sim.generate import artifact_like
 from tokenpool.sim.trace_files import write_requests
 
 KINDS = ("llama", "qwen2", "gemma3")
-_ADMIN_KEY = "demo-admin"
+_ADMIN_KEY = "demo-admin-0123456"
 _START_LIMIT_S = 180
 
 

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 def main(control_path: str, config_json: str) -> None:
     """Serve until SIGTERM, then finish what was accepted. The process dies with its supervisor."""
+    key = bytes.fromhex(os.environ.pop(CONTROL_KEY_VARIABLE))  # before there are children, which would have it too
     log_to_stderr("host")
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     faulthandler.register(STACKS_SIGNAL)
@@ -60,7 +61,6 @@ def main(control_path: str, config_json: str) -> None:
         tell_waits(hosted.core, hosted.name, host.trace)
 
     host.on_add = added
-    key = bytes.fromhex(os.environ.pop(CONTROL_KEY_VARIABLE))
     methods = {
         "remove_model": host.remove_model,
         "attach_frontend": lambda *args: attach_frontend(host, *args),

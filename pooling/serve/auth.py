@@ -31,6 +31,7 @@ TENANT_KEY = "tokenpool.tenant"
 CLIENT_KEY = "tokenpool.client"
 """True in the scope of a request whose key, if the pool asks for one, is known: probes come with it and without."""
 
+_LOOKING_METHODS = frozenset({"GET", "HEAD"})
 _MAX_DECODE_ROUNDS = 8
 
 
@@ -126,6 +127,7 @@ class ApiKeyAuth:
     | path                  | needs                                                               |
     |-----------------------|---------------------------------------------------------------------|
     | in `open_paths`       | nothing; the path must match exactly. `CLIENT_KEY` tells of a key   |
+    | GET, ``/v1/pool``     | a view or admin key; without any configured, always refused with 403|
     | touches ``/v1/pool``  | an admin key; without any configured, always refused with 403       |
     | any other             | an API, tenant or admin key, if API or tenant keys are configured   |
 
@@ -138,6 +140,7 @@ class ApiKeyAuth:
         *,
         api_keys: Iterable[str],
         admin_keys: Iterable[str],
+        view_keys: Iterable[str] = (),
         tenant_keys: Iterable[tuple[bytes, object]] = (),
         default_tenant: object = None,
         open_paths: Iterable[str] = OPEN_PATHS,
@@ -149,6 +152,7 @@ class ApiKeyAuth:
         """
         self.app = app
         self._admin_digests = _digests("admin_key", admin_keys)
+        self._looking_digests = self._admin_digests + _digests("view_key", view_keys)
         api_digests, tenants = _digests("api_key", api_keys), list(tenant_keys)
         self._default_tenant = default_tenant
         self._is_open = not api_digests and not tenants
@@ -181,12 +185,16 @@ class ApiKeyAuth:
         return None
 
     def _admin_refusal(self, scope: Scope) -> Response | None:
-        if not self._admin_digests:
-            message = f"The pool API below {POOL_PREFIX} is off: set admin_key in the pool file to use it."
-            return error_response(403, "PermissionDeniedError", message)
+        looks = scope.get("method") in _LOOKING_METHODS
+        if not (self._looking_digests if looks else self._admin_digests):
+            message = f"The pool API below {POOL_PREFIX} is off: set admin_key in the pool file to use it"
+            return error_response(403, "PermissionDeniedError", message + (", or view_key to look." if looks else "."))
         if _carried_key(scope, self._admin_digests) is not None:
             return None
-        return _unauthorized("Missing or invalid admin key.")
+        if _carried_key(scope, self._looking_digests) is None:
+            return _unauthorized("Missing or invalid admin key.")
+        message = "A view key only looks: this needs an admin key."
+        return None if looks else error_response(403, "PermissionDeniedError", message)
 
 
 def _unauthorized(message: str) -> Response:

@@ -17,17 +17,19 @@ USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [po
        tokenpool job [--address URL] [--submit] pool.yaml [pool flags]
        tokenpool validate pool.yaml
        tokenpool doctor [pool.yaml]
-       tokenpool top [--url URL] [--admin-key KEY] [--interval SECONDS] [--once | --json]
-       tokenpool trace [--url URL] [--admin-key KEY] [--seconds N] --json FILE | --png FILE
+       tokenpool top [--url URL] [--view-key @FILE] [--interval SECONDS] [--once | --json]
+       tokenpool trace [--url URL] [--view-key @FILE] [--seconds N] --json FILE | --png FILE
        tokenpool sim --requests FILE --gpus N --gpu NAME --policy NAME [more flags: --help]
        tokenpool plan --trace FILE --gpu NAME [--models FILE] [more flags: --help]
        tokenpool bench serve --models A,B --rate R | --trace FILE [more flags: --help]
        tokenpool key new | tokenpool key hash
 
 pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --weights auto|movable|fixed
-            --kv-floor-pages N --turn-policy NAME --max-request SIZE --admin-key KEY
-            --frontends N
-            and of vllm serve: --host --port --api-key --shutdown-timeout"""
+            --kv-floor-pages N --turn-policy NAME --max-request SIZE --frontends N
+            --view-key @FILE --admin-key @FILE --admin-models none|listed|any
+            and of vllm serve: --host --port --api-key --shutdown-timeout
+keys: VLLM_API_KEY, TOKENPOOL_VIEW_KEY and TOKENPOOL_ADMIN_KEY take the place of flags; on a command line others see
+      a key that is not in a file"""
 
 
 VALIDATE_USAGE = """usage: tokenpool validate pool.yaml [pool flags]
@@ -86,12 +88,11 @@ def _fail(message: str) -> int:
 
 def _serve(words: list[str]) -> int:
     from tokenpool.serve.command_line import pool_from_command_line, take_cluster
+    from tokenpool.serve.key_words import with_environment
 
     cluster, words = take_cluster(words)
-    if (key := os.environ.pop("VLLM_API_KEY", None)) and not any(w.startswith("--api-key") for w in words):
-        words = [*words, "--api-key", key]  # vLLM's variable; popped so that no model's app asks for it again
     # What needs no vLLM is checked first: a typo in a pool file answers at once.
-    pool = pool_from_command_line(words)
+    pool = with_environment(pool_from_command_line(words), words)
     if cluster is not None:
         from tokenpool.cluster.session import prepare
 
@@ -100,6 +101,8 @@ def _serve(words: list[str]) -> int:
     # unless they live in files, and an engine that dies must not end the server: the supervisor restarts the host.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokenpool-metrics-")
     os.environ["VLLM_KEEP_ALIVE_ON_ENGINE_DEATH"] = "1"
+    # A redirect would lead past --allowed-media-domains, which vLLM compares with the first address only.
+    os.environ.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     from tokenpool.errors import PoolError
     from tokenpool.patches import apply_all
     from tokenpool.serve.run import serve

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenpool.config import ModelSpec, PoolConfig, Scheduling, load_pool_file
 from tokenpool.errors import ConfigError, check_setting
+from tokenpool.serve.key_words import read_key
 from tokenpool.units import parse_bytes, parse_seconds
 
 
@@ -30,7 +31,9 @@ _POOL_FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--page-size": ("page_size", _size),
     "--weights": ("weights", str),
     "--kv-floor-pages": ("kv_floor_pages", _integer),
-    "--admin-key": ("admin_key", lambda text: (text,)),
+    "--admin-key": ("admin_key", lambda text: (read_key(text, "--admin-key"),)),
+    "--view-key": ("view_key", lambda text: (read_key(text, "--view-key"),)),
+    "--admin-models": ("admin_models", str),
     "--turn-policy": ("scheduling", Scheduling),
     "--max-request": ("max_request_bytes", _size),
     "--host": ("host", str),
@@ -93,7 +96,7 @@ def _take_pool_flags(words: list[str]) -> tuple[dict[str, Any], list[str]]:
             keys, i = ([value], i) if equals else _values(words, i)
             if not keys:
                 raise ConfigError("needs a value", key=flag)
-            settings["api_key"] = (*settings.get("api_key", ()), *keys)
+            settings["api_key"] = (*settings.get("api_key", ()), *(read_key(key, flag) for key in keys))
             continue
         if flag not in _POOL_FLAGS:
             rest.append(words[i - 1])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections import Counter
 from http import HTTPStatus
@@ -23,6 +24,7 @@ from tokenpool.config import PoolConfig
 from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, ModelUnavailableError, PoolError
 from tokenpool.host.metrics import LabelledGauge
 from tokenpool.metric_registry import metric
+from tokenpool.serve.added_models import check_added
 from tokenpool.serve.auth import CLIENT_KEY, TENANT_KEY, error_response
 from tokenpool.serve.host_metrics import merged
 from tokenpool.serve.model_app import ModelApp
@@ -32,6 +34,7 @@ from tokenpool.serve.tenant_metrics import show_tenants
 from tokenpool.units import parse_seconds
 
 _REFUSED = metric("refused_requests").make()
+_MAX_MODEL_BYTES = 64 << 10
 _MODELS = LabelledGauge("models")
 _MODEL_FAILED = LabelledGauge("model_failed")
 
@@ -176,14 +179,28 @@ async def pool_check(request: Request) -> Response:
 
 
 async def add_model(request: Request) -> Response:
-    """Load one more model; the body is an entry of the pool file's `models`."""
+    """Load one more model; the body is an entry of the pool file's `models`, and `admin_models` must let it in."""
+    if (text := await _short_body(request)) is None:
+        message = f"The request body is larger than the {_MAX_MODEL_BYTES} bytes of a model's entry."
+        return error_response(413, "RequestTooLargeError", message)
     try:
-        body = await request.json()
+        body = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the body is no JSON: {error}") from error
     spec = PoolConfig.from_dict({"models": [body]}, source="request").models[0]
+    check_added(spec, request.app.state.pool.config)
     added = await request.app.state.pool.add_model(spec)
     return JSONResponse({"name": spec.name, **added}, status_code=201)
+
+
+async def _short_body(request: Request) -> bytes | None:
+    """The body; None, with the rest unread, if it is larger than any entry of a model."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_MODEL_BYTES:
+            return None
+    return body
 
 
 async def remove_model(request: Request) -> Response:

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -23,11 +24,9 @@ from tokenpool.policy.capacity import Role
 from tokenpool.serve.engine_link import EngineLink, LinkClosedError
 from tokenpool.serve.journal import Journal, JournalEntry
 from tokenpool.serve.request_route import Route, by_prefix
+from tokenpool.serve.suspects import SUSPECTS, Suspects
 
 logger = logging.getLogger(__name__)
-
-MAX_LOSSES = 3
-"""A request with which so many hosts died is not given to another one."""
 
 _POLL_S = 0.02
 _KV_LIMIT_S = 30.0
@@ -52,11 +51,7 @@ class PoolEngineClient(AsyncMPClient):
     """
 
     def __init__(
-        self,
-        vllm_config: VllmConfig,
-        *,
-        client_index: int = 0,
-        route: Route = by_prefix,
+        self, vllm_config: VllmConfig, *, client_index: int = 0, route: Route = by_prefix, suspects: Suspects = SUSPECTS
     ) -> None:
         """`client_index` tells the engines which of their frontends this is."""
         # vLLM sends an image once and then its hash only, which an engine that comes later does not know. It sends the
@@ -68,6 +63,8 @@ class PoolEngineClient(AsyncMPClient):
         """vLLM counts metrics by engine; the pool shows all engines of a model as one."""
         self.resources = _Resources()
         self.journal: Journal[EngineLink] = Journal()
+        self._suspects = suspects
+        suspects.watch(self.journal)
         self.route = route
         """Chooses the host of each request that is sent; may be replaced at any time."""
         self.roles: dict[str, Role] = {}
@@ -221,7 +218,7 @@ class PoolEngineClient(AsyncMPClient):
     def lost(self, host: str, *, blame: bool = True) -> None:
         """`host` is gone: its requests go to the other hosts, or wait until one joins. Unknown names are ignored.
 
-        With `blame`, unless it was ended on purpose, one of its requests may be the cause: see MAX_LOSSES.
+        With `blame`, unless it was ended on purpose, one of its requests may be the cause: see `suspects`.
         """
         for link in [*self._links.values(), *self._left, *self._greeting]:
             if link.host == host:
@@ -239,14 +236,16 @@ class PoolEngineClient(AsyncMPClient):
         self._note_hosts()
         link.close()
         stranded = self.journal.at(link)
+        if blame and stranded:
+            self._suspects.host_died(link.host, link.connected_s)
         for entry in stranded:
             self._take_from(link, entry)
-            entry.num_losses += blame
+        self._suspects.look()
         for entry in stranded:
             if entry.place is not None or self.journal.get(entry.request_id) is not entry:
                 continue  # it ended together with one before
             reason = entry.obstacle()
-            if entry.num_losses >= MAX_LOSSES:
+            if entry.is_guilty:
                 reason = f"{entry.num_losses} engine hosts died while they had it"
             if reason is None:
                 self._assign(entry)
@@ -254,10 +253,7 @@ class PoolEngineClient(AsyncMPClient):
                 self._give_up(entry, f"The engine host died, and the request cannot be continued: {reason}.")
 
     def _note_hosts(self) -> None:
-        if self._links:
-            self._joined.set()
-        else:
-            self._joined.clear()
+        (self._joined.set if self._links else self._joined.clear)()
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -266,6 +262,7 @@ class PoolEngineClient(AsyncMPClient):
         self.ensure_alive()
         entry, is_new = self.journal.open(request)
         if is_new:
+            entry.owner = self._suspects.owner()
             self._assign(entry)
         elif entry.place is not None:
             entry.place.add(request)
@@ -287,6 +284,7 @@ class PoolEngineClient(AsyncMPClient):
                 by_link.setdefault(entry.place, []).append(entry.wire_id)
         for link, wire_ids in by_link.items():
             link.abort(wire_ids)
+        self._suspects.look()
 
     async def get_output_async(self) -> EngineCoreOutputs:
         """The next outputs of any host; raises EngineDeadError once the client is shut down."""
@@ -297,7 +295,7 @@ class PoolEngineClient(AsyncMPClient):
 
     def _assign(self, entry: JournalEntry[EngineLink], link: EngineLink | None = None) -> None:
         link = link or self._choose(entry)
-        if link is not None:
+        if link is not None and self._suspects.may_go(entry, partial(self._assign, entry)):
             link.load += 1
             link.add(self.journal.send(entry, link))
             self.on_assign(entry.request_id, link.host)
@@ -318,6 +316,7 @@ class PoolEngineClient(AsyncMPClient):
     def _take(self, link: EngineLink, outputs: EngineCoreOutputs) -> None:
         outputs.outputs, ended, without_result = self.journal.take(outputs.outputs, link)
         link.load -= len(ended)
+        self._suspects.look()
         for request_id in without_result:
             self.fail(request_id, GracefulHTTPError("The engine failed the request.", HTTPStatus.INTERNAL_SERVER_ERROR))
         if outputs.outputs or outputs.scheduler_stats:
@@ -382,6 +381,7 @@ class PoolEngineClient(AsyncMPClient):
         if self.resources.engine_dead:
             return
         self.resources.engine_dead = True
+        self._suspects.forget(self.journal)
         for task in list(self._moves.values()):
             task.cancel()
         for link in [*self._links.values(), *self._left, *self._greeting]:

@@ -52,6 +52,8 @@ class EngineLink:
         """Unfinished requests there; kept by the owner."""
         self.greeting = b""
         """vLLM's EngineCoreReadyResponse, encoded."""
+        self.connected_s = 0.0
+        """When it greeted, on the monotonic clock."""
         self._told: Told | None = None
         self._client_index = client_index
         self._on_outputs = on_outputs
@@ -91,6 +93,7 @@ class EngineLink:
             if isinstance(error, TimeoutError):
                 raise HostError(f"no engine on host {self.host!r} said it is ready") from error
             raise
+        self.connected_s = time.monotonic()
         self._receiver = asyncio.create_task(self._receive())
 
     @property

@@ -39,6 +39,7 @@ from tokenpool.serve.names import series_names
 from tokenpool.serve.pool_server import PoolServer
 from tokenpool.serve.router import ModelApp
 from tokenpool.serve.shared_limits import SharedLimits
+from tokenpool.serve.suspects import SUSPECTS
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ class FrontendServer(PoolServer):
         super().__init__(config, settings.plans, outer, limits=limits, frontend=settings.index)
         self._plans = {}
         self._settings = settings
+        SUSPECTS.share(os.path.join(settings.folder, "suspects"))
         self._view: SupervisorView | None = None
         self._changed = asyncio.Condition()
         self._joined: dict[str, int] = {}  # pid of the host by model

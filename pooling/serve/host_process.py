@@ -17,6 +17,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.utils.ompmultiprocessing import OMPProcessManager
 
+from tokenpool.access_config import without_secrets
 from tokenpool.errors import HostError
 from tokenpool.host.guard import HostGuard
 from tokenpool.host.hosted_core import EngineAddresses
@@ -49,7 +50,7 @@ class HostProcess:
         folder = tempfile.mkdtemp(prefix="tokenpool-")  # mode 0700: only this user reaches the sockets
         key = secrets.token_bytes(32)
         with OMPProcessManager(first_model).configure_omp_envs(0, 0) if first_model else nullcontext():
-            env = {**os.environ, "TOKENPOOL_CONTROL_KEY": key.hex()}
+            env = {**without_secrets(os.environ), "TOKENPOOL_CONTROL_KEY": key.hex()}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 from tokenpool.config import load_pool_file
 from tokenpool.errors import ConfigError
+from tokenpool.serve.key_words import VARIABLES
 
 USAGE = """usage: tokenpool job [--address URL] [--submit] pool.yaml [pool flags]
 
@@ -47,6 +48,10 @@ def submit_line(words: Sequence[str], address: str | None) -> list[str]:
         raise ConfigError("give one pool file (.yaml)")
     if any(word.split("=")[0] == "--cluster" for word in words):
         raise ConfigError("a job serves on the cluster that runs it: leave it out", key="--cluster")
+    for flag in VARIABLES:
+        if any(word.split("=")[0].replace("_", "-") == flag for word in words):
+            problem = "would be in the job's command line for all to see: write ${NAME} in the pool file"
+            raise ConfigError(problem, key=flag)
     name = load_pool_file(files[0]).cluster.name
     served = [os.path.abspath(word) if word == files[0] else word for word in words]
     where = ["--address", address] if address else []

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import copy
 from typing import Generic, TypeVar
 
@@ -24,8 +25,8 @@ class JournalEntry(Generic[Place]):
     """
 
     __slots__ = (
-        "_input_ended", "_is_session", "_num_open_inputs", "_sent",
-        "delivered", "num_losses", "place", "request", "wire_id",
+        "_delivered_before", "_input_ended", "_is_session", "_num_open_inputs", "_sent",
+        "delivered", "is_closed", "is_guilty", "is_released", "num_losses", "owner", "place", "request", "wire_id",
     )  # fmt: skip
 
     def __init__(self, request: EngineCoreRequest) -> None:
@@ -36,7 +37,15 @@ class JournalEntry(Generic[Place]):
         """The engine that has it; None while it waits for one."""
         self.wire_id = request.request_id
         self.num_losses = 0
-        """How many engines died with it."""
+        """How many hosts died with it, as far as it may be the cause; see `suspects`."""
+        self.owner: str | None = None
+        """The tenant that it is for."""
+        self.is_released = False
+        """Whether it may go on although it is suspected."""
+        self.is_guilty = False
+        self.is_closed = False
+        """Whether the journal has forgotten it."""
+        self._delivered_before = 0
         self._sent = 0
         self._is_session = request.resumable
         self._num_open_inputs = 1
@@ -55,6 +64,11 @@ class JournalEntry(Generic[Place]):
             self._input_ended = True
 
     @property
+    def is_proven(self) -> bool:
+        """Whether it has put out a token since it was sent last."""
+        return len(self.delivered) > self._delivered_before
+
+    @property
     def ended(self) -> bool:
         """Whether nothing more is to come of the request."""
         return self._input_ended and self._num_open_inputs <= 0
@@ -71,6 +85,7 @@ class JournalEntry(Generic[Place]):
         self.place = place
         self.wire_id = f"{request.request_id}~{self._sent}" if self._sent else request.request_id
         self._sent += 1
+        self._delivered_before = len(self.delivered)
         if self._sent == 1:
             return request
         fields = {name: getattr(request, name) for name in request.__struct_fields__}
@@ -118,6 +133,9 @@ class Journal(Generic[Place]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __iter__(self) -> Iterator[JournalEntry[Place]]:
+        return iter(list(self._entries.values()))
+
     def open(self, request: EngineCoreRequest) -> tuple[JournalEntry[Place], bool]:
         """Enter a request; returns its entry and whether it is new, and not more input of one that is there."""
         entry = self._entries.get(request.request_id)
@@ -151,6 +169,7 @@ class Journal(Generic[Place]):
         """Forget a request; returns what was known of it."""
         entry = self._entries.pop(request_id, None)
         if entry is not None:
+            entry.is_closed = True
             self._on_wire.pop(entry.wire_id, None)
         return entry
 

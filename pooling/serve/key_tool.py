@@ -7,6 +7,7 @@ import getpass
 import secrets
 import sys
 
+from tokenpool.access_config import check_key
 from tokenpool.errors import ConfigError
 from tokenpool.tenant_config import hash_key
 
@@ -31,6 +32,5 @@ def key(words: list[str]) -> int:
 def _read() -> str:
     text = getpass.getpass("key: ") if sys.stdin.isatty() else sys.stdin.readline()
     found = text.strip("\r\n")
-    if not found or not found.isprintable() or found != found.strip():
-        raise ConfigError("the key is empty, unprintable or has spaces at an end: correct it", key="standard input")
+    check_key(found, "standard input")
     return found

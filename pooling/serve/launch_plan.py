@@ -25,7 +25,7 @@ from tokenpool.policy.turns import load_turn_policy
 from tokenpool.serve.checkpoint import checkpoint_bytes
 from tokenpool.serve.flags import parse_serve_flags
 from tokenpool.serve.names import check_names
-from tokenpool.serve.poolability import check_config, check_flags
+from tokenpool.serve.poolability import check_config, check_flags, check_media
 from tokenpool.units import format_bytes, format_count
 
 _AUTO_CPU_FRACTION = 0.5
@@ -49,6 +49,8 @@ class ModelPlan:
     """Size of a local checkpoint's weights, of each rank its share; 0 when the model is not a local folder."""
     checked: VllmConfig | None = None
     """The engine config that was checked, to be read and not changed; None for a model added at run time."""
+    for_tenants: bool = False
+    """Whether tenants use it, who are not to have any address fetched from here."""
 
     @property
     def num_ranks(self) -> int:
@@ -70,6 +72,8 @@ class ModelPlan:
         except Exception as error:  # vLLM raises many kinds for a bad model or flag; all mean "does not start"
             raise ConfigError(first_line(error), key=f"model {self.spec.name!r}") from error
         check_config(self.spec.name, config)
+        if self.for_tenants:
+            check_media(self.spec.name, config.model_config)
         return copy.deepcopy(config)
 
     def for_host(
@@ -87,7 +91,7 @@ class ModelPlan:
         )
 
 
-def plan_model(spec: ModelSpec) -> ModelPlan:
+def plan_model(spec: ModelSpec, for_tenants: bool = False) -> ModelPlan:
     """Parse a model's flags and refuse what cannot be pooled; raises ConfigError or ModelRefusedError."""
     path = Path(os.path.expanduser(spec.model))
     if spec.model.startswith(("/", "./", "../", "~")) and not os.path.exists(path):
@@ -106,14 +110,14 @@ def plan_model(spec: ModelSpec) -> ModelPlan:
     args.api_key = None  # keys are checked once, in front of all models
     with config_errors_under(source=f"model {spec.name!r}"):
         weight_bytes = checkpoint_bytes(path)
-    return ModelPlan(spec, args, -(-weight_bytes // args.tensor_parallel_size))
+    return ModelPlan(spec, args, -(-weight_bytes // args.tensor_parallel_size), for_tenants=for_tenants)
 
 
 def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
     """Plan every model and the budget; returns the config with `device_memory` set."""
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise PoolError(f"device {current_platform.device_name} is not supported: install tokenpool[cpu] or [cuda]")
-    plans = [plan_model(spec) for spec in config.models]
+    plans = [plan_model(spec, bool(config.tenants)) for spec in config.models]
     check_names(plans)
     _check_ranks(plans)
     for plan in plans:

@@ -60,7 +60,7 @@ class PoolServer:
         self.config = config
         self.tenants = TenantBook(config.tenants, limits, frontend) if config.tenants else None
         self.router = ModelRouter(outer, max_request_bytes=config.max_request_bytes, tenants=self.tenants)
-        options = self.tenants.auth_options() if self.tenants else {}
+        options = {"view_keys": config.view_key} | (self.tenants.auth_options() if self.tenants else {})
         self.app = ApiKeyAuth(self.router, api_keys=config.api_key, admin_keys=config.admin_key, **options)
         self.host_restarts = 0
         self.stopping = False
@@ -263,7 +263,7 @@ class PoolServer:
         Raises PoolError and changes nothing when it cannot be served.
         """
         self._refuse_while_stopping()
-        plan = await asyncio.to_thread(plan_model, spec)
+        plan = await asyncio.to_thread(plan_model, spec, bool(self.config.tenants))
         async with self._changing:
             if any(spec.name in model.aliases() for model in self.router.models.values()):
                 raise ConfigError(f"model {spec.name!r} is in the pool already: choose another name", key="name")

@@ -48,3 +48,14 @@ def check_config(name: str, config: Any) -> None:
     for feature, present in refused.items():
         if present:
             raise ModelRefusedError(name, feature, _OUTSIDE)
+
+
+def check_media(name: str, config: Any) -> None:
+    """Refuse a multimodal model that fetches any address a tenant names; `config` is vLLM's ModelConfig."""
+    media = config.multimodal_config
+    if media is not None and not media.language_model_only and not config.allowed_media_domains:
+        raise ModelRefusedError(
+            name, "with tenants, a multimodal model would fetch any address that one of them names",
+            "give --allowed-media-domains HOST [HOST ...] (for none, none.invalid: data: URLs pass), or "
+            "--language-model-only",
+        )  # fmt: skip

@@ -20,12 +20,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .admission import Ticket, waits_for_tokens
 from .auth import POOL_PREFIX, TENANT_KEY, route_path
+from .blamed_tenants import REASON
 from .body_budget import Body, BodyBudget
 from .model_app import ModelApp, call_app
 from .model_choice import ModelChoice
 from .refused import RefusedError, bad_request
 from .request_body import adapter_name, fault_of, replay
 from .request_note import note_of
+from .suspects import SUSPECTS
 from .tenant_line import TenantLine
 from .tenants import CURRENT_CALL, Account, Call, TenantBook
 
@@ -139,8 +141,12 @@ class ModelRouter:
             call.close()
 
     def _take_in(self, model: ModelApp, account: Account | None, scope: Scope, path: str) -> Ticket:
-        if account is not None and (refusal := account.refusal(scope, model.name)) is not None:
-            raise RefusedError(refusal)
+        if account is not None:
+            if (refusal := SUSPECTS.tenants.refusal(scope, account.config.name)) is not None:
+                account.refused[model.name, REASON] += 1
+                raise RefusedError(refusal)
+            if (refusal := account.refusal(scope, model.name)) is not None:
+                raise RefusedError(refusal)
         ticket = model.gate.admit(scope, path, account and account.config.name)
         if isinstance(ticket, Response):
             if account is not None:

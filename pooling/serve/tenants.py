@@ -27,8 +27,8 @@ from tokenpool.serve.auth import error_response
 from tokenpool.serve.shared_limits import SharedLimits, TenantRow
 from tokenpool.tenant_config import DEFAULT_TENANT, TenantConfig
 
-Reason = Literal["models", "requests_per_minute", "tokens_per_minute", "max_concurrent", "queue"]
-"""Why a request was refused: the limit of that name, or the model's own queue."""
+Reason = Literal["models", "requests_per_minute", "tokens_per_minute", "max_concurrent", "queue", "host_deaths"]
+"""Why a request was refused: the limit of that name, the model's own queue, or deaths of hosts (`blamed_tenants`)."""
 
 _LONGEST_RETRY_S = 60
 _BYTES_PER_TOKEN = 4

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`tokenpool top`: the pool in a terminal, drawn again every other second. Imports no vLLM.
 
-    tokenpool top --admin-key KEY
+    tokenpool top                   # with TOKENPOOL_VIEW_KEY set
     tokenpool top --once            # one frame as plain text
     tokenpool top --json            # the same figures as JSON
 """
@@ -22,14 +22,16 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from tokenpool.errors import ConfigError, PoolError
+from tokenpool.serve.key_words import add_key_flags, looking_key
 from tokenpool.serve.pool_query import ask_pool, default_url
 from tokenpool.serve.top_view import frame, summarize
 from tokenpool.units import parse_seconds
 
-USAGE = """usage: tokenpool top [--url URL] [--admin-key KEY] [--interval SECONDS] [--once | --json]
+USAGE = """usage: tokenpool top [--url URL] [--view-key @FILE] [--interval SECONDS] [--once | --json]
 
 --url         the server; else $TOKENPOOL_URL, else http://127.0.0.1:8000
---admin-key   its admin key; else $TOKENPOOL_ADMIN_KEY is used
+--view-key    the file with its view key, or --admin-key with its admin key; else $TOKENPOOL_VIEW_KEY is used, or
+              $TOKENPOOL_ADMIN_KEY
 --interval    seconds between two frames, default 2; rates are over this time
 --once        print one frame as plain text, with all models, and stop
 --json        print the figures of one frame as JSON and stop
@@ -52,20 +54,20 @@ def top(words: list[str]) -> int:
     """Run the subcommand and return its exit status; raises PoolError with one line."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--url", default=default_url())
-    parser.add_argument("--admin-key", default=os.environ.get("TOKENPOOL_ADMIN_KEY"))
+    add_key_flags(parser)
     parser.add_argument("--interval", default="2")
     single = parser.add_mutually_exclusive_group()
     single.add_argument("--once", action="store_true")
     single.add_argument("--json", action="store_true")
     options = parser.parse_args(words)
     interval_s = _interval(options.interval)
-    if not options.admin_key:
-        raise ConfigError("is needed: give it, or set TOKENPOOL_ADMIN_KEY", key="--admin-key")
+    if not (key := looking_key(options)):
+        raise ConfigError("is needed, or an admin key: set TOKENPOOL_VIEW_KEY or TOKENPOOL_ADMIN_KEY", key="--view-key")
     if options.once or options.json or not sys.stdout.isatty():
-        view = _two_states(options.url, options.admin_key, interval_s)
+        view = _two_states(options.url, key, interval_s)
         print(json.dumps(view, indent=2) if options.json else "\n".join(frame(view, width=_width(), height=None)))
         return 0
-    _watch(options.url, options.admin_key, interval_s)
+    _watch(options.url, key, interval_s)
     return 0
 
 

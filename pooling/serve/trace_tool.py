@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`tokenpool trace`: fetch what the device did when, save it for Perfetto, or draw it as a picture. Imports no vLLM.
 
-    tokenpool trace --admin-key KEY --seconds 30 --json trace.json
+    tokenpool trace --seconds 30 --json trace.json
     tokenpool trace --from trace.json --png trace.png
 """
 
@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from tokenpool.errors import ConfigError, PoolError
+from tokenpool.serve.key_words import add_key_flags, looking_key
 from tokenpool.serve.pool_query import ask_pool, default_url
 from tokenpool.units import parse_seconds
 
-USAGE = """usage: tokenpool trace [--url URL] [--admin-key KEY] [--seconds N] [--json FILE] [--png FILE]
+USAGE = """usage: tokenpool trace [--url URL] [--view-key @FILE] [--seconds N] [--json FILE] [--png FILE]
        tokenpool trace --from FILE --png FILE
 
 --url         the server; else $TOKENPOOL_URL, else http://127.0.0.1:8000
---admin-key   its admin key; else $TOKENPOOL_ADMIN_KEY is used
+--view-key    the file with its view key, or --admin-key with its admin key; else $TOKENPOOL_VIEW_KEY is used, or
+              $TOKENPOOL_ADMIN_KEY
 --seconds     only what ended in the last N seconds
 --json        write the trace there, for https://ui.perfetto.dev or chrome://tracing
 --png         draw it there; needs matplotlib: pip install 'tokenpool[plot]'
@@ -59,7 +60,7 @@ def trace(words: list[str]) -> int:
     """Run the subcommand and return its exit status; raises PoolError with one line."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--url", default=default_url())
-    parser.add_argument("--admin-key", default=os.environ.get("TOKENPOOL_ADMIN_KEY"))
+    add_key_flags(parser)
     parser.add_argument("--seconds")
     parser.add_argument("--json", dest="json_path")
     parser.add_argument("--png", dest="png_path")
@@ -68,7 +69,7 @@ def trace(words: list[str]) -> int:
     if not options.json_path and not options.png_path:
         raise ConfigError("say where to write: --json FILE or --png FILE, or both")
     last_s = None if options.seconds is None else parse_seconds(_number(options.seconds), "--seconds")
-    data = _read(options.source) if options.source else _fetch(options.url, options.admin_key, last_s)
+    data = _read(options.source) if options.source else _fetch(options.url, looking_key(options), last_s)
     if options.json_path:
         _write(options.json_path, json.dumps(data).encode())
         print(f"wrote {options.json_path}")

@@ -89,7 +89,7 @@ def server(nodes: RayNodes, tiny_models: TinyModels) -> Iterator[PoolServerProce
         "device_memory": "24MiB",
         "host_memory": "128MiB",
         "page_size": "1MiB",
-        "admin_key": "test-admin-key",
+        "admin_key": "test-admin-key-0123",
         "cluster": {"hosts": 2, "transport": "tcp"},
     }
     with PoolServerProcess(pool, env=ENV, flags=["--cluster", nodes.address]) as started:

@@ -29,7 +29,7 @@ def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
         "device_memory": "32MiB",
         "host_memory": "128MiB",
         "page_size": "1MiB",
-        "admin_key": "test-admin-key",
+        "admin_key": "test-admin-key-0123",
         "frontends": 2,
         "cluster": {"hosts": 2, "replicas": 2, "capacity": "fixed", "transport": "tcp"},
     }

@@ -27,7 +27,7 @@ def split_pool(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
         "device_memory": "24MiB",
         "host_memory": "64MiB",
         "page_size": "1MiB",
-        "admin_key": "test-admin-key",
+        "admin_key": "test-admin-key-0123",
         "cluster": {"hosts": 2, "prefill_hosts": 1},
     }
     with (

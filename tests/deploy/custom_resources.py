@@ -53,6 +53,7 @@ _ENDPOINT = closed(
 _RULE = closed({"alert": TEXT, "expr": TEXT, "for": TEXT, "labels": TEXTS, "annotations": TEXTS})
 
 _RULES = closed({"groups": array(closed({"name": TEXT, "rules": array(_RULE)}))})
+_MATCHES = array(closed({"path": closed({"type": {"enum": ["Exact", "PathPrefix"]}, "value": TEXT})}))
 _BACKENDS = array(closed({"name": TEXT, "port": COUNT}))
 
 SPECS: dict[tuple[str, str], Schema] = {
@@ -69,7 +70,9 @@ SPECS: dict[tuple[str, str], Schema] = {
     ("gateway.networking.k8s.io/v1", "HTTPRoute"): closed(
         {
             "parentRefs": array(closed({"name": TEXT}, {"namespace": TEXT, "sectionName": TEXT})),
-            "rules": array(closed({"backendRefs": _BACKENDS, "timeouts": closed({"request": TEXT})})),
+            "rules": array(closed(
+                {"matches": _MATCHES, "backendRefs": _BACKENDS, "timeouts": closed({"request": TEXT})}
+            )),
         },
         {"hostnames": array(TEXT)},
     ),

@@ -145,7 +145,7 @@ def test_the_pool_file_is_read_by_our_own_loader(manifests, tmp_path, monkeypatc
     assert [m["name"] for m in yaml.safe_load(pool_file(manifests))["models"]] == [m.name for m in config.models]
     text = pool_file(manifests)
     assert set(re.findall(r"\$\{(TOKENPOOL_\w+)\}", text)) == {
-        key.removeprefix("secret-") for key in (*config.api_key, *config.admin_key)
+        key.removeprefix("secret-") for key in (*config.api_key, *config.view_key, *config.admin_key)
     }
     for cluster in of_kind(manifests, "RayCluster"):
         hosts = next(g for g in cluster["spec"]["workerGroupSpecs"] if g["groupName"] == "hosts")
@@ -343,14 +343,59 @@ def test_a_changed_pool_file_makes_new_pods(helm):
         ("keys.api[0].secert=x", "secert"),
         ("probes.startup.periodSeconds=0", "periodSeconds"),
         ("pool.tenants[0].name=a,pool.tenants[0].keys[0]=plain", "keys"),
-        ("ingress.enabled=true", "ingress.host"),
-        ("httpRoute.enabled=true", "httpRoute.parentRefs"),
+        ("keys.allowOpen=true,ingress.enabled=true", "ingress.host"),
+        ("keys.allowOpen=true,httpRoute.enabled=true", "httpRoute.parentRefs"),
+        ("ingress.enabled=true,ingress.host=x", "ingress.enabled would let everybody"),
+        ("httpRoute.enabled=true", "httpRoute.enabled would let everybody"),
+        ("service.type=LoadBalancer", "service.type would let everybody"),
+        ("service.type=NodePort,pool.tenants[0].name=default", "service.type would let everybody"),
+        ("ingress.paths[0]=v1", "ingress.paths"),
         ("pool.frontends=0", "frontends"),
     ],
 )
 def test_helm_refuses(helm, values, says):
     """Typos, values out of range and plain keys stop the installation, and the message names the value."""
     assert says in refusal("--set", values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        "keys.api[0].secret=s,keys.api[0].key=k",
+        "keys.allowOpen=true",
+        f"pool.tenants[0].name=a,pool.tenants[0].keys=sha256:{'0' * 64}",
+    ],
+)
+def test_a_port_with_keys_may_be_opened(helm, values):
+    """With client keys, tenants, or an open port that was asked for, a Service of any type is rendered."""
+    assert only(render("--set", f"service.type=LoadBalancer,{values}"), "Service")["spec"]["type"] == "LoadBalancer"
+
+
+def test_secrets_are_where_they_are_needed(manifests):
+    """The server has all; an engine host in a pod of its own has the hub's token alone, and the head nothing."""
+    for component, _, container in containers(manifests):
+        secret = {v["name"] for v in container.get("env", ()) if "valueFrom" in v}
+        if component == "server":
+            assert set(re.findall(r"\$\{(\w+)\}", pool_file(manifests))) <= secret
+        else:
+            assert secret <= {"host": {"HF_TOKEN"}, "head": set(), "test": {"TOKENPOOL_API_KEY"}}[component]
+
+
+def test_only_the_paths_that_are_named_are_published(rendered):
+    """An Ingress and an HTTPRoute lead to these beginnings and no others; by default to all."""
+    manifests = full(rendered)
+    (rule,) = only(manifests, "Ingress")["spec"]["rules"]
+    assert ["/v1/chat", "/v1/models"] == [path["path"] for path in rule["http"]["paths"]]
+    (rule,) = only(manifests, "HTTPRoute")["spec"]["rules"]
+    assert ["/v1/chat", "/v1/models"] == [match["path"]["value"] for match in rule["matches"]]
+
+
+def test_redirects_of_media_are_off_unless_a_value_says_otherwise(manifests):
+    """Each container that runs tokenpool has the variable once."""
+    for component, _, container in containers(manifests):
+        found = [v["value"] for v in container.get("env", ()) if v["name"] == "VLLM_MEDIA_URL_ALLOW_REDIRECTS"]
+        says_otherwise = "HF_HUB_OFFLINE" in str(container.get("env"))  # the file with all values
+        assert component == "test" or found == ["1" if says_otherwise else "0"]
 
 
 @pytest.mark.parametrize("mode, device", [*itertools.product(("standalone", "raycluster"), ("cpu", "cuda"))])

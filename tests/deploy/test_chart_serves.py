@@ -21,7 +21,7 @@ from tests.helpers.server import TINY_ARGS, PoolServerProcess
 pytestmark = pytest.mark.deploy
 
 START_LIMIT_S = 400.0
-SECRETS = {("keys", "api"): "chart-api-key", ("keys", "admin"): "chart-admin-key"}
+SECRETS = {("keys", "api"): "chart-api-key-0123", ("keys", "admin"): "chart-admin-key-0123"}
 
 
 class ChartServer(PoolServerProcess):

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+
+from deploy.lock import lock_text
 
 pytestmark = pytest.mark.deploy
 
@@ -39,16 +43,86 @@ def test_every_instruction_is_known():
     """A misspelt instruction would fail only when somebody builds."""
     known = {"FROM", "ARG", "RUN", "WORKDIR", "COPY", "ENV", "USER", "EXPOSE", "STOPSIGNAL", "ENTRYPOINT", "CMD"}
     assert {name for name, _ in INSTRUCTIONS} == known
-    assert INSTRUCTIONS[0][0] == "FROM"
+    assert [name for name, _ in INSTRUCTIONS][:2] == ["ARG", "FROM"]
 
 
 def test_the_base_is_pinned_to_a_patch_version():
     """The base has a full version of a Python that the package allows, and no floating tag."""
-    (base,) = all_of("FROM")
+    assert all_of("FROM") == ["${BASE}"]
+    (base,) = (rest.removeprefix("BASE=") for rest in all_of("ARG") if rest.startswith("BASE="))
     version = re.fullmatch(r"python:(\d+)\.(\d+)\.(\d+)-slim-\w+", base)
     assert version is not None
     assert (int(version[1]), int(version[2])) >= (3, 11)
     assert PYPROJECT["project"]["requires-python"] == ">=3.11"
+
+
+def install(folder: Path, **arguments: str) -> tuple[int, list[str], str]:
+    """Run the step that installs, with a `pip` that only notes its words: exit status, those words, what was said."""
+    (script,) = (rest for rest in all_of("RUN") if "pip install" in rest)
+    pip = folder / "pip"
+    pip.write_text(f'#!/bin/sh\necho "$*" >> {folder}/calls\n')
+    pip.chmod(0o755)
+    env = {"PATH": f"{folder}:{os.environ['PATH']}", "TORCH_VERSION": "1", "TORCH_CPU_INDEX": "index", **arguments}
+    done = subprocess.run(["sh", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+    calls = folder / "calls"
+    return done.returncode, calls.read_text().splitlines() if calls.exists() else [], done.stderr
+
+
+BASE = "python:3.11.14-slim-bookworm"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_release_is_made_of_what_has_a_hash(device, tmp_path):
+    """With RELEASE=1 neither a base without a digest nor a package without a hash goes in."""
+    status, calls, said = install(tmp_path, DEVICE=device, RELEASE="1", BASE=BASE)
+    assert status != 0 and calls == [] and "give BASE with its digest" in said
+    pinned = f"{BASE}@sha256:{'0' * 64}"
+    status, calls, said = install(tmp_path, DEVICE=device, RELEASE="1", BASE=pinned)
+    assert status != 0 and calls == [] and f"python -m deploy.lock {device}" in said
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / f"{device}.txt").touch()
+    status, calls, _ = install(tmp_path, DEVICE=device, RELEASE="1", BASE=pinned)
+    assert status == 0
+    assert calls == [
+        f"install --no-cache-dir --no-deps --require-hashes -r locks/{device}.txt --extra-index-url index",
+        "install --no-cache-dir --no-deps .",
+    ]
+
+
+def test_without_a_lock_the_extras_are_resolved(tmp_path):
+    """A build for oneself needs no lock; one with an unknown device ends."""
+    status, calls, _ = install(tmp_path, DEVICE="cpu", RELEASE="0", BASE=BASE)
+    assert status == 0 and "install --no-cache-dir .[cpu,cluster]" in calls and calls[-1].startswith("uninstall -y")
+    assert install(tmp_path, DEVICE="tpu", RELEASE="0", BASE=BASE)[0] != 0
+
+
+def test_the_locks_have_every_dependency_with_its_hash():
+    """Each line is one version with a hash; what pyproject.toml pins has that version."""
+    for path in (ROOT / "deploy" / "locks").glob("*.txt"):
+        lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        found = dict(re.fullmatch(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line).groups() for line in lines)
+        assert len(lines) == len(found) > 100
+        extras = PYPROJECT["project"]["optional-dependencies"]
+        for wanted in [*PYPROJECT["project"]["dependencies"], *extras[path.stem], *extras["cluster"]]:
+            name, exact, version = wanted.partition("==")
+            name = re.match(r"[a-z0-9-]+", name)[0]
+            assert name in found
+            assert not exact or found[name].partition("+")[0] == version
+
+
+def test_a_lock_has_what_pip_has_resolved():
+    """Names as an index has them, in order; not the package itself, nor what breaks vLLM's CPU build."""
+    items = [("tokenpool", "1", None), ("Torch_x", "2.0+cpu", "b" * 64), ("torchvision", "3", "c" * 64)]
+    items += [("A.b", "1", "a")]
+    report = {
+        "install": [
+            {"metadata": {"name": n, "version": v}, "download_info": {"archive_info": {"hashes": {"sha256": h}}}}
+            for n, v, h in items
+        ]
+    }
+    assert lock_text(report, "cpu", "here").splitlines()[2:] == [
+        "a-b==1 --hash=sha256:a", f"torch-x==2.0+cpu --hash=sha256:{'b' * 64}",
+    ]  # fmt: skip
 
 
 def test_it_runs_as_the_charts_user():

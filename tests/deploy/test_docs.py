@@ -31,7 +31,7 @@ def blocks(page: str) -> list[str]:
 @pytest.mark.parametrize("block", blocks("migration"))
 def test_pool_files_of_the_migration_page_are_good(block, monkeypatch):
     """Each is read by our own loader."""
-    monkeypatch.setenv("POOL_API_KEY", "key")
+    monkeypatch.setenv("POOL_API_KEY", "key-0123456789ab")
     assert PoolConfig.from_dict(yaml.safe_load(block)).models
 
 

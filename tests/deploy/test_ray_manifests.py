@@ -18,7 +18,15 @@ pytestmark = pytest.mark.deploy
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "ray"
 FILES = ("raycluster.yaml", "rayjob.yaml")
+KEYS = ("POOL_API_KEY", "POOL_VIEW_KEY", "POOL_ADMIN_KEY")
 SERVE = "tokenpool serve /etc/tokenpool/pool.yaml --cluster auto"
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch):
+    """What the Secret of the manifests holds."""
+    for name in KEYS:
+        monkeypatch.setenv(name, f"{name}-0123456789")
 
 
 def objects(name):
@@ -100,13 +108,39 @@ def test_the_frontend_of_the_cluster_serves_and_is_found():
 
 def test_the_job_serves_on_the_head_and_is_found():
     """The entrypoint is the documented command; the Service selects the head, where a job's driver runs."""
-    job, service = objects("rayjob.yaml")
+    job, service, _ = objects("rayjob.yaml")
     assert job["spec"]["entrypoint"] == SERVE
     (head, container, _), *workers = groups("rayjob.yaml")
     assert selects(service["spec"]["selector"], head["template"]["metadata"]["labels"])
     assert {"name": "http", "containerPort": 8000} in container["ports"]
     for group, _, _ in workers:
         assert not selects(service["spec"]["selector"], group["template"].get("metadata", {}).get("labels", {}))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_clients_need_a_key_and_hosts_have_none(name):
+    """The pool file's keys come from one Secret, which the pod that answers HTTP alone has."""
+    pool = load_pool_file(FOLDER / "pool.yaml")
+    assert [f"{key}-0123456789" for key in KEYS] == [*pool.api_key, *pool.view_key, *pool.admin_key]
+    serves = {"raycluster.yaml": "frontend", "rayjob.yaml": "head"}[name]
+    for group, container, _ in groups(name):
+        secrets = [source["secretRef"]["name"] for source in container.get("envFrom", ())]
+        assert secrets == (["tokenpool-keys"] if group.get("groupName", "head") == serves else [])
+        assert not any("valueFrom" in variable for variable in container["env"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nobody_else_reaches_rays_ports(name):
+    """A NetworkPolicy selects every pod and opens no port but HTTP to whoever comes."""
+    *_, policy = objects(name)
+    assert policy["kind"] == "NetworkPolicy" and policy["spec"]["policyTypes"] == ["Ingress"]
+    selector = policy["spec"]["podSelector"]["matchLabels"]
+    for group, _, _ in groups(name):  # the operator gives all pods of a cluster its name
+        labels = group["template"].get("metadata", {}).get("labels", {}) | {"ray.io/cluster": "tokenpool"}
+        assert selects(selector, labels)
+    own, http = policy["spec"]["ingress"]
+    assert http == {"ports": [{"port": 8000, "protocol": "TCP"}]}
+    assert "ports" not in own and {"podSelector": {"matchLabels": selector}} in own["from"]
 
 
 def test_the_commands_are_those_of_the_chart():

@@ -70,10 +70,11 @@ def is_running(pid: int) -> bool:
 class PoolServerProcess:
     """Runs a pool file's server between `with` and its end, or until `stop`.
 
-        with PoolServerProcess({"models": [...], "device_memory": "64MiB", "api_key": "k"}) as server:
+        with PoolServerProcess({"models": [...], "device_memory": "64MiB", "api_key": "test-api-key-0123"}) as server:
             httpx.get(f"{server.base_url}/health")
 
-    Host and port are added to `pool`; `models` entries get TINY_ARGS where they set no other value.
+    Host and port are added to `pool`; `models` entries get TINY_ARGS where they set no other value. Any model may be
+    added, from whatever folder a test makes it in, unless `pool` says otherwise.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class PoolServerProcess:
         self._folder = tempfile.TemporaryDirectory(prefix="tokenpool-test-")
         self.port = free_port()
         models = [{**model, "args": TINY_ARGS | model.get("args", {})} for model in pool["models"]]
-        self.pool = {**pool, "models": models, "host": "127.0.0.1", "port": self.port}
+        self.pool = {"admin_models": "any", **pool, "models": models, "host": "127.0.0.1", "port": self.port}
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.api_key: str | None = pool.get("api_key")
         self.admin_key: str | None = pool.get("admin_key")

@@ -47,7 +47,7 @@ def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
         "page_size": "64KiB",
         "weights": "movable",
         "scheduling": {"policy": "round_robin"},
-        "admin_key": "test-admin-key",
+        "admin_key": "test-admin-key-0123",
     }
     with PoolServerProcess(pool) as running:
         yield running

@@ -57,7 +57,7 @@ def test_the_others_serve(tiny_models: TinyModels, tmp_path: Path, frontends: in
         "models": [{"name": name, "model": str(path)} for name, path in paths.items()],
         "device_memory": "64MiB",
         "page_size": "1MiB",
-        "admin_key": "test-admin-key",
+        "admin_key": "test-admin-key-0123",
     }
     with PoolServerProcess(pool, flags=["--frontends", str(frontends)]) as server:
         assert states(server) == {"bad": "failed", "good": "resident", "gone": "resident"}

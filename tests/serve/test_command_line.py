@@ -17,10 +17,13 @@ from tokenpool.serve.command_line import pool_from_command_line
 pytestmark = pytest.mark.cpu
 
 
+KEY = "key-0123456789ab"
+
+
 @pytest.fixture
 def pool_file(tmp_path: Path) -> str:
     path = tmp_path / "pool.yaml"
-    path.write_text("models: [{name: a, model: org/a}]\nport: 9000\ndevice_memory: 1GiB\nadmin_key: from-file\n")
+    path.write_text("models: [{name: a, model: org/a}]\nport: 9000\ndevice_memory: 1GiB\nadmin_key: from-file-012345\n")
     return str(path)
 
 
@@ -66,8 +69,10 @@ FLAGS: list[tuple[str, str, str, Any]] = [
     ("--host-memory", "3GiB", "host_memory", 3 << 30),
     ("--page-size", "1MiB", "page_size", 1 << 20),
     ("--kv-floor-pages", "3", "kv_floor_pages", 3),
-    ("--admin-key", "k", "admin_key", ("k",)),
-    ("--api-key", "k", "api_key", ("k",)),
+    ("--admin-key", KEY, "admin_key", (KEY,)),
+    ("--view-key", KEY, "view_key", (KEY,)),
+    ("--api-key", KEY, "api_key", (KEY,)),
+    ("--admin-models", "any", "admin_models", "any"),
     ("--turn-policy", "other", "scheduling", Scheduling("other")),
     ("--max-request", "5MiB", "max_request_bytes", 5 << 20),
     ("--host", "::1", "host", "::1"),
@@ -92,9 +97,9 @@ def test_pool_flags(flag: str, text: str, field: str, value: Any, equals: bool, 
 
 def test_several_api_keys() -> None:
     """`--api-key` takes several keys, as vLLM's does, and may come again."""
-    pool = pool_from_command_line(["org/a", "--api-key", "k", "l", "--api-key=m", "--dtype", "auto"])
+    pool = pool_from_command_line(["org/a", "--api-key", KEY, KEY + "b", f"--api-key={KEY}c", "--dtype", "auto"])
 
-    assert (("k", "l", "m"), ("--dtype", "auto")) == (pool.api_key, pool.models[0].args)
+    assert ((KEY, KEY + "b", KEY + "c"), ("--dtype", "auto")) == (pool.api_key, pool.models[0].args)
 
 
 def test_defaults() -> None:
@@ -108,7 +113,7 @@ def test_a_pool_file_and_flags_over_it(pool_file: str) -> None:
     """A flag wins over the file; what no flag says is the file's."""
     pool = pool_from_command_line([pool_file, "--port", "9001"])
 
-    assert (9001, 1 << 30, ("from-file",)) == (pool.port, pool.device_memory, pool.admin_key)
+    assert (9001, 1 << 30, ("from-file-012345",)) == (pool.port, pool.device_memory, pool.admin_key)
     assert (ModelSpec("a", "org/a"),) == pool.models
 
 

@@ -118,7 +118,7 @@ def test_a_lost_request_is_sent_again_with_what_was_delivered(run) -> None:
 
 
 def test_requests_wait_while_no_host_is_there(run) -> None:
-    """They are given to the next host, but for those that were aborted meanwhile."""
+    """They are given to the next host, but for those that were aborted meanwhile; first what saw no host die."""
 
     async def test(s: Setup) -> None:
         await s.join("one")
@@ -130,7 +130,7 @@ def test_requests_wait_while_no_host_is_there(run) -> None:
         await s.client.abort_requests_async(["b"])
         again = await s.join("one")
         ids = [(await again.added()).request_id.partition("~")[0] for _ in "ac"]
-        assert (["a", "c"], 0, 2) == (ids, s.client.num_waiting, s.client.load("one"))
+        assert (["c", "a"], 0, 2) == (ids, s.client.num_waiting, s.client.load("one"))
 
     run(test)
 
@@ -176,7 +176,7 @@ def test_a_request_that_hosts_die_of_is_given_up(run) -> None:
     """After three losses it fails and says why; not a fourth host gets it. Hosts ended on purpose do not count."""
 
     async def test(s: Setup) -> None:
-        from tokenpool.serve.engine_client import MAX_LOSSES
+        from tokenpool.serve.suspects import MAX_LOSSES
 
         await s.add("a")
         await (await s.join("one")).added()

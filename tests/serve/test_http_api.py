@@ -304,7 +304,7 @@ def test_an_unknown_model_is_404_and_names_the_known(client: openai.OpenAI, mode
     assert [name for name in POOL_MODELS if name not in error.message] == []
 
 
-@pytest.mark.parametrize("key", [None, "wrong", "test-api-keyx"])
+@pytest.mark.parametrize("key", [None, "wrong", "test-api-key-0123x"])
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/metrics", "/models/llama/tokenize", "/none"])
 def test_a_key_is_needed(pool_server: PoolServerProcess, path: str, key: str | None) -> None:
     """Without the right key nothing but the probes answers."""

@@ -37,8 +37,8 @@ def test_a_stopped_host_is_overdue_then_replaced_and_loses_nothing(tiny_models: 
         "page_size": "1MiB",
         "frontends": frontends,
         "host_timeout": HOST_TIMEOUT_S,
-        "api_key": "k",
-        "admin_key": "a",
+        "api_key": "test-api-key-0123",
+        "admin_key": "test-admin-key-0123",
     }
     with PoolServerProcess(pool, env={"TOKENPOOL_LOG_LEVEL": "INFO"}) as server:
         before = server.wait_until_idle()

@@ -36,12 +36,14 @@ def test_new_prints_a_key_and_its_hash(capsys, monkeypatch):
 
 def test_hash_reads_the_key_from_standard_input(capsys, monkeypatch):
     """One line, with or without its end."""
-    for stdin in ("secret", "secret\n", "secret\r\n"):
-        assert (0, hash_key("secret") + "\n", "") == run(capsys, monkeypatch, "hash", stdin=stdin)
+    for stdin in ("secret-012345678", "secret-012345678\n", "secret-012345678\r\n"):
+        assert (0, hash_key("secret-012345678") + "\n", "") == run(capsys, monkeypatch, "hash", stdin=stdin)
 
 
 @pytest.mark.parametrize(
-    ("words", "stdin"), [([], ""), (["hash", "my-secret"], ""), (["hash"], ""), (["hash"], " my-secret\n")]
+    ("words", "stdin"),
+    [([], "")] + [(["hash"] + more, stdin) for more, stdin in (
+        (["my-secret"], ""), ([], ""), ([], " my-secret-0123456\n"), ([], "my-secret\n"))],
 )
 def test_mistakes_are_one_line_without_the_key(words, stdin, capsys, monkeypatch):
     """Exit status 2, and what was given is not repeated."""

@@ -334,7 +334,7 @@ def test_removals_that_cannot_be(pool_server: PoolServerProcess, path: str, stat
 def test_sigterm_finishes_what_runs(tiny_models: TinyModels) -> None:
     """On SIGTERM a running stream gets all its tokens; then the server ends with 0 and leaves no process."""
     pool = {"models": [{"name": "gemma3", "model": str(tiny_models.path("gemma3"))}], "device_memory": "32MiB"}
-    with PoolServerProcess(pool | {"page_size": "1MiB", "admin_key": "k"}) as server:
+    with PoolServerProcess(pool | {"page_size": "1MiB", "admin_key": "test-admin-key-0123"}) as server:
         assert server.process is not None
         host_pid = server.host_pid
         assert host_pid in child_pids(server.process.pid)

@@ -41,8 +41,8 @@ def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
         "page_size": PAGE,
         "host_memory": "256MiB",
         "weights": "movable",
-        "api_key": "test-api-key",
-        "admin_key": "test-admin-key",
+        "api_key": "test-api-key-0123",
+        "admin_key": "test-admin-key-0123",
     }
     with PoolServerProcess(pool) as server:
         yield server

@@ -43,8 +43,8 @@ def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
         ],
         "device_memory": "64MiB",
         "page_size": "1MiB",
-        "api_key": "test-api-key",
-        "admin_key": "test-admin-key",
+        "api_key": "test-api-key-0123",
+        "admin_key": "test-admin-key-0123",
     }
     process = AnyPort(pool, env={"TOKENPOOL_LOG_LEVEL": "INFO"})
     process.pool["port"] = 0

@@ -229,7 +229,7 @@ def test_a_wrong_key_and_a_pool_without_one_are_said(pool_server: PoolServerProc
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ([], "--admin-key: is needed: give it, or set TOKENPOOL_ADMIN_KEY"),
+        ([], "--view-key: is needed, or an admin key: set TOKENPOOL_VIEW_KEY or TOKENPOOL_ADMIN_KEY"),
         (["--admin-key", "k", "--url", "localhost"], "--url: 'localhost' is no address"),
         (["--admin-key", "k", "--url", "http://127.0.0.1:1"], "http://127.0.0.1:1 does not answer: "),
         (["--admin-key", "k", "--url", "OTHER"], "is no tokenpool server: its /v1/pool/state has no models"),
@@ -242,6 +242,7 @@ def test_a_wrong_key_and_a_pool_without_one_are_said(pool_server: PoolServerProc
 def test_mistakes_are_one_line(words: list[str], problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each mistake is a PoolError of one line that names the option or the address."""
     monkeypatch.delenv("TOKENPOOL_ADMIN_KEY", raising=False)
+    monkeypatch.delenv("TOKENPOOL_VIEW_KEY", raising=False)
     with _other_server() as url, pytest.raises(PoolError) as refusal:
         top([url if word == "OTHER" else word for word in words])
 

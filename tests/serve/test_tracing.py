@@ -108,7 +108,7 @@ def server(tiny_models: TinyModels, collector: Collector) -> Iterator[PoolServer
         "page_size": 256 << 10,
         "host_memory": "256MiB",
         "weights": "movable",
-        "admin_key": "test-admin-key",
+        "admin_key": "test-admin-key-0123",
     }
     env = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "50"}
     with PoolServerProcess(pool, env=env) as server:

@@ -76,6 +76,21 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 
+{{- /* Fails where the port would be open to the world and no key be asked for. */ -}}
+{{- define "tokenpool.checkOpen" -}}
+{{- $asksKeys := not (empty .Values.keys.api) -}}
+{{- range .Values.pool.tenants -}}
+{{- if ne .name "default" -}}{{- $asksKeys = true -}}{{- end -}}
+{{- end -}}
+{{- if not (or $asksKeys .Values.keys.allowOpen) -}}
+{{- range $value, $opens := dict "ingress.enabled" .Values.ingress.enabled "httpRoute.enabled" .Values.httpRoute.enabled "service.type" (ne .Values.service.type "ClusterIP") -}}
+{{- if $opens -}}
+{{- fail (printf "%s would let everybody use the models without a key: set keys.api or pool.tenants, or keys.allowOpen=true" $value) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "tokenpool.graceSeconds" -}}
 {{- $drain := include "tokenpool.seconds" (default "60s" .Values.pool.shutdown_timeout) | int64 -}}
 {{- add $drain .Values.drain.delaySeconds .Values.drain.extraSeconds -}}
@@ -133,7 +148,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "tokenpool.poolFile" -}}
 {{- $pool := deepCopy .Values.pool -}}
 {{- $_ := set $pool "port" .Values.port -}}
-{{- range $setting, $refs := dict "api" .Values.keys.api "admin" .Values.keys.admin -}}
+{{- range $setting, $refs := dict "api" .Values.keys.api "view" .Values.keys.view "admin" .Values.keys.admin -}}
 {{- $names := list -}}
 {{- range $i, $ref := $refs -}}
 {{- $names = append $names (printf "${TOKENPOOL_%s_KEY_%d}" (upper $setting) $i) -}}

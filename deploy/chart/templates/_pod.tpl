@@ -91,19 +91,38 @@ env:
   - {name: OMP_NUM_THREADS, value: {{ .Values.cpu.request | quote }}}
   - {name: VLLM_CPU_OMP_THREADS_BIND, value: nobind}
   {{- end }}
-  {{- range $setting, $refs := dict "API" .Values.keys.api "ADMIN" .Values.keys.admin }}
-  {{- range $i, $ref := $refs }}
-  - name: TOKENPOOL_{{ $setting }}_KEY_{{ $i }}
-    valueFrom: {secretKeyRef: {name: {{ $ref.secret }}, key: {{ $ref.key }}}}
-  {{- end }}
-  {{- end }}
-  {{- range .Values.secretEnv }}
-  - name: {{ .name }}
-    valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
-  {{- end }}
+  {{- $given := dict }}
   {{- range .Values.env }}
+  {{- $_ := set $given .name true }}
   - {name: {{ .name }}, value: {{ .value | quote }}}
   {{- end }}
+  {{- if not (hasKey $given "VLLM_MEDIA_URL_ALLOW_REDIRECTS") }}
+  - {name: VLLM_MEDIA_URL_ALLOW_REDIRECTS, value: "0"}
+  {{- end }}
+{{- end -}}
+
+{{- /* The keys, and all else from Secrets: for the container that answers HTTP. */ -}}
+{{- define "tokenpool.serverEnv" -}}
+{{- range $setting, $refs := dict "API" .Values.keys.api "VIEW" .Values.keys.view "ADMIN" .Values.keys.admin }}
+{{- range $i, $ref := $refs }}
+- name: TOKENPOOL_{{ $setting }}_KEY_{{ $i }}
+  valueFrom: {secretKeyRef: {name: {{ $ref.secret }}, key: {{ $ref.key }}}}
+{{- end }}
+{{- end }}
+{{- range .Values.secretEnv }}
+- name: {{ .name }}
+  valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
+{{- end }}
+{{- end -}}
+
+{{- /* What an engine host in a pod of its own needs from Secrets, to download models: the code of models runs there. */ -}}
+{{- define "tokenpool.hostEnv" -}}
+{{- range .Values.secretEnv }}
+{{- if eq .name "HF_TOKEN" }}
+- name: {{ .name }}
+  valueFrom: {secretKeyRef: {name: {{ .secret }}, key: {{ .key }}}}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{- /* Port and probes of a container that answers HTTP, and the delay before its SIGTERM. */ -}}

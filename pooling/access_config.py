@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool file's keys for clients, for looking and for changing, and which models may be added over HTTP.
+
+    api_key: ${POOL_API_KEY}        # clients
+    view_key: ${POOL_VIEW_KEY}      # looks at /v1/pool/, changes nothing
+    admin_key: ${POOL_ADMIN_KEY}    # adds and removes models
+    admin_models: listed            # which ones: those below admin_roots, with flags that run and read nothing
+    admin_roots: [/models, Qwen]    # folders, and owners on the Hugging Face hub
+
+Imports neither vllm nor ray.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+from tokenpool import units
+from tokenpool.errors import ConfigError, check_setting, show
+
+MIN_KEY_CHARS = 16
+"""Fewer can be guessed; `tokenpool key new` makes keys of 46."""
+
+ADMIN_MODELS = ("none", "listed", "any")
+
+SECRET_VARIABLES = {
+    "VLLM_API_KEY", "TOKENPOOL_API_KEY", "TOKENPOOL_VIEW_KEY", "TOKENPOOL_ADMIN_KEY",
+    "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH",
+}  # fmt: skip
+"""Environment variables that no engine host gets: these, and all that a key in a pool file has referred to."""
+
+_REFERENCE = re.compile(r"\$\{(\w+)\}")
+_PATH_STARTS = ("/", "./", "../", "~")
+
+
+def check_key(key: str, setting: str | None = None) -> None:
+    """Refuse a key that cannot be sent, or that is short; the message does not show it."""
+    good = bool(key) and key.isprintable() and key == key.strip()
+    check_setting(good, setting, "a key is empty, unprintable or has spaces at an end: correct it")
+    problem = f"a key has {len(key)} characters: give {MIN_KEY_CHARS} or more, `tokenpool key new` makes one"
+    check_setting(len(key) >= MIN_KEY_CHARS, setting, problem)
+
+
+def check_access(keys: Mapping[str, Iterable[str]], admin_models: str, admin_roots: tuple[str, ...] | None) -> None:
+    """Refuse bad keys, keys that look and change, and unknown values; `keys` are by the name of their setting."""
+    for setting, own in keys.items():
+        for key in own:
+            check_key(key, setting)
+    problem = "a key is in admin_key already: who only looks needs a key of its own"
+    check_setting(set(keys["view_key"]).isdisjoint(keys["admin_key"]), "view_key", problem)
+    problem = f"must be one of {', '.join(ADMIN_MODELS)}, got {show(admin_models)}"
+    check_setting(admin_models in ADMIN_MODELS, "admin_models", problem)
+    problem = "is empty: list folders or owners, remove it, or write admin_models: none"
+    check_setting(admin_roots != (), "admin_roots", problem)
+
+
+def expand_key(text: str, key: str | None = None) -> str:
+    """`units.expand_env` for a key: the variables that it names are kept from engine hosts."""
+    SECRET_VARIABLES.update(_REFERENCE.findall(text))
+    return units.expand_env(text, key)
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for an engine host, in which the code of models runs."""
+    return {name: value for name, value in environment.items() if name not in SECRET_VARIABLES}
+
+
+def parse_keys(value: object) -> tuple[str, ...]:
+    """One key or a list of keys, `${NAME}` allowed."""
+    keys = [value] if isinstance(value, str) else value
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ConfigError("expected a text or a list of texts: put a key of digits in quotes")
+    return tuple(expand_key(key) for key in keys)
+
+
+def parse_roots(value: object, folder: str) -> tuple[str, ...] | None:
+    """Folders, relative ones starting at `folder`, and owners on the hub; None = those of the pool file's models."""
+    if value is None:
+        return None
+    roots = [value] if isinstance(value, str) else value
+    if not isinstance(roots, list) or not all(isinstance(root, str) and root.strip() for root in roots):
+        raise ConfigError("expected a list of folders, such as /models, and of owners on the Hugging Face hub")
+    return tuple(map(partial(_root, folder=folder), roots))
+
+
+def _root(root: str, folder: str) -> str:
+    if is_path(root):
+        return os.path.abspath(os.path.join(folder, os.path.expanduser(root)))
+    good = re.fullmatch(r"[A-Za-z0-9][\w.-]*/?", root) is not None
+    check_setting(good, None, f"{show(root)} is neither a folder, such as /models, nor an owner, such as Qwen")
+    return root.rstrip("/")
+
+
+def is_path(model: str) -> bool:
+    """Whether what stands under `model` names a folder, and no model of the Hugging Face hub."""
+    return model.startswith(_PATH_STARTS)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys on a command line, from files and from the environment. Imports no vLLM.
+
+Whoever may list processes reads their command lines, and a process cannot change its own: a key belongs into the
+environment, or into a file that the command line only names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tokenpool.config import PoolConfig
+from tokenpool.errors import ConfigError, check_setting, config_errors_under
+
+VARIABLES = {
+    "--api-key": "VLLM_API_KEY",
+    "--view-key": "TOKENPOOL_VIEW_KEY",
+    "--admin-key": "TOKENPOOL_ADMIN_KEY",
+}
+"""Where a key of a server may come from instead of each flag."""
+
+
+def read_key(text: str, flag: str) -> str:
+    """The key that `flag` was given: what the file holds after ``@``, else the text, with a warning that it shows."""
+    if not text.startswith("@"):
+        print(
+            f"tokenpool: warning: {flag}: the key is visible to all who may list processes: write {flag} @FILE, or "
+            f"set {VARIABLES[flag]}", file=sys.stderr,
+        )  # fmt: skip
+        return text
+    try:
+        return Path(text[1:]).expanduser().read_text().strip("\r\n")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "is no text"
+        raise ConfigError(f"cannot read the key from {text[1:]}: {reason}", key=flag) from None
+
+
+def with_environment(config: PoolConfig, words: Sequence[str]) -> PoolConfig:
+    """`config` with the keys that the environment has for it.
+
+    VLLM_API_KEY, which leaves the environment so that no model's app asks for it again, takes the place of the pool
+    file's keys unless `words` have --api-key; the other variables fill in what is not set.
+    """
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    found = {"api_key": os.environ.pop(VARIABLES["--api-key"], None) if "--api-key" not in given else None}
+    for flag in ("--view-key", "--admin-key"):
+        setting = flag[2:].replace("-", "_")
+        if not getattr(config, setting):
+            found[setting] = os.environ.get(VARIABLES[flag])
+    for setting, key in found.items():
+        if key is not None:
+            with config_errors_under(source=VARIABLES[f"--{setting.replace('_', '-')}"]):
+                config = replace(config, **{setting: (key,)})
+    return config
+
+
+def add_key_flags(parser: argparse.ArgumentParser) -> None:
+    """Let a command that only looks take a view key or an admin key."""
+    parser.add_argument("--view-key")
+    parser.add_argument("--admin-key")
+
+
+def looking_key(options: argparse.Namespace) -> str | None:
+    """The key of a command that only looks: a flag's, else the environment's; a view key before an admin key."""
+    for flag in ("--view-key", "--admin-key"):
+        text = getattr(options, flag[2:].replace("-", "_"))
+        if text is not None:
+            check_setting(bool(text), flag, "is empty")
+            return read_key(text, flag)
+    return os.environ.get("TOKENPOOL_VIEW_KEY") or os.environ.get("TOKENPOOL_ADMIN_KEY")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -107,6 +108,15 @@ def middleware(monkeypatch):
     monkeypatch.setitem(sys.modules, "their_middleware", module)
 
 
+@pytest.fixture
+def root_logger():
+    """As it was: what vLLM imports with its first app raises the level."""
+    logger = logging.getLogger()
+    before = logger.level
+    yield
+    logger.setLevel(before)
+
+
 def send(client: TestClient, method: str, path: str, headers: Any) -> Any:
     body = {"json": {"model": "a"}} if method == "POST" else {}
     return client.request(method, path, headers=headers, **body)
@@ -198,7 +208,7 @@ def test_an_unknown_card_names_what_its_reader_may_use():
     assert ["The model `a` does not exist. Known models: b", "The model `x` does not exist. Known models: b"] == texts
 
 
-def test_a_models_app_has_nothing_of_the_port(middleware):
+def test_a_models_app_has_nothing_of_the_port(middleware, root_logger):
     """vLLM's own app, built from flags with all of them: no middleware twice, no metrics of the process, no root."""
     flags = ("--middleware", "their_middleware.Stamp", "--enable-request-id-headers", "--root-path", "/llm",
              "--allowed-origins", '["*"]')  # fmt: skip

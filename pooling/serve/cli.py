@@ -27,7 +27,8 @@ USAGE = """usage: tokenpool serve MODEL [MODEL ...] [any flag of vllm serve] [po
 pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --weights auto|movable|fixed
             --kv-floor-pages N --turn-policy NAME --max-request SIZE --admin-key KEY
             --frontends N
-            and of vllm serve: --host --port --api-key --shutdown-timeout"""
+            and of vllm serve: --host --port --api-key --shutdown-timeout
+--help=all prints all flags, --help=WORD those of a group, such as Pool or ModelConfig, or with that in their name"""
 
 
 VALIDATE_USAGE = """usage: tokenpool validate pool.yaml [pool flags]
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ("-h" in rest or "--help" in rest) and (usage := _usage(command)):
         print(usage)
         return 0
+    if command in ("serve", "validate") and (search := [word for word in rest if word.startswith("--help=")]):
+        return _search_help(search[0].partition("=")[2])
     from tokenpool.errors import PoolError
 
     try:
@@ -79,16 +82,27 @@ def _usage(command: str) -> str | None:
     return import_module(f"tokenpool.serve.{module[command]}").USAGE if command in module else None
 
 
+def _search_help(search: str) -> int:
+    """Print what `vllm serve --help=...` prints, with the pool's flags."""
+    from tokenpool.serve.command_line import POOL_FLAG_HELP
+    from tokenpool.serve.flags import serve_help
+
+    if search.lower() == "all":
+        print(f"{USAGE}\n")
+    print(serve_help(search, POOL_FLAG_HELP))
+    return 0
+
+
 def _fail(message: str) -> int:
     print(f"tokenpool: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def _serve(words: list[str]) -> int:
-    from tokenpool.serve.command_line import pool_from_command_line, take_cluster
+    from tokenpool.serve.command_line import has_api_key, pool_file_of, pool_from_command_line, take_cluster
 
     cluster, words = take_cluster(words)
-    if (key := os.environ.pop("VLLM_API_KEY", None)) and not any(w.startswith("--api-key") for w in words):
+    if (key := os.environ.pop("VLLM_API_KEY", None)) and not has_api_key(words):
         words = [*words, "--api-key", key]  # vLLM's variable; popped so that no model's app asks for it again
     # What needs no vLLM is checked first: a typo in a pool file answers at once.
     pool = pool_from_command_line(words)
@@ -106,7 +120,7 @@ def _serve(words: list[str]) -> int:
 
     apply_all()
     try:
-        status = serve(pool, cluster, next((word for word in words if word.endswith((".yaml", ".yml"))), None))
+        status = serve(pool, cluster, pool_file_of(words))
     except PoolError as error:
         status = _fail(str(error))
     except Exception:  # a fault of ours; the exit below does not wait for threads that hang
@@ -123,10 +137,12 @@ def _validate(words: list[str]) -> int:
     pool = pool_from_command_line(words)
     from tokenpool.patches import apply_all
     from tokenpool.serve.launch_plan import plan_pool
-    from tokenpool.serve.run import describe_plan
+    from tokenpool.serve.run import check_http, describe_plan
 
     apply_all()
-    print(describe_plan(*plan_pool(pool)))
+    config, plans = plan_pool(pool)
+    check_http(plans[0].args, config)
+    print(describe_plan(config, plans))
     return 0
 
 

@@ -47,6 +47,8 @@ PORT = {
     "--logging-config": "logging_config",
     "--log-level": "logging_config",
     "--log-config-file": "logging_config",
+    "--distributed-timeout-seconds": "distributed_timeout_seconds",
+    "--cpu-distributed-timeout-seconds": "cpu_distributed_timeout_seconds",
 }
 """Flags of the port or of whole processes, by where vLLM's parser puts them: the first model's hold for all."""
 
@@ -54,6 +56,7 @@ _DATA_PARALLEL = "data parallelism: serve more hosts of a cluster instead"
 _RANKS = "the pool starts engines and their ranks itself: spread hosts over machines with --cluster"
 _SLEEP = "sleep mode, which the pool replaces: weights leave and come back by themselves"
 _SPECULATIVE = "speculative decoding is not there yet"
+_IMAGES = "images come to the engine host over its sockets, not through shared memory"
 _NUMA = "the pool places its engine host itself: bind the server with numactl"
 
 REFUSED = {
@@ -112,6 +115,8 @@ REFUSED = {
     "--spec-method": _SPECULATIVE,
     "--spec-model": _SPECULATIVE,
     "--spec-tokens": _SPECULATIVE,
-    "--mm-tensor-ipc": "images come to the engine host over its sockets",
+    "--mm-tensor-ipc": _IMAGES,
+    "--mm-processor-cache-type": _IMAGES,
+    "--mm-shm-cache-max-object-size-mb": _IMAGES,
 }
 """Flags that cannot have their effect, by the reason; each is refused unless its value is vLLM's default."""

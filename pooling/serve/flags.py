@@ -84,7 +84,8 @@ def parse_serve_flags(words: Sequence[str]) -> Namespace:
     except ConfigError:
         raise
     except Exception as error:  # vLLM raises many kinds for a bad value; all mean "does not start"
-        raise ConfigError(str(error)) from error
+        parameter = getattr(error, "parameter", None)  # of vLLM's own errors
+        raise ConfigError(str(error), key=parameter and f"--{parameter.replace('_', '-')}") from error
     return args
 
 

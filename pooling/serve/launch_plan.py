@@ -27,7 +27,7 @@ from tokenpool.serve.checkpoint import checkpoint_bytes
 from tokenpool.serve.flag_table import POOL_SETTINGS
 from tokenpool.serve.flags import changed_flags, parse_serve_flags, spell_out
 from tokenpool.serve.names import check_names
-from tokenpool.serve.poolability import check_config, check_flags
+from tokenpool.serve.poolability import check_config, check_flags, check_words
 from tokenpool.serve.port_flags import settle_logging, share_port_flags
 from tokenpool.serve.start_checks import check_start, is_path
 from tokenpool.serve.tls import check_tls
@@ -102,6 +102,7 @@ def plan_model(spec: ModelSpec) -> ModelPlan:
         for flag, key in POOL_SETTINGS.items():
             if flag in given:
                 raise ConfigError(f"is a setting of the pool: give {key} for the whole pool", key=flag)
+        check_words(spec.name, given)
         if "--served-model-name" not in given:
             words += ["--served-model-name", spec.name]
         args = parse_serve_flags(words)

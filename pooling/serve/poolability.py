@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Set
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -15,11 +16,26 @@ from tokenpool.serve.flags import changed_flags
 _OUTSIDE = "serve it with plain vLLM outside the pool"
 
 
+_ONLY_ASKED_FOR = ("--grpc-port", "--data-parallel-multi-port-external-lb")
+"""Refused flags about which vLLM's parser has something else to say."""
+
+
+def check_words(name: str, flags: Set[str]) -> None:
+    """Refuse, by the flags that are given, what vLLM's parser would refuse in misleading words."""
+    for flag in _ONLY_ASKED_FOR:
+        if flag in flags:
+            raise _refusal(name, flag)
+
+
 def check_flags(name: str, args: Namespace) -> None:
     """Refuse flags that would have no effect in a pool; raises ModelRefusedError that names the first."""
     for flag in changed_flags(args):
         if flag in REFUSED and (flag, args.api_server_count) != ("--api-server-count", 1):
-            raise ModelRefusedError(name, f"{flag} ({REFUSED[flag].replace('`', '')})", "remove the flag")
+            raise _refusal(name, flag)
+
+
+def _refusal(name: str, flag: str) -> ModelRefusedError:
+    return ModelRefusedError(name, f"{flag} ({REFUSED[flag].replace('`', '')})", "remove the flag")
 
 
 def check_config(name: str, config: Any) -> None:

@@ -67,8 +67,8 @@ def _import_plugin(path: str, plugin: str) -> None:
 def _try(flag: str, value: str, look: Callable[[], Any]) -> Any:
     try:
         return look()
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise error.under(flag) from error
     except Exception as error:  # whatever code of the user raises
         raise ConfigError(f"{value} cannot be imported: {_said(error)}", key=flag) from error
 
@@ -105,13 +105,11 @@ def _check_chat_template(args: Namespace) -> None:
     except jinja2.TemplateSyntaxError as error:
         problem = f"is no good template: line {error.lineno}: {error.message}"
         raise ConfigError(problem, key="--chat-template") from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # vLLM raises kinds of its own
         raise ConfigError(f"cannot be read: {_said(error)}", key="--chat-template") from error
 
 
 def _check_parsers(args: Namespace) -> None:
-    if args.enable_auto_tool_choice and not args.tool_call_parser:
-        raise ConfigError("needs --tool-call-parser beside it", key="--enable-auto-tool-choice")
     reasoning = args.reasoning_parser or args.structured_outputs_config.reasoning_parser
     parsers = (
         ("--tool-call-parser", args.tool_call_parser, ToolParserManager, "--tool-parser-plugin"),

@@ -29,6 +29,8 @@ from vllm.utils.import_utils import import_from_path
 from tokenpool.errors import ConfigError, config_errors_under, show
 from tokenpool.serve.checkpoint import checkpoint_bytes
 
+_WEIGHT_FORMATS = ("auto", "hf", "safetensors", "pt")
+"""Values of --load-format that read the usual weight files."""
 _JINJA_MODES = ("auto", "hf", "slow")
 """Values of --tokenizer-mode whose chat templates are Jinja's."""
 
@@ -40,7 +42,7 @@ def check_start(name: str, args: Namespace) -> None:
     """
     with config_errors_under(source=f"model {name!r}"):
         load_plugins(args)
-        for check in (_check_files, _check_chat_template, _check_parsers, _check_classes, _check_adapters):
+        for check in _CHECKS:
             check(args)
 
 
@@ -80,6 +82,12 @@ def _said(error: Exception) -> str:
 def is_path(name: str) -> bool:
     """Whether vLLM takes a text for a file of this machine, whatever is there, and not for a name of the hub."""
     return name.startswith(("/", "./", "../", "~"))
+
+
+def _check_weights(args: Namespace) -> None:
+    path = Path(os.path.expanduser(args.model))
+    if args.load_format in _WEIGHT_FORMATS and path.is_dir() and not checkpoint_bytes(path):
+        raise ConfigError(f"{path} has no weights", key="model")
 
 
 def _check_files(args: Namespace) -> None:
@@ -175,3 +183,6 @@ def _check_adapters(args: Namespace) -> None:
             raise ConfigError(f"adapter {show(name)}: {error.problem}", key=flag) from error
         if not size:
             raise ConfigError(f"adapter {show(name)}: {given} has no weights", key=flag)
+
+
+_CHECKS = (_check_weights, _check_files, _check_chat_template, _check_parsers, _check_classes, _check_adapters)

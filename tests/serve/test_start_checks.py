@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -95,6 +96,23 @@ def test_good_chat_templates_are_not_refused(tmp_path: Path) -> None:
 def test_whatever_is_named_must_be_there(words: list[str], problem: str) -> None:
     """Parsers, plugins, classes, files and adapters."""
     assert refusal(*words).startswith(problem)
+
+
+def test_weights_must_be_whole(tiny_models: TinyModels, tmp_path: Path) -> None:
+    """A folder without any, and an index that names a part that is not there; not where none are read."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models.path("llama"), folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "part-2.safetensors"}}))
+    with pytest.raises(ConfigError, match="^model 'm': model: weight file .*/part-2.safetensors is missing"):
+        plan_added(spec(model=str(folder)), None)
+    index.write_text("{")
+    with pytest.raises(ConfigError, match="^model 'm': model: .*index.json cannot be read"):
+        plan_added(spec(model=str(folder)), None)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="^model 'm': model: .*/model has no weights"):
+        plan_added(spec(model=str(folder)), None)
+    plan_added(spec("--load-format", "dummy", model=str(folder)), None)
 
 
 def test_an_adapter_must_be_whole(tiny_models: TinyModels, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_failed_model_can_be_removed_and_replaced(run, monkeypatch: pytest.Mon
     from tests.helpers.stand_ins import plan_of
     from tokenpool.serve import pool_server
 
-    monkeypatch.setattr(pool_server, "plan_model", lambda spec: plan_of(spec.name))
+    monkeypatch.setattr(pool_server, "plan_added", lambda spec, beside: plan_of(spec.name))
 
     async def test(w: World) -> None:
         await w.pool.start()

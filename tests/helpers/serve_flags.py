@@ -59,10 +59,10 @@ APP = names("""
     anthropic-disabled-thinking-effort chat-template chat-template-content-format cohere-format
     cohere-is-reasoning-model default-chat-template-kwargs disable-fastapi-docs enable-auto-tool-choice
     enable-flash-late-interaction enable-force-include-usage enable-log-deltas enable-log-outputs enable-offline-docs
-    enable-per-request-metrics enable-prompt-tokens-details enable-request-id-headers enable-scale-out
+    enable-per-request-metrics enable-prompt-tokens-details enable-scale-out
     enable-server-load-tracking enable-tokenizer-info-endpoint exclude-tools-when-tool-choice-none fingerprint-mode
-    fingerprint-value log-error-stack lora-modules max-log-len middleware response-role return-tokens-as-token-ids
-    root-path sse-keep-alive-interval tool-call-parser tool-parser-plugin tool-server tool-strict-level
+    fingerprint-value log-error-stack lora-modules max-log-len response-role return-tokens-as-token-ids
+    sse-keep-alive-interval tool-call-parser tool-parser-plugin tool-server tool-strict-level
     trust-request-chat-template trust-request-mm-kwargs
 """)
 """Flags of vLLM's app: each model has its own."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -213,16 +214,25 @@ def test_a_models_config_file_counts_as_its_flags(tmp_path: Path) -> None:
     assert "--model: is what `model` says" in refusal("--model", "org/b")
 
 
-def test_an_effect_that_a_setting_has_is_told(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What is logged, also where a test before has sent the lines elsewhere."""
+    monkeypatch.setattr(logging.getLogger("tokenpool"), "propagate", True)
+    return caplog
+
+
+def test_an_effect_that_a_setting_has_is_told(told: pytest.LogCaptureFixture) -> None:
     """--gpu-memory-utilization is in most command lines: it is not refused, and not ignored without a word."""
     plan("--gpu-memory-utilization", "0.5")
 
     assert ["--gpu-memory-utilization has no effect model=m: device_memory is for all models"] == [
-        record.getMessage() for record in caplog.records if record.name.startswith("tokenpool")
+        record.getMessage() for record in told.records if record.name.startswith("tokenpool")
     ]
 
 
-def test_the_environment_sizes_kv(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+def test_the_environment_sizes_kv(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, told: pytest.LogCaptureFixture
+) -> None:
     """VLLM_CPU_KVCACHE_SPACE is the KV of all models together where device_memory is auto; it wins over their flags."""
     model = str(tiny_models.path("llama"))
     specs = tuple(spec("--kv-cache-memory-bytes", "1048576", name=name, model=model) for name in "ab")
@@ -235,7 +245,7 @@ def test_the_environment_sizes_kv(tiny_models: TinyModels, monkeypatch: pytest.M
     assert by_variable - 3 * GIB == by_flags - 2 * (1 << 20)
     given = PoolConfig(specs, page_size=1 << 20, device_memory=GIB)
     assert plan_pool(given)[0].device_memory == GIB
-    assert "VLLM_CPU_KVCACHE_SPACE has no effect: device_memory is given" in caplog.text
+    assert "VLLM_CPU_KVCACHE_SPACE has no effect: device_memory is given" in told.text
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4GiB")
     with pytest.raises(ConfigError, match="^VLLM_CPU_KVCACHE_SPACE: '4GiB' is no whole number of GiB$"):
         plan_pool(auto)

@@ -67,16 +67,19 @@ SAME_CONFIG = names("""
 
 TRIED_BY_HAND = {
     "--aggregate-engine-logging": "test_flag_effects.py",
-    "--enable-log-requests": "the call of AsyncLLM.from_vllm_config",
-    "--disable-log-stats": "the call of AsyncLLM.from_vllm_config",
+    "--enable-log-requests": "test_flag_effects.py",
+    "--disable-log-stats": "test_flag_effects.py",
     "--tool-parser-plugin": "test_start_checks.py",
     "--reasoning-parser-plugin": "test_start_checks.py",
     "--enable-ssl-refresh": "test_tls.py",
     "--ssl-ciphers": "test_tls.py",
+    "--config": "test_config_file.py",
     "--served-model-name": "test_names.py",
     "--allowed-origins": "test_cors.py",
+    "--middleware": "test_port.py",
+    "--enable-request-id-headers": "test_port.py",
 }
-"""Flags with a test of their effect of their own."""
+"""Flags with a test of their effect of their own, in the file named."""
 
 
 @cache
@@ -199,6 +202,12 @@ def config_of(model: str, words: tuple[str, ...]) -> object:
 def snapshot_of(config: object) -> object:
     config.instance_id = ""  # type: ignore[attr-defined]  # a name that vLLM gives to each
     return snapshot(config)
+
+
+def test_what_is_tried_by_hand_is_tried() -> None:
+    """The file that is named uses the flag."""
+    folder = Path(__file__).parent
+    assert [flag for flag, file in TRIED_BY_HAND.items() if flag not in (folder / file).read_text()] == []
 
 
 def test_the_documentation_has_the_table() -> None:

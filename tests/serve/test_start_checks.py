@@ -216,7 +216,8 @@ def test_a_models_config_file_counts_as_its_flags(tmp_path: Path) -> None:
 
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What is logged, also where a test before has sent the lines elsewhere."""
+    """What is logged, also where code before has changed the root's level or sent the lines elsewhere."""
+    caplog.set_level(logging.WARNING, "tokenpool")
     monkeypatch.setattr(logging.getLogger("tokenpool"), "propagate", True)
     return caplog
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags of vLLM's command line as they are written in a pool file. Imports neither vllm nor ray."""
+"""Flags of vLLM's command line as they are written in a pool file and in vLLM's config files. No vllm, no ray."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+
+import yaml
 
 from tokenpool import units
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
@@ -34,6 +37,50 @@ def parse_flags(value: object) -> tuple[str, ...]:
     else:
         raise ConfigError(f"expected a list, a text or a mapping of vLLM flags, got {show(value)}")
     return tuple(args)
+
+
+def take_config_file(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split `--config FILE` off; returns the flags in the file as words, and the other words. Raises ConfigError.
+
+    The file is vLLM's: a mapping of flags. What is given beside it wins, so its words go before the others.
+    """
+    rest = list(words)
+    places = [i for i, word in enumerate(rest) if word.partition("=")[0] == "--config"]
+    if not places:
+        return [], rest
+    check_setting(len(places) == 1, "--config", "is given twice: write one file")
+    at = places[0]
+    _, equals, path = rest.pop(at).partition("=")
+    if not equals:
+        check_setting(at < len(rest) and not rest[at].startswith("-"), "--config", "needs a value: a file of flags")
+        path = rest.pop(at)
+    with config_errors_under(source=f"--config {path}"):
+        return _config_words(path), rest
+
+
+def _config_words(path: str) -> list[str]:
+    if not path.endswith((".yaml", ".yml")):
+        raise ConfigError("must end with .yaml or .yml")
+    try:
+        with open(path, "rb") as file:
+            flags = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"is no good YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(flags, dict):
+        raise ConfigError("must hold a mapping of flags to values, such as max-model-len: 512")
+    words: list[str] = []
+    for key, value in flags.items():
+        flag = _flag(key)
+        if flag == "--config":
+            raise ConfigError("names another file: write its flags here", key="config")
+        if value is None:  # as vLLM reads it
+            words += [flag, "None"]
+        elif value != []:
+            with config_errors_under(str(key)):
+                words += _flag_words(flag, value)
+    return words
 
 
 def _flag(key: object) -> str:

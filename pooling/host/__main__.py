@@ -14,6 +14,8 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+from vllm.logger import configure_logging_if_needed
+
 from tokenpool.host.affinity import unpinned
 from tokenpool.host.control import ControlServer
 from tokenpool.host.engine_builder import import_architecture
@@ -47,6 +49,7 @@ def main(control_path: str, config_json: str) -> None:
     host.on_idle = HostMetrics(host).update
 
     def add_model(spec: HostedModelSpec) -> dict[str, Any]:
+        configure_logging_if_needed(spec.vllm_config.logging_config)  # of models of one pool they are equal
         import_architecture(spec)
         return host.build_beside(lambda: model_state(host, host.add_model(spec))).result()
 

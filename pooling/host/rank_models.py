@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.logger import configure_logging_if_needed
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput
@@ -48,6 +49,7 @@ class RankModels:
 
     def build(self, name: str, config: VllmConfig, movable_weights: bool) -> None:
         """Make a worker for the model and load its weights, together with rank 0."""
+        configure_logging_if_needed(config.logging_config)
         wrapper = WorkerWrapperBase(rpc_rank=self._rank, global_rank=self._rank)
         build = _FollowedBuild(self, movable_weights)
         worker_arguments: list[dict[str, Any]] = [{} for _ in range(config.parallel_config.world_size)]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
@@ -22,8 +23,22 @@ def checkpoint_bytes(folder: Path) -> int:
         return 0
     for pattern in _PATTERNS:
         if files := sorted(folder.glob(pattern)):
+            _check_index(folder / f"model{pattern[1:]}.index.json")
             return sum(_file_bytes(file) for file in files)
     return 0
+
+
+def _check_index(index: Path) -> None:
+    """Look for every file that the index of a checkpoint in parts names."""
+    try:
+        named = json.loads(index.read_bytes())["weight_map"].values()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{index} cannot be read: {error}; fetch the model again", key="model") from error
+    for name in sorted(set(named)):
+        if not os.path.lexists(index.parent / name):
+            raise ConfigError(f"weight file {index.parent / name} is missing; fetch the model again", key="model")
 
 
 def _file_bytes(file: Path) -> int:

@@ -29,7 +29,8 @@ pool flags: --device-memory SIZE --host-memory SIZE --page-size SIZE --weights a
             --view-key @FILE --admin-key @FILE --admin-models none|listed|any
             and of vllm serve: --host --port --api-key --shutdown-timeout
 keys: VLLM_API_KEY, TOKENPOOL_VIEW_KEY and TOKENPOOL_ADMIN_KEY take the place of flags; on a command line others see
-      a key that is not in a file"""
+      a key that is not in a file
+--help=all prints all flags, --help=WORD those of a group, such as Pool or ModelConfig, or with that in their name"""
 
 
 VALIDATE_USAGE = """usage: tokenpool validate pool.yaml [pool flags]
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ("-h" in rest or "--help" in rest) and (usage := _usage(command)):
         print(usage)
         return 0
+    if command in ("serve", "validate") and (search := [word for word in rest if word.startswith("--help=")]):
+        return _search_help(search[0].partition("=")[2])
     from tokenpool.errors import PoolError
 
     try:
@@ -81,18 +84,29 @@ def _usage(command: str) -> str | None:
     return import_module(f"tokenpool.serve.{module[command]}").USAGE if command in module else None
 
 
+def _search_help(search: str) -> int:
+    """Print what `vllm serve --help=...` prints, with the pool's flags."""
+    from tokenpool.serve.command_line import POOL_FLAG_HELP
+    from tokenpool.serve.flags import serve_help
+
+    if search.lower() == "all":
+        print(f"{USAGE}\n")
+    print(serve_help(search, POOL_FLAG_HELP))
+    return 0
+
+
 def _fail(message: str) -> int:
     print(f"tokenpool: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 def _serve(words: list[str]) -> int:
-    from tokenpool.serve.command_line import pool_from_command_line, take_cluster
+    from tokenpool.serve.command_line import has_api_key, pool_file_of, pool_from_command_line, take_cluster
     from tokenpool.serve.key_words import with_environment
 
     cluster, words = take_cluster(words)
     # What needs no vLLM is checked first: a typo in a pool file answers at once.
-    pool = with_environment(pool_from_command_line(words), words)
+    pool = with_environment(pool_from_command_line(words), has_api_key(words))
     if cluster is not None:
         from tokenpool.cluster.session import prepare
 
@@ -109,7 +123,7 @@ def _serve(words: list[str]) -> int:
 
     apply_all()
     try:
-        status = serve(pool, cluster, next((word for word in words if word.endswith((".yaml", ".yml"))), None))
+        status = serve(pool, cluster, pool_file_of(words))
     except PoolError as error:
         status = _fail(str(error))
     except Exception:  # a fault of ours; the exit below does not wait for threads that hang
@@ -126,10 +140,12 @@ def _validate(words: list[str]) -> int:
     pool = pool_from_command_line(words)
     from tokenpool.patches import apply_all
     from tokenpool.serve.launch_plan import plan_pool
-    from tokenpool.serve.run import describe_plan
+    from tokenpool.serve.run import check_http, describe_plan
 
     apply_all()
-    print(describe_plan(*plan_pool(pool)))
+    config, plans = plan_pool(pool)
+    check_http(plans[0].args, config)
+    print(describe_plan(config, plans))
     return 0
 
 

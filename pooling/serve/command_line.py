@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from tokenpool.config import ModelSpec, PoolConfig, Scheduling, load_pool_file
+from tokenpool.engine_flags import take_config_file
 from tokenpool.errors import ConfigError, check_setting
 from tokenpool.serve.key_words import read_key
 from tokenpool.units import parse_bytes, parse_seconds
@@ -43,23 +44,68 @@ _POOL_FLAGS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
+POOL_FLAG_HELP = {
+    "--device-memory": "Bytes of device memory for the weights and KV of all models, such as 60GiB; default: auto.",
+    "--host-memory": "Bytes of host memory for weights and KV that are off the device; default: auto.",
+    "--page-size": "Unit in which memory moves between models; default: 32MiB.",
+    "--weights": "auto, movable or fixed: whether weights may leave the device while their model rests.",
+    "--kv-floor-pages": "Pages of KV promised to each model; default: 1.",
+    "--turn-policy": "How models take turns: auto, round_robin, request_level, aegaeon, slack or an entry point.",
+    "--max-request": "Largest request body; default: 256MiB.",
+    "--admin-key": "Key for the pool API, which is off without one.",
+    "--frontends": "Processes that answer on the port; default: 1.",
+    "--cluster": "Spread the pool over a Ray cluster: auto, local or an address.",
+}
+"""What the flags do that vLLM has not; the table in README.md says more."""
+
+_SHORTEST = {
+    "--api-key": "--api-k",
+    "--host": "--hos",
+    "--port": "--por",
+    "--shutdown-timeout": "--shu",
+    "--served-model-name": "--ser",
+    "--lora-modules": "--lora-m",
+}
+"""The fewest letters that vLLM's parser takes for the flags that are read here."""
+
+
 def pool_from_command_line(words: Sequence[str]) -> PoolConfig:
-    """Read the command line; raises ConfigError naming the flag. Imports no vLLM."""
-    settings, rest = _take_pool_flags(list(words))
+    """Read the command line; raises ConfigError naming the flag. Imports no vLLM.
+
+    The flags of a `--config` file count as if they stood there, before those that do; but not its `model` beside one.
+    """
+    from_file, given = take_config_file(words)
+    settings, rest = _take_pool_flags(given)
     models, flags = _split_models(rest)
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-        if flags:
-            raise ConfigError(
-                f"{flags[0]} is no pool flag: with a pool file, write flags of vllm serve under `args` of a model",
-                key=flags[0],
-            )
+        _refuse_flags_of_vllm(["--config"] if len(given) < len(words) else flags)
         return replace(load_pool_file(models[0]), **settings)
+    file_settings, file_flags = _take_pool_flags(from_file)
+    settings = {**file_settings, **settings}
+    if models:
+        _, file_flags = _take_model(file_flags)
+        _refuse_model_flag(flags)
+        flags = [*file_flags, *flags]
+    else:
+        model, flags = _take_model([*file_flags, *flags])
+        if model is None:
+            raise ConfigError("no model: give one or more models, or a pool file (.yaml), before the flags")
+        models = [model]
     if len(models) > 1:
         _refuse_one_model_flags(flags)
-    if not models:
-        models, flags = _model_of_flags(flags)
     specs = tuple(ModelSpec(name=_served_name(model, flags), model=model, args=tuple(flags)) for model in models)
     return PoolConfig(models=specs, **settings)
+
+
+def has_api_key(words: Sequence[str]) -> bool:
+    """Whether the flags, or those of a `--config` file, give a key for clients."""
+    return any("api_key" in _take_pool_flags(part)[0] for part in take_config_file(words))
+
+
+def pool_file_of(words: Sequence[str]) -> str | None:
+    """The pool file that the command line names; None if it names models."""
+    models, _ = _split_models(_take_pool_flags(take_config_file(words)[1])[1])
+    return models[0] if len(models) == 1 and models[0].endswith((".yaml", ".yml")) else None
 
 
 def take_cluster(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -90,7 +136,7 @@ def _take_pool_flags(words: list[str]) -> tuple[dict[str, Any], list[str]]:
     i = 0
     while i < len(words):
         flag, equals, value = words[i].partition("=")
-        flag = flag.replace("_", "-") if flag.startswith("--") else flag
+        flag = _full_name(flag)
         i += 1
         if flag == "--api-key":
             keys, i = ([value], i) if equals else _values(words, i)
@@ -125,23 +171,48 @@ def _split_models(words: list[str]) -> tuple[list[str], list[str]]:
     return models, words[i:]
 
 
-def _model_of_flags(flags: list[str]) -> tuple[list[str], list[str]]:
-    for i, word in enumerate(flags):
-        flag, equals, value = word.partition("=")
-        if flag == "--model" and (equals or i + 1 < len(flags)):
-            return [value or flags[i + 1]], flags[:i] + flags[i + (1 if equals else 2) :]
-    raise ConfigError("no model: give one or more models, or a pool file (.yaml), before the flags")
+def _full_name(flag: str) -> str:
+    """The flag that is meant, if it is one that is read here: with dashes, and written out."""
+    flag = flag.replace("_", "-") if flag.startswith("--") else flag
+    return next((name for name, least in _SHORTEST.items() if name.startswith(flag) and flag.startswith(least)), flag)
+
+
+def _take_model(flags: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split `--model M` off: the last one, as the words of a file come first."""
+    model, rest, i = None, [], 0
+    while i < len(flags):
+        flag, equals, value = flags[i].partition("=")
+        i += 1
+        if flag != "--model" or not (equals or i < len(flags)):
+            rest.append(flags[i - 1])
+            continue
+        model, i = (value, i) if equals else (flags[i], i + 1)
+    return model, rest
 
 
 def _served_name(model: str, flags: Sequence[str]) -> str:
+    name = model
     for i, word in enumerate(flags):
         flag, equals, value = word.partition("=")
-        if flag.replace("_", "-") == "--served-model-name":
-            return value if equals else flags[i + 1] if i + 1 < len(flags) else model
-    return model
+        if _full_name(flag) == "--served-model-name":
+            name = value if equals else flags[i + 1] if i + 1 < len(flags) else model
+    return name
+
+
+def _refuse_flags_of_vllm(flags: Sequence[str]) -> None:
+    if flags:
+        raise ConfigError(
+            f"{flags[0]} is no pool flag: with a pool file, write flags of vllm serve under `args` of a model",
+            key=flags[0],
+        )
+
+
+def _refuse_model_flag(flags: Sequence[str]) -> None:
+    if any(word.split("=")[0] == "--model" for word in flags):
+        raise ConfigError("is given beside a model: name each model once, before the flags", key="--model")
 
 
 def _refuse_one_model_flags(flags: Sequence[str]) -> None:
-    for flag in ("--served-model-name", "--model", "--lora-modules", "--tokenizer"):
-        if any(word.split("=")[0].replace("_", "-") == flag for word in flags):
+    for flag in ("--served-model-name", "--lora-modules", "--tokenizer"):
+        if any(_full_name(word.split("=")[0]) == flag for word in flags):
             raise ConfigError("belongs to one model: with several, use a pool file and its `args`", key=flag)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import SUPPRESS, Action, Namespace
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from tokenpool.engine_flags import take_config_file
 from tokenpool.errors import ConfigError
 
 
@@ -35,9 +36,35 @@ def _serve_parser() -> _Parser:
     return _parser
 
 
-def known_flags() -> set[str]:
-    """Every option string of `vllm serve`."""
-    return {option for action in _serve_parser()._actions for option in action.option_strings}
+def known_flags() -> Mapping[str, Action]:
+    """Every option string of `vllm serve`, with what vLLM's parser does about it."""
+    return _serve_parser()._option_string_actions
+
+
+def serve_help(search: str, pool_flags: Mapping[str, str]) -> str:
+    """What `vllm serve --help=SEARCH` prints: all flags, those of a group, or those whose name has `search` in it.
+
+    `pool_flags` are flags of the pool with their texts, which are searched too, as the group Pool.
+    """
+    parser = _Parser(prog="tokenpool serve", usage="tokenpool serve [MODEL ...] [flags]", add_help=False)
+    make_arg_parser(parser)
+    group = parser.add_argument_group("Pool", "Settings of the whole pool, as in a pool file.")
+    for flag, text in pool_flags.items():
+        if flag not in parser._option_string_actions:
+            group.add_argument(flag, help=text, default=SUPPRESS)
+    parser._search_keyword = search
+    return parser.format_help()
+
+
+def changed_flags(args: Namespace) -> list[str]:
+    """The flags, by their first long name, whose value in `args` is not vLLM's default."""
+    defaults, missing = _serve_parser().parse_args([]), object()
+    changed = {
+        id(action): next(name for name in action.option_strings if name.startswith("--"))
+        for action in known_flags().values()
+        if getattr(args, action.dest, missing) != getattr(defaults, action.dest, missing)
+    }
+    return list(changed.values())
 
 
 def parse_serve_flags(words: Sequence[str]) -> Namespace:
@@ -47,7 +74,7 @@ def parse_serve_flags(words: Sequence[str]) -> Namespace:
     """
     parser = _serve_parser()
     # The parser takes an unknown flag's value for a positional and names the wrong word: look first.
-    _refuse_unknown(words)
+    words = spell_out(words)
     try:
         # The defaults are made once per process: without a copy, one model's flags would be written into all.
         args = copy.deepcopy(parser.parse_args(_with_json_lists(words)))
@@ -57,8 +84,51 @@ def parse_serve_flags(words: Sequence[str]) -> Namespace:
     except ConfigError:
         raise
     except Exception as error:  # vLLM raises many kinds for a bad value; all mean "does not start"
-        raise ConfigError(str(error)) from error
+        parameter = getattr(error, "parameter", None)  # of vLLM's own errors
+        raise ConfigError(str(error), key=parameter and f"--{parameter.replace('_', '-')}") from error
     return args
+
+
+def spell_out(words: Sequence[str]) -> list[str]:
+    """The words with the flags of a `--config` file in place of it, and with every flag under its full name.
+
+    Raises ConfigError for a flag that there is not, and for the beginning of several.
+    """
+    if len(words) > 1 and not words[0].startswith("-"):  # the model
+        return [words[0], *spell_out(words[1:])]
+    from_file, given = take_config_file(words)
+    spelled: list[str] = []
+    rest = [*from_file, *given]
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*spelled, word, *rest]
+        if not word.startswith("--"):
+            spelled.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        head, dot, tail = name.partition(".")
+        if full := _full_name(head.replace("_", "-")):
+            spelled.append(f"{full}{dot}{tail}{equals}{value}")
+    return spelled
+
+
+def _full_name(flag: str) -> str | None:
+    """The flag that begins so, as argparse looks for it; None for one that says what is so anyway."""
+    known = known_flags()
+    if flag in known:
+        return flag
+    plain = known.get(f"--{flag.removeprefix('--no-')}")
+    if flag.startswith("--no-") and plain is not None and plain.nargs == 0:
+        return None  # a flag that can only be set, as `false` in a file
+    found = [name for name in known if name.startswith(flag)]
+    if len({known[name].dest for name in found}) > 1:
+        raise ConfigError(f"{flag} may mean {', '.join(sorted(found))}: write it out", key=flag)
+    if found:
+        return found[0]
+    near = difflib.get_close_matches(flag, known, 1)
+    hint = f"did you mean {near[0]}?" if near else "it is no flag of vllm serve; remove it"
+    raise ConfigError(f"unknown flag {flag}: {hint}", key=flag)
 
 
 def _with_json_lists(words: Sequence[str]) -> list[str]:
@@ -77,7 +147,7 @@ def _with_json_lists(words: Sequence[str]) -> list[str]:
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
-        if flag.replace("_", "-") not in flags:
+        if flag not in flags:
             written.append(word)
             continue
         values = [value] if equals else []
@@ -94,16 +164,3 @@ def _is_json_list(text: str) -> bool:
     except ValueError:
         return False
 
-
-def _refuse_unknown(words: Sequence[str]) -> None:
-    known = known_flags()
-    for word in words:
-        if word == "--":
-            return
-        if not word.startswith("--"):
-            continue
-        flag = word.split("=", 1)[0].split(".", 1)[0].replace("_", "-")
-        if flag not in known:
-            near = difflib.get_close_matches(flag, known, 1)
-            hint = f"did you mean {near[0]}?" if near else "it is no flag of vllm serve; remove it"
-            raise ConfigError(f"unknown flag {flag}: {hint}", key=flag)

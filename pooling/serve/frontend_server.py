@@ -183,7 +183,7 @@ class FrontendServer(PoolServer):
         for name, standing in view.models.items():
             if name not in self.router.models:
                 self._plans[name] = standing.plan
-                self.router.add(self._model_app(standing.plan.spec))
+                self.router.add(self._model_app(standing.plan))
             self._follow_model(name, standing)
 
     def _follow_host(self, view: SupervisorView) -> None:
@@ -248,8 +248,8 @@ class FrontendServer(PoolServer):
 
     # -- models --------------------------------------------------------------------------------------
 
-    def _model_app(self, spec: ModelSpec) -> ModelApp:
-        model = super()._model_app(spec)
+    def _model_app(self, plan: ModelPlan) -> ModelApp:
+        model = super()._model_app(plan)
         limits, count = model.gate.limits, self.config.frontends  # each frontend keeps its part of the queue
         parts = [_part(bound, count) for bound in (limits.max_waiting, limits.max_waiting_tokens)]
         model.gate.limits = replace(limits, max_waiting=parts[0], max_waiting_tokens=parts[1])

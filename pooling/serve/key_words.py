@@ -8,9 +8,9 @@ environment, or into a file that the command line only names.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,10 +28,7 @@ VARIABLES = {
 def read_key(text: str, flag: str) -> str:
     """The key that `flag` was given: what the file holds after ``@``, else the text, with a warning that it shows."""
     if not text.startswith("@"):
-        print(
-            f"tokenpool: warning: {flag}: the key is visible to all who may list processes: write {flag} @FILE, or "
-            f"set {VARIABLES[flag]}", file=sys.stderr,
-        )  # fmt: skip
+        _warn_of(flag)
         return text
     try:
         return Path(text[1:]).expanduser().read_text().strip("\r\n")
@@ -40,14 +37,22 @@ def read_key(text: str, flag: str) -> str:
         raise ConfigError(f"cannot read the key from {text[1:]}: {reason}", key=flag) from None
 
 
-def with_environment(config: PoolConfig, words: Sequence[str]) -> PoolConfig:
+@functools.cache  # once, however often the words are looked at
+def _warn_of(flag: str) -> None:
+    print(
+        f"tokenpool: warning: {flag}: the key is visible to all who may list processes: write {flag} @FILE, or "
+        f"set {VARIABLES[flag]}", file=sys.stderr,
+    )  # fmt: skip
+
+
+def with_environment(config: PoolConfig, has_api_key: bool) -> PoolConfig:
     """`config` with the keys that the environment has for it.
 
     VLLM_API_KEY, which leaves the environment so that no model's app asks for it again, takes the place of the pool
-    file's keys unless `words` have --api-key; the other variables fill in what is not set.
+    file's keys unless the flags have one (`has_api_key`); the other variables fill in what is not set.
     """
-    given = {word.partition("=")[0].replace("_", "-") for word in words}
-    found = {"api_key": os.environ.pop(VARIABLES["--api-key"], None) if "--api-key" not in given else None}
+    key_of_vllm = os.environ.pop(VARIABLES["--api-key"], None)
+    found = {"api_key": None if has_api_key else key_of_vllm}
     for flag in ("--view-key", "--admin-key"):
         setting = flag[2:].replace("-", "_")
         if not getattr(config, setting):

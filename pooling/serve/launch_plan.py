@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,26 +18,27 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from tokenpool.config import ModelSpec, PoolConfig
-from tokenpool.errors import ConfigError, PoolError, config_errors_under
+from tokenpool.errors import ConfigError, PoolError, config_errors_under, show
 from tokenpool.host.hosted_core import EngineAddresses
 from tokenpool.host.hosted_model import HostConfig, HostedModelSpec
 from tokenpool.memory.device_nvml import read_gpu
 from tokenpool.memory.system_memory import system_memory
 from tokenpool.policy.turns import load_turn_policy
 from tokenpool.serve.checkpoint import checkpoint_bytes
-from tokenpool.serve.flags import parse_serve_flags
+from tokenpool.serve.flag_table import POOL_SETTINGS
+from tokenpool.serve.flags import changed_flags, parse_serve_flags, spell_out
 from tokenpool.serve.names import check_names
-from tokenpool.serve.poolability import check_config, check_flags, check_media
+from tokenpool.serve.poolability import check_config, check_flags, check_media, check_words
+from tokenpool.serve.port_flags import settle_logging, share_port_flags
+from tokenpool.serve.start_checks import check_start, is_path
+from tokenpool.serve.tls import check_tls
 from tokenpool.units import format_bytes, format_count
+
+logger = logging.getLogger(__name__)
 
 _AUTO_CPU_FRACTION = 0.5
 _AUTO_HOST_FRACTION = 0.25
-_POOL_OWNED = {
-    "--api-key": "api_key",
-    "--host": "host",
-    "--port": "port",
-    "--shutdown-timeout": "shutdown_timeout",
-}
+_KV_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
 @dataclass(slots=True)
@@ -94,36 +97,59 @@ class ModelPlan:
 def plan_model(spec: ModelSpec, for_tenants: bool = False) -> ModelPlan:
     """Parse a model's flags and refuse what cannot be pooled; raises ConfigError or ModelRefusedError."""
     path = Path(os.path.expanduser(spec.model))
-    if spec.model.startswith(("/", "./", "../", "~")) and not os.path.exists(path):
+    if is_path(spec.model) and not os.path.exists(path):
         raise ConfigError(f"missing path {spec.model}: correct it, or give a Hugging Face id", key="model")
-    for flag, key in _POOL_OWNED.items():
-        if any(word.split("=")[0].replace("_", "-") == flag for word in spec.args):
-            raise ConfigError(f"is a setting of the pool: give {key} for the whole pool", key=flag, source=spec.name)
-    words = [spec.model, *spec.args]
-    if not any(word.split("=")[0].replace("_", "-") == "--served-model-name" for word in spec.args):
-        words += ["--served-model-name", spec.name]
-    try:
-        args = parse_serve_flags(words)
-    except ConfigError as error:
-        raise error.under(source=f"model {spec.name!r}") from error
-    check_flags(spec.name, args)
-    args.api_key = None  # keys are checked once, in front of all models
     with config_errors_under(source=f"model {spec.name!r}"):
+        if any(word.partition("=")[0] == "--model" for word in spec.args):
+            raise ConfigError("is what `model` says: remove the flag", key="--model")
+        words = spell_out([spec.model, *spec.args])
+        given = {word.partition("=")[0] for word in words}
+        for flag, key in POOL_SETTINGS.items():
+            if flag in given:
+                raise ConfigError(f"is a setting of the pool: give {key} for the whole pool", key=flag)
+        check_words(spec.name, given)
+        if "--served-model-name" not in given:
+            words += ["--served-model-name", spec.name]
+        args = parse_serve_flags(words)
         weight_bytes = checkpoint_bytes(path)
+    check_flags(spec.name, args)
+    if "--gpu-memory-utilization" in changed_flags(args):
+        logger.warning("--gpu-memory-utilization has no effect model=%s: device_memory is for all models", spec.name)
+    args.api_key = None  # keys are checked once, in front of all models
+    settle_logging(args)
+    for flags in (args, args.structured_outputs_config):
+        if flags.reasoning_parser_plugin.endswith(".py"):  # vLLM's engine takes a path that begins with . for a package
+            flags.reasoning_parser_plugin = os.path.abspath(flags.reasoning_parser_plugin)
     return ModelPlan(spec, args, -(-weight_bytes // args.tensor_parallel_size), for_tenants=for_tenants)
+
+
+def plan_added(spec: ModelSpec, others: Sequence[ModelPlan], for_tenants: bool = False) -> ModelPlan:
+    """Plan a model for a pool that runs, whose other models tell the flags of the port; raises PoolError."""
+    plan = plan_model(spec, for_tenants)
+    if others:
+        share_port_flags(plan, others[0])
+    check_start(spec.name, plan.args)
+    return plan
 
 
 def plan_pool(config: PoolConfig) -> tuple[PoolConfig, list[ModelPlan]]:
     """Plan every model and the budget; returns the config with `device_memory` set."""
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise PoolError(f"device {current_platform.device_name} is not supported: install tokenpool[cpu] or [cuda]")
+    _kv_of_the_environment()  # vLLM reads it too, and says less when it is wrong
     plans = [plan_model(spec, bool(config.tenants)) for spec in config.models]
     check_names(plans)
     _check_ranks(plans)
+    with config_errors_under(source=f"model {plans[0].spec.name!r}"):
+        check_tls(plans[0].args)
     for plan in plans:
+        share_port_flags(plan, plans[0])
+        check_start(plan.spec.name, plan.args)
         plan.checked = plan.engine_config()
     if config.device_memory is None:
         config = replace(config, device_memory=_auto_device_memory(config, plans))
+    elif current_platform.is_cpu() and os.environ.get(_KV_VARIABLE):
+        logger.warning("%s has no effect: device_memory is given", _KV_VARIABLE)
     if config.host_memory is None:
         config = replace(config, host_memory=_share_of_memory(_AUTO_HOST_FRACTION))
     if config.weights == "auto":
@@ -156,11 +182,21 @@ def host_config(config: PoolConfig, plans: list[ModelPlan]) -> HostConfig:
 
 def _auto_device_memory(config: PoolConfig, plans: list[ModelPlan]) -> int:
     asked = [plan.args.kv_cache_memory_bytes for plan in plans]
-    if all(asked):
-        return sum(asked) + sum(_needed_pages(config, plan) for plan in plans) * config.page_size + config.page_size
+    if kv_bytes := _kv_of_the_environment() or (sum(asked) if all(asked) else 0):
+        return kv_bytes + _pages_for_all(config, plans) * config.page_size
     if current_platform.is_cuda():
         return read_gpu(current_platform.get_device_uuid()).budget_bytes()
     return _share_of_memory(_AUTO_CPU_FRACTION)
+
+
+def _kv_of_the_environment() -> int:
+    """KV of all models together, by vLLM's variable for CPUs; 0 if it says nothing. It wins over flags, as there."""
+    text = os.environ.get(_KV_VARIABLE, "")
+    if not text or not current_platform.is_cpu():
+        return 0
+    if not text.strip().isdecimal():
+        raise ConfigError(f"{show(text)} is no whole number of GiB", key=_KV_VARIABLE)
+    return int(text) << 30
 
 
 def _share_of_memory(fraction: float) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ class ModelApp:
     """Calls into `app` that have not returned."""
     gate: Gate = field(default_factory=Gate)
     """Which requests are taken in, and how many of them wait."""
+    claimed: Set[str] = frozenset()
+    """Names that its flags give to it and its adapters, which it has as soon as it is loaded."""
 
     def answer_with(self, client: Any) -> None:
         """Send its requests to this client of its engines, a `ModelClient` or what stands for one."""

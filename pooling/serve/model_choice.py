@@ -13,8 +13,11 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.routing import Match
 from starlette.types import Scope
 
+from tokenpool.errors import show
+
 from .auth import scope_below, touches_pool_api
 from .model_app import ModelApp
+from .names import name_problem
 from .refused import RefusedError, bad_request, not_found
 from .request_body import UnreadableModelError, body_model
 from .tenants import Account
@@ -102,12 +105,18 @@ class ModelChoice:
             raise self._unknown(name)
         return fits[0]
 
-    def refuse_taken_name(self, model: ModelApp, adapter: Any) -> None:
-        """Refuse an adapter of `model` under a name that leads to another model: nobody would reach it."""
-        if isinstance(adapter, str) and any(adapter in other.aliases() for other in self._all if other is not model):
+    def refuse_adapter(self, model: ModelApp, key: str, adapter: Any) -> None:
+        """Refuse an adapter of `model` under a name that is a path, or leads to another model: nobody would reach it.
+
+        What is no text, or an empty one, is vLLM's to refuse.
+        """
+        if not isinstance(adapter, str) or not adapter:
+            return
+        if problem := name_problem(adapter):
+            raise bad_request(f"The name {show(adapter)} {problem}.", key)
+        if any(adapter in other.aliases() | other.claimed for other in self._all if other is not model):
             shown = adapter[:_MAX_SHOWN]
-            message = f"The name `{shown}` belongs to another model: give the adapter another name."
-            raise bad_request(message, "lora_name")
+            raise bad_request(f"The name `{shown}` belongs to another model: give the adapter another name.", key)
 
     def _any(self) -> ModelApp:
         if not self._models:

@@ -33,6 +33,7 @@ from tokenpool.serve.keeper import Backoff, count_failure
 from tokenpool.serve.launch_plan import ModelPlan, first_line
 from tokenpool.serve.names import names_of
 from tokenpool.serve.port import drop_port_parts, without_port_flags
+from tokenpool.serve.start_checks import load_plugins
 from tokenpool.serve.tenant_meter import meter
 from tokenpool.serve.tracing import RequestTracer, provider_for, trace_requests
 
@@ -88,12 +89,14 @@ class ModelClient:
         # vLLM would make a tracer of the whole process for each model.
         endpoint, observed.otlp_traces_endpoint = observed.otlp_traces_endpoint, None
         try:
+            await asyncio.to_thread(load_plugins, plan.args)  # some frontends have not planned the model themselves
             with handing_in(core):
                 engine = await asyncio.to_thread(
                     AsyncLLM.from_vllm_config,
                     vllm_config=core.vllm_config,
                     usage_context=UsageContext.OPENAI_API_SERVER,
                     enable_log_requests=plan.args.enable_log_requests,
+                    aggregate_engine_logging=plan.args.aggregate_engine_logging,
                     disable_log_stats=plan.args.disable_log_stats,
                 )
             meter(engine)

@@ -3,14 +3,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from tokenpool.errors import ConfigError
+from tokenpool.errors import ConfigError, show
 
 if TYPE_CHECKING:
     from tokenpool.serve.launch_plan import ModelPlan
     from tokenpool.serve.router import ModelApp
+
+_SEGMENT = re.compile(r"(?!\.{1,2}\Z)[^/\x00-\x1f\x7f]+")
+MOST_LETTERS = 512
+"""Of a name; longer ones are no use in a URL."""
+
+
+def name_problem(name: object) -> str | None:
+    """Why `name` cannot be a name of a model or an adapter; None if it can. `org/name` is one."""
+    if not isinstance(name, str) or not name:
+        return "is no name: give a text"
+    if len(name) > MOST_LETTERS:
+        return f"is longer than {MOST_LETTERS} letters"
+    if not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
+        return "is a path or has control characters: no part between slashes may be empty, . or .."
+    return None
 
 
 def names_of(plan: ModelPlan) -> Iterator[tuple[str, str]]:
@@ -22,6 +38,8 @@ def names_of(plan: ModelPlan) -> Iterator[tuple[str, str]]:
             yield name, f"--served-model-name of {model}"
     for adapter in plan.args.lora_modules or ():
         yield adapter.name, f"--lora-modules of {model}"
+    for name in plan.args.default_mm_loras or ():
+        yield name, f"--default-mm-loras of {model}"
 
 
 def series_names(model: ModelApp, plan: ModelPlan | None) -> set[str]:
@@ -30,10 +48,13 @@ def series_names(model: ModelApp, plan: ModelPlan | None) -> set[str]:
 
 
 def check_names(plans: Iterable[ModelPlan], taken: Mapping[str, str] | None = None) -> None:
-    """Raise ConfigError when two claim one name; `taken` holds names that are served already."""
+    """Raise ConfigError for a name that is a path, and when two claim one; `taken` holds names served already."""
     owners = dict(taken or {})
     for plan in plans:
         for name, owner in names_of(plan):
+            # A model that was given as a path and nothing else is called so, as with vLLM.
+            if name != plan.spec.name and (problem := name_problem(name)):
+                raise ConfigError(f"the name {show(name)}, of {owner}, {problem}; rename it")
             if name in owners:
                 raise ConfigError(
                     f"the name {name!r} is claimed twice, by {owners[name]} and by {owner}: rename one of them"

@@ -25,7 +25,7 @@ from tokenpool.serve.ending import HOST_END_S, KILL_S, let_finish, within
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.host_watch import HostWatch, follow_forecasts
 from tokenpool.serve.keeper import Backoff, Work, start_kept
-from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_model
+from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_added
 from tokenpool.serve.model_client import ModelClient, first_config
 from tokenpool.serve.model_life import ModelLives, reason_of
 from tokenpool.serve.names import check_names, names_of, series_names
@@ -85,7 +85,7 @@ class PoolServer:
     async def start(self) -> None:
         """Start the host and all models; raises PoolError, with nothing left running, when none can be served."""
         for plan in self._plans.values():
-            self.router.add(self._model_app(plan.spec))
+            self.router.add(self._model_app(plan))
         self._watching = start_kept("watching the host", self.watch.run)
         try:
             await self._first_start()
@@ -124,9 +124,9 @@ class PoolServer:
         """True when all models but the failed ones can be served, and the pool is not shutting down."""
         return not self.stopping and self.lives.ready
 
-    def _model_app(self, spec: ModelSpec) -> ModelApp:
-        gate = Gate.of(spec.name, self.config.admission_of(spec), spec.slo)
-        return ModelApp(spec.name, _no_app, state="loading", retry_after_s=5, gate=gate)
+    def _model_app(self, plan: ModelPlan) -> ModelApp:
+        gate = Gate.of(plan.spec.name, self.config.admission_of(plan.spec), plan.spec.slo)
+        return ModelApp(plan.spec.name, _no_app, retry_after_s=5, gate=gate, claimed={n for n, _ in names_of(plan)})
 
     # -- starting ------------------------------------------------------------------------------------
 
@@ -263,13 +263,13 @@ class PoolServer:
         Raises PoolError and changes nothing when it cannot be served.
         """
         self._refuse_while_stopping()
-        plan = await asyncio.to_thread(plan_model, spec, bool(self.config.tenants))
+        plan = await asyncio.to_thread(plan_added, spec, [*self._plans.values()], bool(self.config.tenants))
         async with self._changing:
             if any(spec.name in model.aliases() for model in self.router.models.values()):
                 raise ConfigError(f"model {spec.name!r} is in the pool already: choose another name", key="name")
             taken = {alias: f"model {m.name!r}" for m in self.router.models.values() for alias in m.aliases()}
             check_names([plan], {name: owner for p in self._plans.values() for name, owner in names_of(p)} | taken)
-            self.router.add(self._model_app(spec))
+            self.router.add(self._model_app(plan))
             try:
                 client = await self._start_model(plan)
             except BaseException:

@@ -4,36 +4,49 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Set
 from typing import Any
 
 from vllm.platforms import current_platform
 
 from tokenpool.errors import ModelRefusedError
+from tokenpool.serve.flag_table import REFUSED
+from tokenpool.serve.flags import changed_flags
 
 _OUTSIDE = "serve it with plain vLLM outside the pool"
 
 
+_ONLY_ASKED_FOR = ("--grpc-port", "--data-parallel-multi-port-external-lb")
+"""Refused flags about which vLLM's parser has something else to say."""
+
+
+def check_words(name: str, flags: Set[str]) -> None:
+    """Refuse, by the flags that are given, what vLLM's parser would refuse in misleading words."""
+    for flag in _ONLY_ASKED_FOR:
+        if flag in flags:
+            raise _refusal(name, flag)
+
+
 def check_flags(name: str, args: Namespace) -> None:
-    """Refuse flags of the server process that the pool takes over; raises ModelRefusedError."""
-    refused = {
-        "--headless": args.headless,
-        "--grpc": args.grpc,
-        "--grpc-port": args.grpc_port is not None,
-        "--api-server-count above 1": (args.api_server_count or 1) > 1,
-        "--num-gpu-blocks-override": args.num_gpu_blocks_override is not None,
-        "--uds": args.uds is not None,
-    }
-    for flag, given in refused.items():
-        if given:
-            raise ModelRefusedError(name, flag, "remove the flag")
+    """Refuse flags that would have no effect in a pool; raises ModelRefusedError that names the first."""
+    for flag in changed_flags(args):
+        if flag in REFUSED and (flag, args.api_server_count) != ("--api-server-count", 1):
+            raise _refusal(name, flag)
+
+
+def _refusal(name: str, flag: str) -> ModelRefusedError:
+    return ModelRefusedError(name, f"{flag} ({REFUSED[flag].replace('`', '')})", "remove the flag")
 
 
 def check_config(name: str, config: Any) -> None:
-    """Refuse engine features that two engines of one process cannot share; `config` is a VllmConfig."""
+    """Refuse engine features that two engines of one process cannot share; `config` is a VllmConfig.
+
+    Flags that ask for them are refused before; this is for what the model's own files ask for.
+    """
     parallel, model = config.parallel_config, config.model_config
     refused = {
-        "a KV connector (--kv-transfer-config)": config.kv_transfer_config is not None,
-        "an EC connector (--ec-transfer-config)": config.ec_transfer_config is not None,
+        "a KV connector": config.kv_transfer_config is not None,
+        "an EC connector": config.ec_transfer_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "tensor parallelism (on the CPU only yet)": parallel.tensor_parallel_size > 1 and not current_platform.is_cpu(),
         "data parallelism": parallel.data_parallel_size > 1,

@@ -86,10 +86,10 @@ async def _form_model(headers: Headers, body: bytes, content_type: str) -> Any:
     return form.get("model")
 
 
-def adapter_name(body: bytes) -> Any:
-    """Return the `lora_name` of a body that asks vLLM to load an adapter, or None if there is none to read."""
+def adapter_name(body: bytes, key: str) -> Any:
+    """Return the name, under `key`, of a body that asks vLLM to load an adapter, or None if there is none to read."""
     try:
-        return json.loads(body).get("lora_name")
+        return json.loads(body).get(key)
     except (ValueError, AttributeError, RecursionError):
         return None  # vLLM's own validation says what is wrong with it
 

@@ -38,7 +38,8 @@ OUTER_PATHS = frozenset(
 
 OUTER_PREFIXES = ("/v1/models/", f"{POOL_PREFIX}/")
 
-_LOAD_ADAPTER = "/v1/load_lora_adapter"
+_LOAD_ADAPTER = {"/v1/load_lora_adapter": "lora_name", "/adapters": "name"}
+"""Paths at which vLLM loads an adapter, and the key of its name."""
 _BODILESS_METHODS = frozenset({"GET", "HEAD", "DELETE"})
 
 
@@ -122,8 +123,8 @@ class ModelRouter:
             body, app_receive = read, replay(read, receive, content_type)
         model = model or await choice.by_request(path, scope, headers, body)
         note.model = model.name
-        if path.endswith(_LOAD_ADAPTER):
-            choice.refuse_taken_name(model, adapter_name(body))
+        for key in {key for ending, key in _LOAD_ADAPTER.items() if path.endswith(ending)}:
+            choice.refuse_adapter(model, key, adapter_name(body, key))
         if model.state != "resident":
             raise RefusedError(model.refusal(), close_code=1013)
         with account.exclusive() if account is not None else nullcontext():

@@ -35,6 +35,7 @@ from tokenpool.serve.loop_watch import LoopWatch
 from tokenpool.serve.model_life import reason_of
 from tokenpool.serve.pool_server import PoolServer
 from tokenpool.serve.port import with_port_flags
+from tokenpool.serve.tls import CertificateRefresh, tls_options
 from tokenpool.serve.tracing import end_tracing
 from tokenpool.units import format_bytes, format_count
 
@@ -130,7 +131,7 @@ async def _serve(
     app = watch.around(with_port_flags(pool.app, args, outer))
     server = NoSignalServer(_uvicorn_config(app, args, config))
     # The port answers while models load: /health is up, /ready and the models say 503.
-    serving = asyncio.create_task(_answer(server, pool, sock))
+    serving = asyncio.create_task(_answer(server, pool, sock, args))
     starting = asyncio.create_task(pool.start())
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -159,9 +160,10 @@ def _how_it_ended(task: asyncio.Task[None]) -> str:
     return "without an error" if error is None else reason_of(error)
 
 
-async def _answer(server: NoSignalServer, pool: PoolServer, sock: socket.socket) -> None:
+async def _answer(server: NoSignalServer, pool: PoolServer, sock: socket.socket, args: Namespace) -> None:
     await pool.may_listen()
-    await server.serve(sockets=[sock])
+    async with CertificateRefresh(args, server.config):
+        await server.serve(sockets=[sock])
 
 
 def check_http(args: Namespace, config: PoolConfig) -> None:
@@ -191,10 +193,7 @@ def _uvicorn_config(app: Any, args: Namespace, config: PoolConfig) -> uvicorn.Co
         access_log=not args.disable_uvicorn_access_log,
         timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
         timeout_graceful_shutdown=max(1, int(config.shutdown_timeout_s)),
-        ssl_keyfile=args.ssl_keyfile,
-        ssl_certfile=args.ssl_certfile,
-        ssl_ca_certs=args.ssl_ca_certs,
-        ssl_cert_reqs=args.ssl_cert_reqs,
+        **tls_options(args),
         http=http_protocol(),
         h11_max_incomplete_event_size=HEAD_BYTES if is_default else args.h11_max_incomplete_event_size,
         **options,

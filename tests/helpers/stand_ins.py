@@ -169,7 +169,7 @@ class World:
 
 def plan_of(name: str) -> ModelPlan:
     """A plan that nobody builds."""
-    args = Namespace(tensor_parallel_size=1, lora_modules=None, served_model_name=None)
+    args = Namespace(tensor_parallel_size=1, lora_modules=None, default_mm_loras=None, served_model_name=None)
     checked: Any = SimpleNamespace()
     return ModelPlan(ModelSpec(name=name, model="/none"), args, 0, checked)
 

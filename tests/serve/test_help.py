@@ -54,6 +54,20 @@ def test_the_usage_lists_every_command():
     assert set(COMMANDS) == set(re.findall(r"^(?:usage:|      ) tokenpool (\w+)", USAGE, re.MULTILINE))
 
 
+@pytest.mark.vllm
+def test_help_searches_the_flags_of_vllm_and_of_the_pool(capsys):
+    """`--help=all` has all of both, `--help=WORD` a group or what has the word in its name."""
+    status, everything, _ = helped(["serve", "--help=all"], capsys)
+    found = {word: helped(["validate", f"--help={word}"], capsys)[1] for word in ("pool", "lora-mod", "no-such-flag")}
+
+    assert status == 0
+    assert everything.startswith("usage: tokenpool serve MODEL")
+    assert all(f"  --{flag}" in everything for flag in ("max-model-len", "tool-parser-plugin", "device-memory"))
+    assert "--kv-floor-pages" in found["pool"] and "--max-model-len" not in found["pool"]
+    assert "--lora-modules" in found["lora-mod"] and "--max-loras" not in found["lora-mod"]
+    assert "No group or arguments matching 'no-such-flag'" in found["no-such-flag"]
+
+
 def test_help_imports_no_vllm():
     """It is there at once."""
     code = (

@@ -191,15 +191,15 @@ def test_keys_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     config = pool_from_command_line(["org/a"])
     for name in ("VLLM_API_KEY", "TOKENPOOL_VIEW_KEY", "TOKENPOOL_ADMIN_KEY"):
         monkeypatch.setenv(name, f"{name.lower()}-0123456789")
-    found = with_environment(config, ["org/a"])
+    found = with_environment(config, has_api_key=False)
 
     assert ("vllm_api_key-0123456789",) == found.api_key
     assert ("tokenpool_view_key-0123456789", "tokenpool_admin_key-0123456789") == (*found.view_key, *found.admin_key)
-    again = with_environment(found, ["org/a", "--api_key", "x"])
+    again = with_environment(found, has_api_key=True)
     assert found == again
     monkeypatch.setenv("VLLM_API_KEY", "short")
     with pytest.raises(ConfigError, match="VLLM_API_KEY: api_key: a key has 5 characters: give 16 or more"):
-        with_environment(config, ["org/a"])
+        with_environment(config, has_api_key=False)
 
 
 def test_a_job_has_no_key_in_its_words(tmp_path: Path) -> None:

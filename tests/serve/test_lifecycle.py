@@ -259,6 +259,7 @@ def test_models_that_cannot_be_added_are_refused(pool_server: PoolServerProcess,
     """Each bad entry gets a 4xx or 507 that says what is wrong; the pool is as before and goes on."""
     llama = tiny_models.path("llama")
     long = {"hf_overrides": {"max_position_embeddings": 1_000_000}}
+    lora, adapter = {"enable_lora": True, "max_lora_rank": 1}, tiny_models.lora("llama")  # which is of rank 8
     cases: list[tuple[Any, int, list[str]]] = [
         (entry("added", tiny_models.folder / "none"), 400, ["missing path", "none"]),
         (entry("added", llama) | {"model": "./none"}, 400, ["missing path", "none"]),
@@ -269,12 +270,14 @@ def test_models_that_cannot_be_added_are_refused(pool_server: PoolServerProcess,
         (entry("added", llama, tensor_parallel_size=2), 400, ["same --tensor-parallel-size"]),
         (entry("qwen2", llama), 400, ["'qwen2'", "already"]),
         (entry("added", llama, served_model_name=["qwen2"]), 400, ["'qwen2'", "claimed twice", "--served-model-name"]),
-        (entry("added", llama, lora_modules=[f"{LORA_NAME}=/l"]), 400, [f"'{LORA_NAME}'", "claimed twice", "'llama'"]),
+        (entry("added", llama, **lora, lora_modules=[f"{LORA_NAME}={adapter}"]), 400, ["claimed twice", "'llama'"]),
+        (entry("added", llama, **lora, lora_modules=["a=/none"]), 400, ["--lora-modules", "missing path /none"]),
+        (entry("added", llama, ssl_ciphers="AES"), 400, ["--ssl-ciphers", "is a flag of the whole port"]),
         # 512 bytes of KV per token: more than the 96 MiB of the pool, and more than any cache vLLM is shown.
         (entry("added", llama, **long, max_model_len=250_000), 507, ["device_memory", "--max-model-len"]),
         (entry("added", llama, **long, max_model_len=1_000_000), 507, ["device_memory", "--max-model-len"]),
         # What fails only behind the engine: in the app of the model.
-        (entry("added", llama, enable_lora=True, lora_modules=["a=/none"]), 400, ["does not start", "/none"]),
+        (entry("added", llama, **lora, lora_modules=[f"a={adapter}"]), 400, ["does not start", "rank"]),
         (entry("no name!", llama), 400, ["name", "no name!"]),
         ({"model": str(llama)}, 400, ["name", "missing"]),
         ({"name": "added"}, 400, ["model", "missing"]),

@@ -151,7 +151,7 @@ def test_a_failed_model_can_be_removed_and_replaced(run, monkeypatch: pytest.Mon
     from tests.helpers.stand_ins import plan_of
     from tokenpool.serve import pool_server
 
-    monkeypatch.setattr(pool_server, "plan_model", lambda spec: plan_of(spec.name))
+    monkeypatch.setattr(pool_server, "plan_added", lambda spec, others, for_tenants: plan_of(spec.name))
 
     async def test(w: World) -> None:
         await w.pool.start()
@@ -308,7 +308,7 @@ def test_a_supervisor_tells_frontends_what_is_given_up(tmp_path: Path) -> None:
     async def test() -> None:
         with socket.socket() as sock:
             pool = Supervisor(config, [plan], sock)
-            pool.router.add(pool._model_app(plan.spec))
+            pool.router.add(pool._model_app(plan))
             pool.lives.failed("a", ConfigError("no file"))
             told = pool._look(0).models["a"]
             assert (told.state, told.reason, told.is_given_up) == ("failed", "no file", False)

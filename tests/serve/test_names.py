@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.serve.test_router import post, set_vllm_state, two
@@ -14,6 +16,9 @@ from tokenpool.serve.names import check_names, names_of
 pytestmark = pytest.mark.vllm
 
 LORA = ("--enable-lora", "--lora-modules")
+
+
+PATHS = ["../x", "/x", "a/../b", ".", "..", "a//b", "a/", "./x", "a\n", "a\x00b", "a\x7f", "x" * 600]
 
 
 def plans(**args: tuple[str, ...]) -> list:
@@ -62,6 +67,23 @@ def test_a_name_of_a_model_that_is_served_already_is_refused() -> None:
         check_names(plans(a=(*LORA, "l=/l")), {"l": "model 'c'"})
 
 
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("flag", ["--served-model-name", "--lora-modules", "--default-mm-loras"])
+def test_a_name_that_is_a_path_is_refused(flag: str, name: str) -> None:
+    """Clients and proxies drop parts of it, and it may be taken for a file; the line names the flag and the model."""
+    values = {"--lora-modules": json.dumps({"name": name, "path": "/l"}), "--default-mm-loras": json.dumps({name: "/"})}
+    with pytest.raises(ConfigError) as caught:
+        check_names(plans(a=("--enable-lora", flag, values.get(flag, name))))
+
+    assert f"{flag} of model 'a', is " in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_names_of_the_hub_are_names() -> None:
+    """With an organisation, a version, and letters of any language."""
+    check_names(plans(a=("--served-model-name", "org/name", "org/name:v1.5", "...x", "модель", "a b")))
+
+
 def test_names_that_differ_are_not_refused() -> None:
     """A model may serve its own name again, and others under as many names as it likes."""
     check_names(plans(a=("--served-model-name", "a", "x", "x"), b=(*LORA, "l=/l", "m=/m"), c=()))
@@ -82,7 +104,36 @@ def test_an_adapter_takes_no_name_of_another_model(path: str, name: object, stat
     if status == 400:
         error = response.json()["error"]
         assert error["param"] == "lora_name"
-        assert error["message"].startswith(f"The name `{name}` belongs to model `org/b`")
+        assert error["message"].startswith(f"The name `{name}` belongs to another model")
+
+
+def test_an_adapter_takes_no_name_of_a_model_that_is_not_loaded() -> None:
+    """What a model will be called once it is there is its name already."""
+    router = two()
+    router.models["org/b"].claimed = {"org/b", "soon"}
+    router.models["org/b"].state = "failed"
+    response = post(router, "/models/a/v1/load_lora_adapter", json={"lora_name": "soon", "lora_path": "/l"})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].startswith("The name `soon` belongs to another model")
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(("path", "key"), [("/v1/load_lora_adapter", "lora_name"), ("/adapters", "name")])
+def test_an_adapter_takes_no_name_that_is_a_path(path: str, key: str, name: str) -> None:
+    """At both routes by which vLLM loads adapters; the answer is one of vLLM's errors."""
+    response = post(two(), path, json={"model": "a", key: name})
+
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == key
+    assert response.json()["error"]["message"].isprintable()
+
+
+def test_both_routes_of_adapters_know_the_names() -> None:
+    """Also that of SageMaker."""
+    response = post(two(), "/adapters", json={"model": "a", "name": "org/b", "src": "/l"})
+
+    assert (400, "name") == (response.status_code, response.json()["error"]["param"])
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"null"])

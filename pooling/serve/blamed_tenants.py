@@ -58,7 +58,9 @@ class BlamedTenants:
 
     def is_suspected(self, tenant: str | None) -> bool:
         """Whether new requests of a tenant are tried one at a time: the next death in a row is the last one."""
-        return tenant is not None and self._in_a_row(self._rows.get(tenant)) >= MAX_IN_A_ROW - 1
+        if tenant is None or tenant == DEFAULT_TENANT:
+            return False
+        return self._in_a_row(self._rows.get(tenant)) >= MAX_IN_A_ROW - 1
 
     def refusal(self, scope: Scope, tenant: str) -> Response | None:
         """The answer that refuses what could make an engine work; None for a tenant in good standing."""

@@ -55,6 +55,7 @@ class Suspects:
         self._trial: _Trial | None = None
         self._judged: dict[str, float] = {}
         self._lock: int | None = None
+        self._due: asyncio.Handle | None = None
 
     def share(self, path: str) -> None:
         """Hold trials one at a time with all processes that share this file; the kernel lets go for one that dies."""
@@ -69,8 +70,13 @@ class Suspects:
         self._journals.discard(journal)
         for entry in journal:
             self._line.pop(entry, None)
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
         if self._trial is not None and journal.get(self._trial.entry.request_id) is self._trial.entry:
             self._end_trial()
+        elif self._line:
+            self._look_for_next()
 
     @staticmethod
     def owner() -> str | None:
@@ -84,8 +90,7 @@ class Suspects:
         if entry.is_released or not (held or self._is_suspect(entry)):
             return True
         self._line[entry] = go
-        if self._trial is None:  # once those that are not suspected have been sent
-            asyncio.get_running_loop().call_soon(self._next)
+        self._look_for_next()
         return False
 
     def look(self) -> None:
@@ -140,13 +145,19 @@ class Suspects:
     def _is_suspect(self, entry: Entry) -> bool:
         return entry.num_losses > 0 or self.tenants.is_suspected(entry.owner)
 
+    def _look_for_next(self, wait_s: float = 0.0) -> None:
+        """Begin the next trial, once those that are not suspected have been sent."""
+        if self._trial is None and self._due is None:
+            self._due = asyncio.get_running_loop().call_later(wait_s, self._next)
+
     def _next(self) -> None:
         """Begin the trial of the one that has seen the fewest hosts die."""
+        self._due = None
         if self._trial is not None or not self._line:
             return
         loop = asyncio.get_running_loop()
         if not self._take_lock():
-            loop.call_later(_LOOK_S, self._next)
+            self._look_for_next(_LOOK_S)
             return
         for entry in sorted(self._line, key=lambda entry: entry.num_losses):
             go = self._line.pop(entry)
@@ -181,7 +192,7 @@ class Suspects:
         self._trial = None
         self._leave_lock()
         if self._line:
-            asyncio.get_running_loop().call_soon(self._next)
+            self._look_for_next()
 
     def _take_lock(self) -> bool:
         if self._lock is not None:

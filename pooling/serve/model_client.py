@@ -33,6 +33,7 @@ from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.keeper import Backoff, count_failure
 from tokenpool.serve.launch_plan import ModelPlan, first_line
 from tokenpool.serve.names import names_of
+from tokenpool.serve.structured_check import check_structured_outputs
 from tokenpool.serve.tenant_meter import meter
 from tokenpool.serve.tracing import RequestTracer, provider_for, trace_requests
 
@@ -97,6 +98,7 @@ class ModelClient:
                     disable_log_stats=plan.args.disable_log_stats,
                 )
             meter(engine)
+            check_structured_outputs(engine)
             client = cls(plan, core, engine, state)
             if endpoint is not None:
                 observed.otlp_traces_endpoint = endpoint

@@ -58,7 +58,7 @@ class PoolServer:
     ) -> None:
         """`limits` is where several frontends, of which this one has the index given, keep tenants' limits together."""
         self.config = config
-        self.tenants = TenantBook(config.tenants, limits, frontend) if config.tenants else None
+        self.tenants = TenantBook.of(config, limits, frontend)
         self.router = ModelRouter(outer, max_request_bytes=config.max_request_bytes, tenants=self.tenants)
         options = self.tenants.auth_options() if self.tenants else {}
         self.app = ApiKeyAuth(self.router, api_keys=config.api_key, admin_keys=config.admin_key, **options)

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .admission import Gate, Ticket, waits_for_tokens
 from .auth import POOL_PREFIX, TENANT_KEY, error_response, route_path, scope_below, touches_pool_api
 from .request_body import MAX_DEPTH, UnreadableModelError, adapter_name, body_model, is_too_deep, replay
+from .sequences import count_sequences
 from .tenant_line import TenantLine
 from .tenants import CURRENT_CALL, Account, Call, TenantBook
 
@@ -175,23 +176,26 @@ class ModelRouter:
         if model.state != "resident":
             raise _RefusedError(model.refusal(), close_code=1013)
         account: Account | None = scope.get(TENANT_KEY)
+        sequences = count_sequences(body or b"") if account is not None else 1
         with account.exclusive() if account is not None else nullcontext():
-            ticket = self._take_in(model, account, scope, path)
-            call = account.begin(scope, model.name, len(body or b"")) if account is not None else None
+            ticket = self._take_in(model, account, scope, path, sequences)
+            call = account.begin(scope, model.name, len(body or b""), sequences) if account is not None else None
         if call is None:
             del body  # from here on the app alone decides how long it lives
             await _call(model, ticket, scope, app_receive, send)
             return
         del body
         try:
-            if not waits_for_tokens(scope, path) or await _hold(model, call, receive):
+            if await _hold(model, call, scope, path, receive):
                 await _call_for(model, call, ticket, scope, app_receive, send)
         finally:
             ticket.close()
             call.close()
 
-    def _take_in(self, model: ModelApp, account: Account | None, scope: Scope, path: str) -> Ticket:
-        if account is not None and (refusal := account.refusal(scope, model.name)) is not None:
+    def _take_in(
+        self, model: ModelApp, account: Account | None, scope: Scope, path: str, sequences: int
+    ) -> Ticket:
+        if account is not None and (refusal := account.refusal(scope, model.name, sequences)) is not None:
             raise _RefusedError(refusal)
         ticket = model.gate.admit(scope, path, account and account.config.name)
         if isinstance(ticket, Response):
@@ -309,13 +313,17 @@ def _announces_body(headers: Headers) -> bool:
     return "transfer-encoding" in headers or headers.get("content-length", "0").strip("0") != ""
 
 
-async def _hold(model: ModelApp, call: Call, receive: Receive) -> bool:
+async def _hold(model: ModelApp, call: Call, scope: Scope, path: str, receive: Receive) -> bool:
     """Wait for the call's turn; False if its client has gone away meanwhile."""
-    if model.gate.line is None:
+    line = model.gate.line
+    if line is None:
         return True
+    call.wait_in_line = line.more
+    if scope["type"] == "websocket" or scope["method"] != "POST":
+        return True  # what it asks the engine for waits when it comes
     model.inflight += 1
     try:
-        is_there = await model.gate.line.enter(call, receive)
+        is_there = await (line.enter if waits_for_tokens(scope, path) else line.enter_aside)(call, receive)
     finally:
         model.inflight -= 1
     if is_there and model.state != "resident":

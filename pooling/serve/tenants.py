@@ -167,7 +167,7 @@ class Account:
             more, call.sequences = num_live - call.sequences, num_live
             self._num_open += more
             self.usage[call.model].sequences += more
-            if self.request_bucket:
+            if self.request_bucket and not call.is_paced:  # `pace` takes each
                 self.request_bucket.take(time.monotonic(), more)
 
     async def pace(self, *, is_new: bool) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -79,6 +80,8 @@ class _MeteredOutputProcessor(OutputProcessor):
     ) -> None:
         call, request_id = CURRENT_CALL.get(), request.request_id
         is_new = request_id not in self.request_states
+        if call is not None and not is_new and self._is_of_others(request_id, call):
+            raise VLLMValidationError(f"The request id {request_id!r} is in use.", parameter="request_id")
         if call is not None:
             request.cache_salt = call.account.salted(request.cache_salt)
         if call is not None and self.by_priority:
@@ -110,10 +113,18 @@ class _MeteredOutputProcessor(OutputProcessor):
         return processed
 
     def abort_requests(self, request_ids: Iterable[str], internal: bool) -> list[str]:
+        if (call := CURRENT_CALL.get()) is not None and not internal:  # by ids that clients choose, and any may name
+            known = [request_id for name in request_ids for request_id in self.external_req_ids.get(name, ())]
+            request_ids = [request_id for request_id in known if not self._is_of_others(request_id, call)]
+            internal = True
         aborted = super().abort_requests(request_ids, internal)
         for request_id in aborted:
             self._ended(request_id)
         return aborted
+
+    def _is_of_others(self, request_id: str, call: Call) -> bool:
+        other = self.calls.get(request_id)
+        return other is not None and other.account is not call.account
 
     def _ended(self, request_id: str) -> None:
         self.unsent.discard(request_id)

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
 
 from tests.serve.test_tenants import POST, settle, tenant
 from tokenpool.policy.routing import HostQueue
@@ -50,10 +52,13 @@ class Frontend:
 
     async def add(self, call: Call | None, request: EngineCoreRequest) -> None:
         """As `AsyncLLM._add_request` does it, in the task of the call."""
-        CURRENT_CALL.set(call)
+        token = CURRENT_CALL.set(call)
         queue = RequestOutputCollector(RequestOutputKind.DELTA, request.request_id)
         self.processor.add_request(request, None, None, 0, queue)
-        await self.core.add_request_async(request)
+        try:
+            await self.core.add_request_async(request)
+        finally:
+            CURRENT_CALL.reset(token)
 
     def start(self, call: Call | None, request_id: str) -> asyncio.Task[None]:
         return asyncio.create_task(self.add(call, request(request_id)))
@@ -62,11 +67,13 @@ class Frontend:
         self.processor.process_outputs([EngineCoreOutput(request_id, new_token_ids=[4], finish_reason=end)])
 
 
+OPTIONS = {"prompt_token_ids": [1, 2, 3], "cache_salt": None, "sampling_params": SamplingParams(detokenize=False)}
+
+
 def request(request_id: str, **fields: Any) -> EngineCoreRequest:
     return EngineCoreRequest(
-        request_id=request_id, external_req_id=request_id, mm_features=None, data_parallel_rank=None,
-        sampling_params=SamplingParams(detokenize=False), pooling_params=None, arrival_time=1000.0, lora_request=None,
-        **{"cache_salt": None, "prompt_token_ids": [1, 2, 3], **fields},
+        request_id=request_id, mm_features=None, data_parallel_rank=None, pooling_params=None, arrival_time=1000.0,
+        lora_request=None, **OPTIONS | {"external_req_id": request_id, **fields},
     )  # fmt: skip
 
 
@@ -179,5 +186,41 @@ def test_more_input_of_a_sequence_keeps_its_place():
         assert ["r"] * 4 == frontend.sent
         frontend.processor.abort_requests(["r"], internal=True)
         assert 0 == frontend.line.shares.taken("a")
+
+    run(main())
+
+
+def test_no_tenant_ends_or_changes_the_requests_of_another():
+    """Ids that clients choose may be equal; a tenant's own requests end, also those of `n`."""
+
+    async def main() -> None:
+        frontend = Frontend()
+        for name in ("a", "b"):
+            await frontend.add(frontend.call(name), request(f"{name}-1", external_req_id="same"))
+        owner = frontend.call("b")
+        CURRENT_CALL.set(owner)
+        parent = ParentRequest(request("p", sampling_params=SamplingParams(n=2, detokenize=False)))
+        for i in range(2):
+            child, params = parent.get_child_info(i)
+            made = request(child, sampling_params=params, external_req_id="p")
+            frontend.processor.add_request(made, None, parent, i, None)
+        CURRENT_CALL.set(frontend.call("a"))
+        assert ["a-1"] == frontend.processor.abort_requests(["same", "a-1", "b-1", "p"], internal=False)
+        with pytest.raises(VLLMValidationError, match="in use"):
+            await frontend.add(frontend.call("a"), request("b-1"))
+        CURRENT_CALL.set(owner)
+        assert {"b-1", "0_p", "1_p"} == set(frontend.processor.abort_requests(["same", "p"], internal=False))
+        assert {} == frontend.processor.request_states
+
+    run(main())
+
+
+def test_the_pool_itself_ends_any_request():
+    """What is no tenant's call, such as the removal of a model, ends all."""
+
+    async def main() -> None:
+        frontend = Frontend()
+        await asyncio.create_task(frontend.add(frontend.call("a"), request("a-1")))
+        assert ["a-1"] == frontend.processor.abort_requests(["a-1"], internal=True)
 
     run(main())

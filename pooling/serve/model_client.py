@@ -33,6 +33,7 @@ from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.keeper import Backoff, count_failure
 from tokenpool.serve.launch_plan import ModelPlan, first_line
 from tokenpool.serve.names import names_of
+from tokenpool.serve.stored_responses import keep_apart
 from tokenpool.serve.structured_check import check_structured_outputs
 from tokenpool.serve.tenant_meter import meter
 from tokenpool.serve.tracing import RequestTracer, provider_for, trace_requests
@@ -129,6 +130,7 @@ class ModelClient:
         self.app = app = build_app(self.plan.args, tasks, self.engine.model_config)
         drop_cors(app)  # the port has one, by the first model's flags
         await init_app_state(self.engine, app.state, self.plan.args, tasks)
+        keep_apart(getattr(app.state, "openai_serving_responses", None))
         app.state.server = None  # vLLM's error handler looks it up; the pool never stops because of one model
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))
 

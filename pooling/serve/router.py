@@ -26,6 +26,7 @@ from .admission import Gate, Ticket, waits_for_tokens
 from .auth import POOL_PREFIX, TENANT_KEY, error_response, route_path, scope_below, touches_pool_api
 from .request_body import MAX_DEPTH, UnreadableModelError, adapter_name, body_model, is_too_deep, replay
 from .sequences import count_sequences
+from .stored_responses import has_response
 from .tenant_line import TenantLine
 from .tenants import CURRENT_CALL, Account, Call, TenantBook
 
@@ -81,9 +82,10 @@ class ModelApp:
         """Tell whether vLLM may find an adapter for a name it has not seen (LoRA resolver plugins)."""
         return bool(getattr(self.handler("openai_serving_models"), "lora_resolvers", ()))
 
-    def has_response(self, response_id: str) -> bool:
-        """Tell whether vLLM's Responses API of this model has stored `response_id`."""
-        return response_id in getattr(self.handler("openai_serving_responses"), "response_store", ())
+    def has_response(self, response_id: str, owner: str = "") -> bool:
+        """Tell whether vLLM's Responses API of this model has stored `response_id`, for that tenant if there are any.
+        """
+        return has_response(self.handler("openai_serving_responses"), response_id, owner)
 
     def refusal(self) -> Response:
         """Return a 503 that says why the model does not answer, with Retry-After in whole seconds, >= 1."""
@@ -252,9 +254,10 @@ class ModelRouter:
         if name := name or (QueryParams(query).get("model") if b"model" in query else None):
             return self._by_name(name)
         tail = path[len(_RESPONSES_PREFIX) :] if path.startswith(_RESPONSES_PREFIX) else ""
-        response_id = tail.partition("/")[0]
+        response_id, account = tail.partition("/")[0], scope.get(TENANT_KEY)
+        owner = account.config.name if account is not None else ""
         for model in self._models.values():
-            if len(self._models) == 1 or (response_id and model.has_response(response_id)):
+            if len(self._models) == 1 or (response_id and model.has_response(response_id, owner)):
                 return model
         if response_id and self._models:
             raise _not_found(f"Response with id '{response_id[:200]}' not found.", "response_id")

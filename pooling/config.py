@@ -152,6 +152,8 @@ class PoolConfig:
     """Models that an `admin_key` may add: `none`, `any`, or `listed` = below `admin_roots`, with harmless flags."""
     admin_roots: tuple[str, ...] | None = None
     """Folders, and owners on the hub, of models that may be added; None = those of the models of the pool file."""
+    metrics_key: tuple[str, ...] = field(default=(), repr=False)
+    """Keys for `/metrics` and `/load` alone, such as Prometheus'. `${NAME}` as in `host`."""
     cpu_link: int | None = None
     """Bytes per second at which weights and KV move to and from the CPU device, to try policies with the copy times
     of another machine; None = as fast as memory is."""
@@ -163,6 +165,8 @@ class PoolConfig:
     """How the pool is spread over a Ray cluster; means nothing without `--cluster`."""
     tenants: tuple[TenantConfig, ...] = ()
     """Who may use the pool and how much; empty = whoever has an `api_key`, without limits."""
+    share_cache: bool = False
+    """Whether tenants share each model's prefix cache; if not, none can tell by the time what others have sent."""
     host_timeout_s: float = 120.0
     """Without a pulse, or in one step, copy or call for so long, an engine host is killed and started again; 1 s or
     more, and more than a step of the longest prompt takes. YAML: `host_timeout: 120s`."""
@@ -198,13 +202,15 @@ class PoolConfig:
         check_setting(0 <= self.port <= 65535, "port", f"{show(self.port)} is out of range: give 0 to 65535")
         problem = f"{show(self.frontends)} is out of range: give 1 to 64 processes"
         check_setting(1 <= self.frontends <= 64, "frontends", problem)
-        keys = {"api_key": self.api_key, "admin_key": self.admin_key, "view_key": self.view_key}
+        keys = {setting: getattr(self, setting) for setting in ("api_key", "admin_key", "view_key", "metrics_key")}
         check_access(keys, self.admin_models, self.admin_roots)
+        problem = "guards nothing: everybody may use the pool; add api_key or tenants, or remove it"
+        check_setting(not self.metrics_key or bool(self.api_key or self.tenants), "metrics_key", problem)
         check_setting(self.host_timeout_s >= 1, "host_timeout", "must be 1s or more, such as 120s")
         check_setting(self.load_timeout_s >= 1, "load_timeout", "must be 1s or more, such as 30m")
         check_setting(self.shutdown_timeout_s >= 0, "shutdown_timeout", "must be 0s or more")
         check_setting(self.max_request_bytes > 0, "max_request", "must be above 0, such as 32MiB")
-        check_tenants(self.tenants, seen, self.api_key + self.admin_key + self.view_key)
+        check_tenants(self.tenants, seen, sum(keys.values(), ()))
         check_replicas(self.cluster, self.models)
 
     def admission_of(self, spec: ModelSpec) -> Admission:
@@ -345,6 +351,8 @@ _POOL_PARSERS: _Parsers = {
     "admin_key": parse_keys,
     "view_key": parse_keys,
     "admin_models": units.parse_text,
+    "metrics_key": parse_keys,
+    "share_cache": units.parse_bool,
     "weights": units.parse_text,
     "cpu_link": lambda value: None if value is None else units.parse_bytes(value),
     "scheduling": lambda value: _build(Scheduling, value, {"policy": units.parse_text, "options": _options}),

@@ -77,7 +77,7 @@ _LIST = (
     Metric("tokenpool:tenant_refused_requests", "counter", "Requests of a tenant refused.", (*_TENANT, "reason")),
     Metric("tokenpool:tenant_host_deaths", "counter", "Deaths of hosts with a request of a tenant under blame.",
            ("tenant",)),
-    Metric("tokenpool:tenant_held_requests", "gauge", "Requests of a tenant held before the engine.", _TENANT),
+    Metric("tokenpool:tenant_held_requests", "gauge", "Sequences of a tenant held before the engine.", _TENANT),
     Metric("tokenpool:models", "gauge", "Models by what /v1/models says of them.", ("state",)),
     Metric("tokenpool:model_failed", "gauge", "1 while a model cannot be loaded or served, else 0.", _MODEL),
     Metric("tokenpool:task_failures", "counter", "Background tasks that died and were started again.", ("task",)),

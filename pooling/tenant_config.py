@@ -47,11 +47,15 @@ class TenantConfig:
     weight: float = 1.0
     """Its share of a model while others wait for it too: a tenant of weight 2 gets twice the tokens."""
     requests_per_minute: int | None = None
-    """Requests per minute, bursts of as many included; None = no limit."""
+    """Sequences per minute, bursts of as many included; None = no limit."""
     tokens_per_minute: int | None = None
     """Tokens per minute, of prompts and put out; None = no limit."""
     max_concurrent: int | None = None
-    """Requests at the same time, waiting or running; None = no limit."""
+    """Sequences at the same time, waiting or running; None = no limit."""
+    max_sequences_per_request: int | None = 64
+    """Sequences that one request may ask for, which is its prompts times `n`; None = as many as vLLM takes."""
+    share_cache: bool | None = None
+    """Whether its requests share the prefix cache with those of others who do; None = as the pool's `share_cache`."""
     models: tuple[str, ...] | None = None
     """Models it may use, by their names in the pool or patterns such as `team-a/*`; None = all."""
 
@@ -67,7 +71,7 @@ class TenantConfig:
         check_setting(abs(self.priority) <= _MAX_PRIORITY, "priority", problem)
         problem = f"{show(self.weight)} is out of range: give 0.001 to 1000"
         check_setting(0.001 <= self.weight <= 1000, "weight", problem)
-        for key in ("requests_per_minute", "tokens_per_minute", "max_concurrent"):
+        for key in ("requests_per_minute", "tokens_per_minute", "max_concurrent", "max_sequences_per_request"):
             value = getattr(self, key)
             check_setting(value is None or value >= 1, key, "must be 1 or more, or null for no limit")
         check_setting(self.models != (), "models", "is empty: list models, or remove the key to allow all")
@@ -168,6 +172,8 @@ TENANT_PARSERS: Mapping[str, Callable[[Any], Any]] = {
     "requests_per_minute": _limit,
     "tokens_per_minute": _limit,
     "max_concurrent": _limit,
+    "max_sequences_per_request": _limit,
+    "share_cache": units.optional(units.parse_bool),
     "models": _models,
 }
 """Readers of a tenant's keys in a pool file."""

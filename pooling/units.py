@@ -131,6 +131,13 @@ def optional(parse: Callable[[Any], _T]) -> Callable[[Any], _T | None]:
     return lambda value: None if value is None else parse(value)
 
 
+def parse_bool(value: object, key: str | None = None) -> bool:
+    """Return true or false as it is; raises ConfigError with `key` for all else, "true" and 1 included."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"expected true or false, got {show(value)}", key=key)
+    return value
+
+
 def parse_text(value: object, key: str | None = None) -> str:
     """Return a text as it is; raises ConfigError with `key` for a blank one and for all else."""
     if not isinstance(value, str):

@@ -52,6 +52,7 @@ def test_without_limits_everything_is_open():
     (tenant,) = pool(GOOD).tenants
 
     assert (None, None, None) == (tenant.requests_per_minute, tenant.tokens_per_minute, tenant.max_concurrent)
+    assert (64, None) == (tenant.max_sequences_per_request, tenant.share_cache)
     assert tenant.may_use("anything")
 
 

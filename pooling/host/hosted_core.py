@@ -8,7 +8,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from tokenpool.config import SLO
 from tokenpool.host.affinity import use_all_cpus
+from tokenpool.host.grammar_wait import limited, pending_grammar
 from tokenpool.host.input_receiver import InputReceiver
 from tokenpool.host.output_sender import OutputSender
 from tokenpool.host.resume import ContinuedRequest, restore_in_worker, restore_request
@@ -161,13 +161,23 @@ class HostedEngineCore(EngineCoreProc):
 
     def preprocess_add_request(self, request: EngineCoreRequest) -> tuple[Request, int]:
         """Make the scheduler's request of a message; one that another engine began goes on where that ended."""
+        made, wave = self.make_request(request)
+        self.restore(made, request)
+        return made, wave
+
+    def make_request(self, request: EngineCoreRequest) -> tuple[Request, int]:
+        """The first half of `preprocess_add_request`, which waits for nothing."""
         made, wave = super().preprocess_add_request(request)
+        grammar = pending_grammar(made)
+        if grammar is not None:  # the request waits for that and for no step
+            made.structured_output_request.grammar = ending = limited(grammar)
+            ending.add_done_callback(lambda _: self._notify())
+        return made, wave
+
+    def restore(self, made: Request, request: EngineCoreRequest) -> None:
+        """The other half: put a request that another engine began where that ended; waits for its grammar."""
         if isinstance(request, ContinuedRequest):
             restore_request(made, request.delivered_token_ids, self.structured_output_manager)
-        grammar = made.structured_output_request and made.structured_output_request._grammar
-        if isinstance(grammar, Future):  # the request waits for that and for no step
-            grammar.add_done_callback(lambda _: self._notify())
-        return made, wave
 
     def add_request(self, request: Request, request_wave: int = 0) -> None:
         """Queue a request in vLLM's scheduler and start its clock, or let it go on."""

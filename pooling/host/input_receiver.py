@@ -11,6 +11,7 @@ data-parallel coordinator, which the pool refuses.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections import deque
@@ -24,10 +25,12 @@ import zmq
 from vllm.utils.network_utils import make_zmq_socket
 from vllm.v1.engine import EngineCoreRequestType
 from vllm.v1.engine.core import FT_UTILITY_METHOD, MultiModalCacheMissError
+from vllm.v1.request import Request
 from vllm.v1.serial_utils import MsgpackDecoder
 
 from tokenpool.errors import HostError
 from tokenpool.host.curve import secured
+from tokenpool.host.grammar_wait import pending_grammar
 from tokenpool.host.resume import ContinuedRequest
 
 if TYPE_CHECKING:
@@ -48,6 +51,7 @@ class InputReceiver:
         self._thread = threading.current_thread()
         self._jobs: deque[Callable[[], None]] = deque()
         self._sockets: dict[int, zmq.Socket] = {}  # by client index
+        self._late: dict[str, tuple[tuple[Request, int], ContinuedRequest]] = {}  # whose grammars are not there yet
         self._poller = zmq.Poller()
         self._context = zmq.Context()
 
@@ -121,6 +125,7 @@ class InputReceiver:
         self._poller.register(made, zmq.POLLIN)
 
     def _forget(self, client_index: int) -> None:
+        self._late = {key: late for key, late in self._late.items() if late[1].client_index != client_index}
         if made := self._sockets.pop(client_index, None):
             self._poller.unregister(made)
             made.close(0)
@@ -134,7 +139,11 @@ class InputReceiver:
         if request_type == EngineCoreRequestType.ADD:
             message = self._decode_add(frames)
             try:
-                request: Any = core.preprocess_add_request(message)
+                request: Any = core.make_request(message)
+                if message.delivered_token_ids and (grammar := pending_grammar(request[0])) is not None:
+                    self._restore_later(request, message, grammar)
+                    return
+                core.restore(request[0], message)
             except MultiModalCacheMissError as error:
                 core._handle_mm_cache_miss(message, error)
                 return
@@ -148,5 +157,29 @@ class InputReceiver:
             core.ft_sentinel.handle_command(client_index, call_id, args[0])
             return
         if request_type == EngineCoreRequestType.ABORT:
+            for request_id in request:
+                self._late.pop(request_id, None)
             core.aborts_queue.put_nowait(request)  # in both queues, as in vLLM: seen early, and in order
         core.input_queue.put_nowait((request_type, request))
+
+    def _restore_later(self, request: tuple[Request, int], message: ContinuedRequest, grammar: Future[Any]) -> None:
+        """Hand the request in when its grammar is there, and take what others send meanwhile."""
+        self._late[message.request_id] = request, message
+
+        def restore() -> None:
+            if self._late.get(message.request_id, (None,))[0] is not request:
+                return  # aborted
+            del self._late[message.request_id]
+            try:
+                self._core.restore(request[0], message)
+            except Exception:  # as in `_receive`
+                self._core._handle_request_preproc_error(message)
+            else:
+                self._core.input_queue.put_nowait((EngineCoreRequestType.ADD, request))
+
+        def call_there(_: Future[Any]) -> None:
+            self._jobs.append(restore)
+            with contextlib.suppress(OSError):  # stopped
+                self._rope.send(b"j")
+
+        grammar.add_done_callback(call_there)

@@ -73,6 +73,10 @@ class FairQueue(Generic[_T]):
         else:
             self._waiting.pop(tenant, None)
 
+    def head(self, tenant: str) -> _T:
+        """The oldest item of a tenant that has one."""
+        return self._waiting[tenant][0][1]
+
     def next_tenant(self, may: Callable[[str], bool] = lambda tenant: True) -> str | None:
         """Whose item is next, of the tenants that `may`; None when none of these waits. O(tenants)."""
         able = [name for name in self._waiting if may(name)]

@@ -24,7 +24,10 @@ from tokenpool.serve.tenant_line import TenantLine
 FORECAST_PERIOD_S = 0.5
 """How often the host is asked while it matters."""
 _FORECAST_LIFE_S = 4 * FORECAST_PERIOD_S
-_UNQUEUED_PATHS = ("/tokenize", "/detokenize", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/abort_requests")
+_UNQUEUED_PATHS = (
+    "/tokenize", "/detokenize", "/count_tokens", "/render", "/derender", "/cancel",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/abort_requests",
+)  # fmt: skip
 """POST routes that wait for no token."""
 _KINDS = {429: "RateLimitError", 503: "ServiceUnavailableError"}
 

@@ -52,7 +52,7 @@ class BodyBudget:
             yield
             return
         name = account.config.name
-        if (refusal := account.refusal(scope, model, self._being_read[name])) is not None:
+        if (refusal := account.refusal(scope, model, being_read=self._being_read[name])) is not None:
             raise RefusedError(refusal)
         self._being_read[name] += 1
         try:

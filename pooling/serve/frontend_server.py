@@ -149,7 +149,7 @@ class FrontendServer(PoolServer):
 
     async def _tell_calls(self) -> None:
         while self.tenants is not None:
-            self.tenants.count_calls()
+            self.tenants.count_sequences()
             await asyncio.sleep(1.0)
 
     # -- the supervisor ------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .admission import Gate, Ticket
 from .auth import error_response
+from .stored_responses import has_response
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,10 @@ class ModelApp:
         """Tell whether vLLM may find an adapter for a name it has not seen (LoRA resolver plugins)."""
         return bool(getattr(self.handler("openai_serving_models"), "lora_resolvers", ()))
 
-    def has_response(self, response_id: str) -> bool:
-        """Tell whether vLLM's Responses API of this model has stored `response_id`."""
-        return response_id in getattr(self.handler("openai_serving_responses"), "response_store", ())
+    def has_response(self, response_id: str, owner: str = "") -> bool:
+        """Tell whether vLLM's Responses API of this model has stored `response_id`, for that tenant if there are any.
+        """
+        return has_response(self.handler("openai_serving_responses"), response_id, owner)
 
     def refusal(self) -> Response:
         """Return a 503 that says why the model does not answer, with Retry-After in whole seconds, >= 1."""

@@ -79,8 +79,9 @@ class ModelChoice:
             return self._by_name(name)
         tail = path[len(_RESPONSES_PREFIX) :] if path.startswith(_RESPONSES_PREFIX) else ""
         response_id = tail.partition("/")[0]
+        owner = self._account.config.name if self._account is not None else ""
         for model in self._models:
-            if len(self._models) == 1 or (response_id and model.has_response(response_id)):
+            if len(self._models) == 1 or (response_id and model.has_response(response_id, owner)):
                 return model
         if path in ANY_MODEL_PATHS and scope.get("method") in ("GET", "HEAD"):
             return self._any()

@@ -34,6 +34,8 @@ from tokenpool.serve.launch_plan import ModelPlan, first_line
 from tokenpool.serve.names import names_of
 from tokenpool.serve.port import drop_port_parts, without_port_flags
 from tokenpool.serve.start_checks import load_plugins
+from tokenpool.serve.stored_responses import keep_apart
+from tokenpool.serve.structured_check import check_structured_outputs
 from tokenpool.serve.tenant_meter import meter
 from tokenpool.serve.tracing import RequestTracer, provider_for, trace_requests
 
@@ -100,6 +102,7 @@ class ModelClient:
                     disable_log_stats=plan.args.disable_log_stats,
                 )
             meter(engine)
+            check_structured_outputs(engine)
             client = cls(plan, core, engine, state)
             if endpoint is not None:
                 observed.otlp_traces_endpoint = endpoint
@@ -130,6 +133,7 @@ class ModelClient:
         self.app = app = build_app(without_port_flags(self.plan.args), tasks, self.engine.model_config)
         drop_port_parts(app)
         await init_app_state(self.engine, app.state, self.plan.args, tasks)
+        keep_apart(getattr(app.state, "openai_serving_responses", None))
         app.state.server = None  # vLLM's error handler looks it up; the pool never stops because of one model
         await self._lifespan.enter_async_context(app.router.lifespan_context(app))
 

@@ -20,8 +20,8 @@ from tokenpool.host.metric_files import forget_models
 from tokenpool.host.trace import chrome_trace
 from tokenpool.metric_registry import metric
 from tokenpool.serve.admission import Gate
-from tokenpool.serve.auth import ApiKeyAuth
 from tokenpool.serve.ending import HOST_END_S, KILL_S, let_finish, within
+from tokenpool.serve.guard import guarded
 from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.host_watch import HostWatch, follow_forecasts
 from tokenpool.serve.keeper import Backoff, Work, start_kept
@@ -58,10 +58,9 @@ class PoolServer:
     ) -> None:
         """`limits` is where several frontends, of which this one has the index given, keep tenants' limits together."""
         self.config = config
-        self.tenants = TenantBook(config.tenants, limits, frontend) if config.tenants else None
+        self.tenants = TenantBook.of(config, limits, frontend)
         self.router = ModelRouter(outer, max_request_bytes=config.max_request_bytes, tenants=self.tenants)
-        options = {"view_keys": config.view_key} | (self.tenants.auth_options() if self.tenants else {})
-        self.app = ApiKeyAuth(self.router, api_keys=config.api_key, admin_keys=config.admin_key, **options)
+        self.app = guarded(self.router, config, self.tenants)
         self.host_restarts = 0
         self.stopping = False
         self._plans = {plan.spec.name: plan for plan in plans}

@@ -27,6 +27,7 @@ from .model_choice import ModelChoice
 from .refused import RefusedError, bad_request
 from .request_body import adapter_name, fault_of, replay
 from .request_note import note_of
+from .sequences import count_sequences
 from .suspects import SUSPECTS
 from .tenant_line import TenantLine
 from .tenants import CURRENT_CALL, Account, Call, TenantBook
@@ -127,26 +128,27 @@ class ModelRouter:
             choice.refuse_adapter(model, key, adapter_name(body, key))
         if model.state != "resident":
             raise RefusedError(model.refusal(), close_code=1013)
+        sequences = count_sequences(body) if account is not None else 1
         with account.exclusive() if account is not None else nullcontext():
-            ticket = self._take_in(model, account, scope, path)
-            call = account.begin(scope, model.name, len(body)) if account is not None else None
+            ticket = self._take_in(model, account, scope, path, sequences)
+            call = account.begin(scope, model.name, len(body), sequences) if account is not None else None
         del body  # from here on the app alone decides how long it lives
         if call is None:
             await call_app(model, ticket, scope, app_receive, send)
             return
         try:
-            if not waits_for_tokens(scope, path) or await _hold(model, call, receive):
+            if await _hold(model, call, scope, path, receive):
                 await _call_for(model, call, ticket, scope, app_receive, send)
         finally:
             ticket.close()
             call.close()
 
-    def _take_in(self, model: ModelApp, account: Account | None, scope: Scope, path: str) -> Ticket:
+    def _take_in(self, model: ModelApp, account: Account | None, scope: Scope, path: str, sequences: int) -> Ticket:
         if account is not None:
             if (refusal := SUSPECTS.tenants.refusal(scope, account.config.name)) is not None:
                 account.refused[model.name, REASON] += 1
                 raise RefusedError(refusal)
-            if (refusal := account.refusal(scope, model.name)) is not None:
+            if (refusal := account.refusal(scope, model.name, sequences)) is not None:
                 raise RefusedError(refusal)
         ticket = model.gate.admit(scope, path, account and account.config.name)
         if isinstance(ticket, Response):
@@ -164,13 +166,17 @@ def _has_body(scope: Scope, headers: Headers) -> bool:
     return announced or scope["method"] not in _BODILESS_METHODS
 
 
-async def _hold(model: ModelApp, call: Call, receive: Receive) -> bool:
+async def _hold(model: ModelApp, call: Call, scope: Scope, path: str, receive: Receive) -> bool:
     """Wait for the call's turn; False if its client has gone away meanwhile."""
-    if model.gate.line is None:
+    line = model.gate.line
+    if line is None:
         return True
+    call.wait_in_line = line.more
+    if scope["type"] == "websocket" or scope["method"] != "POST":
+        return True  # what it asks the engine for waits when it comes
     model.inflight += 1
     try:
-        is_there = await model.gate.line.enter(call, receive)
+        is_there = await (line.enter if waits_for_tokens(scope, path) else line.enter_aside)(call, receive)
     finally:
         model.inflight -= 1
     if is_there and model.state != "resident":

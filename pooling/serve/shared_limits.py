@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tenants' limits that the frontends of one node keep together: a file in memory that each of them maps.
 
-What a bucket holds lies there, and how many calls each frontend has of each tenant. A lock on the file, which the
+What a bucket holds lies there, and how many sequences each frontend has of each tenant. A lock on the file, which the
 kernel opens when its holder dies, makes one frontend at a time look and take. Times are those of the monotonic clock,
 which all processes of a machine share. Taking a token costs some microseconds. Imports no vLLM.
 
@@ -48,7 +48,7 @@ class SharedLimits:
 
     @classmethod
     def create(cls, path: str, tenants: Sequence[TenantConfig], num_frontends: int) -> SharedLimits:
-        """Make the table at `path`, which must be new, with all buckets full and no calls."""
+        """Make the table at `path`, which must be new, with all buckets full and no sequences."""
         now_s = time.monotonic()
         with open(path, "xb") as file:
             for tenant in tenants:
@@ -94,19 +94,19 @@ class SharedLimits:
         """Set both."""
         _BUCKET.pack_into(self._map, self._bucket_at(tenant, kind), level, as_of_s)
 
-    def calls(self, tenant: int) -> int:
-        """Calls that a tenant has at all frontends."""
+    def sequences(self, tenant: int) -> int:
+        """Sequences that a tenant has at all frontends."""
         return sum(_COUNT.unpack_from(self._map, self._count_at(tenant, i))[0] for i in range(self._num_frontends))
 
-    def set_calls(self, tenant: int, frontend: int, count: int) -> None:
+    def set_sequences(self, tenant: int, frontend: int, count: int) -> None:
         """Say how many of them one frontend has."""
         _COUNT.pack_into(self._map, self._count_at(tenant, frontend), count)
 
     def forget(self, frontend: int) -> None:
-        """A frontend is gone, and its calls with it."""
+        """A frontend is gone, and its sequences with it."""
         with self.locked():
             for tenant in range(len(self._map) // self._row_bytes):
-                self.set_calls(tenant, frontend, 0)
+                self.set_sequences(tenant, frontend, 0)
 
     @property
     def _row_bytes(self) -> int:
@@ -131,11 +131,11 @@ class TenantRow:
         """The bucket of `requests` or `tokens`."""
         return SharedBucket(self.limits, self._tenant, kind, per_minute)
 
-    def note_calls(self, own: int) -> int:
-        """Say how many calls this frontend has; returns how many all have."""
+    def note_sequences(self, own: int) -> int:
+        """Say how many sequences this frontend has; returns how many all have."""
         with self.limits.locked():
-            self.limits.set_calls(self._tenant, self._frontend, own)
-            return self.limits.calls(self._tenant)
+            self.limits.set_sequences(self._tenant, self._frontend, own)
+            return self.limits.sequences(self._tenant)
 
 
 class SharedBucket(TokenBucket):

@@ -7,35 +7,37 @@ from the engine, by `tenant_meter`. All of it lives on the event loop's thread. 
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
-from starlette.types import Message, Scope
+from starlette.types import Scope
 
-from tokenpool.policy.fairness import token_cost
+from tokenpool.config import PoolConfig
 from tokenpool.policy.rate_limit import TokenBucket
 from tokenpool.serve.auth import error_response
 from tokenpool.serve.shared_limits import SharedLimits, TenantRow
+from tokenpool.serve.tenant_call import CURRENT_CALL, Call
 from tokenpool.tenant_config import DEFAULT_TENANT, TenantConfig
 
-Reason = Literal["models", "requests_per_minute", "tokens_per_minute", "max_concurrent", "queue", "host_deaths"]
+__all__ = ["CURRENT_CALL", "Account", "Call", "Reason", "TenantBook", "Usage", "with_default"]
+
+Reason = Literal[
+    "models", "requests_per_minute", "tokens_per_minute", "max_concurrent", "max_sequences_per_request", "queue",
+    "host_deaths",
+]
 """Why a request was refused: the limit of that name, the model's own queue, or deaths of hosts (`blamed_tenants`)."""
 
 _LONGEST_RETRY_S = 60
 _BYTES_PER_TOKEN = 4
 _MEAN_WEIGHT = 0.2
-
-CURRENT_CALL: ContextVar[Call | None] = ContextVar("tokenpool_call", default=None)
-"""The call that the running task works for; tasks that it starts have it too."""
+_LONGEST_NAP_S = 1.0
 
 
 @dataclass(slots=True)
@@ -44,96 +46,21 @@ class Usage:
 
     requests: int = 0
     """Requests taken in."""
+    sequences: int = 0
+    """Sequences that they asked for: prompts times `n`."""
     prompt_tokens: int = 0
     """Tokens of their prompts, cached ones included."""
     completion_tokens: int = 0
     """Tokens put out."""
 
 
-class Call:
-    """One request of a tenant, from when it is taken in until neither its client nor an engine is busy with it."""
-
-    def __init__(self, account: Account, model: str, reserved_tokens: float) -> None:
-        self.account = account
-        self.model = model
-        """Name of the model in the pool."""
-        self.held_s = 0.0
-        """How long it was held back before it went to the engine."""
-        self.cost = 0.0
-        """The service it has had; see `policy.fairness`."""
-        self.has_begun = False
-        """Whether it waits no longer: it has a token, or is over."""
-        self.on_begun: Callable[[], None] = lambda: None
-        """Called once, when it waits no longer."""
-        self.on_end: Callable[[], None] = lambda: None
-        """Called once, when its HTTP request is over."""
-        self.prompt_tokens = 0
-        """Tokens of its prompts so far."""
-        self.ended_s = math.inf
-        """When its HTTP request ended, on the monotonic clock."""
-        self._reserved_tokens = reserved_tokens
-        self._started_s = time.monotonic()
-        self._engine_requests: list[tuple[str, weakref.ref[Any]]] = []
-
-    def add_engine_request(self, request_id: str, prompt_tokens: int, processor: Any) -> None:
-        """An engine gets a request for this call; `processor` is the OutputProcessor that has its state."""
-        self._give_back_reserve()
-        self._engine_requests.append((request_id, weakref.ref(processor)))
-        self.prompt_tokens += prompt_tokens
-        self.account.usage[self.model].prompt_tokens += prompt_tokens
-        self._charge(prompt_tokens, 0)
-
-    def put_out(self, num_tokens: int) -> None:
-        """Tokens, or an embedding, have come from the engine."""
-        self.account.usage[self.model].completion_tokens += num_tokens
-        self._charge(0, num_tokens)
-        self._begin()
-
-    def close(self) -> None:
-        """Its HTTP request is over."""
-        self._give_back_reserve()
-        self._begin()
-        self.ended_s = time.monotonic()
-        self.account.call_ended(self, self.ended_s - self._started_s)
-        self.on_end()
-
-    @property
-    def is_over(self) -> bool:
-        """Whether its HTTP request has ended and no engine works for it, as for `background` responses."""
-        return self.ended_s < math.inf and not any(
-            (processor := ref()) is not None and request_id in processor.request_states
-            for request_id, ref in self._engine_requests
-        )
-
-    def dress(self, message: Message) -> None:
-        """Put the limits and what is left of them into the headers of the answer."""
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in self.account.limit_headers().items():
-                headers[name] = value
-
-    def _begin(self) -> None:
-        if not self.has_begun:
-            self.has_begun = True
-            self.on_begun()
-
-    def _charge(self, prompt_tokens: int, completion_tokens: int) -> None:
-        self.cost += token_cost(prompt_tokens, completion_tokens)
-        if bucket := self.account.token_bucket:
-            bucket.take(time.monotonic(), prompt_tokens + completion_tokens)
-
-    def _give_back_reserve(self) -> None:
-        reserved, self._reserved_tokens = self._reserved_tokens, 0.0
-        if reserved and (bucket := self.account.token_bucket):
-            bucket.take(time.monotonic(), -reserved)
-
-
 class Account:
     """One tenant's limits, calls and usage."""
 
-    def __init__(self, config: TenantConfig, row: TenantRow | None = None) -> None:
-        """`row` is where several frontends keep the limits together."""
+    def __init__(self, config: TenantConfig, row: TenantRow | None = None, *, share_cache: bool = False) -> None:
+        """`row` is where several frontends keep the limits together; `share_cache` is the pool's setting."""
         self.config = config
+        self._shares_cache = share_cache if config.share_cache is None else config.share_cache
         self._row = row
         self.request_bucket = _bucket("requests", config.requests_per_minute, row)
         self.token_bucket = _bucket("tokens", config.tokens_per_minute, row)
@@ -142,20 +69,41 @@ class Account:
         self.refused: Counter[tuple[str, Reason]] = Counter()
         """Requests not taken in, by model and reason."""
         self._calls: set[Call] = set()  # whose HTTP requests go on
-        self._lingering: list[Call] = []  # for which an engine works behind the client's back
+        self._num_open = 0  # their sequences
+        self._lingering: set[Call] = set()  # for which an engine works behind the client's back
         self._share = 1.0
         self._mean_prompt_tokens = math.inf
         self._mean_call_s = 1.0
 
     @property
-    def num_calls(self) -> int:
-        """Calls of this frontend that are not over."""
-        self._lingering = [call for call in self._lingering if not call.is_over]
-        return len(self._calls) + len(self._lingering)
+    def num_sequences(self) -> int:
+        """Sequences of this frontend's calls that are not over."""
+        left = {call: call.num_left for call in self._lingering}
+        self._lingering = {call for call, count in left.items() if count}
+        return self._num_open + sum(left.values())
 
-    def count_calls(self) -> int:
-        """Calls that are not over, at all frontends that keep the limits together, which learn of the own ones."""
-        return self.num_calls if self._row is None else self._row.note_calls(self.num_calls)
+    def count_sequences(self) -> int:
+        """Sequences that are not over, at all frontends that keep the limits together, which learn of the own ones."""
+        own = self.num_sequences
+        return own if self._row is None else self._row.note_sequences(own)
+
+    def sequences_by_model(self) -> dict[str, int]:
+        """The same of this frontend alone, by model."""
+        counts: Counter[str] = Counter()
+        for call in self._calls:
+            counts[call.model] += call.sequences
+        for call in self._lingering:
+            counts[call.model] += call.num_left
+        return dict(counts)
+
+    def salted(self, cache_salt: str | None) -> str | None:
+        """The salt of a request's prefix cache; what it is for one tenant it is for no other, whatever clients give.
+
+        Tenants that share the cache have a common one; no name of a tenant is empty or has a slash.
+        """
+        if self._shares_cache:
+            return f"/{cache_salt}" if cache_salt else None
+        return f"{self.config.name}/{cache_salt or ''}"
 
     def exclusive(self) -> AbstractContextManager[None]:
         """From `refusal` to `begin` no other frontend may take a request in."""
@@ -167,18 +115,26 @@ class Account:
         for bucket in filter(None, (self.request_bucket, self.token_bucket)):
             bucket.set_share(time.monotonic(), share)
 
-    def refusal(self, scope: Scope, model: str, being_read: int | None = None) -> Response | None:
-        """The answer that refuses a request by a limit, counted; None if no limit is in the way.
+    def refusal(
+        self, scope: Scope, model: str, sequences: int = 1, *, being_read: int | None = None
+    ) -> Response | None:
+        """The answer that refuses a request of so many sequences, counted; None if no limit is in the way.
 
         Before the body is read, `being_read` is how many others of the tenant are, which count as calls, and `model`
         may be empty: nobody knows it.
         """
         if being_read is None and not _is_limited(scope):
             return None
+        reason: Reason
+        for reason in ("max_sequences_per_request", "max_concurrent"):
+            most = getattr(self.config, reason)
+            if most is not None and sequences > most:
+                return self._too_many(model, reason, sequences)
         now_s = time.monotonic()
         if limit := self.config.max_concurrent:
             limit = max(1, math.floor(limit * self._share))
-            if (count := self.count_calls() + (being_read or 0)) >= limit:
+            count = self.count_sequences() + (being_read or 0)
+            if count and count + sequences > limit:
                 return self._over_limit(model, "max_concurrent", self._mean_call_s / count)
         if self.token_bucket and (wait_s := self.token_bucket.ready_in_s(now_s)):
             return self._over_limit(model, "tokens_per_minute", wait_s)
@@ -186,28 +142,52 @@ class Account:
             return self._over_limit(model, "requests_per_minute", wait_s)
         return None
 
-    def begin(self, scope: Scope, model: str, body_bytes: int) -> Call:
+    def begin(self, scope: Scope, model: str, body_bytes: int, sequences: int = 1) -> Call:
         """Take a request in. Until its prompt is tokenized, tokens are set aside for it, by what others had."""
         usage = self.usage.setdefault(model, Usage())
         reserved = 0.0
         if _is_limited(scope):
             usage.requests += 1
+            usage.sequences += sequences
             now_s = time.monotonic()
             if self.request_bucket:
-                self.request_bucket.take(now_s, 1)
+                self.request_bucket.take(now_s, sequences)
             if self.token_bucket:
                 reserved = min(body_bytes / _BYTES_PER_TOKEN, self._mean_prompt_tokens)
                 self.token_bucket.take(now_s, reserved)
-        call = Call(self, model, reserved)
+        call = Call(self, model, reserved, sequences)
+        call.is_paced = scope["type"] == "websocket"
         self._calls.add(call)
-        self.count_calls()
+        self._num_open += sequences
+        self.count_sequences()
         return call
+
+    def sequence_added(self, call: Call, num_live: int) -> None:
+        """A call has got one more sequence; those that its body did not tell of count from now on."""
+        if call not in self._calls:
+            self._lingering.add(call)  # its HTTP request had ended
+        elif num_live > call.sequences:
+            more, call.sequences = num_live - call.sequences, num_live
+            self._num_open += more
+            self.usage[call.model].sequences += more
+            if self.request_bucket and not call.is_paced:  # `pace` takes each
+                self.request_bucket.take(time.monotonic(), more)
+
+    async def pace(self, *, is_new: bool) -> None:
+        """Wait until the limits per minute let one more sequence of a call pass, or more input of one if not new."""
+        buckets = [self.token_bucket, self.request_bucket if is_new else None]
+        while wait_s := max((b.ready_in_s(time.monotonic()) for b in buckets if b is not None), default=0.0):
+            await asyncio.sleep(min(wait_s, _LONGEST_NAP_S))
+        if is_new and self.request_bucket:
+            self.request_bucket.take(time.monotonic(), 1)
 
     def call_ended(self, call: Call, seconds: float) -> None:
         """A call's HTTP request is over."""
-        self._calls.discard(call)
-        self._lingering.append(call)
-        self.count_calls()
+        if call in self._calls:
+            self._calls.discard(call)
+            self._num_open -= call.sequences
+        self._lingering.add(call)
+        self.count_sequences()
         self._mean_call_s += _MEAN_WEIGHT * (seconds - self._mean_call_s)
         if call.prompt_tokens and self._mean_prompt_tokens < math.inf:
             self._mean_prompt_tokens += _MEAN_WEIGHT * (call.prompt_tokens - self._mean_prompt_tokens)
@@ -226,7 +206,7 @@ class Account:
     def report(self) -> dict[str, Any]:
         """Limits, usage and refusals, for people; without keys."""
         config, now_s = self.config, time.monotonic()
-        limits = ("requests_per_minute", "tokens_per_minute", "max_concurrent")
+        limits = ("requests_per_minute", "tokens_per_minute", "max_concurrent", "max_sequences_per_request")
         buckets = {"requests": self.request_bucket, "tokens": self.token_bucket}
         refused: dict[str, int] = {}
         for (_, reason), count in self.refused.items():
@@ -239,10 +219,19 @@ class Account:
             "limits": {name: getattr(config, name) for name in limits},
             "share": self._share,
             "remaining": {name: math.floor(bucket.level(now_s)) for name, bucket in buckets.items() if bucket},
-            "inflight": self.num_calls,
+            "inflight": self.num_sequences,
             "usage": {model: asdict(usage) for model, usage in self.usage.items()},
             "refused": refused,
         }
+
+    def _too_many(self, model: str, reason: Reason, sequences: int) -> Response:
+        self.refused[model, reason] += 1
+        name, limit = self.config.name, getattr(self.config, reason)
+        message = (
+            f"The request asks for {sequences} sequences, prompts times n; the limit {reason} of the tenant {name} is "
+            f"{limit}: split it."
+        )
+        return error_response(400, "BadRequestError", message, reason)
 
     def _over_limit(self, model: str, reason: Reason, wait_s: float) -> Response:
         self.refused[model, reason] += 1
@@ -258,15 +247,27 @@ class Account:
 class TenantBook:
     """The accounts of all tenants, with the one of the pool's own keys."""
 
-    def __init__(self, tenants: Iterable[TenantConfig], limits: SharedLimits | None = None, frontend: int = 0) -> None:
+    def __init__(
+        self,
+        tenants: Iterable[TenantConfig],
+        limits: SharedLimits | None = None,
+        frontend: int = 0,
+        *,
+        share_cache: bool = False,
+    ) -> None:
         """`limits` is the table of several frontends, made for `with_default(tenants)`; this one has the index given.
         """
-        self._accounts = {
-            tenant.name: Account(tenant, TenantRow(limits, i, frontend) if limits is not None else None)
-            for i, tenant in enumerate(with_default(tenants))
-        }
+        self._accounts = {}
+        for i, tenant in enumerate(with_default(tenants)):
+            row = TenantRow(limits, i, frontend) if limits is not None else None
+            self._accounts[tenant.name] = Account(tenant, row, share_cache=share_cache)
         self.default = self._accounts[DEFAULT_TENANT]
         """Of whoever comes with a key of `api_key` or `admin_key`."""
+
+    @classmethod
+    def of(cls, config: PoolConfig, limits: SharedLimits | None, frontend: int) -> TenantBook | None:
+        """The book of a pool, None without tenants; the rest as above."""
+        return cls(config.tenants, limits, frontend, share_cache=config.share_cache) if config.tenants else None
 
     @property
     def accounts(self) -> Mapping[str, Account]:
@@ -279,10 +280,10 @@ class TenantBook:
         keys = [(digest, account) for account in accounts for digest in account.config.keys]
         return {"tenant_keys": keys, "default_tenant": self.default}
 
-    def count_calls(self) -> None:
-        """Let the other frontends know of calls that ended behind their client's back."""
+    def count_sequences(self) -> None:
+        """Let the other frontends know of sequences that ended behind their client's back."""
         for account in self._accounts.values():
-            account.count_calls()
+            account.count_sequences()
 
     def weight_of(self, tenant: str) -> float:
         """A tenant's share of a busy model."""

@@ -58,11 +58,11 @@ def test_a_bucket_in_the_table_is_a_bucket(steps: list[tuple[int, float, float]]
 def test_calls_are_counted_over_all_and_forgotten_with_their_frontend(table: Callable[[], SharedLimits]) -> None:
     rows = [TenantRow(table(), 1, i) for i in range(3)]
     other = TenantRow(table(), 0, 1)
-    other.note_calls(9)
-    assert [row.note_calls(count) for row, count in zip(rows, (2, 3, 4), strict=True)] == [2, 5, 9]
+    other.note_sequences(9)
+    assert [row.note_sequences(count) for row, count in zip(rows, (2, 3, 4), strict=True)] == [2, 5, 9]
     table().forget(1)
-    assert rows[0].note_calls(1) == 5
-    assert other.note_calls(0) == 0
+    assert rows[0].note_sequences(1) == 5
+    assert other.note_sequences(0) == 0
 
 
 def test_tenants_and_kinds_have_buckets_of_their_own(table: Callable[[], SharedLimits]) -> None:
@@ -108,7 +108,7 @@ def test_one_that_is_stopped_with_the_lock_stops_no_other(tmp_path: Path, caplog
     assert process.pid is not None
     os.waitpid(process.pid, os.WUNTRACED)
     row = TenantRow(limits, 1, 0)
-    assert [1, 2, 3] == [row.note_calls(count) for count in (1, 2, 3)]
+    assert [1, 2, 3] == [row.note_sequences(count) for count in (1, 2, 3)]
     bucket, now_s = row.bucket("requests", 7), limits.read(1, "requests")[1]
     bucket.take(now_s, 2)
     assert 5 == bucket.level(now_s)

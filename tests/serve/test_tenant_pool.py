@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -19,7 +20,7 @@ from tests.conftest import TinyModels
 from tests.helpers.server import PoolServerProcess, child_pids, poll
 from tokenpool.demo.tiny_models import ENGINE_ARGS
 from tokenpool.serve.bench_serve import bench
-from tokenpool.serve.tenant_meter import _MeteredOutputProcessor
+from tokenpool.serve.tenant_meter import meter
 from tokenpool.serve.tenants import CURRENT_CALL, Account
 from tokenpool.tenant_config import TenantConfig, hash_key
 
@@ -37,7 +38,7 @@ CHAT = {"model": "llama", "messages": [{"role": "user", "content": "hello"}], "m
 @pytest.fixture(scope="module")
 def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
     """A pool that logs all it can."""
-    llama = {"scheduling_policy": "priority", "enable_log_requests": True}
+    llama = {"scheduling_policy": "priority", "enable_log_requests": True, "enable_prompt_tokens_details": True}
     pool = {
         "models": [
             {"name": "llama", "model": str(tiny_models.path("llama")), "args": llama},
@@ -231,6 +232,90 @@ def test_the_admin_api_refuses_deep_bodies(server):
     assert (400, "BadRequestError") == (answer.status_code, answer.json()["error"]["type"])
 
 
+BOMB = {"type": "string", "pattern": "^a{1,20000}$"}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": BOMB}}
+TEXT_FORMAT = {"type": "json_schema", "name": "x", "schema": BOMB}
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/v1/chat/completions", CHAT | {"response_format": FORMAT}),
+    ("/v1/chat/completions", CHAT | STREAM | {"response_format": FORMAT}),
+    ("/v1/chat/completions/batch", CHAT | {"messages": [CHAT["messages"]] * 2, "response_format": FORMAT}),
+    ("/v1/completions", COMPLETION | {"response_format": FORMAT}),
+    ("/v1/completions", COMPLETION | {"structured_outputs": {"regex": "a{1,20000}"}}),
+    ("/v1/completions", COMPLETION | {"structured_outputs": {"grammar": 'root ::= "a"{1,20000}'}}),
+    ("/v1/responses", {"model": "llama", "input": "hi", "text": {"format": TEXT_FORMAT}}),
+    ("/v1/messages", CHAT | {"output_config": {"format": {"type": "json_schema", "schema": BOMB}}}),
+])  # fmt: skip
+def test_a_grammar_that_unrolls_to_much_is_refused_on_each_route(server, path, body):
+    """400 in the shape of the API that was called, as an event where vLLM has begun a stream; no token is put out."""
+    before = used(server, "free", "llama")
+    answer = send(server, "free", path, body)
+
+    assert answer.status_code == (200 if "stream" in body else 400), answer.text
+    assert "above 1000" in answer.text and ('"error"' in answer.text and "BadRequestError" in answer.text)
+    assert before[2] == used(server, "free", "llama")[2]
+
+
+def test_grammars_and_schemas_are_still_followed(server):
+    """A schema, a choice and a regular expression shape the answer as they did, one by one and in a list."""
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    shaped = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = send(server, "free", "/v1/chat/completions", CHAT | {"response_format": shaped, "max_tokens": 60})
+    assert {"a"} == json.loads(answer.json()["choices"][0]["message"]["content"]).keys(), answer.text
+    good = {"yes", "no"}
+    for constraint in ({"choice": ["yes", "no"]}, {"regex": "(yes|no){1}"}, {"grammar": 'root ::= "yes" | "no"'}):
+        body = COMPLETION | {"prompt": [PROMPT, PROMPT], "n": 2, "temperature": 1.0, "ignore_eos": False}
+        body |= {"structured_outputs": constraint, "max_tokens": 60}
+        choices = send(server, "free", "/v1/completions", body).json()["choices"]
+        assert 4 == len(choices) and {choice["text"] for choice in choices} <= good
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/v1/completions", COMPLETION | {"prompt": [PROMPT] * 65}), ("/v1/completions", COMPLETION | {"n": 65}),
+    ("/v1/chat/completions", CHAT | {"n": 65}),
+    ("/v1/chat/completions/batch", CHAT | {"messages": [CHAT["messages"]] * 65}),
+    ("/v1/embeddings", {"model": "embed", "input": ["x"] * 65}),
+])  # fmt: skip
+def test_a_request_of_too_many_sequences_is_refused_whole(server, path, body):
+    """The cap is known before anything is begun: no request, no token is counted."""
+    before = used(server, "free", body["model"])
+    answer = send(server, "free", path, body)
+
+    assert (400, "max_sequences_per_request") == (answer.status_code, answer.json()["error"]["param"])
+    assert before == used(server, "free", body["model"])
+
+
+def test_many_sequences_of_one_request_are_answered(server):
+    """As many as the cap allows, more than the engine gets at a time, all come back."""
+    answer = send(server, "free", "/v1/completions", COMPLETION | {"prompt": [PROMPT] * 16, "n": 4, "temperature": 1.0})
+    assert 64 == len(answer.json()["choices"])
+    assert 64 == len(send(server, "free", "/v1/embeddings", {"model": "embed", "input": ["x"] * 64}).json()["data"])
+
+
+def test_a_tenant_finds_only_its_own_prefixes(server):
+    """What another tenant has sent is not in the cache; what oneself has sent is."""
+    body = COMPLETION | {"prompt": [7, 8, 9] * 130}
+
+    def cached(key: str) -> int:
+        details = send(server, key, "/v1/completions", body).json()["usage"]["prompt_tokens_details"]
+        return (details or {}).get("cached_tokens") or 0
+
+    assert 0 == cached("free")
+    assert cached("free") > 0
+    assert 0 == cached("api")
+    assert cached("api") > 0
+
+
+def test_the_pool_s_numbers_are_not_for_tenants(server):
+    """403 on each way to the metrics; the load is the tenant's own."""
+    for path in ("/metrics", "/models/llama/metrics/", "/models/llama/load"):
+        assert 403 == send(server, "free", path, None, "GET").status_code
+    assert {"server_load": 0, "models": {}} == send(server, "free", "/load", None, "GET").json()
+    assert "models" in send(server, "api", "/load", None, "GET").json()
+
+
 # -- the meter, on vLLM's own OutputProcessor -------------------------------------------------------------------
 
 
@@ -246,8 +331,9 @@ def engine_request(request_id: str, priority: int = 0) -> EngineCoreRequest:
 def test_the_engine_gets_the_tenants_priority_and_the_true_arrival(by_priority):
     """A larger priority goes first in vLLM, whatever the client asks for; time in the line counts as waiting."""
     processor = OutputProcessor(None, log_stats=False)
-    processor.__class__ = _MeteredOutputProcessor
-    processor.by_priority = by_priority
+    config = SimpleNamespace(policy="priority" if by_priority else "fcfs")
+    core = SimpleNamespace(add_request_async=None)
+    meter(SimpleNamespace(output_processor=processor, engine_core=core, scheduler_config=config))
     made = []
     for name, priority, asked in (("low", -1, -(10**9)), ("mid", 0, 7), ("mid2", 0, 8), ("high", 2, 10**9)):
         account = Account(TenantConfig(name, keys=(b"k",), priority=priority))

@@ -32,7 +32,7 @@ POST = make_scope()
 
 
 class Engine:
-    """An app that registers one engine request per call, as the meter does, and answers when it is told to."""
+    """An app that registers engine requests as the meter does, one or `prompts`, and answers when it is told to."""
 
     def __init__(self, prompt_tokens: int = 10, completion_tokens: int = 3) -> None:
         self.request_states: dict[str, Any] = {}
@@ -46,23 +46,30 @@ class Engine:
         body = await request.json()
         call = CURRENT_CALL.get()
         assert call is not None
-        tenant = call.account.config.name
-        self.order.append(tenant)
-        request_id = f"{tenant}-{len(self.order)}"
-        call.add_engine_request(request_id, self.sizes[0], self)
-        self.request_states[request_id] = call
-        if not body.get("quick"):
-            go = asyncio.Event()
-            self.going.setdefault(tenant, []).append(go)
-            try:
-                await go.wait()
-            except asyncio.CancelledError:
-                del self.request_states[request_id]
-                raise
-        call.put_out(self.sizes[1])
-        if not body.get("background"):
-            del self.request_states[request_id]
+        work = asyncio.gather(*(self.compute(call, i, **body) for i in range(body.get("prompts", 1))))
+        if body.get("background"):
+            call.keep_for(work)
+        else:
+            await work
         await JSONResponse({"ok": True})(scope, receive, send)
+
+    async def compute(self, call: Call, index: int, quick: bool = False, **_: Any) -> None:
+        """One sequence, from when vLLM's frontend knows it."""
+        tenant = call.account.config.name
+        request_id = f"{tenant}-{id(call)}-{index}"
+        self.request_states[request_id] = call
+        call.add_engine_request(request_id, self.sizes[0], self)
+        try:
+            await call.admit(request_id)
+            self.order.append(tenant)
+            if not quick:
+                go = asyncio.Event()
+                self.going.setdefault(tenant, []).append(go)
+                await go.wait()
+            call.put_out(request_id, self.sizes[1])
+        finally:
+            del self.request_states[request_id]
+            call.end(request_id)
 
     def finish(self, tenant: str) -> None:
         """Let the oldest running call of a tenant end."""
@@ -157,6 +164,7 @@ def test_a_burst_cannot_overdraw_before_its_prompts_are_counted():
             call.close()
         assert pytest.approx(before, abs=1) == account.token_bucket.level(0.0)
         call = account.begin(POST, "a", 400)
+        pool.engine.request_states["r"] = call
         call.add_engine_request("r", 30, pool.engine)
         assert pytest.approx(before - 30, abs=1) == account.token_bucket.level(0.0)
         call.close()
@@ -186,14 +194,25 @@ def test_work_in_the_background_counts_until_the_engine_ends_it():
 
     async def main() -> None:
         pool = Pool(tenant("a", max_concurrent=1))
-        assert 200 == (await pool.send("a", quick=True, background=True)).status_code
-        assert 1 == pool.book.accounts["a"].num_calls
+        assert 200 == (await pool.send("a", background=True)).status_code
+        assert 1 == pool.book.accounts["a"].num_sequences, "it counts before its task has begun"
+        await settle()
+        assert 1 == pool.book.accounts["a"].num_sequences
         check_refusal(await pool.send("a", quick=True), "max_concurrent", 1)
-        pool.engine.request_states.clear()
-        assert 200 == (await pool.send("a", quick=True, background=True)).status_code
-        del pool.engine, pool.model, pool.router  # such as a host that died
+        assert 1 == pool.model.gate.line.shares.taken("a")
+        pool.engine.finish("a")
+        await settle()
+        assert 0 == pool.model.gate.line.shares.taken("a")
+        assert 200 == (await pool.send("a", quick=True)).status_code
+        account, gone = pool.book.accounts["a"], Engine()
+        call = account.begin(POST, "a", 0)
+        gone.request_states["r"] = call
+        call.add_engine_request("r", 1, gone)
+        call.close()
+        assert 1 == account.num_sequences
+        del gone  # the client of a model that was removed
         gc.collect()
-        assert 0 == pool.book.accounts["a"].num_calls
+        assert 0 == account.num_sequences
 
     asyncio.run(main())
 
@@ -291,7 +310,7 @@ def test_a_client_that_goes_away_leaves_nothing_behind(when):
                 pool.engine.finish("a")
             await settle()
         assert {200} == {(await task).status_code for task in (*running, last)}
-        assert 0 == pool.model.inflight == len(pool.model.gate.line) == pool.book.accounts["a"].num_calls
+        assert 0 == pool.model.inflight == len(pool.model.gate.line) == pool.book.accounts["a"].num_sequences
 
     asyncio.run(main())
 
@@ -383,13 +402,14 @@ def test_reports_hold_limits_usage_and_no_keys():
     """What an admin sees can be shown to anybody: a number of keys, not their digests."""
     book = TenantBook([tenant("a", requests_per_minute=5, models=("m",)), tenant("b", weight=2.0)])
     account = book.accounts["a"]
-    account.begin(POST, "m", 0).put_out(4)
+    account.begin(POST, "m", 0, 2).put_out("r", 4)
     account.refused["other", "models"] += 1
     report = json.loads(json.dumps(book.report()))
 
     assert {"a", "b", "default"} == report.keys()
-    assert {"m": {"requests": 1, "prompt_tokens": 0, "completion_tokens": 4}} == report["a"]["usage"]
-    assert (1, 1, {"models": 1}) == (report["a"]["num_keys"], report["a"]["inflight"], report["a"]["refused"])
+    usage = {"requests": 1, "sequences": 2, "prompt_tokens": 0, "completion_tokens": 4}
+    assert {"m": usage} == report["a"]["usage"]
+    assert (1, 2, {"models": 1}) == (report["a"]["num_keys"], report["a"]["inflight"], report["a"]["refused"])
     assert 5 == report["a"]["limits"]["requests_per_minute"]
     assert b"a".ljust(32).hex() not in json.dumps(report)
 
@@ -457,8 +477,8 @@ def test_a_flood_leaves_seats_to_who_uses_the_model_too():
         tasks = [pool.start(name) for name in ("polite", "polite", *["flood"] * 20)]
         await settle()
         for _ in range(20):
-            for call in list(pool.engine.request_states.values()):
-                call.put_out(1)
+            for request_id, call in list(pool.engine.request_states.items()):
+                call.put_out(request_id, 1)
             await settle()
         assert {"polite": 2, "flood": 5} == {name: pool.engine.order.count(name) for name in ("polite", "flood")}
         pool.engine.finish("flood")

@@ -65,7 +65,7 @@ def test_plugins_config_files_and_log_levels_work_in_all_processes(tiny_models: 
     args = {"config": str(config), "tool_parser_plugin": str(plugin), "log_level": "DEBUG"}
     models = [{"name": "llama", "model": str(tiny_models.path("llama")), "args": args}]
     with PoolServerProcess(
-        {"models": models, "device_memory": "64MiB", "page_size": "1MiB", "frontends": 2, "api_key": "a-key-of-this-test"}
+        {"models": models, "device_memory": "64MiB", "page_size": "1MiB", "frontends": 2, "api_key": "k" * 16}
     ) as server:
         tool = {"type": "function", "function": {"name": "plugged", "parameters": {"type": "object"}}}
         body = {"messages": [{"role": "user", "content": "hello"}], "tools": [tool], "max_tokens": 2}

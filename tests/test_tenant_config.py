@@ -87,6 +87,8 @@ def test_a_key_from_the_environment_is_hashed_at_once(monkeypatch):
         ({**GOOD, "requests_per_minute": 0}, "tenants[0].requests_per_minute: must be 1 or more, or null"),
         ({**GOOD, "tokens_per_minute": 1.5}, "tenants[0].tokens_per_minute: expected a whole number"),
         ({**GOOD, "max_concurrent": True}, "tenants[0].max_concurrent: expected a whole number"),
+        ({**GOOD, "max_sequences_per_request": 0}, "tenants[0].max_sequences_per_request: must be 1 or more, or null"),
+        ({**GOOD, "share_cache": "yes"}, "tenants[0].share_cache: expected true or false"),
         ({**GOOD, "weight": 0}, "tenants[0].weight: 0.0 is out of range"),
         ({**GOOD, "weight": "2"}, "tenants[0].weight: expected a number"),
         ({**GOOD, "priority": 10**9}, "tenants[0].priority: 1000000000 is out of range"),

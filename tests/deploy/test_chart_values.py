@@ -24,7 +24,7 @@ pytestmark = pytest.mark.deploy
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 VALUES_TEXT = (CHART / "values.yaml").read_text()
 VALUES = yaml.safe_load(VALUES_TEXT)
-WRITTEN_BY_THE_CHART = {"host", "port", "api_key", "view_key", "admin_key"}
+WRITTEN_BY_THE_CHART = {"host", "port", "api_key", "view_key", "admin_key", "metrics_key"}
 
 
 def deeply(base: Any, change: Any) -> Any:

@@ -148,7 +148,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "tokenpool.poolFile" -}}
 {{- $pool := deepCopy .Values.pool -}}
 {{- $_ := set $pool "port" .Values.port -}}
-{{- range $setting, $refs := dict "api" .Values.keys.api "view" .Values.keys.view "admin" .Values.keys.admin -}}
+{{- range $setting, $refs := dict "api" .Values.keys.api "view" .Values.keys.view "admin" .Values.keys.admin "metrics" .Values.keys.metrics -}}
 {{- $names := list -}}
 {{- range $i, $ref := $refs -}}
 {{- $names = append $names (printf "${TOKENPOOL_%s_KEY_%d}" (upper $setting) $i) -}}

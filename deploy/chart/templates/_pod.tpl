@@ -103,7 +103,7 @@ env:
 
 {{- /* The keys, and all else from Secrets: for the container that answers HTTP. */ -}}
 {{- define "tokenpool.serverEnv" -}}
-{{- range $setting, $refs := dict "API" .Values.keys.api "VIEW" .Values.keys.view "ADMIN" .Values.keys.admin }}
+{{- range $setting, $refs := dict "API" .Values.keys.api "VIEW" .Values.keys.view "ADMIN" .Values.keys.admin "METRICS" .Values.keys.metrics }}
 {{- range $i, $ref := $refs }}
 - name: TOKENPOOL_{{ $setting }}_KEY_{{ $i }}
   valueFrom: {secretKeyRef: {name: {{ $ref.secret }}, key: {{ $ref.key }}}}

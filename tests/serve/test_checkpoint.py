@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from starlette.testclient import TestClient
@@ -117,6 +118,8 @@ def test_the_pool_api_answers_in_json(tiny_models, tmp_path):
     """A model that cannot be added for it is a bad request, in the shape of all errors."""
 
     class Pool:
+        config = SimpleNamespace(admin_models="any")
+
         async def add_model(self, spec: ModelSpec) -> None:
             plan_model(spec)
 

@@ -51,8 +51,10 @@ POOL_FLAG_HELP = {
     "--weights": "auto, movable or fixed: whether weights may leave the device while their model rests.",
     "--kv-floor-pages": "Pages of KV promised to each model; default: 1.",
     "--turn-policy": "How models take turns: auto, round_robin, request_level, aegaeon, slack or an entry point.",
-    "--max-request": "Largest request body; default: 256MiB.",
-    "--admin-key": "Key for the pool API, which is off without one.",
+    "--max-request": "Largest request body; default: 32MiB.",
+    "--view-key": "@FILE with a key that looks at the pool API.",
+    "--admin-key": "@FILE with a key for all of the pool API, through which nothing is changed without one.",
+    "--admin-models": "Models that may be added over HTTP: none, listed or any; default: listed.",
     "--frontends": "Processes that answer on the port; default: 1.",
     "--cluster": "Spread the pool over a Ray cluster: auto, local or an address.",
 }
@@ -99,12 +101,12 @@ def pool_from_command_line(words: Sequence[str]) -> PoolConfig:
 
 def has_api_key(words: Sequence[str]) -> bool:
     """Whether the flags, or those of a `--config` file, give a key for clients."""
-    return any("api_key" in _take_pool_flags(part)[0] for part in take_config_file(words))
+    return any(flag == "--api-key" for part in take_config_file(words) for flag, _ in _split_pool_flags(part)[0])
 
 
 def pool_file_of(words: Sequence[str]) -> str | None:
     """The pool file that the command line names; None if it names models."""
-    models, _ = _split_models(_take_pool_flags(take_config_file(words)[1])[1])
+    models, _ = _split_models(_split_pool_flags(take_config_file(words)[1])[1])
     return models[0] if len(models) == 1 and models[0].endswith((".yaml", ".yml")) else None
 
 
@@ -131,32 +133,42 @@ def _is_address(word: str) -> bool:
 
 
 def _take_pool_flags(words: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings that the pool's flags in `words` give, and the other words."""
+    given, rest = _split_pool_flags(words)
     settings: dict[str, Any] = {}
+    for flag, values in given:
+        if flag == "--api-key":
+            settings["api_key"] = (*settings.get("api_key", ()), *(read_key(key, flag) for key in values))
+            continue
+        name, parse = _POOL_FLAGS[flag]
+        try:
+            settings[name] = parse(values[0])
+        except ConfigError as error:
+            raise error.under(flag) from error
+    return settings, rest
+
+
+def _split_pool_flags(words: list[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """The pool's flags in `words`, each with its values as they stand there, and the other words."""
+    given: list[tuple[str, list[str]]] = []
     rest: list[str] = []
     i = 0
     while i < len(words):
         flag, equals, value = words[i].partition("=")
         flag = _full_name(flag)
         i += 1
-        if flag == "--api-key":
-            keys, i = ([value], i) if equals else _values(words, i)
-            if not keys:
-                raise ConfigError("needs a value", key=flag)
-            settings["api_key"] = (*settings.get("api_key", ()), *(read_key(key, flag) for key in keys))
-            continue
-        if flag not in _POOL_FLAGS:
+        if flag != "--api-key" and flag not in _POOL_FLAGS:
             rest.append(words[i - 1])
             continue
-        if not equals:
-            if i >= len(words):
-                raise ConfigError("needs a value", key=flag)
-            value, i = words[i], i + 1
-        name, parse = _POOL_FLAGS[flag]
-        try:
-            settings[name] = parse(value)
-        except ConfigError as error:
-            raise error.under(flag) from error
-    return settings, rest
+        values = [value] if equals else []
+        if not equals and flag == "--api-key":
+            values, i = _values(words, i)
+        elif not equals:
+            values, i = words[i : i + 1], i + 1
+        if not values:
+            raise ConfigError("needs a value", key=flag)
+        given.append((flag, values))
+    return given, rest
 
 
 def _values(words: list[str], i: int) -> tuple[list[str], int]:

@@ -8,7 +8,6 @@ environment, or into a file that the command line only names.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import sys
 from dataclasses import replace
@@ -28,21 +27,16 @@ VARIABLES = {
 def read_key(text: str, flag: str) -> str:
     """The key that `flag` was given: what the file holds after ``@``, else the text, with a warning that it shows."""
     if not text.startswith("@"):
-        _warn_of(flag)
+        print(
+            f"tokenpool: warning: {flag}: the key is visible to all who may list processes: write {flag} @FILE, or "
+            f"set {VARIABLES[flag]}", file=sys.stderr,
+        )  # fmt: skip
         return text
     try:
         return Path(text[1:]).expanduser().read_text().strip("\r\n")
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "is no text"
         raise ConfigError(f"cannot read the key from {text[1:]}: {reason}", key=flag) from None
-
-
-@functools.cache  # once, however often the words are looked at
-def _warn_of(flag: str) -> None:
-    print(
-        f"tokenpool: warning: {flag}: the key is visible to all who may list processes: write {flag} @FILE, or "
-        f"set {VARIABLES[flag]}", file=sys.stderr,
-    )  # fmt: skip
 
 
 def with_environment(config: PoolConfig, has_api_key: bool) -> PoolConfig:

@@ -1,4 +1,4 @@
-# make demo | demo-files | test | test-all | test-fast | test-compat | test-deploy | dashboards | lint:
+# make demo | demo-files | test | test-all | test-api | test-fast | test-compat | test-deploy | dashboards | lint:
 # each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ COMPAT_VLLM = 0.29.0
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup demo demo-files test test-all test-fast test-compat test-deploy dashboards lint clean
+.PHONY: setup demo demo-files test test-all test-api test-fast test-compat test-deploy dashboards lint clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
@@ -81,6 +81,10 @@ test: setup
 # With the variants that are left out above: other seeds and policies, more frontends.
 test-all: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+
+# The same requests to plain vllm serve and to pools; what may differ is in docs/http.md.
+test-api: setup
+	OMP_NUM_THREADS=1 $(PY) -m tests.api.run
 
 test-fast: setup
 	$(PY) -m pytest -m cpu

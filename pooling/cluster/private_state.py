@@ -38,9 +38,10 @@ def write_private(path: Path, content: bytes) -> None:
     with _folder(path.parent) as folder:
         beside = f"{path.name}.{token_hex(8)}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(beside, flags, 0o600, dir_fd=folder), "wb") as file:
-            file.write(content)
+        opened = os.open(beside, flags, 0o600, dir_fd=folder)
         try:
+            with open(opened, "wb") as file:
+                file.write(content)
             os.replace(beside, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         except OSError:
             with suppress(OSError):

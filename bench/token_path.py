@@ -148,7 +148,7 @@ class Arm:
     async def _read(self, request_id: str, account: Any) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        from tokenpool.serve.tenants import CURRENT_CALL
+        from tokenpool.serve.tenant_call import CURRENT_CALL
 
         if account is not None:
             CURRENT_CALL.set(account.begin({"type": "http", "method": "POST"}, "model", 100))

@@ -94,5 +94,5 @@ def _root(root: str, folder: str) -> str:
 
 
 def is_path(model: str) -> bool:
-    """Whether what stands under `model` names a folder, and no model of the Hugging Face hub."""
+    """Whether vLLM takes a text for a path of this machine, whatever is there, and not for a name on the hub."""
     return model.startswith(_PATH_STARTS)

@@ -34,10 +34,10 @@ from tokenpool.serve.frontend_view import HostAddress, ModelStanding, Supervisor
 from tokenpool.serve.host_calls import call_beside
 from tokenpool.serve.keeper import Work, start_kept
 from tokenpool.serve.launch_plan import ModelPlan
+from tokenpool.serve.model_app import ModelApp
 from tokenpool.serve.model_client import ModelClient, connect
 from tokenpool.serve.names import series_names
 from tokenpool.serve.pool_server import PoolServer
-from tokenpool.serve.router import ModelApp
 from tokenpool.serve.shared_limits import SharedLimits
 from tokenpool.serve.suspects import SUSPECTS
 

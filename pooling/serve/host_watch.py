@@ -16,7 +16,7 @@ from typing import Any
 from tokenpool.host.guard import HostGuard
 from tokenpool.metric_registry import metric
 from tokenpool.serve.admission import FORECAST_PERIOD_S
-from tokenpool.serve.router import ModelApp
+from tokenpool.serve.model_app import ModelApp
 
 logger = logging.getLogger(__name__)
 

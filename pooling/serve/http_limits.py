@@ -142,12 +142,3 @@ class _BoundedConnection(h11.Connection):
             if size > self._max_bytes or len(event.headers) > self._max_lines:
                 raise h11.RemoteProtocolError("head too large", error_status_hint=431)
         return event
-
-
-def http_protocol() -> type[asyncio.Protocol]:
-    """The protocol to give to uvicorn: with httptools if that is installed, which is faster, else with h11."""
-    try:
-        from tokenpool.serve.http_limits_httptools import BoundedHttpTools
-    except ImportError:
-        return BoundedH11
-    return BoundedHttpTools

@@ -17,6 +17,7 @@ from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
+from tokenpool.access_config import is_path
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, PoolError, config_errors_under, show
 from tokenpool.host.hosted_core import EngineAddresses
@@ -30,7 +31,7 @@ from tokenpool.serve.flags import changed_flags, parse_serve_flags, spell_out
 from tokenpool.serve.names import check_names
 from tokenpool.serve.poolability import check_config, check_flags, check_media, check_words
 from tokenpool.serve.port_flags import settle_logging, share_port_flags
-from tokenpool.serve.start_checks import check_start, is_path
+from tokenpool.serve.start_checks import check_start
 from tokenpool.serve.tls import check_tls
 from tokenpool.units import format_bytes, format_count
 
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 _AUTO_CPU_FRACTION = 0.5
 _AUTO_HOST_FRACTION = 0.25
+_WEIGHT_FORMATS = ("auto", "hf", "safetensors", "pt")
+"""Values of --load-format that read the usual weight files."""
 _KV_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 
@@ -112,6 +115,8 @@ def plan_model(spec: ModelSpec, for_tenants: bool = False) -> ModelPlan:
             words += ["--served-model-name", spec.name]
         args = parse_serve_flags(words)
         weight_bytes = checkpoint_bytes(path)
+        if args.load_format in _WEIGHT_FORMATS and path.is_dir() and not weight_bytes:
+            raise ConfigError(f"{path} has no weights", key="model")
     check_flags(spec.name, args)
     if "--gpu-memory-utilization" in changed_flags(args):
         logger.warning("--gpu-memory-utilization has no effect model=%s: device_memory is for all models", spec.name)

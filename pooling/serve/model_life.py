@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from tokenpool.errors import PoolError
 from tokenpool.serve.keeper import Backoff
-from tokenpool.serve.router import ModelApp
+from tokenpool.serve.model_app import ModelApp
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from tokenpool.errors import ConfigError, show
 
 if TYPE_CHECKING:
     from tokenpool.serve.launch_plan import ModelPlan
-    from tokenpool.serve.router import ModelApp
+    from tokenpool.serve.model_app import ModelApp
 
 _SEGMENT = re.compile(r"(?!\.{1,2}\Z)[^/\x00-\x1f\x7f]+")
 MOST_LETTERS = 512

@@ -26,10 +26,11 @@ from tokenpool.serve.host_process import HostProcess
 from tokenpool.serve.host_watch import HostWatch, follow_forecasts
 from tokenpool.serve.keeper import Backoff, Work, start_kept
 from tokenpool.serve.launch_plan import ModelPlan, host_config, plan_added
+from tokenpool.serve.model_app import ModelApp
 from tokenpool.serve.model_client import ModelClient, first_config
 from tokenpool.serve.model_life import ModelLives, reason_of
 from tokenpool.serve.names import check_names, names_of, series_names
-from tokenpool.serve.router import ModelApp, ModelRouter
+from tokenpool.serve.router import ModelRouter
 from tokenpool.serve.shared_limits import SharedLimits
 from tokenpool.serve.tenants import TenantBook
 

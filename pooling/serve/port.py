@@ -8,7 +8,6 @@ everything, in vLLM's order: the middleware of the flags, request ids, CORS. The
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 from argparse import Namespace
 from typing import Any
@@ -24,6 +23,7 @@ from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 from tokenpool.errors import ConfigError
 from tokenpool.serve.auth import error_response
 from tokenpool.serve.cors import drop_cors, with_cors
+from tokenpool.serve.start_checks import find_middleware
 
 
 def with_port_flags(app: ASGIApp, args: Namespace, shell: Any = None) -> ASGIApp:
@@ -49,16 +49,13 @@ def with_port_flags(app: ASGIApp, args: Namespace, shell: Any = None) -> ASGIApp
 
 
 def _load(name: str, app: ASGIApp) -> ASGIApp:
+    found = find_middleware(name)
+    if not inspect.isclass(found):
+        return BaseHTTPMiddleware(app, dispatch=found)
     try:
-        module, _, attribute = name.rpartition(".")
-        imported = getattr(importlib.import_module(module), attribute)
-        if inspect.isclass(imported):
-            return imported(app)
-    except Exception as error:  # whatever it runs when it is imported or made
-        raise ConfigError(f"cannot load {name}: {type(error).__name__}: {error}", key="--middleware") from error
-    if inspect.iscoroutinefunction(imported):
-        return BaseHTTPMiddleware(app, dispatch=imported)
-    raise ConfigError(f"{name} is neither a class nor a coroutine function", key="--middleware")
+        return found(app)
+    except Exception as error:  # whatever it runs when it is made
+        raise ConfigError(f"cannot make {name}: {type(error).__name__}: {error}", key="--middleware") from error
 
 
 def _server_error(request: Request, error: Exception) -> Response:

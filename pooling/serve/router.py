@@ -29,8 +29,9 @@ from .request_body import adapter_name, fault_of, replay
 from .request_note import note_of
 from .sequences import count_sequences
 from .suspects import SUSPECTS
+from .tenant_call import CURRENT_CALL, Call
 from .tenant_line import TenantLine
-from .tenants import CURRENT_CALL, Account, Call, TenantBook
+from .tenants import Account, TenantBook
 
 OUTER_PATHS = frozenset(
     {"/v1/models", "/metrics", "/health", "/ready", "/live", "/load", "/version", "/ping", "/pool", POOL_PREFIX}

@@ -29,7 +29,8 @@ from tokenpool.errors import ConfigError, PoolError
 from tokenpool.logs import log_to_stderr
 from tokenpool.serve.ending import END_MARGIN_S, end_after
 from tokenpool.serve.endpoints import build_outer_app
-from tokenpool.serve.http_limits import HEAD_BYTES, http_protocol
+from tokenpool.serve.http_limits import HEAD_BYTES
+from tokenpool.serve.http_protocol import http_protocol
 from tokenpool.serve.launch_plan import ModelPlan, first_line, plan_pool
 from tokenpool.serve.loop_watch import LoopWatch
 from tokenpool.serve.model_life import reason_of

@@ -13,31 +13,11 @@ from typing import Any
 import msgspec
 
 _MOST_DIGITS = 9
-
-
-class _Work(msgspec.Struct):
-    prompt: Any = None
-    prompt_embeds: Any = None
-    input: Any = None
-    messages: Any = None
-    n: Any = 1
-    sampling_params: Any = None
-    documents: Any = None
-    items: Any = None
-    queries: Any = None
-    text_1: Any = None
-    text_2: Any = None
-    data_1: Any = None
-    data_2: Any = None
-    texts: Any = None
-    inputs: Any = None
-    images: Any = None
-    questions: Any = None
-
-
-_DECODE = msgspec.json.Decoder(_Work).decode
 _LISTS = ("documents", "items", "queries", "text_1", "text_2", "data_1", "data_2", "texts", "inputs", "images")
 """Each element is one sequence, of whatever type it is."""
+_OTHERS = ("prompt", "prompt_embeds", "input", "messages", "questions", "n", "sampling_params")
+_Work = msgspec.defstruct("_Work", [(name, Any, None) for name in (*_OTHERS, *_LISTS)])
+_DECODE = msgspec.json.Decoder(_Work).decode
 
 
 def count_sequences(body: bytes) -> int:

@@ -26,11 +26,10 @@ from vllm.renderers.hf import AssistantTracker
 from vllm.tool_parsers import ToolParserManager
 from vllm.utils.import_utils import import_from_path
 
+from tokenpool.access_config import is_path
 from tokenpool.errors import ConfigError, config_errors_under, show
 from tokenpool.serve.checkpoint import checkpoint_bytes
 
-_WEIGHT_FORMATS = ("auto", "hf", "safetensors", "pt")
-"""Values of --load-format that read the usual weight files."""
 _JINJA_MODES = ("auto", "hf", "slow")
 """Values of --tokenizer-mode whose chat templates are Jinja's."""
 
@@ -79,17 +78,6 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
-def is_path(name: str) -> bool:
-    """Whether vLLM takes a text for a file of this machine, whatever is there, and not for a name of the hub."""
-    return name.startswith(("/", "./", "../", "~"))
-
-
-def _check_weights(args: Namespace) -> None:
-    path = Path(os.path.expanduser(args.model))
-    if args.load_format in _WEIGHT_FORMATS and path.is_dir() and not checkpoint_bytes(path):
-        raise ConfigError(f"{path} has no weights", key="model")
-
-
 def _check_files(args: Namespace) -> None:
     logging_file = args.logging_config and args.logging_config.pylogging_config_file
     files = (
@@ -133,13 +121,20 @@ def _check_classes(args: Namespace) -> None:
     for flag, name in _class_names(args):
         _try(flag, name, lambda name=name: _resolve(name))
     for name in args.middleware:
-        found = _try("--middleware", name, lambda name=name: _resolve(name))
-        if not (inspect.isclass(found) or inspect.iscoroutinefunction(found)):
-            raise ConfigError(f"{name} is neither a class nor an async function", key="--middleware")
+        find_middleware(name)
     plugins = {entry.name for entry in entry_points(group=IO_PROCESSOR_PLUGINS_GROUP)}
     if (plugin := args.io_processor_plugin) and plugin not in plugins:
         known = ", ".join(sorted(plugins)) or "(none)"
         raise ConfigError(f"{plugin} is not installed; installed: {known}", key="--io-processor-plugin")
+
+
+def find_middleware(name: str) -> Any:
+    """The class or async function that `--middleware` names; raises ConfigError."""
+    module, _, attribute = name.rpartition(".")
+    found = _try("--middleware", name, lambda: _find(name, module, attribute))
+    if not (inspect.isclass(found) or inspect.iscoroutinefunction(found)):
+        raise ConfigError(f"{name} is neither a class nor an async function", key="--middleware")
+    return found
 
 
 def _class_names(args: Namespace) -> Iterator[tuple[str, str]]:
@@ -156,6 +151,10 @@ def _class_names(args: Namespace) -> Iterator[tuple[str, str]]:
 def _resolve(name: str) -> Any:
     """What `module.name` or, as logits processors are written, `module:name` stands for."""
     module, _, attribute = name.partition(":") if ":" in name else name.rpartition(".")
+    return _find(name, module, attribute)
+
+
+def _find(name: str, module: str, attribute: str) -> Any:
     if not module or not attribute:
         raise ConfigError(f"{show(name)} names nothing: write module.name")
     found = importlib.import_module(module)
@@ -185,4 +184,4 @@ def _check_adapters(args: Namespace) -> None:
             raise ConfigError(f"adapter {show(name)}: {given} has no weights", key=flag)
 
 
-_CHECKS = (_check_weights, _check_files, _check_chat_template, _check_parsers, _check_classes, _check_adapters)
+_CHECKS = (_check_files, _check_chat_template, _check_parsers, _check_classes, _check_adapters)

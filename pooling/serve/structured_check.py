@@ -25,7 +25,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from tokenpool.serve.check_worker import CHECK_LIMIT_S, ChecksBusyError, CheckWorker
 from tokenpool.serve.grammar_bounds import grammar_problem
-from tokenpool.serve.tenants import CURRENT_CALL
+from tokenpool.serve.tenant_call import CURRENT_CALL
 
 _KEPT = 256
 _TOO_LONG = f"The grammar or schema takes longer than {CHECK_LIMIT_S:g} s to check: use a simpler one."

@@ -21,7 +21,7 @@ from typing import Any
 from weakref import WeakSet
 
 from tokenpool.serve.blamed_tenants import BlamedTenants
-from tokenpool.serve.tenants import CURRENT_CALL
+from tokenpool.serve.tenant_call import CURRENT_CALL
 
 logger = logging.getLogger(__name__)
 

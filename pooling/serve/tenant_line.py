@@ -20,7 +20,7 @@ from typing import TypeAlias
 from starlette.types import Receive
 
 from tokenpool.policy.fairness import FairQueue, SeatShares
-from tokenpool.serve.tenants import Call
+from tokenpool.serve.tenant_call import Call
 
 ENGINE_QUEUE = 4
 """Sequences without a token that the engine has at a time. More would fill its steps better while prompts are short,
@@ -78,9 +78,9 @@ class _Places:
 
     def __init__(self, count: int) -> None:
         self._free = count
-        self._waiting: deque[asyncio.Future[LineSeat | _AsideSeat]] = deque()
+        self._waiting: deque[_Granted] = deque()
 
-    def ask(self, granted: asyncio.Future[LineSeat | _AsideSeat]) -> None:
+    def ask(self, granted: _Granted) -> None:
         self._waiting.append(granted)
         self._give()
 

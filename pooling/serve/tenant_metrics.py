@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from tokenpool.metric_registry import metric
-from tokenpool.serve.router import ModelApp
+from tokenpool.serve.model_app import ModelApp
 from tokenpool.serve.tenants import TenantBook
 
 _REQUESTS = metric("tenant_requests").make()

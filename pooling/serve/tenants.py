@@ -23,10 +23,8 @@ from tokenpool.config import PoolConfig
 from tokenpool.policy.rate_limit import TokenBucket
 from tokenpool.serve.auth import error_response
 from tokenpool.serve.shared_limits import SharedLimits, TenantRow
-from tokenpool.serve.tenant_call import CURRENT_CALL, Call
+from tokenpool.serve.tenant_call import Call
 from tokenpool.tenant_config import DEFAULT_TENANT, TenantConfig
-
-__all__ = ["CURRENT_CALL", "Account", "Call", "Reason", "TenantBook", "Usage", "with_default"]
 
 Reason = Literal[
     "models", "requests_per_minute", "tokens_per_minute", "max_concurrent", "max_sequences_per_request", "queue",

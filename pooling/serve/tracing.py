@@ -31,7 +31,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 
 from tokenpool.host.request_waits import SINCE, WAITS
-from tokenpool.serve.tenants import CURRENT_CALL
+from tokenpool.serve.tenant_call import CURRENT_CALL
 
 SPAN_NAME = "llm_request"
 _providers: list[Any] = []

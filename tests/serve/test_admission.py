@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from tests.serve.test_router import CHAT, fetch, make_router, make_scope
 from tokenpool.config import SLO, Admission
 from tokenpool.serve.admission import EngineQueue, Gate, Ticket
-from tokenpool.serve.router import ModelApp, ModelRouter
+from tokenpool.serve.model_app import ModelApp
+from tokenpool.serve.router import ModelRouter
 
 pytestmark = pytest.mark.cpu
 

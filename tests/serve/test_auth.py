@@ -17,7 +17,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from tokenpool.serve.auth import CLIENT_KEY, ApiKeyAuth, route_path, scope_below, touches_pool_api
-from tokenpool.serve.router import ModelApp, ModelRouter
+from tokenpool.serve.model_app import ModelApp
+from tokenpool.serve.router import ModelRouter
 
 pytestmark = pytest.mark.cpu
 

@@ -13,7 +13,8 @@ from tests.serve.test_router import CHAT, chunk, make_scope
 from tests.serve.test_tenants import settle, tenant
 from tokenpool.serve.auth import TENANT_KEY
 from tokenpool.serve.body_budget import LARGEST_BODIES
-from tokenpool.serve.router import ModelApp, ModelRouter
+from tokenpool.serve.model_app import ModelApp
+from tokenpool.serve.router import ModelRouter
 from tokenpool.serve.tenants import TenantBook
 
 pytestmark = pytest.mark.cpu

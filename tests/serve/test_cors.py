@@ -22,7 +22,8 @@ from tokenpool.serve.cors import drop_cors, with_cors
 from tokenpool.serve.endpoints import build_outer_app
 from tokenpool.serve.flags import parse_serve_flags
 from tokenpool.serve.launch_plan import plan_model
-from tokenpool.serve.router import ModelApp, ModelRouter
+from tokenpool.serve.model_app import ModelApp
+from tokenpool.serve.router import ModelRouter
 
 pytestmark = pytest.mark.vllm
 

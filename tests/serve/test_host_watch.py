@@ -13,7 +13,7 @@ import pytest
 from tokenpool.errors import HostError
 from tokenpool.serve import host_watch
 from tokenpool.serve.host_watch import HostWatch
-from tokenpool.serve.router import ModelApp
+from tokenpool.serve.model_app import ModelApp
 
 pytestmark = pytest.mark.cpu
 

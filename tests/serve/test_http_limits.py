@@ -17,7 +17,8 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from tokenpool.serve.http_limits import HEAD_BYTES, HEAD_LINES, SILENCE_S, BoundedH11, http_protocol
+from tokenpool.serve.http_limits import HEAD_BYTES, HEAD_LINES, SILENCE_S, BoundedH11
+from tokenpool.serve.http_protocol import http_protocol
 
 pytestmark = pytest.mark.cpu
 

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from tests.serve.test_router import CHAT, choose, fetch, make_app, make_router, post, set_vllm_state, two
-from tokenpool.serve.router import ModelApp
+from tokenpool.serve.model_app import ModelApp
 
 pytestmark = pytest.mark.cpu
 

@@ -324,8 +324,8 @@ def test_a_model_that_no_host_of_a_cluster_takes_is_failed(tmp_path: Path) -> No
 
     from tests.helpers.stand_ins import StandInClient, plan_of
     from tokenpool.serve.cluster_server import ClusterServer
+    from tokenpool.serve.model_app import ModelApp
     from tokenpool.serve.model_life import ModelLives
-    from tokenpool.serve.router import ModelApp
 
     async def test() -> None:
         plan = plan_of("a")
@@ -347,8 +347,8 @@ def test_a_model_that_no_host_of_a_cluster_takes_is_failed(tmp_path: Path) -> No
 
 def test_a_client_that_died_while_its_host_was_silent_is_not_served_when_that_answers() -> None:
     """The host's pulse says nothing of the client: the model is `failed`, with its reason, until that is back."""
+    from tokenpool.serve.model_app import ModelApp
     from tokenpool.serve.model_life import ModelLives
-    from tokenpool.serve.router import ModelApp
 
     async def app(*_: Any) -> None: ...
 

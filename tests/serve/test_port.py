@@ -25,8 +25,9 @@ from tokenpool.serve.auth import ApiKeyAuth
 from tokenpool.serve.endpoints import build_outer_app
 from tokenpool.serve.flags import parse_serve_flags
 from tokenpool.serve.launch_plan import plan_model
+from tokenpool.serve.model_app import ModelApp
 from tokenpool.serve.port import drop_port_parts, with_port_flags, without_port_flags
-from tokenpool.serve.router import ModelApp, ModelRouter
+from tokenpool.serve.router import ModelRouter
 from tokenpool.serve.tenants import TenantBook
 from tokenpool.tenant_config import TenantConfig
 

@@ -20,7 +20,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from tokenpool.serve.router import ModelApp, ModelRouter
+from tokenpool.serve.model_app import ModelApp
+from tokenpool.serve.router import ModelRouter
 
 pytestmark = pytest.mark.cpu
 

@@ -15,9 +15,9 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from tests.serve.test_tenants import Pool, tenant
-from tokenpool.serve.router import ModelApp
+from tokenpool.serve.model_app import ModelApp
 from tokenpool.serve.stored_responses import TenantStore, has_response, keep_apart
-from tokenpool.serve.tenants import CURRENT_CALL
+from tokenpool.serve.tenant_call import CURRENT_CALL
 
 pytestmark = pytest.mark.cpu
 

@@ -18,7 +18,7 @@ from tests.serve.test_failover_client import Setup
 from tokenpool.serve import suspects as suspects_module
 from tokenpool.serve.blamed_tenants import MAX_IN_A_ROW, REFUSED_S, BlamedTenants
 from tokenpool.serve.suspects import MAX_LOSSES, SUSPECTS, Suspects
-from tokenpool.serve.tenants import CURRENT_CALL
+from tokenpool.serve.tenant_call import CURRENT_CALL
 
 if TYPE_CHECKING:
     from tests.helpers.told_engine import ToldEngine

@@ -18,9 +18,10 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from tests.serve.test_tenants import POST, settle, tenant
 from tokenpool.policy.routing import HostQueue
 from tokenpool.serve.request_route import by_prefix
+from tokenpool.serve.tenant_call import CURRENT_CALL, Call
 from tokenpool.serve.tenant_line import TenantLine
 from tokenpool.serve.tenant_meter import meter
-from tokenpool.serve.tenants import CURRENT_CALL, Account, Call, TenantBook
+from tokenpool.serve.tenants import Account, TenantBook
 
 pytestmark = pytest.mark.vllm
 

@@ -20,8 +20,9 @@ from tests.conftest import TinyModels
 from tests.helpers.server import PoolServerProcess, child_pids, poll
 from tokenpool.demo.tiny_models import ENGINE_ARGS
 from tokenpool.serve.bench_serve import bench
+from tokenpool.serve.tenant_call import CURRENT_CALL
 from tokenpool.serve.tenant_meter import meter
-from tokenpool.serve.tenants import CURRENT_CALL, Account
+from tokenpool.serve.tenants import Account
 from tokenpool.tenant_config import TenantConfig, hash_key
 
 pytestmark = pytest.mark.vllm

@@ -10,8 +10,8 @@ import pytest
 
 from tests.serve.test_tenants import POST, Engine, Pool, check_refusal, settle, tenant
 from tokenpool.serve import tenants
+from tokenpool.serve.tenant_call import CURRENT_CALL
 from tokenpool.serve.tenant_line import ALONE_QUEUE, ASIDE_AT_ONCE, ENGINE_QUEUE
-from tokenpool.serve.tenants import CURRENT_CALL
 
 pytestmark = pytest.mark.cpu
 

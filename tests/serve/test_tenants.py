@@ -21,9 +21,11 @@ from tests.serve.test_router import CHAT, GONE, make_router, make_scope
 from tokenpool.config import Admission
 from tokenpool.serve.admission import Gate
 from tokenpool.serve.auth import TENANT_KEY, ApiKeyAuth
-from tokenpool.serve.router import ModelApp, ModelRouter
+from tokenpool.serve.model_app import ModelApp
+from tokenpool.serve.router import ModelRouter
+from tokenpool.serve.tenant_call import CURRENT_CALL, Call
 from tokenpool.serve.tenant_line import ENGINE_QUEUE, TenantLine
-from tokenpool.serve.tenants import CURRENT_CALL, Account, Call, TenantBook
+from tokenpool.serve.tenants import Account, TenantBook
 from tokenpool.tenant_config import TenantConfig
 
 pytestmark = pytest.mark.cpu

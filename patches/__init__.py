@@ -7,8 +7,10 @@ from tokenpool.patches import (
     block_pool,
     cpu_gemm,
     dependencies,
+    draft_constraints,
     engine_client,
     engine_launch,
+    kernel_overrides,
     kv_cache_allocation,
     model_inspection,
     weight_iteration,
@@ -24,6 +26,8 @@ PATCHES = PatchSet(
         engine_launch.PATCH,
         engine_client.PATCH,
         weight_iteration.PATCH,
+        kernel_overrides.PATCH,
+        draft_constraints.PATCH,
         *dependencies.PATCHES,
     )
 )

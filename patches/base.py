@@ -53,6 +53,8 @@ class Patch:
     """Names to replace, "package.module:attribute"; empty for a target that we only subclass or call."""
     replacement: Callable[[Any], Any] | None = None
     """original -> replacement; called once per site."""
+    absent_in: tuple[str, ...] = ()
+    """Versions of vLLM that have no such target: there is nothing to do there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +86,20 @@ class PatchSet:
         applied = bool(self._originals)
         return [
             PatchStatus(p.name, p.target, p.hashes.get(version), self._hash(p.target), applied, p.sites)
-            for p in self.patches
+            for p in self.of(version)
         ]
 
+    def of(self, version: str) -> list[Patch]:
+        """Those that there are for a version of vLLM."""
+        return [patch for patch in self.patches if version not in patch.absent_in]
+
     def _hash(self, target: str) -> str:
+        """Of the source that vLLM has; empty where it has none."""
         original = self._originals.get(target)
-        return source_hash(target) if original is None else hash_of(original)
+        try:
+            return source_hash(target) if original is None else hash_of(original)
+        except (ImportError, AttributeError):
+            return ""
 
     def apply(self, version: str) -> None:
         """Apply all patches once; raises PatchMismatchError and applies none if any source differs."""
@@ -103,7 +113,7 @@ class PatchSet:
                 f"{', '.join(s.target for s in bad)} differ; install a known vLLM version"
             )
         try:
-            for patch in self.patches:
+            for patch in self.of(version):
                 for site in patch.sites:
                     assert patch.replacement is not None
                     original = resolve(site)

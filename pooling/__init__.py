@@ -8,5 +8,5 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> object:
     if name == "PooledLLM":  # imports vLLM, which takes seconds
-        return import_module("tokenpool.serve.offline").PooledLLM
+        return import_module("tokenpool.offline").PooledLLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,20 +16,14 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Annotated
 
-from tokenpool import units
+from tokenpool import settings, units
 from tokenpool.errors import ConfigError, check_setting, show
+from tokenpool.sections import Written
 
 MIN_KEY_CHARS = 16
 """Fewer can be guessed; `tokenpool key new` makes keys of 46."""
-
-ADMIN_MODELS = ("none", "listed", "any")
-
-SECRET_VARIABLES = {
-    "VLLM_API_KEY", "TOKENPOOL_API_KEY", "TOKENPOOL_VIEW_KEY", "TOKENPOOL_ADMIN_KEY",
-    "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH",
-}  # fmt: skip
-"""Environment variables that no engine host gets: these, and all that a key in a pool file has referred to."""
 
 _REFERENCE = re.compile(r"\$\{(\w+)\}")
 _PATH_STARTS = ("/", "./", "../", "~")
@@ -43,42 +37,26 @@ def check_key(key: str, setting: str | None = None) -> None:
     check_setting(len(key) >= MIN_KEY_CHARS, setting, problem)
 
 
-def check_access(keys: Mapping[str, Iterable[str]], admin_models: str, admin_roots: tuple[str, ...] | None) -> None:
-    """Refuse bad keys, keys that look and change, and unknown values; `keys` are by the name of their setting."""
+def check_access(keys: Mapping[str, Iterable[str]]) -> None:
+    """Refuse bad keys, and keys that look and change; `keys` are by the name of their setting."""
     for setting, own in keys.items():
         for key in own:
             check_key(key, setting)
     problem = "a key is in admin_key already: who only looks needs a key of its own"
     check_setting(set(keys["view_key"]).isdisjoint(keys["admin_key"]), "view_key", problem)
-    problem = f"must be one of {', '.join(ADMIN_MODELS)}, got {show(admin_models)}"
-    check_setting(admin_models in ADMIN_MODELS, "admin_models", problem)
-    problem = "is empty: list folders or owners, remove it, or write admin_models: none"
-    check_setting(admin_roots != (), "admin_roots", problem)
 
 
 def expand_key(text: str, key: str | None = None) -> str:
     """`units.expand_env` for a key: the variables that it names are kept from engine hosts."""
-    SECRET_VARIABLES.update(_REFERENCE.findall(text))
+    settings.SECRETS.update(_REFERENCE.findall(text))
     return units.expand_env(text, key)
 
 
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for an engine host, in which the code of models runs."""
-    return {name: value for name, value in environment.items() if name not in SECRET_VARIABLES}
+def _read_keys(value: object) -> tuple[str, ...]:
+    return tuple(expand_key(key) for key in units.parse_texts(value, "put a key of digits in quotes"))
 
 
-def parse_keys(value: object) -> tuple[str, ...]:
-    """One key or a list of keys, `${NAME}` allowed."""
-    keys = [value] if isinstance(value, str) else value
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise ConfigError("expected a text or a list of texts: put a key of digits in quotes")
-    return tuple(expand_key(key) for key in keys)
-
-
-def parse_roots(value: object, folder: str) -> tuple[str, ...] | None:
-    """Folders, relative ones starting at `folder`, and owners on the hub; None = those of the pool file's models."""
-    if value is None:
-        return None
+def _read_roots(value: object, folder: str) -> tuple[str, ...]:
     roots = [value] if isinstance(value, str) else value
     if not isinstance(roots, list) or not all(isinstance(root, str) and root.strip() for root in roots):
         raise ConfigError("expected a list of folders, such as /models, and of owners on the Hugging Face hub")
@@ -96,3 +74,10 @@ def _root(root: str, folder: str) -> str:
 def is_path(model: str) -> bool:
     """Whether vLLM takes a text for a path of this machine, whatever is there, and not for a name on the hub."""
     return model.startswith(_PATH_STARTS)
+
+
+TEXTS = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}}]}
+Keys = Annotated[tuple[str, ...], Written(_read_keys, "key or keys", TEXTS)]
+"""One key or a list of keys, `${NAME}` allowed."""
+Roots = Annotated[tuple[str, ...], Written(_read_roots, "text or texts", TEXTS, in_folder=True)]
+"""Folders, relative ones starting at the pool file's, and owners on the hub."""

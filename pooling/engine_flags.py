@@ -11,12 +11,12 @@ import yaml
 
 from tokenpool import units
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
+from tokenpool.sections import Written
 
 _FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
 
 
-def parse_flags(value: object) -> tuple[str, ...]:
-    """The flags as words of a command line, from a mapping, a list or one text; raises ConfigError."""
+def _read_flags(value: object) -> tuple[str, ...]:
     args: list[str] = []
     if isinstance(value, str):
         args = units.split_words(value)
@@ -111,3 +111,7 @@ def _word(value: object) -> str:
         except (ValueError, TypeError, RecursionError):
             pass  # NaN, a date, a key that is no text, a loop of YAML anchors
     raise ConfigError(f"expected a text, a finite number or a mapping of such, got {show(value)}")
+
+
+FLAGS = Written(_read_flags, "flags", {"type": ["object", "array", "string"]})
+"""Flags as a mapping, a list or one text; read, they are the words of a command line."""

@@ -8,12 +8,8 @@ dependencies of vLLM do at import, loses none of them.
 from __future__ import annotations
 
 import logging
-import os
 
-from tokenpool.errors import ConfigError, show
-
-LEVEL_VARIABLE = "TOKENPOOL_LOG_LEVEL"
-_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+from tokenpool.settings import LOG_LEVEL
 
 
 def log_to_stderr(process: str = "") -> None:
@@ -22,10 +18,7 @@ def log_to_stderr(process: str = "") -> None:
     The level of tokenpool's own lines is `TOKENPOOL_LOG_LEVEL`, else INFO. Of other packages that have no handler of
     their own, warnings and errors are shown. Raises ConfigError for a level that there is not.
     """
-    given = os.environ.get(LEVEL_VARIABLE, "INFO")
-    level = given.strip().upper()
-    if level not in _LEVELS:
-        raise ConfigError(f"{show(given)} is no level: give one of {', '.join(_LEVELS)}", key=LEVEL_VARIABLE)
+    level = LOG_LEVEL.get() or "INFO"
     layout = f"%(levelname)s {process}: %(message)s" if process else "%(levelname)s %(message)s"
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(layout))

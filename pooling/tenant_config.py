@@ -15,118 +15,28 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Annotated
 
 from tokenpool import units
-from tokenpool.access_config import MIN_KEY_CHARS, expand_key
-from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
+from tokenpool.access_config import MIN_KEY_CHARS, TEXTS, expand_key
+from tokenpool.errors import check_setting, config_errors_under, show
+from tokenpool.sections import Count, Number, Section, Switch, Text, Written, at_least, between, filled, matching
 
 DEFAULT_TENANT = "default"
 """Whoever comes with a key of `api_key` or `admin_key`. A tenant of this name sets limits for them."""
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 _REFERENCE = re.compile(r"\$\{\w+\}")
 _WILDCARDS = frozenset("*?[")
-_MAX_PRIORITY = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class TenantConfig:
-    """One tenant."""
-
-    name: str
-    """What metrics and `/v1/pool/tenants` call it: letters, digits and . _ - only, 64 at most."""
-    keys: tuple[bytes, ...] = field(default=(), repr=False)
-    """SHA-256 digests of its keys. YAML: `sha256:…` or `${NAME}`, one or a list; a key in plain text is refused."""
-    priority: int = 0
-    """Larger goes first in vLLM's queue of models with `--scheduling-policy priority`; no effect on others."""
-    weight: float = 1.0
-    """Its share of a model while others wait for it too: a tenant of weight 2 gets twice the tokens."""
-    requests_per_minute: int | None = None
-    """Sequences per minute, bursts of as many included; None = no limit."""
-    tokens_per_minute: int | None = None
-    """Tokens per minute, of prompts and put out; None = no limit."""
-    max_concurrent: int | None = None
-    """Sequences at the same time, waiting or running; None = no limit."""
-    max_sequences_per_request: int | None = 64
-    """Sequences that one request may ask for, which is its prompts times `n`; None = as many as vLLM takes."""
-    share_cache: bool | None = None
-    """Whether its requests share the prefix cache with those of others who do; None = as the pool's `share_cache`."""
-    models: tuple[str, ...] | None = None
-    """Models it may use, by their names in the pool or patterns such as `team-a/*`; None = all."""
-
-    def __post_init__(self) -> None:
-        problem = f"{show(self.name)} is no tenant name: use letters, digits and . _ - only, 64 at most"
-        check_setting(_NAME.fullmatch(self.name) is not None, "name", problem)
-        needs_keys = self.name != DEFAULT_TENANT
-        problem = "is missing: add what `tokenpool key new` prints"
-        check_setting(bool(self.keys) or not needs_keys, "keys", problem)
-        problem = f"the tenant {DEFAULT_TENANT!r} has the keys of api_key and admin_key: remove its keys, or rename it"
-        check_setting(not self.keys or needs_keys, "keys", problem)
-        problem = f"{show(self.priority)} is out of range: give {-_MAX_PRIORITY} to {_MAX_PRIORITY}"
-        check_setting(abs(self.priority) <= _MAX_PRIORITY, "priority", problem)
-        problem = f"{show(self.weight)} is out of range: give 0.001 to 1000"
-        check_setting(0.001 <= self.weight <= 1000, "weight", problem)
-        for key in ("requests_per_minute", "tokens_per_minute", "max_concurrent", "max_sequences_per_request"):
-            value = getattr(self, key)
-            check_setting(value is None or value >= 1, key, "must be 1 or more, or null for no limit")
-        check_setting(self.models != (), "models", "is empty: list models, or remove the key to allow all")
-
-    def may_use(self, model: str) -> bool:
-        """Tell whether a model, by its name in the pool, is open to the tenant."""
-        return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
-
-
-def hash_key(key: str) -> str:
-    """Return a key as the pool file holds it: ``sha256:`` and 64 hexadecimal digits."""
-    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
-
-
-def parse_tenants(value: object, build: Callable[[object], TenantConfig]) -> tuple[TenantConfig, ...]:
-    """Read the section; `build` makes one tenant of one mapping."""
-    if not isinstance(value, list):
-        raise ConfigError(f"expected a list of tenants, each with name and keys, got {show(value)}")
-    tenants = []
-    for i, item in enumerate(value):
-        with config_errors_under(f"[{i}]"):
-            tenants.append(build(item))
-    return tuple(tenants)
-
-
-def check_tenants(tenants: Sequence[TenantConfig], models: Iterable[str], plain_keys: Iterable[str]) -> None:
-    """Refuse what two tenants claim, keys that are the pool's own, and models that are not there."""
-    models = list(models)
-    names: dict[str, int] = {}
-    owners = {hashlib.sha256(key.encode()).digest(): "api_key or admin_key" for key in plain_keys}
-    for i, tenant in enumerate(tenants):
-        first = names.setdefault(tenant.name, i)
-        problem = f"{tenant.name!r} is the name of tenants[{first}] already: give each tenant its own"
-        check_setting(first == i, f"tenants[{i}].name", problem)
-        for j, digest in enumerate(tenant.keys):
-            owner = owners.setdefault(digest, f"tenants[{i}].keys[{j}]")
-            problem = f"this key is in {owner} already: a key belongs to one tenant"
-            check_setting(owner == f"tenants[{i}].keys[{j}]", f"tenants[{i}].keys[{j}]", problem)
-        for j, pattern in enumerate(tenant.models or ()):
-            known = pattern in models or not _WILDCARDS.isdisjoint(pattern)  # a pattern may be for later models
-            near = difflib.get_close_matches(pattern, models, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"models: {', '.join(models)}"
-            check_setting(known, f"tenants[{i}].models[{j}]", f"no model {show(pattern)} in the pool, {hint}")
-
-
-def _texts(value: object, what: str) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"expected a text or a list of texts: {what}")
-    return texts
-
-
-def _keys(value: object) -> tuple[bytes, ...]:
+def _read_keys(value: object) -> tuple[bytes, ...]:
     digests = []
-    for i, text in enumerate(_texts(value, "sha256:… as `tokenpool key new` prints it, or ${NAME}")):
+    for i, text in enumerate(units.parse_texts(value, "sha256:… as `tokenpool key new` prints it, or ${NAME}")):
         with config_errors_under(f"[{i}]"):
             digests.append(_digest(text))
     check_setting(len(digests) > 0, None, "is empty: add what `tokenpool key new` prints")
@@ -150,30 +60,76 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
 
 
-def _limit(value: object) -> int | None:
-    return None if value is None else units.parse_int(value)
+def _read_models(value: object) -> tuple[str, ...]:
+    return tuple(units.parse_texts(value, "names of models"))
 
 
-def _weight(value: object) -> float:
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    check_setting(good, None, f"expected a number, got {show(value)}")
-    return float(value)  # type: ignore[arg-type]
+_KEY = {"type": "string", "pattern": rf"^({_HASH.pattern}|\$\{{[A-Za-z_][A-Za-z0-9_]*\}})$"}
+_KEYS = Written(_read_keys, "key or keys", {"anyOf": [_KEY, {"type": "array", "items": _KEY}]})
+_Models = Annotated[tuple[str, ...], Written(_read_models, "text or texts", TEXTS)]
+_Limit = Annotated[Count, at_least(1, "must be 1 or more, or null for no limit")]
 
 
-def _models(value: object) -> tuple[str, ...] | None:
-    return None if value is None else tuple(_texts(value, "names of models"))
+@dataclass(frozen=True, slots=True)
+class TenantConfig(Section):
+    """One tenant."""
+
+    name: Annotated[Text, matching(_NAME, "{} is no tenant name: use letters, digits and . _ - only, 64 at most")]
+    """What metrics and `/v1/pool/tenants` call it: letters, digits and . _ - only, 64 at most."""
+    keys: Annotated[tuple[bytes, ...], _KEYS] = field(default=(), repr=False)
+    """SHA-256 digests of its keys: `sha256:…` or `${NAME}`, one or a list; a key in plain text is refused.
+    Every tenant but the one called `default` needs them."""
+    priority: Annotated[Count, between(-1000, 1000)] = 0
+    """Larger goes first in vLLM's queue of models with `--scheduling-policy priority`; no effect on others."""
+    weight: Annotated[Number, between(0.001, 1000)] = 1.0
+    """Its share of a model while others wait for it too, 0.001 to 1000: a tenant of weight 2 gets twice the tokens."""
+    requests_per_minute: _Limit | None = None
+    """Sequences per minute, bursts of as many included, counted when they come: prompts times `n`. none = no limit."""
+    tokens_per_minute: _Limit | None = None
+    """Tokens per minute, of prompts and put out; none = no limit."""
+    max_concurrent: _Limit | None = None
+    """Sequences at the same time, waiting or running; none = no limit."""
+    max_sequences_per_request: _Limit | None = 64
+    """Sequences that one request may ask for, which is its prompts times `n`; `null` = as many as vLLM takes."""
+    share_cache: Switch | None = None
+    """Whether its requests share the prefix cache with those of others who do; none = as the pool's `share_cache`."""
+    models: Annotated[_Models, filled("is empty: list models, or remove the key to allow all")] | None = None
+    """Models it may use, by their names in the pool or patterns such as `team-a/*`; adapters count as their
+    model. none = all."""
+
+    def __post_init__(self) -> None:
+        Section.__post_init__(self)
+        needs_keys = self.name != DEFAULT_TENANT
+        problem = "is missing: add what `tokenpool key new` prints"
+        check_setting(bool(self.keys) or not needs_keys, "keys", problem)
+        problem = f"the tenant {DEFAULT_TENANT!r} has the keys of api_key and admin_key: remove its keys, or rename it"
+        check_setting(not self.keys or needs_keys, "keys", problem)
+
+    def may_use(self, model: str) -> bool:
+        """Tell whether a model, by its name in the pool, is open to the tenant."""
+        return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
 
 
-TENANT_PARSERS: Mapping[str, Callable[[Any], Any]] = {
-    "name": units.parse_text,
-    "keys": _keys,
-    "priority": units.parse_int,
-    "weight": _weight,
-    "requests_per_minute": _limit,
-    "tokens_per_minute": _limit,
-    "max_concurrent": _limit,
-    "max_sequences_per_request": _limit,
-    "share_cache": units.optional(units.parse_bool),
-    "models": _models,
-}
-"""Readers of a tenant's keys in a pool file."""
+def hash_key(key: str) -> str:
+    """Return a key as the pool file holds it: ``sha256:`` and 64 hexadecimal digits."""
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def check_tenants(tenants: Sequence[TenantConfig], models: Iterable[str], plain_keys: Iterable[str]) -> None:
+    """Refuse what two tenants claim, keys that are the pool's own, and models that are not there."""
+    models = list(models)
+    names: dict[str, int] = {}
+    owners = {hashlib.sha256(key.encode()).digest(): "api_key or admin_key" for key in plain_keys}
+    for i, tenant in enumerate(tenants):
+        first = names.setdefault(tenant.name, i)
+        problem = f"{tenant.name!r} is the name of tenants[{first}] already: give each tenant its own"
+        check_setting(first == i, f"tenants[{i}].name", problem)
+        for j, digest in enumerate(tenant.keys):
+            owner = owners.setdefault(digest, f"tenants[{i}].keys[{j}]")
+            problem = f"this key is in {owner} already: a key belongs to one tenant"
+            check_setting(owner == f"tenants[{i}].keys[{j}]", f"tenants[{i}].keys[{j}]", problem)
+        for j, pattern in enumerate(tenant.models or ()):
+            known = pattern in models or not _WILDCARDS.isdisjoint(pattern)  # a pattern may be for later models
+            near = difflib.get_close_matches(pattern, models, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"models: {', '.join(models)}"
+            check_setting(known, f"tenants[{i}].models[{j}]", f"no model {show(pattern)} in the pool, {hint}")

@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read and write single values of settings as people write them: ``24GiB``, ``400ms``, ``${NAME}``.
 
-Everything behind the edge holds bytes (int) and seconds (float). Imports nothing of ours but errors.
+Everything behind the edge holds bytes (int) and seconds (float). Imports nothing of ours but errors and settings.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
-from collections.abc import Callable
+import sys
 from fractions import Fraction
-from typing import Any, TypeVar
 
+from tokenpool import settings
 from tokenpool.errors import ConfigError, show
-
-_T = TypeVar("_T")
 
 _BYTES_PER_UNIT = {
     "": 1,
@@ -63,11 +60,6 @@ def parse_bytes(value: object, key: str | None = None) -> int:
     if not 0 <= number <= _MAX_BYTES:
         raise ConfigError(f"{show(value)} is out of range: give 0 to 2^63-1 bytes", key=key)
     return round(number)
-
-
-def parse_bytes_or_auto(value: object, key: str | None = None) -> int | None:
-    """Return None for "auto" or an empty value, else as `parse_bytes`."""
-    return None if value is None or value == "auto" else parse_bytes(value, key)
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -119,23 +111,11 @@ def format_seconds(seconds: float) -> str:
     return f"{_trim(seconds / 3600, 3)}h"
 
 
-def parse_int(value: object, key: str | None = None) -> int:
-    """Return a whole number as it is; raises ConfigError with `key` for all else, True and "8" included."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"expected a whole number, got {show(value)}", key=key)
-    return value
-
-
-def optional(parse: Callable[[Any], _T]) -> Callable[[Any], _T | None]:
-    """A parser that lets YAML's null be None and gives the rest to `parse`."""
-    return lambda value: None if value is None else parse(value)
-
-
-def parse_bool(value: object, key: str | None = None) -> bool:
-    """Return true or false as it is; raises ConfigError with `key` for all else, "true" and 1 included."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"expected true or false, got {show(value)}", key=key)
-    return value
+def parse_number(value: object, key: str | None = None) -> float:
+    """Return a finite number as a float; raises ConfigError with `key` for all else, True and "8" included."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        raise ConfigError(f"expected a number, got {show(value)}", key=key)
+    return float(value)
 
 
 def parse_text(value: object, key: str | None = None) -> str:
@@ -145,6 +125,14 @@ def parse_text(value: object, key: str | None = None) -> str:
     if not value.strip():
         raise ConfigError("is empty: write a text, or remove the key", key=key)
     return value
+
+
+def parse_texts(value: object, what: str) -> list[str]:
+    """Return one text or a list of texts as a list; raises ConfigError, which says `what` they are, for all else."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"expected a text or a list of texts: {what}")
+    return texts
 
 
 def expand_env(text: str, key: str | None = None) -> str:
@@ -157,9 +145,10 @@ def expand_env(text: str, key: str | None = None) -> str:
     def lookup(match: re.Match[str]) -> str:
         if match[1] is None:
             raise ConfigError("a ${...} is malformed: write ${NAME}, with letters, digits and _", key=key)
-        if match[1] not in os.environ:
+        value = settings.environment().get(match[1])
+        if value is None:
             raise ConfigError(f"environment variable {match[1]} is not set: set it", key=key)
-        return os.environ[match[1]]
+        return value
 
     return _REFERENCE.sub(lookup, text)
 

@@ -29,7 +29,7 @@ class _Ranked(NamedTuple):
     rank: float
     """Seconds of slack, or less wait, plus the offset of the tier; the lowest comes first."""
     slack_s: float
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     view: ModelView
 
 
@@ -124,8 +124,8 @@ class Slack:
             self._begin_turn(run, now_s, pool.copy_drag)
         spare = next((item for item in reversed(ready) if item is not run), None)
         prefetch = None
-        pays = out is not None and out is not run and (spare is None or out.rank < spare.rank)
-        if pays and pool.can_prefetch and now_s >= self._next_copy_s:
+        may_copy = pool.can_prefetch and now_s >= self._next_copy_s
+        if may_copy and out is not None and out is not run and (spare is None or out.rank < spare.rank):
             prefetch, copy_s = out.view.model, out.view.ready_in_s
             self._copied_s[prefetch] = copy_s
             self._next_copy_s = now_s + copy_s * max(1 / self._copy_frac, pool.copy_drag / self._overhead_frac)

@@ -26,6 +26,7 @@ from tokenpool.cluster.values import ClusterView, Deployment, Endpoints, HostRep
 from tokenpool.cluster_config import ClusterConfig
 from tokenpool.errors import HostError
 from tokenpool.logs import log_to_stderr
+from tokenpool.process.template import Template
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ class HostActor:
         controller: ActorHandle,
         period_s: float,
         env: Mapping[str, str | None],
+        has_template: bool,
     ) -> None:
+        """With `has_template` a template is kept beside the host; it is this actor's own."""
         log_to_stderr()
         context = ray.get_runtime_context()
         self._supervisor = HostSupervisor(
@@ -56,6 +59,7 @@ class HostActor:
             env=env,
             node=context.get_node_id(),
             address=ray.util.get_node_ip_address(),
+            template=Template() if has_template else None,
         )
         self._gone = threading.Event()
         self._supervisor.start()

@@ -22,13 +22,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tokenpool.access_config import without_secrets
+from tokenpool import settings
 from tokenpool.cluster.machine import machine_id
 from tokenpool.cluster.values import HostedReport, HostReport, Order, StaleEpochError
 from tokenpool.errors import HostError
-from tokenpool.host.control import call_host, limit_of
-from tokenpool.host.guard import HostGuard
 from tokenpool.metric_registry import metric
+from tokenpool.process.forked_child import ForkedChild
+from tokenpool.process.guard import HostGuard
+from tokenpool.process.template import Template
+from tokenpool.wire.control import call_host, limit_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +58,23 @@ class HostSupervisor:
         env: Mapping[str, str | None] | None = None,
         node: str = "",
         address: str = "",
+        template: Template | None = None,
     ) -> None:
-        """`config` holds the fields of a HostConfig; a variable that is None in `env` is kept from the host."""
+        """`config` holds the fields of a HostConfig; a variable that is None in `env` is kept from the host.
+
+        Hosts are forked from `template` if that can be.
+        """
         self.host = host
         self.config = dict(config)
         self.epoch, self.controller = 0, ""
         self._push_to = push
         self._period_s = period_s
         self._env = dict(env or {})
-        self._where = {"node": node, "address": address, "machine": machine_id(), "actor_pid": os.getpid()}
+        self._node, self._address, self._machine = node, address, machine_id()
+        self._template = template
         self._lock = threading.RLock()  # guards what is below
         self._ordering = threading.Lock()  # one order at a time
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | ForkedChild | None = None
         self._folder = ""
         self._key = b""
         self._life = ""
@@ -168,17 +175,23 @@ class HostSupervisor:
                 device_memory=self.config["device_memory"],
                 host_memory=self.config.get("host_memory", 0),
                 page_size=self.config["page_size"],
+                kv_floor_pages=self.config.get("kv_floor_pages", 1),
                 movable=self.config.get("movable_weights", False),
                 models=models,
                 free_pages=self._free_pages,
                 overdue=self._guard.reason if self._guard is not None else "",
-                **self._where,
+                node=self._node,
+                address=self._address,
+                machine=self._machine,
+                actor_pid=os.getpid(),
             )
 
     def stop(self, limit_s: float) -> None:
         """Let the host finish, at most `limit_s`, then end it."""
         self._stopping.set()
         self._news.set()
+        if self._template is not None:
+            self._template.stop()
         with self._lock:
             process = self._process
         if process is None:
@@ -214,17 +227,21 @@ class HostSupervisor:
             if not self._stopping.is_set():
                 logger.error("host process ended host=%s status=%s, restarting", self.host, status)
 
-    def _launch(self) -> subprocess.Popen[bytes]:
+    def _launch(self) -> subprocess.Popen[bytes] | ForkedChild:
         folder = tempfile.mkdtemp(prefix="tokenpool-")  # mode 0700: only this user reaches the sockets
         metrics = os.path.join(folder, "metrics")
         os.mkdir(metrics)
         key = secrets.token_bytes(32)
-        given = {**without_secrets(os.environ), **self._env}
+        given = {**settings.environment_of_hosts(), **self._env}
         env = {name: value for name, value in given.items() if value is not None}
-        env |= {"TOKENPOOL_CONTROL_KEY": key.hex(), "PROMETHEUS_MULTIPROC_DIR": metrics}
+        own = {settings.CONTROL_KEY.name: key.hex(), settings.METRICS_FOLDER.name: metrics}
         control = os.path.join(folder, "control")
-        command = self._command(control, key)
-        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+        process: subprocess.Popen[bytes] | ForkedChild | None = None
+        if self._template is not None:
+            process = self._template.fork(self._words(control), env, own)
+        if process is None:
+            command = self._command(control, key)
+            process = subprocess.Popen(command, env=env | own, stdin=subprocess.DEVNULL, start_new_session=True)
         with self._lock:
             self._process, self._folder, self._key = process, folder, key
         deadline = time.monotonic() + _START_LIMIT_S
@@ -245,7 +262,10 @@ class HostSupervisor:
 
     def _command(self, control: str, key: bytes) -> list[str]:
         """What starts a host process that listens at `control`; the key is in its environment."""
-        return [sys.executable, "-m", "tokenpool.host", control, json.dumps(self.config)]
+        return [sys.executable, "-m", "tokenpool.host", *self._words(control)]
+
+    def _words(self, control: str) -> list[str]:
+        return [control, json.dumps(self.config)]
 
     # -- reports -----------------------------------------------------------------------------------------
 

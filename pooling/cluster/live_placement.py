@@ -23,6 +23,7 @@ from tokenpool.policy.capacity import (
     CapacityView,
     Role,
     StepCosts,
+    windows,
 )
 from tokenpool.policy.capacity_live import LiveCapacity
 from tokenpool.policy.turns import Residency
@@ -78,19 +79,19 @@ class LivePlacement:
         *,
         num_prefill: int = 0,
         period_s: float = 1.0,
-        window_s: float = 60.0,
+        window_s: float = ClusterConfig().capacity_window_s,
     ) -> None:
         """`replicas` and `max_replicas` are for models that have none of their own.
 
         `num_prefill` hosts begin as such that only prefill, and the others only decode; with 0 all do both.
-        Traffic is averaged over `window_s`, what seats did over a third of it, and rises are looked for in a sixth.
+        Traffic is averaged over `window_s` and the shorter `windows` that go with it.
         """
         self.policy = policy
         self.replicas = replicas
         self.max_replicas = max_replicas
         self.num_prefill = num_prefill
         self.period_s = period_s
-        self._long_s, self._seat_s, self._short_s = window_s, window_s / 3, window_s / 6
+        self._windows = windows(window_s)
         self._traffic = TrafficBook(window_s)
         self._begun_s: float | None = None
         self._model_s: dict[str, float] = {}  # when a seat of it came or began to leave
@@ -191,12 +192,12 @@ class LivePlacement:
             for name in where.keys() & situation.models.keys():
                 for host in where[name] & on_host.keys():
                     on_host[host].append((name, is_leaving or (name, host) in self._moves))
-        measured = _Measured(self._traffic.seats(self._seat_s), self._traffic.since_s())
+        measured = _Measured(self._traffic.seats(self._windows.seat_s), self._traffic.since_s())
         hosts = [
             self._host(report, sorted(on_host[name]), measured, situation) for name, report in situation.hosts.items()
         ]
         models = self._models(situation)
-        return CapacityView(situation.now_s, hosts, models, self._long_s, self._short_s, self._seat_s)
+        return CapacityView(situation.now_s, hosts, models, self._windows)
 
     def _host(
         self, report: HostReport, models: list[tuple[str, bool]], measured: _Measured, situation: Situation
@@ -237,7 +238,8 @@ class LivePlacement:
             for name, hosted in report.models.items():
                 if name not in costs and (coefficients := hosted.load.get("costs", {}).get("coefficients")):
                     costs[name] = StepCosts(**coefficients)
-        longs, shorts = self._traffic.models(self._long_s), self._traffic.models(self._short_s)
+        longs = self._traffic.models(self._windows.long_s)
+        shorts = self._traffic.models(self._windows.short_s)
         models = []
         for name, deployment in situation.models.items():
             rates, recent = longs.get(name, _NO_RATES), shorts.get(name, _NO_RATES)

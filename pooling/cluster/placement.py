@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from tokenpool.cluster.values import Deployment, HostReport
+from tokenpool.memory.page_counts import model_pages, needed_pages
 from tokenpool.policy.capacity import Role
 
 
@@ -86,21 +87,19 @@ class KeepReplicas:
 
 
 def fits(deployment: Deployment, report: HostReport, others: list[Deployment]) -> bool:
-    """Whether a host's budget holds a model beside `others`, with one page of KV each, as far as sizes are known."""
-    pages = report.device_memory // report.page_size - 1  # one page for null blocks
-    if report.movable:
-        in_host = sum(d.weight_bytes for d in [*others, deployment])
-        return in_host <= report.host_memory and _pages(deployment, report) <= pages
-    return sum(_pages(d, report) for d in [*others, deployment]) <= pages
+    """Whether a host's budget holds a model beside `others`, each with its KV floor, as far as sizes are known."""
+    sizes = [d.weight_bytes for d in [*others, deployment]]
+    if report.movable and sum(sizes) > report.host_memory:
+        return False
+    together = sizes[-1:] if report.movable else sizes
+    return needed_pages(together, report.page_size, report.kv_floor_pages) <= report.device_memory // report.page_size
 
 
 def room_bytes(deployment: Deployment, report: HostReport) -> int:
     """What a model takes of the budget that limits how many models a host can have."""
-    return deployment.weight_bytes if report.movable else _pages(deployment, report) * report.page_size
-
-
-def _pages(deployment: Deployment, report: HostReport) -> int:
-    return -(-deployment.weight_bytes // report.page_size) + 1
+    if report.movable:
+        return deployment.weight_bytes
+    return model_pages(deployment.weight_bytes, report.page_size, report.kv_floor_pages) * report.page_size
 
 
 def has_room(name: str, situation: Situation) -> bool:

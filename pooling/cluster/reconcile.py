@@ -361,7 +361,9 @@ class Reconciler:
             version = self.models[name].version if name in self.models else -1
             models[name] = ModelView(version, of_model, self._errors.get(name))
         lives = {host: report.life for host, report in self.hosts.items()}
-        roles = {host: role for host, role in self.roles.items() if host in lives and role is not Role.MIXED}
+        roles: dict[str, Role] = {
+            host: role for host, role in self.roles.items() if host in lives and role is not Role.MIXED
+        }
         overdue = frozenset(host for host, report in self.hosts.items() if report.overdue)
         totals = dict(self.log.totals)
         return ClusterView(self.epoch, self.version, self.revision, models, lives, roles, totals, overdue)

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenpool.access_config import SECRET_VARIABLES
+from tokenpool import settings
 from tokenpool.cluster_config import ClusterConfig
 from tokenpool.errors import ConfigError, PoolError
 
 logger = logging.getLogger(__name__)
 
-_FORWARDED = ("VLLM_", "HF_", "OMP_NUM_THREADS", "TOKENPOOL_LOG_LEVEL")
+_FORWARDED = ("VLLM_", "HF_", "OMP_NUM_THREADS", settings.LOG_LEVEL.name)
 _SECRET = ("TOKEN", "KEY", "SECRET")
 _LOOK_S = 5.0
 
@@ -29,16 +28,16 @@ def prepare(address: str) -> None:
     one it is refused, unless RAY_AUTH_MODE says `disabled`: whoever reaches such a Ray runs code on its nodes. Call it
     before vLLM, which imports Ray too.
     """
-    mode = os.environ.get("RAY_AUTH_MODE")
+    mode = settings.RAY_AUTH_MODE.get()
     if mode is None and address != "local" and not _has_token():
         raise ConfigError(
             "no token of Ray's is here (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token): give it, or set "
             "RAY_AUTH_MODE=disabled for a cluster that asks for none, where whoever reaches Ray runs code",
             key="--cluster",
         )
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if address == "local" and os.environ["RAY_AUTH_MODE"] == "token":
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    settings.RAY_AUTH_MODE.set_default("token")
+    if address == "local" and settings.RAY_AUTH_MODE.get() == "token":
+        settings.RAY_AUTH_TOKEN.set_default(secrets.token_hex(32))
     try:
         import ray  # noqa: F401
     except ImportError as error:
@@ -48,8 +47,8 @@ def prepare(address: str) -> None:
 
 
 def _has_token() -> bool:
-    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
-    return named or Path("~/.ray/auth_token").expanduser().exists()
+    named = settings.RAY_AUTH_TOKEN.get() or settings.RAY_AUTH_TOKEN_PATH.get()
+    return bool(named) or Path("~/.ray/auth_token").expanduser().exists()
 
 
 def connect(address: str, config: ClusterConfig, num_hosts: int) -> None:
@@ -84,9 +83,12 @@ def wanted_hosts(config: ClusterConfig, *, use_gpus: bool) -> int:
 class Session:
     """A pool's controller and host actors; made after `connect`."""
 
-    def __init__(self, config: ClusterConfig, host_config: Mapping[str, Any], *, use_gpus: bool) -> None:
+    def __init__(
+        self, config: ClusterConfig, host_config: Mapping[str, Any], *, use_gpus: bool, host_template: bool = True
+    ) -> None:
         """Start the controller and as many hosts as are asked for. `host_config` holds the fields of a HostConfig.
 
+        With `host_template` each host's supervisor keeps a template of hosts.
         Raises ConfigError when a pool of this name runs in the cluster, or no host can be placed.
         """
         import ray
@@ -97,6 +99,7 @@ class Session:
         self._config = config
         self._host_config = dict(host_config)
         self._use_gpus = use_gpus
+        self._host_template = host_template
         namespace = namespace_of(config)
         num_hosts = wanted_hosts(config, use_gpus=use_gpus)
         options = {"name": "controller", "num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000}
@@ -124,8 +127,17 @@ class Session:
                 "max_concurrency": 32,
                 "scheduling_strategy": "SPREAD",
             }
-            self.hosts[name] = self._ray.remote(HostActor).options(**options).remote(
-                name, self._host_config, self.controller, self._config.reconcile_period_s, self._host_env()
+            self.hosts[name] = (
+                self._ray.remote(HostActor)
+                .options(**options)
+                .remote(
+                    name,
+                    self._host_config,
+                    self.controller,
+                    self._config.reconcile_period_s,
+                    self._host_env(),
+                    self._host_template,
+                )
             )
 
     async def follow_nodes(self) -> None:
@@ -135,8 +147,10 @@ class Session:
             await asyncio.to_thread(self.add_hosts)
 
     def _host_env(self) -> dict[str, str | None]:
-        env: dict[str, str | None] = dict.fromkeys(SECRET_VARIABLES)  # of this process, and maybe of Ray's workers
-        env |= {k: v for k, v in os.environ.items() if k.startswith(_FORWARDED) and not any(s in k for s in _SECRET)}
+        # These may be in the environment of Ray's workers too.
+        env: dict[str, str | None] = dict.fromkeys(settings.SECRETS)
+        given = settings.environment()
+        env |= {k: v for k, v in given.items() if k.startswith(_FORWARDED) and not any(s in k for s in _SECRET)}
         if not self._use_gpus:
             env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several hosts would be bound to the same cores
             env.setdefault("OMP_NUM_THREADS", str(max(1, int(self._config.num_cpus_per_host))))
@@ -144,6 +158,7 @@ class Session:
 
     async def stop(self, limit_s: float) -> None:
         """End the hosts, each after at most `limit_s`, and all actors."""
+
         async def stop_host(handle: Any) -> None:
             try:
                 async with asyncio.timeout(limit_s + 2.0):

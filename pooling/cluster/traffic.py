@@ -146,8 +146,8 @@ class TrafficBook:
         self._seats.grown[:, rows] += more
         models = np.array([self._models.rows.get(name, -1) for name, _, _ in loads])
         is_wanted = models >= 0
-        for total, part in zip(self._models.grown, more, strict=True):
-            total += np.bincount(models[is_wanted], part[is_wanted], minlength=len(total))
+        for row, part in zip(self._models.grown, more, strict=True):
+            row[:] += np.bincount(models[is_wanted], part[is_wanted], minlength=len(row))
 
     def seats(self, window_s: float) -> dict[Seat, Rates]:
         """Of the models that did something on a host lately."""

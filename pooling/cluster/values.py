@@ -91,6 +91,8 @@ class HostReport:
     device_memory: int = 0
     host_memory: int = 0
     page_size: int = 1
+    kv_floor_pages: int = 1
+    """Pages of KV that it promises to each model."""
     movable: bool = False
     """Whether weights may leave the device, so that more models fit than the device holds."""
     models: dict[str, HostedReport] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: three tiny random-weight models of different architectures on one port, a streamed chat from each.
 
-    python -m tokenpool.demo                    # serve them, chat, stop
-    python -m tokenpool.demo --files FOLDER     # only write what is needed to try the commands by hand
+python -m tokenpool.demo                    # serve them, chat, stop
+python -m tokenpool.demo --files FOLDER     # only write what is needed to try the commands by hand
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 import yaml
 from openai import OpenAI
 
+from tokenpool import settings
 from tokenpool.demo.tiny_models import make_tiny_model
 from tokenpool.sim.generate import artifact_like
 from tokenpool.sim.trace_files import write_requests
@@ -45,7 +45,7 @@ def main() -> int:
         port = _free_port()
         pool_file = _write_pool_file(Path(folder), port)
         print(f"pool file:\n{pool_file.read_text()}")
-        server = subprocess.Popen([sys.executable, "-m", "tokenpool.serve.cli", "serve", str(pool_file)], env=_env())
+        server = subprocess.Popen([sys.executable, "-m", "tokenpool.cli.main", "serve", str(pool_file)], env=_env())
         try:
             _wait_until_ready(server, port)
             with concurrent.futures.ThreadPoolExecutor(len(KINDS)) as threads:
@@ -70,15 +70,21 @@ def _write_pool_file(folder: Path, port: int) -> Path:
     for kind in KINDS:
         make_tiny_model(kind, folder / kind)
     models = [{"name": kind, "model": f"./{kind}", "args": args} for kind in KINDS]
-    pool = {"models": models, "device_memory": "64MiB", "page_size": "1MiB", "host": "127.0.0.1", "port": port,
-            "admin_key": _ADMIN_KEY}
+    pool = {
+        "models": models,
+        "device_memory": "64MiB",
+        "page_size": "1MiB",
+        "host": "127.0.0.1",
+        "port": port,
+        "admin_key": _ADMIN_KEY,
+    }
     path = folder / "pool.yaml"
     path.write_text(yaml.safe_dump(pool, sort_keys=False))
     return path
 
 
 def _env() -> dict[str, str]:
-    return {"VLLM_LOGGING_LEVEL": "ERROR", "TOKENPOOL_LOG_LEVEL": "WARNING", **os.environ}
+    return {"VLLM_LOGGING_LEVEL": "ERROR", settings.LOG_LEVEL.name: "WARNING", **settings.environment()}
 
 
 def _free_port() -> int:
@@ -87,7 +93,7 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
-def _wait_until_ready(server: subprocess.Popen, port: int) -> None:
+def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
     start = time.monotonic()
     while time.monotonic() - start < _START_LIMIT_S:
         if server.poll() is not None:

@@ -15,12 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tokenpool.demo import tiny_hybrids, tiny_multimodal
+from tokenpool.demo.tiny_multimodal import Processing, processing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +40,8 @@ LORA_ALPHA = 16
 _MARKER = "tokenpool_tiny.json"
 _FORMAT = 2  # raise when a change of this file changes the bytes written: old directories are then made anew
 _SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")
+NUM_SPECIAL_TOKENS = len(_SPECIAL_TOKENS)
+"""They have the lowest ids."""
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -160,12 +166,22 @@ KINDS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3_moe": _qwen3_moe,
     "deepseek_v2": _deepseek_v2,
     "embed": _qwen3,
+    "mamba2": tiny_hybrids.mamba2,
+    "granite_hybrid": tiny_hybrids.granite_hybrid,
+    "nemotron_h": tiny_hybrids.nemotron_h,
+    "falcon_h1": tiny_hybrids.falcon_h1,
+    "qwen3_next": tiny_hybrids.qwen3_next,
+    "qwen2_5_vl": tiny_multimodal.qwen2_5_vl,
+    "llava": tiny_multimodal.llava,
+    "whisper": tiny_multimodal.whisper,
 }
 """Kind -> builder of its config."""
 
 ENGINE_ARGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"block_size": 16},
     "embed": {"runner": "pooling"},
+    # With its prefix cache vLLM 0.32 ends at the first request of such a model on the CPU.
+    **{kind: {"enable_prefix_caching": False} for kind in ("mamba2", "granite_hybrid", "nemotron_h", "falcon_h1")},
 }
 """vLLM engine arguments a kind cannot do without; kinds not listed need none."""
 
@@ -188,11 +204,26 @@ def make_tiny_model(kind: str, directory: Path | str, *, seed: int | None = None
     marker = {"format": _FORMAT, "kind": kind, "seed": seed}
 
     def write(target: Path) -> None:
-        _tokenizer().save_pretrained(target)
-        _random_model(KINDS[kind](), seed).save_pretrained(target)
+        more = processing(kind)
+        _tokenizer(more).save_pretrained(target)
+        _random_model(KINDS[kind](), seed, more).save_pretrained(target)
+        if more is not None:
+            _finish(target, more)
 
     _write_once(directory, marker, write)
     return directory
+
+
+def _finish(target: Path, more: Processing) -> None:
+    """Add what the processor of a multimodal model needs, and give weights the names that vLLM knows."""
+    for name, content in more.files.items():
+        (target / name).write_text(json.dumps(content, indent=2) + "\n")
+    if more.renamed is not None:
+        from safetensors.torch import load_file, save_file
+
+        (old, new), file = more.renamed, target / "model.safetensors"
+        weights = {re.sub(f"^{re.escape(old)}", new, name): weight for name, weight in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
 
 
 def make_tiny_lora(base: Path, directory: Path, *, seed: int = 0) -> Path:
@@ -203,8 +234,6 @@ def make_tiny_lora(base: Path, directory: Path, *, seed: int = 0) -> Path:
     without an adapter.
     """
     config = json.loads((base / "config.json").read_text())
-    base_marker = json.loads((base / _MARKER).read_text())
-    marker = {"format": _FORMAT, "kind": "lora", "seed": seed, "base": base_marker}
 
     def write(target: Path) -> None:
         from safetensors.torch import save_file
@@ -223,8 +252,14 @@ def make_tiny_lora(base: Path, directory: Path, *, seed: int = 0) -> Path:
         (target / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n")
         save_file(_lora_weights(config, seed), target / "adapter_model.safetensors")
 
-    _write_once(Path(directory), marker, write)
+    write_beside(base, Path(directory), {"kind": "lora", "seed": seed}, write)
     return Path(directory)
+
+
+def write_beside(base: Path, directory: Path, what: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """Let `write` fill a directory with something for the tiny model in `base`, as `make_tiny_model` fills one."""
+    marker = {"format": _FORMAT, **what, "base": json.loads((base / _MARKER).read_text())}
+    _write_once(directory, marker, write)
 
 
 def _lora_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
@@ -245,20 +280,24 @@ def _lora_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _random_model(config: PretrainedConfig, seed: int) -> Any:
+def _random_model(config: PretrainedConfig, seed: int, more: Processing | None = None) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    auto = getattr(transformers, more.auto_class if more else "AutoModelForCausalLM")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        model = auto.from_config(config).to(torch.bfloat16)
         # A zero row gives a special token the logit 0, far under the largest: greedy does not end early.
-        model.get_output_embeddings().weight[: len(_SPECIAL_TOKENS)] = 0
-        _sharpen(model, gemma=config.model_type == "gemma3_text")
+        head = model.get_output_embeddings().weight
+        head[:NUM_SPECIAL_TOKENS] = 0
+        # Where head and embeddings are one, the tokens that stand for media need their rows.
+        head[VOCAB_SIZE + (len(more.tokens) if more and config.tie_word_embeddings else 0) :] = 0
+        _sharpen(model, gemma=config.model_type == "gemma3_text", factors=more.factors if more else {})
     return model
 
 
-def _sharpen(model: Any, *, gemma: bool) -> None:
+def _sharpen(model: Any, *, gemma: bool, factors: dict[str, float]) -> None:
     """Make the next token depend on the whole context, in the kinds whose norms flatten the wide weights.
 
     With unit query and key norms attention is nearly an average, and streams fall into short cycles. Gemma
@@ -272,9 +311,12 @@ def _sharpen(model: Any, *, gemma: bool) -> None:
         for suffix, scale in scales.items():
             if name.endswith(suffix):
                 weight.fill_(scale)
+        for suffix, factor in factors.items():
+            if name.endswith(suffix):
+                weight.mul_(factor)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def _tokenizer(more: Processing | None = None) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer of exactly VOCAB_SIZE entries: every model token has a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -295,6 +337,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=bpe, bos_token=bos, eos_token=eos, unk_token=unk, model_max_length=MAX_POSITION
     )
     tokenizer.chat_template = _CHAT_TEMPLATE
+    if more is not None:
+        tokenizer.add_tokens(list(more.tokens), special_tokens=True)
+        tokenizer.chat_template = more.chat_template or _CHAT_TEMPLATE
     return tokenizer
 
 

@@ -12,25 +12,29 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tokenpool.errors import ConfigError
-from tokenpool.host.build_lane import BuildLane
-from tokenpool.host.device_choice import WORKERS, give_back_loading_memory, make_room_for_loading
-from tokenpool.host.engine_globals import EngineGlobals
-from tokenpool.host.group_executor import group_executor
-from tokenpool.host.heap import release_engine
+from tokenpool.host.engine import encoder_cache
+from tokenpool.host.engine.engine_globals import EngineGlobals, keep_thread_count
+from tokenpool.host.engine.hosted_core import HostedEngineCore
+from tokenpool.host.engine.quarantine import Quarantine
 from tokenpool.host.host_room import check_host_memory
-from tokenpool.host.hosted_core import HostedEngineCore
-from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
-from tokenpool.host.kv_swap import KVSwapper
-from tokenpool.host.model_build import LAYOUT, ModelBuild, weight_bytes_of
+from tokenpool.host.hosted_model import HostedModel
+from tokenpool.host.kv.kv_swap import KVSwapper
+from tokenpool.host.load.build_lane import BuildLane
+from tokenpool.host.load.device_choice import WORKERS, give_back_loading_memory, make_room_for_loading
+from tokenpool.host.load.model_build import LAYOUT, ModelBuild
+from tokenpool.host.load.model_tensors import models_of, weight_bytes_of
+from tokenpool.host.load.progress import BuildProgress
 from tokenpool.host.pressure import PressureRelief
-from tokenpool.host.progress import BuildProgress
-from tokenpool.host.quarantine import Quarantine
-from tokenpool.host.rank_group import RankGroup
+from tokenpool.host.ranks.group_executor import group_executor
+from tokenpool.host.ranks.rank_group import RankGroup
 from tokenpool.memory.ledger import PageUse
+from tokenpool.memory.page_counts import pages_for
 from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.memory.weights import WeightStore
 from tokenpool.patches.build_context import building
 from tokenpool.policy.cost_model import CopyModel, CostModel
+from tokenpool.process.heap import release_engine
+from tokenpool.wire.spec import HostConfig, HostedModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +103,12 @@ class EngineBuilder:
         core = None
         try:
             core = self._build_core(spec, build)
-            if not movable:
-                model = core.model_executor.driver_worker.worker.model_runner.get_model()
-                extra = weight_bytes_of(model) - len(weight_pages) * self.config.page_size
+            staying = encoder_cache.capacity_bytes(core)
+            if movable:
+                self._weights.fixed.add(spec.name, staying, self._weights.make_room)
+            else:
+                staying += weight_bytes_of(*models_of(core.model_executor.driver_worker.worker.model_runner))
+                extra = staying - len(weight_pages) * self.config.page_size
                 weight_pages += self._take_weight_pages(spec.name, max(0, extra))
             self._relief.check_fits(spec.name, core, build.pool)
             check_host_memory(self._weights.snapshot(), self._weights.host.budget_bytes, self._copies)
@@ -116,10 +123,11 @@ class EngineBuilder:
                 cost=CostModel(copies=self._copies),
             )
             self._swapper.add(hosted)
+            return hosted
         except BaseException as error:
             if core is not None:
                 core.close(tell=False)
-            core = model = hosted = None
+            core = hosted = None
             if spec.name in self._weights:
                 self._weights.remove(spec.name)
             self._relief.forget(spec.name)
@@ -128,15 +136,17 @@ class EngineBuilder:
             self._globals.forget(spec.name)
             release_engine(error)
             raise
-        return hosted
 
     def _build_core(self, spec: HostedModelSpec, build: ModelBuild) -> HostedEngineCore:
+        drafts = spec.vllm_config.speculative_config
+        if drafts is not None and drafts.method == "ngram":
+            keep_thread_count()
         cache = spec.vllm_config.cache_config
         cache.kv_cache_layout = LAYOUT
         cache.kv_cache_memory_bytes = self._allocator.arena.span_bytes
         spec.vllm_config.parallel_config.worker_cls = WORKERS[spec.vllm_config.device_config.device_type]
         ledger = self._allocator.ledger
-        loading_pages = -(-spec.weight_bytes // ledger.page_size) if self.config.movable_weights else 0
+        loading_pages = pages_for(spec.weight_bytes, ledger.page_size) if self.config.movable_weights else 0
         device = self._allocator.arena.device
         # Held by nobody else while the build pauses: their memory is the loader's.
         lent = ledger.take(
@@ -169,7 +179,7 @@ class EngineBuilder:
 
     def _take_weight_pages(self, name: str, nbytes: int) -> list[int]:
         ledger = self._allocator.ledger
-        count = -(-nbytes // ledger.page_size)
+        count = pages_for(nbytes, ledger.page_size)
         if count:
             self._allocator.free_pages(count)
         return ledger.take(name, PageUse.WEIGHTS, count)

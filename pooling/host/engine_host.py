@@ -8,42 +8,45 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tokenpool.errors import ConfigError, ModelBusyError, PoolError
-from tokenpool.host.affinity import use_all_cpus
-from tokenpool.host.build_lane import BuildLane
-from tokenpool.host.device_choice import make_device, spare_host_bytes
+from tokenpool.host.engine import encoder_cache
+from tokenpool.host.engine.engine_globals import EngineGlobals
 from tokenpool.host.engine_builder import EngineBuilder
-from tokenpool.host.engine_globals import EngineGlobals
-from tokenpool.host.heap import release_engine
-from tokenpool.host.hosted_model import HostConfig, HostedModel, HostedModelSpec
-from tokenpool.host.kv_swap import KVSwapper
+from tokenpool.host.hosted_model import HostedModel
+from tokenpool.host.kv.kv_swap import KVSwapper
+from tokenpool.host.load.build_lane import BuildLane
+from tokenpool.host.load.device_choice import make_device, spare_host_bytes
+from tokenpool.host.load.progress import BuildProgress
 from tokenpool.host.loop_calls import LoopCalls
 from tokenpool.host.pressure import PressureRelief
-from tokenpool.host.progress import BuildProgress
-from tokenpool.host.pulse import WAITING, Pulse
-from tokenpool.host.rank_group import RankGroup
+from tokenpool.host.ranks.rank_group import RankGroup
 from tokenpool.host.residency import ResidencyManager
 from tokenpool.host.room_maker import RoomMaker
-from tokenpool.host.trace import TraceLog
 from tokenpool.host.turn_chooser import TurnChooser
 from tokenpool.host.waiting import is_blocked
 from tokenpool.memory.arena import KVArena
 from tokenpool.memory.copy_engine import CopyEngine
-from tokenpool.memory.device import Device
+from tokenpool.memory.devices.device import Device
+from tokenpool.memory.devices.mirrored import MirroredDevice
 from tokenpool.memory.host_ledger import HostLedger
 from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.memory.ledger import PageLedger, PageUse
-from tokenpool.memory.mirrored_device import MirroredDevice
 from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.memory.weights import WeightStore
 from tokenpool.patches import apply_all
 from tokenpool.policy.cost_model import CopyModel
 from tokenpool.policy.turns import Phase, load_turn_policy
+from tokenpool.process.affinity import use_all_cpus
+from tokenpool.process.heap import release_engine
+from tokenpool.wire.pulse import WAITING, Pulse
+from tokenpool.wire.spec import HostConfig, HostedModelSpec
+from tokenpool.wire.trace import TraceLog
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -84,15 +87,10 @@ class EngineHost:
         self.loops = 0
         self.overhead_seconds = 0.0
         self.host_ledger = HostLedger(config.host_memory)
-        side = {"on_start": use_all_cpus, "notify": lambda job: self._wake.set()}
-        self.weights = WeightStore(
-            self.arena.device,
-            self.ledger,
-            self.host_ledger,
-            poison=poison,
-            copier=copy_engine(**side),
-            fetcher=copy_engine(**side, name="weights-fetch"),
-        )
+        self._wake = threading.Event()
+        side = partial(copy_engine, on_start=use_all_cpus, notify=lambda job: self._wake.set())
+        books = self.arena.device, self.ledger, self.host_ledger
+        self.weights = WeightStore(*books, poison=poison, copier=side(), fetcher=side(name="weights-fetch"))
         spare_bytes = spare_host_bytes(self.arena.device, config.host_memory)
         self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device, spare_bytes=spare_bytes))
         self.trace = TraceLog()
@@ -107,19 +105,9 @@ class EngineHost:
         )
         self._lane = BuildLane(self._globals, self.pulse.beat)
         self._builder = EngineBuilder(
-            config,
-            self.group,
-            self.allocator,
-            self.weights,
-            self.swapper,
-            self._relief,
-            copies,
-            self._globals,
-            self._lane,
-            self._notify,
-            executor_class,
-        )
-        self._wake = threading.Event()
+            config, self.group, self.allocator, self.weights, self.swapper, self._relief, copies, self._globals,
+            self._lane, self._notify, executor_class,
+        )  # fmt: skip
         self._inputs: set[str] = set()  # models with new input; set operations are atomic under the GIL
         self._active: dict[str, HostedModel] = {}
         self._current: HostedModel | None = None
@@ -298,6 +286,7 @@ class EngineHost:
         ready = [hosted for hosted in ready if not is_blocked(hosted.core)]
         self.residency.fetch(ready)
         ready = [hosted for hosted in ready if self.residency.can_come(hosted)]
+        ready = [hosted for hosted in ready if not self._relief.yields(hosted.name)] or ready
         if len(ready) < 2:
             return (ready[0], True) if ready else None
         for hosted in ready:
@@ -388,6 +377,7 @@ class EngineHost:
         self.weights.check()
         self.swapper.check()
         for hosted in self.models.values():
+            encoder_cache.check(hosted.core)
             if hosted.build.pool is not None:
                 hosted.build.pool.check()
 

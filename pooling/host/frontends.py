@@ -7,7 +7,7 @@ import logging
 
 from tokenpool.errors import EngineLostError, HostError
 from tokenpool.host.engine_host import EngineHost
-from tokenpool.host.hosted_core import EngineAddresses
+from tokenpool.wire.addresses import EngineAddresses
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from tokenpool.errors import CapacityError
 from tokenpool.host.hosted_model import HostedModel
-from tokenpool.host.kv_swap import KVSwapper
+from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.switch_counters import SwitchCounters
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 from tokenpool.memory.model_weights import WeightsView

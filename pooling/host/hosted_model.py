@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a host is given, and what it keeps of each model."""
+"""What a host keeps of each model."""
 
 from __future__ import annotations
 
@@ -7,57 +7,16 @@ import logging
 import time
 from dataclasses import dataclass, field
 
-from vllm.config import VllmConfig
-
-from tokenpool.config import SLO
 from tokenpool.errors import CapacityError, PoolError
-from tokenpool.host.hosted_core import EngineAddresses, HostedEngineCore
-from tokenpool.host.model_build import ModelBuild
-from tokenpool.host.quarantine import Quarantine
+from tokenpool.host.engine.hosted_core import HostedEngineCore
+from tokenpool.host.engine.quarantine import Quarantine
+from tokenpool.host.load.model_build import ModelBuild
 from tokenpool.policy.cost_model import CostModel
+from tokenpool.wire.spec import HostedModelSpec
 
 logger = logging.getLogger(__name__)
 _MAX_SWITCH_FAILURES = 8
 _REST_S, _LONGEST_REST_S = 0.001, 0.016
-
-
-@dataclass(frozen=True, slots=True)
-class HostConfig:
-    """What one host is given; sizes are bytes."""
-
-    device_memory: int
-    page_size: int
-    kv_floor_pages: int = 1
-    policy: str = "round_robin"
-    policy_options: tuple[tuple[str, float], ...] = ()
-    movable_weights: bool = False
-    """Whether weights may leave the device while their model rests."""
-    cpu_link: int | None = None
-    """Bytes per second of copies to and from the CPU device; None = as fast as memory is."""
-    node_ip: str | None = None
-    """Address at which hosts of other nodes reach this one for KV; None = only hosts of this machine do."""
-    tensor_parallel_size: int = 1
-    """Ranks that every model of the host runs on; all sizes are those of one rank."""
-    host_memory: int = 8 << 30
-    """Host memory for copies of movable weights and for KV that is off the device."""
-    host_timeout_s: float = 120.0
-    """Without a pulse, or in one step, copy or call, for so long, the host is killed."""
-    load_timeout_s: float = 1800.0
-    """The same for one phase of a build, or a read of a checkpoint, that does not get on."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostedModelSpec:
-    """One model for a host."""
-
-    name: str
-    vllm_config: VllmConfig
-    addresses: EngineAddresses | None = None
-    slo: SLO | None = None
-    priority: int = 0
-    weight_bytes: int = 0
-    """Size of the checkpoint, reserved before loading; the larger of this and what was loaded is accounted."""
-    log_stats: bool = True
 
 
 @dataclass(slots=True)

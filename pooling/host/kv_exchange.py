@@ -19,12 +19,13 @@ import secrets
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tokenpool.errors import HostError
-from tokenpool.host.control import ControlServer, call_host
+from tokenpool.wire.control import ControlServer, call_host
 
 if TYPE_CHECKING:
     from tokenpool.host.engine_host import EngineHost
@@ -110,7 +111,7 @@ class KVExchange:
             for start in range(0, len(offer["keys"]), step):
                 keys = offer["keys"][start : start + step]
                 blocks = call_host(address, offer["access"], "read_kv", offer["model"], keys)
-                count += self._host.call(lambda blocks=blocks: self._store(model, blocks)).result()
+                count += self._host.call(partial(self._store, model, blocks)).result()
         except Exception as error:
             done.set_exception(error)
         else:
@@ -120,6 +121,7 @@ class KVExchange:
         if model not in self._host.models:
             raise HostError(f"model {model!r} is no longer on this host")
         tier, pool = self._host.swapper.tier, self._host.models[model].build.pool
+        assert pool is not None, "a model that asks for KV keeps some"
         stored = 0
         for key, tag, data in blocks:
             if len(data) == pool.view.block_bytes:

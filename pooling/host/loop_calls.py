@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from tokenpool.errors import EngineLostError, HostError
-from tokenpool.host.pulse import Pulse
+from tokenpool.wire.pulse import Pulse
 
 _T = TypeVar("_T")
 
@@ -21,7 +21,7 @@ class LoopCalls:
         self.lost: EngineLostError | None = None
         """Set by a guarded job on another thread in which an engine was lost: the loop must end."""
         self._pulse = pulse
-        self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._calls)

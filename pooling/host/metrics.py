@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from prometheus_client import generate_latest
@@ -14,10 +14,10 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_model import HostedModel
-from tokenpool.host.metric_files import forget_models
 from tokenpool.host.state import copied_bytes, step_errors, weight_state
 from tokenpool.memory.states import WeightState
-from tokenpool.metric_registry import metric
+from tokenpool.metric_registry import LabelledGauge, metric
+from tokenpool.process.metric_files import forget_models
 
 logger = logging.getLogger(__name__)
 
@@ -31,33 +31,6 @@ _RESIDENCY = {
 }
 _EVICTIONS = {"weight_evictions": "weights", "kv_evictions": "kv"}
 _CHECK_PERIOD_S = 10.0
-
-
-class LabelledGauge:
-    """A gauge whose samples are replaced as a whole: one that is no longer given is set to 0, until it is forgotten."""
-
-    def __init__(self, name: str) -> None:
-        self._gauge = metric(name).make()
-        labels = metric(name).labels
-        self._model = labels.index("model_name") if "model_name" in labels else None
-        self._shown: dict[tuple[str, ...], float] = {}
-
-    def replace(self, values: Mapping[tuple[str, ...], float]) -> None:
-        """Show these values by their labels; what has not changed costs nothing."""
-        for labels in self._shown.keys() - values.keys():
-            self._set(labels, 0)
-        for labels, value in values.items():
-            self._set(labels, value)
-
-    def forget(self, models: Collection[str]) -> None:
-        """Know nothing more of the samples of these models, which `forget_models` takes out of the scrape."""
-        if self._model is not None:
-            self._shown = {labels: value for labels, value in self._shown.items() if labels[self._model] not in models}
-
-    def _set(self, labels: tuple[str, ...], value: float) -> None:
-        if self._shown.get(labels) != value:
-            self._gauge.labels(*labels).set(value)
-            self._shown[labels] = value
 
 
 class HostMetrics:

@@ -51,9 +51,7 @@ def queue_stats(scheduler: Any, slo: SLO | None) -> QueueStats:
             num_running += 1
             context_tokens += computed
             next_due_s = min(next_due_s, due_s)
-    return QueueStats(
-        num_running, num_waiting, waiting_tokens, context_tokens, arrival_s, first_due_s, next_due_s
-    )
+    return QueueStats(num_running, num_waiting, waiting_tokens, context_tokens, arrival_s, first_due_s, next_due_s)
 
 
 def model_view(hosted: HostedModel, stats: QueueStats, residency: ResidencyManager) -> ModelView:

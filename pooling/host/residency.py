@@ -15,14 +15,14 @@ from collections.abc import Iterable
 
 from tokenpool.errors import PoolError, SwitchError
 from tokenpool.host.hosted_model import HostedModel
-from tokenpool.host.kv_swap import KVSwapper
+from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.room_maker import RoomMaker
-from tokenpool.host.trace import TraceLog
 from tokenpool.memory.states import WeightState
 from tokenpool.memory.weights import WeightStore
 from tokenpool.policy.cost_model import CopyKind, CopyModel
 from tokenpool.policy.switch_plan import SwitchPlan
 from tokenpool.policy.turns import Residency
+from tokenpool.wire.trace import TraceLog
 
 logger = logging.getLogger(__name__)
 

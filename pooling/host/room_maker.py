@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from tokenpool.errors import CapacityError, PoolError
 from tokenpool.host.host_room import HostRoom
 from tokenpool.host.hosted_model import HostedModel
-from tokenpool.host.kv_swap import KVMove, KVSwapper
+from tokenpool.host.kv.kv_swap import KVMove, KVSwapper
 from tokenpool.host.switch_counters import SwitchCounters
-from tokenpool.host.trace import TraceLog
 from tokenpool.memory.host_ledger import HostLedger
 from tokenpool.memory.ledger import PageUse
 from tokenpool.memory.slab_allocator import SlabAllocator
@@ -21,12 +20,9 @@ from tokenpool.memory.weights import WeightStore
 from tokenpool.policy.cost_model import CopyKind, CopyModel, CostModel
 from tokenpool.policy.eviction import Candidate, EvictionKind, ReuseEstimator, choose_evictions
 from tokenpool.policy.switch_plan import SwitchPlan, Victim, plan_switch
+from tokenpool.wire.trace import TraceLog
 
 logger = logging.getLogger(__name__)
-
-_REUSE_HORIZON_S = 10.0
-_SPARE_REUSE = 0.5
-"""Rank of the busy model that the policy can spare: behind models without work, before other busy ones."""
 
 
 class RoomMaker:
@@ -271,12 +267,9 @@ class RoomMaker:
                 continue
             pool, is_out = hosted.build.pool, self._swapper.is_out(name)
             promised = 0 if pool is None or is_out or name in spared else self._allocator.committed(name)
-            used = promised > 0 and pool.num_slabs > pool.num_idle_slabs
-            p_reuse = 1.0
-            if not hosted.core.scheduler.has_unfinished_requests():
-                p_reuse = self.reuse.probability(name, time.time(), _REUSE_HORIZON_S)
-            elif name == spare:
-                p_reuse = _SPARE_REUSE
+            used = promised > 0 and pool is not None and pool.num_slabs > pool.num_idle_slabs
+            has_work = hosted.core.scheduler.has_unfinished_requests()
+            p_reuse = self.reuse.need(name, time.time(), has_work=has_work, is_spare=name == spare)
             if name in self._weights and self._weights.state(name) in (WeightState.RESIDENT, WeightState.LOADING):
                 pages = self._weights.pages_of(name) + (0 if used else promised)
                 cost_s = self._copies.predict(CopyKind.TO_DEVICE, self._weights.bytes_of(name))

@@ -7,10 +7,10 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+from tokenpool.host.engine import encoder_cache
 from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.pool_view import QueueStats, model_view, queue_stats
-from tokenpool.host.trace import Event
 from tokenpool.host.waiting import count_waits
 from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import PageUse
@@ -18,6 +18,7 @@ from tokenpool.policy.admission import first_token_in_s
 from tokenpool.policy.cost_model import CopyKind
 from tokenpool.policy.latency import RecentLatencies
 from tokenpool.policy.turns import PoolView
+from tokenpool.wire.trace import Event
 
 _USUAL_PROMPT_TOKENS = 256
 """Length of a new prompt while there are no requests to take it from."""
@@ -35,6 +36,8 @@ def model_state(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
         "weight_bytes": host.residency.weight_bytes(hosted) or hosted.spec.weight_bytes,
         "weight_pages": host.ledger.held(name, PageUse.WEIGHTS),
         "fixed_bytes": host.weights.fixed.of(name),
+        "encoder_cache_bytes": encoder_cache.capacity_bytes(hosted.core),
+        "encoder_output_bytes": encoder_cache.held_bytes(hosted.core),
         "kv_pages": pool.num_slabs if pool else 0,
         "kv_idle_pages": pool.num_idle_slabs if pool else 0,
         "kv_block_bytes": hosted.build.view.block_bytes if hosted.build.view else 0,

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.pool_view import QueueStats, model_view, queue_stats
 from tokenpool.host.residency import ResidencyManager
-from tokenpool.host.trace import TraceLog
 from tokenpool.policy.turns import Decision, ModelView, PoolView, TurnPolicy
+from tokenpool.wire.trace import TraceLog
 
 _WARM_UP_STEPS = 2
 """First steps of an engine: allocations and just-in-time work make them many times slower than any later one."""

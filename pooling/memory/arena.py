@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from tokenpool.errors import CapacityError
-from tokenpool.memory.device import Device
+from tokenpool.memory.devices.device import Device
 from tokenpool.memory.ledger import PageLedger, PageUse
+from tokenpool.memory.page_counts import pages_for
 
 NULL_OWNER = "null blocks"
 _ALIGN = 4096
@@ -84,7 +85,7 @@ class KVArena:
                 f"model {owner!r}: one KV block of all layers is {block_bytes} bytes, a page of {self.slab_bytes} "
                 "may hold none of them whole; raise page_size or lower --block-size"
             )
-        missing = -(-(offset + block_bytes) // self.slab_bytes) - len(self._null_pages)
+        missing = pages_for(offset + block_bytes, self.slab_bytes) - len(self._null_pages)
         if missing > 0:
             self.make_room(missing)
             self._map_null_pages(owner, missing)

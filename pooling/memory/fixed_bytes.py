@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tokenpool.memory.ledger import PageLedger, PageUse
+from tokenpool.memory.page_counts import pages_for
 
 FIXED_OWNER = "fixed tensors"
 """Who holds the pages in the ledger: all models together."""
@@ -31,16 +32,15 @@ class FixedBytes:
         return self._bytes.get(owner, 0)
 
     def add(self, owner: str, nbytes: int, make_room: Callable[[int], None]) -> None:
-        """Account `nbytes`; `make_room` frees the pages that are missing for it.
+        """Account `nbytes` more; `make_room` frees the pages that are missing for it.
 
         Raises CapacityError and changes nothing if it cannot.
         """
-        assert owner not in self._bytes, f"{owner!r} has fixed bytes already"
         missing = self._pages_for(sum(self._bytes.values()) + nbytes) - len(self._pages)
         if missing > 0:
             make_room(missing)
             self._pages += self._ledger.take(FIXED_OWNER, PageUse.WEIGHTS, missing)
-        self._bytes[owner] = nbytes
+        self._bytes[owner] = self.of(owner) + nbytes
 
     def remove(self, owner: str) -> None:
         """Forget what `owner` has, if anything, and give the pages back that are not needed any more."""
@@ -57,4 +57,4 @@ class FixedBytes:
 
     def _pages_for(self, nbytes: int) -> int:
         page = self._ledger.page_size
-        return -(-max(0, nbytes - page // UNCOUNTED_SHARE) // page)
+        return pages_for(max(0, nbytes - page // UNCOUNTED_SHARE), page)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tokenpool.errors import CapacityError
-from tokenpool.memory.device import Device
+from tokenpool.memory.devices.device import Device
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 
 FREE_SLOTS = "free kv slots"
@@ -42,7 +42,7 @@ class Slot(NamedTuple):
     """One slot of one buffer."""
 
     buffer: SlotBuffer
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
     def view(self) -> torch.Tensor:
         """Its bytes."""

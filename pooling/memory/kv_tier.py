@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tokenpool.memory.device import BlockCopy, Copies, Device
+from tokenpool.memory.devices.device import BlockCopy, Copies, Device
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 from tokenpool.memory.host_slots import FREE_SLOTS, Slot, SlotBuffer, SlotPool
 
@@ -335,4 +335,3 @@ class HostKVTier:
             "cached_blocks": {model: len(entries) for model, entries in self._entries.items() if entries},
             **asdict(self.counters),
         }
-

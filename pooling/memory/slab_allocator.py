@@ -328,4 +328,3 @@ class SlabAllocator:
         assert self._committed == sum(a.committed for a in self._accounts.values()), "committed pages drifted"
         if self._committed <= self._num_own_pages:
             assert self._spare() >= 0, f"idle slabs stand on {-self._spare()} pages promised to others"
-

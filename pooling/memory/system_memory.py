@@ -40,9 +40,7 @@ class _Layout(NamedTuple):
 
 
 _V2 = _Layout(("memory.max", "memory.high"), "memory.current", "inactive_file", "")
-_V1 = _Layout(
-    ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file", "hierarchical_memory_limit"
-)
+_V1 = _Layout(("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file", "hierarchical_memory_limit")
 
 
 def system_memory(cgroups: Path = CGROUPS, own_cgroups: Path = OWN_CGROUPS) -> SystemMemory:

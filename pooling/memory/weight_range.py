@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 
 from tokenpool.errors import SwitchError
-from tokenpool.memory.counted_device import CountedDevice
+from tokenpool.memory.devices.counted import CountedDevice
 from tokenpool.memory.ledger import PageLedger, PageUse
+from tokenpool.memory.page_counts import pages_for
 from tokenpool.memory.weight_layout import WeightLayout
 
 
@@ -25,7 +26,7 @@ class WeightRange:
     ) -> None:
         self.owner = owner
         self.layout = layout
-        self.num_pages = -(-layout.nbytes // ledger.page_size)
+        self.num_pages = pages_for(layout.nbytes, ledger.page_size)
         """Pages it needs, mapped or not."""
         self.pages: list[int] = []
         """The pages under it: all or none."""

@@ -20,8 +20,8 @@ import torch
 
 from tokenpool.errors import CapacityError, SwitchError
 from tokenpool.memory.copy_engine import CopyEngine, CopyJob, Work
-from tokenpool.memory.counted_device import CountedDevice
-from tokenpool.memory.device import Device
+from tokenpool.memory.devices.counted import CountedDevice
+from tokenpool.memory.devices.device import Device
 from tokenpool.memory.fixed_bytes import FixedBytes
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 from tokenpool.memory.ledger import PageLedger

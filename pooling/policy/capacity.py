@@ -14,11 +14,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from tokenpool.cluster_config import ClusterConfig
 from tokenpool.policy.turns import Residency
 
 _INF = math.inf
+LINK_BYTES_PER_S = 16e9
+"""Of copies from host memory to a device, where nobody has measured them; what Aegaeon's simulator takes, and half of
+what PCIe 4.0 x16 does at best."""
+LOAD_BYTES_PER_S = 2e9
+"""At which weights come to a host, from disk or from another machine, where nobody has measured that."""
 
 
 class Role(StrEnum):
@@ -30,6 +36,22 @@ class Role(StrEnum):
     """Requests leave after their first token."""
     DECODE = "decode"
     """Requests come with their first token and their KV."""
+
+
+class Windows(NamedTuple):
+    """Over how many seconds a controller averages."""
+
+    long_s: float
+    """What is asked of models."""
+    short_s: float
+    """Arrivals, to see a rise or a fall."""
+    seat_s: float
+    """What seats and hosts report: it must be short, because nothing is believed of a host until it is over."""
+
+
+def windows(long_s: float = ClusterConfig().capacity_window_s) -> Windows:
+    """The windows that go with a long one, by default that of a pool file which says nothing."""
+    return Windows(long_s, long_s / 6, long_s / 3)
 
 
 class HostState(StrEnum):
@@ -88,7 +110,7 @@ class CapacityModel:
     priority: int = 0
     """Larger is more important."""
     arrivals_per_s: float = 0.0
-    """Requests per second over the long window (`CapacityView.long_window_s`)."""
+    """Requests per second over the long window (`CapacityView.windows`)."""
     recent_arrivals_per_s: float | None = None
     """Over the short window; None = as over the long one."""
     input_tokens_per_s: float = 0.0
@@ -146,9 +168,9 @@ class CapacityHost:
     """Share of its time in steps, over the window of seats."""
     speed: float = 1.0
     """How fast its steps are beside those that `CapacityModel.costs` tell of."""
-    link_bytes_per_s: float = 16e9
+    link_bytes_per_s: float = LINK_BYTES_PER_S
     """From host memory to the device."""
-    load_bytes_per_s: float = 2e9
+    load_bytes_per_s: float = LOAD_BYTES_PER_S
     """At which weights of a new seat come, from disk or from another machine."""
     num_copies: int = 0
     """Seats that are coming now."""
@@ -165,10 +187,8 @@ class CapacityView:
     now_s: float
     hosts: Sequence[CapacityHost]
     models: Sequence[CapacityModel]
-    long_window_s: float = 60.0
-    short_window_s: float = 10.0
-    seat_window_s: float = 20.0
-    """Of what seats and hosts report: it must be short, because nothing is believed of a host until it is over."""
+    windows: Windows = windows()
+    """Of the rates and shares in `hosts` and `models`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ class Board:
         recent = np.where(np.isnan(recent), arrivals, recent)
         tpot_s = np.where(np.isinf(tpot_s), _DEFAULT_TPOT_S, tpot_s)
         ttft_s = np.where(np.isinf(ttft_s), _DEFAULT_TTFT_S, ttft_s)
-        window_s = self.view.short_window_s
+        window_s = self.view.windows.short_s
         # A rise is believed at once if it can hardly be chance, a fall when the long window shows it.
         surely = recent * window_s > arrivals * window_s + _SIGMAS * np.sqrt(np.maximum(arrivals * window_s, 1.0))
         self.rise = np.where(surely, recent / np.maximum(arrivals, 1e-9), 1.0)
@@ -153,7 +153,7 @@ class Board:
         self.limit = np.full(len(work), _UNSURE * self.full)
         """Load above which a host is relieved: more where only the prediction says so."""
         for h, host in enumerate(self.view.hosts):
-            if not self.is_up[h] or work[h] <= 0 or host.since_move_s < self.view.seat_window_s:
+            if not self.is_up[h] or work[h] <= 0 or host.since_move_s < self.view.windows.seat_s:
                 continue
             due = on_time = 0.0
             for seat in host.seats:

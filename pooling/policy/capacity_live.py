@@ -184,7 +184,7 @@ class _Deciding:
         board = self.board
         loads = board.loads.tolist()
         over = [int(h) for h in np.flatnonzero(board.is_up & (board.loads > board.limit))]
-        over.sort(key=lambda h: (-board.lost(loads[h], board.tokens[h]), h))
+        over.sort(key=lambda h: (-board.lost(loads[h], float(board.tokens[h])), h))
         calm = [int(h) for h in np.argsort(board.loads, kind="stable") if board.is_up[h] and loads[h] < board.full]
         targets = calm[:_NUM_TARGETS]
         budget = _MAX_LOOKS

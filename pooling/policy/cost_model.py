@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What steps and copies take, predicted from what they took. Starts from a prior, learns from every step.
 
-No offline profile is needed: a wrong prior is forgotten within some dozens of observations. Pure Python, 3 x 3 at most;
-reads no clock. Imports neither vllm nor ray.
+No offline profile is needed: a wrong prior is forgotten within some dozens of observations. Pure Python, three
+coefficients at most; reads no clock. Imports neither vllm nor ray.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from enum import StrEnum
+
+from tokenpool.policy.least_squares import non_negative
+
+logger = logging.getLogger(__name__)
 
 _MEMORY = 0.995
 """Weight of the past at each observation: the last 200 or so count."""
@@ -53,8 +58,11 @@ class LinearFit:
         return sum([c * x for c, x in zip(self.coefficients, features, strict=True)])
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
-        """Learn from one measurement; a negative one counts as 0. About 5 us."""
+        """Learn from one measurement; a negative one counts as 0, one that is not finite is left out. About 5 us."""
         predicted_s = max(self.predict(features), _TINY_S)
+        if not math.isfinite(seconds) or not math.isfinite(seconds / predicted_s):
+            logger.warning("measurement left out: %s s for %s, predicted %s s", seconds, tuple(features), predicted_s)
+            return
         seconds = max(seconds, predicted_s / 1000)
         relative = abs(seconds - predicted_s) / seconds
         self.error = relative if self.error is None else _ERROR_MEMORY * self.error + (1 - _ERROR_MEMORY) * relative
@@ -89,39 +97,20 @@ class LinearFit:
         return math.exp(off)
 
     def _solve(self) -> None:
-        """Least squares; a coefficient that comes out negative is held at 0 and the others are fitted again."""
-        active = list(range(len(self._prior)))
-        while active:
-            solution = self._solve_for(active)
-            if all(value >= 0 for value in solution):
-                break
-            active.remove(min(zip(solution, active, strict=True))[1])
-        values = [0.0] * len(self._prior)
-        for i, value in zip(active, solution, strict=True):
-            values[i] = value
-        self.coefficients = tuple(values)
-
-    def _solve_for(self, active: Sequence[int]) -> list[float]:
         # Scaled, so that seconds per step and per token have the same size. Positive definite, by the prior's part and
-        # beyond what rounding takes away: elimination needs no pivots.
-        scales = [max(self._prior[i], self.coefficients[i], _TINY_S) for i in active]
-        rows = []
-        for i, scale in zip(active, scales, strict=True):
-            row = [self._gram[i][j] * scale * other for j, other in zip(active, scales, strict=True)]
-            row.append(self._moments[i] * scale + _PRIOR_WEIGHT * self._prior[i] / scale)
-            row[len(rows)] += max(_PRIOR_WEIGHT, _LEAST_PIVOT * row[len(rows)])
-            rows.append(row)
-        size = len(rows)
-        for i in range(size):
-            for k in range(i + 1, size):
-                factor = rows[k][i] / rows[i][i]
-                for j in range(i, size + 1):
-                    rows[k][j] -= factor * rows[i][j]
-        solution = [0.0] * size
-        for i in reversed(range(size)):
-            rest = rows[i][size] - sum([rows[i][j] * solution[j] for j in range(i + 1, size)])
-            solution[i] = rest / rows[i][i]
-        return [value * scale for value, scale in zip(solution, scales, strict=True)]
+        # beyond what rounding takes away.
+        scales = [max(known, now, _TINY_S) for known, now in zip(self._prior, self.coefficients, strict=True)]
+        gram = [
+            [value * scale * other for value, other in zip(row, scales, strict=True)]
+            for row, scale in zip(self._gram, scales, strict=True)
+        ]
+        moments = [
+            moment * scale + _PRIOR_WEIGHT * known / scale
+            for moment, known, scale in zip(self._moments, self._prior, scales, strict=True)
+        ]
+        for i in range(len(scales)):
+            gram[i][i] += max(_PRIOR_WEIGHT, _LEAST_PIVOT * gram[i][i])
+        self.coefficients = tuple([k * scale for k, scale in zip(non_negative(gram, moments), scales, strict=True)])
 
 
 class CopyKind(StrEnum):
@@ -202,7 +191,7 @@ class CostModel:
         if num_decodes > 0 and prefill_tokens > 0:
             rest_s = seconds - self._decode.predict((1.0, num_decodes, context_tokens))
             # Less than the decode alone says nothing about prompts.
-            if rest_s > 0:
+            if rest_s > 0 or not math.isfinite(rest_s):
                 self._prefill.observe((0.0, prefill_tokens), rest_s)
         elif num_decodes > 0:
             self._decode.observe((1.0, num_decodes, context_tokens), seconds)

@@ -27,6 +27,10 @@ class EvictionKind(StrEnum):
 
 _KINDS = list(EvictionKind)
 _LEAST_P = 1e-3
+_HORIZON_S = 10.0
+"""How far ahead the next request of a model without work counts."""
+_SPARE_P = 0.5
+"""Of the busy model that a turn policy can spare: behind models without work, before other busy ones."""
 
 
 class Candidate(NamedTuple):
@@ -95,6 +99,12 @@ class ReuseEstimator:
         """Arrivals per second as estimated now; 0 for a model that never had one."""
         rate, since_s = self._rates.get(model, (0.0, now_s))
         return rate * math.exp(-max(0.0, now_s - since_s) / self._memory_s)
+
+    def need(self, model: str, now_s: float, *, has_work: bool, is_spare: bool = False) -> float:
+        """The `p_reuse` of what a model holds: 1 with work, less if its turns are those that can be spared longest."""
+        if has_work:
+            return _SPARE_P if is_spare else 1.0
+        return self.probability(model, now_s, _HORIZON_S)
 
     def probability(self, model: str, now_s: float, horizon_s: float) -> float:
         """Probability of an arrival within `horizon_s` seconds from now."""

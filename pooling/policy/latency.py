@@ -13,7 +13,7 @@ class LatencySummary(NamedTuple):
 
     p50: float
     p99: float
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     """How many requests these are: at most the size of the ring."""
 
 

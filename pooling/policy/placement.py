@@ -18,7 +18,7 @@ import numpy as np
 class HostView(NamedTuple):
     """One host, as seen for a request of one model."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     """Tells hosts apart."""
     load: float
     """Share of its time that keeps its requests on time: sum over models with work of step_s / tpot_s, and of the
@@ -46,7 +46,7 @@ def place(hosts: Iterable[HostView], *, full: float = 1.2) -> int:
     return min([_key(host, full) for host in hosts])[-1]
 
 
-def _key(host: HostView, full: float) -> tuple[float, ...]:
+def _key(host: HostView, full: float) -> tuple[float, bool, bool, float, int]:
     index, load, link_load, more_load, more_link_load, is_active, is_resident = host
     over = max(0.0, load + more_load - full) + max(0.0, link_load + more_link_load - full)
     return over, not is_active, not is_resident, load + link_load, index
@@ -57,8 +57,8 @@ def best_home(
     more_load: float,
     free_bytes: np.ndarray,
     mask: np.ndarray,
-    is_near: np.ndarray | None = None,
-    full: float = 0.9,
+    is_near: np.ndarray | None,
+    full: float,
 ) -> int:
     """The index of the host for a further seat of a model, of those that `mask` names; one at least must be.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from tokenpool.memory.page_counts import pages_for
 from tokenpool.policy.cost_model import CopyKind, CostModel
 from tokenpool.policy.eviction import EvictionKind
 
@@ -124,7 +125,7 @@ def plan_switch(
         else:
             seconds = cost.predict_copy(CopyKind.TO_HOST, victim.kv_bytes)
             steps.append(SwitchStep(SwitchKind.KV_OUT, victim.model, victim.kv_bytes, victim.pages, seconds))
-    pages = -(-weights_bytes_missing // page_size) - (-kv_bytes_out_at_host // page_size)
+    pages = pages_for(weights_bytes_missing, page_size) + pages_for(kv_bytes_out_at_host, page_size)
     if pages:
         steps.append(SwitchStep(SwitchKind.MAP, target, 0, pages, pages * map_page_s))
     arrivals = ((SwitchKind.WEIGHTS_IN, weights_bytes_missing), (SwitchKind.KV_IN, kv_bytes_out_at_host))

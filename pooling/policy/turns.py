@@ -51,7 +51,7 @@ class ModelView(NamedTuple):
 
     model: str
     """Name in the pool."""
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     """Place of the model in the order in which models were added; unique."""
     priority: int = 0
     """Larger is more important, as in the pool file."""
@@ -149,7 +149,7 @@ def load_turn_policy(name: str, options: Mapping[str, float] | None = None) -> T
 
 def check_options(name: str, factory: type, options: Mapping[str, float]) -> None:
     """Raise ConfigError unless each option is a keyword of `factory` and a finite number; ranges are its own."""
-    parameters = [] if factory.__init__ is object.__init__ else inspect.signature(factory).parameters
+    parameters = inspect.signature(factory).parameters
     for key, value in options.items():
         names = f"known: {', '.join(parameters)}" if parameters else "it has none"
         check_setting(key in parameters, str(key), f"policy {name!r} has no such option; {names}")

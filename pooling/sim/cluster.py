@@ -6,26 +6,44 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from tokenpool.config import SLO
+from tokenpool.policy.capacity import Role
 from tokenpool.policy.turns import TurnPolicy
-from tokenpool.sim.device import DeviceSpec, SimDevice
+from tokenpool.sim.device import SimDevice
+from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.result import SimResult
+from tokenpool.sim.seat import Seat
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts, Workload
 
 _INF = math.inf
 
 
+class Waked(Protocol):
+    """Takes calls at times that were asked for: a device, or what takes the place of one."""
+
+    def wake(self, now_s: float, version: int, /) -> None:
+        """The time has come."""
+
+
+class Receiver(Protocol):
+    """Takes requests: a device, or what takes the place of one."""
+
+    def arrive(self, request: Timeline, now_s: float, /) -> None:
+        """A request comes in."""
+
+
 class Router(Protocol):
     """Chooses devices; it sees them as they are at the time of the call."""
 
-    def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> SimDevice | None:
+    def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> Receiver | None:
         """The device for a new request; None = it is refused, and fails."""
 
 
+@runtime_checkable
 class HandOverRouter(Router, Protocol):
     """Also chooses where a request decodes that another device has prefilled."""
 
@@ -40,28 +58,33 @@ class Cluster:
         self,
         specs: Sequence[DeviceSpec],
         make_policy: Callable[[], TurnPolicy],
-        router: Router | HandOverRouter,
+        router: Router,
         costs: Callable[[str], ModelCosts],
         slo: SLO,
         *,
         give_up_s: float = _INF,
+        slos: Mapping[str, SLO | None] | None = None,
+        priorities: Mapping[str, int] | None = None,
     ) -> None:
+        """`slo` is that of the models that `slos` does not name; those without a priority have 0."""
         self.router = router
         self.slo = slo
+        self._costs_of, self._slos, self._priorities = costs, slos or {}, priorities or {}
         self.give_up_s = give_up_s
         """Age at which a request without a token fails; looked at only when a request arrives."""
         self.done = self.num_events = 0
-        self._heap: list[tuple[float, int, SimDevice, int | Timeline]] = []
+        self._heap: list[tuple[float, int, Any, int | Timeline]] = []  # a Waked with an int, a Receiver with a request
         self._sequence = 0
-        self._result = SimResult(slo)
+        self._result = SimResult()
         self.devices = [
-            SimDevice(i, spec, make_policy(), costs, slo, self._at, self._done, self._hand_over)
+            SimDevice(i, spec, make_policy(), self._seat, self._at, self._done, self._hand_over)
             for i, spec in enumerate(specs)
         ]
-        self.entries = [device for device in self.devices if device.spec.role != "decode"]
+        self.entries = [device for device in self.devices if device.spec.role is not Role.DECODE]
         """Devices for new requests."""
-        self.decoders = [device for device in self.devices if device.spec.role == "decode"]
-        if self.decoders and not hasattr(router, "hand_over"):
+        self.decoders = [device for device in self.devices if device.spec.role is Role.DECODE]
+        self._hand_overs = router if isinstance(router, HandOverRouter) else None
+        if self.decoders and self._hand_overs is None:
             raise ValueError(f"{type(router).__name__} cannot hand requests over: give all devices the role mixed")
 
     def run(self, workload: Workload, *, drain_s: float = 600.0) -> SimResult:
@@ -83,32 +106,40 @@ class Cluster:
                 else:
                     device.arrive(what, time_s)
             elif position < count:
-                request = Timeline(requests[position], self.slo)
+                spec = requests[position]
+                request = Timeline(spec, self._slo_of(spec.model))
                 position += 1
                 self.num_events += 1
                 open_requests.add(request)
                 if self.give_up_s < _INF:
                     for device in self.entries:
                         device.give_up(request.arrival_s - self.give_up_s)
-                device = self.router.route(request, request.arrival_s, self.entries)
-                if device is None:
+                chosen = self.router.route(request, request.arrival_s, self.entries)
+                if chosen is None:
                     request.failed = True
                     self._done(request)
                 else:
-                    device.arrive(request, request.arrival_s)
+                    chosen.arrive(request, request.arrival_s)
                 next_s = requests[position].arrival_s if position < count else _INF
             else:
                 break
         self._result.close(self.devices, self.num_events, time.perf_counter() - started)
         return self._result
 
-    def _at(self, time_s: float, device: SimDevice, what: int | Timeline) -> None:
+    def _slo_of(self, model: str) -> SLO | None:
+        return self._slos.get(model, self.slo)
+
+    def _seat(self, model: str, index: int) -> Seat:
+        return Seat(model, index, self._costs_of(model), self._slo_of(model), self._priorities.get(model, 0))
+
+    def _at(self, time_s: float, target: Waked | Receiver, what: int | Timeline) -> None:
         self._sequence += 1
-        heapq.heappush(self._heap, (time_s, self._sequence, device, what))
+        heapq.heappush(self._heap, (time_s, self._sequence, target, what))
 
     def _done(self, request: Timeline) -> None:
         self._result.add(request)
 
     def _hand_over(self, request: Timeline, now_s: float, copy_s: float) -> None:
-        device = self.router.hand_over(request, now_s, self.decoders)
+        assert self._hand_overs is not None
+        device = self._hand_overs.hand_over(request, now_s, self.decoders)
         self._at(now_s + copy_s, device, request)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import itertools
 import math
 import os
 import statistics
@@ -27,6 +26,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from tokenpool.errors import ConfigError, check_setting, show
+from tokenpool.policy.least_squares import non_negative
 from tokenpool.sim.gpus import GpuSpec, gpu
 from tokenpool.sim.workload import ModelCosts
 
@@ -272,7 +272,18 @@ def _fit(shape: ModelShape, num_gpus: int, points: Sequence[_Point], on: GpuSpec
     prefill = _least_squares([(1, *x) for x in zip(tokens, squares, strict=True)], prefill_s, prefill_s)
     flat_s = [y - slope_s * x for x, y in zip(tokens, step_s, strict=True)]
     step = _least_squares([(1, p.batch) for p in points], flat_s, step_s)
-    costs = ModelCosts(shape.weight_bytes(num_gpus), float(kv_bytes), *prefill, *step, slope_s, num_gpus)
+    (fixed_s, per_token_s, per_token2_s), (base_s, per_request_s) = prefill, step
+    costs = ModelCosts(
+        weight_bytes=shape.weight_bytes(num_gpus),
+        kv_bytes_per_token=float(kv_bytes),
+        prefill_s=fixed_s,
+        prefill_per_token_s=per_token_s,
+        prefill_per_token2_s=per_token2_s,
+        step_s=base_s,
+        step_per_request_s=per_request_s,
+        step_per_token_s=slope_s,
+        num_gpus=num_gpus,
+    )
     fitted_prefill_s = [costs.prefill(*x) for x in zip(tokens, squares, strict=True)]
     fitted_step_s = [costs.step(p.batch, x) for p, x in zip(points, tokens, strict=True)]
     return Fit(costs, _quality(fitted_prefill_s, prefill_s), _quality(fitted_step_s, step_s))
@@ -287,49 +298,19 @@ def _quality(fitted: Sequence[float], measured: Sequence[float]) -> FitQuality:
 
 
 def _least_squares(xs: Sequence[Sequence[float]], ys: Sequence[float], scales: Sequence[float]) -> list[float]:
-    """Coefficients of at least 0 with the least sum of ((x * k - y) / scale) ** 2.
-
-    That is the best of the solutions with some of them 0 and no other below 0; for so few, all are tried.
-    """
+    """Coefficients of at least 0 with the least sum of ((x * k - y) / scale) ** 2."""
     rows = [[value / scale for value in (*x, y)] for x, y, scale in zip(xs, ys, scales, strict=True)]
     norms = [math.sqrt(sum(value * value for value in column)) or 1.0 for column in zip(*rows, strict=True)]
     rows = [[value / norm for value, norm in zip(row, norms, strict=True)] for row in rows]
-    num = len(norms) - 1
-    best, best_rest = [0.0] * num, math.inf
-    for size in range(num + 1):
-        for used in itertools.combinations(range(num), size):
-            solved = _solve([[sum(row[i] * row[j] for row in rows) for j in (*used, num)] for i in used])
-            if solved is None or any(k < 0 for k in solved):
-                continue
-            rest = sum((sum(row[i] * k for i, k in zip(used, solved, strict=True)) - row[num]) ** 2 for row in rows)
-            if rest < best_rest:
-                best_rest = rest
-                best = [0.0] * num
-                for i, k in zip(used, solved, strict=True):
-                    best[i] = k * norms[num] / norms[i]
-    return best
-
-
-def _solve(matrix: list[list[float]]) -> list[float] | None:
-    """Solution of equations whose last column is the right side; None if they do not have exactly one."""
-    size = len(matrix)
-    for i in range(size):
-        pivot = max(range(i, size), key=lambda row: abs(matrix[row][i]))
-        matrix[i], matrix[pivot] = matrix[pivot], matrix[i]
-        if abs(matrix[i][i]) < 1e-12:
-            return None
-        matrix[i] = [value / matrix[i][i] for value in matrix[i]]
-        for row in range(size):
-            if row != i:
-                factor = matrix[row][i]
-                matrix[row] = [a - factor * b for a, b in zip(matrix[row], matrix[i], strict=True)]
-    return [row[-1] for row in matrix]
+    *sizes, size = norms
+    sums = [[sum(row[i] * row[j] for row in rows) for j in range(len(norms))] for i in range(len(sizes))]
+    found = non_negative([row[:-1] for row in sums], [row[-1] for row in sums])
+    return [k * size / norm for k, norm in zip(found, sizes, strict=True)]
 
 
 def _costs(row: Mapping[str, str]) -> ModelCosts:
-    counts = {name: int(row[name]) for name in ("weight_bytes", "num_gpus")}
-    rest = {name: float(row[name]) for name in ModelCosts._fields if name not in counts}
-    return ModelCosts(**counts, **rest)
+    rest = {name: float(row[name]) for name in ModelCosts._fields if name not in ("weight_bytes", "num_gpus")}
+    return ModelCosts(weight_bytes=int(row["weight_bytes"]), num_gpus=int(row["num_gpus"]), **rest)
 
 
 def _rows(source: Traversable, columns: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, str]]]:

@@ -9,51 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from tokenpool.config import SLO
+from tokenpool.policy.capacity import Role
 from tokenpool.policy.eviction import ReuseEstimator
 from tokenpool.policy.turns import Decision, Phase, PoolView, Residency, TurnPolicy
-from tokenpool.sim.device_memory import DeviceMemory
+from tokenpool.sim.device_memory import DeviceMemory, Need
+from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.seat import Seat
 from tokenpool.sim.timeline import Timeline
-from tokenpool.sim.workload import ModelCosts
 
 _INF = math.inf
 _EPS = 1e-9
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceSpec:
-    """What a simulated device is, and what it does beside the turn policy's decisions."""
-
-    memory_bytes: int
-    """For weights and KV."""
-    link_bytes_per_s: float
-    """Of copies from host memory, one at a time."""
-    role: str = "mixed"
-    """`mixed`, `prefill` (requests leave after their first token) or `decode` (they come with their KV)."""
-    max_batched_tokens: int = 8192
-    """Tokens of one step, as vLLM's `max_num_batched_tokens`."""
-    max_running: int = 256
-    """Requests of one model that decode together, as vLLM's `max_num_seqs`."""
-    max_prefills: int = 256
-    """Prompts in one step; 1 = as Aegaeon does."""
-    max_resident: int | None = None
-    """Models with weights on the device, one that is coming in included; None = as many as fit."""
-    can_prefetch: bool = True
-    """Whether weights may come in while another model steps."""
-    kv_follows_turn: bool = False
-    """Whether all KV of a model leaves when its turn ends, and comes back for the next one, as Aegaeon does."""
-    out_bytes_per_s: float | None = None
-    """Of copies to the host, which run beside those from it; None = the same speed."""
-    switch_s: float = 0.0
-    """Fixed part of bringing weights in, and of taking them away if `weights_go_out`."""
-    weights_go_out: bool = False
-    """Whether weights that leave are copied to the host, as vLLM's sleep mode does, rather than dropped."""
-    kv_lost: bool = False
-    """Whether all KV of a model is dropped when its turn ends, and running requests are prefilled again."""
 
 
 class _Leap(NamedTuple):
@@ -71,7 +38,8 @@ class _Leap(NamedTuple):
 class SimDevice:
     """One device. `schedule` asks for a call of `wake` at a time; `hand_over` takes the requests of a prefill device.
 
-    The order of calls is that of the simulated time. `index` tells devices apart.
+    `make_seat` takes a model and its number here. The order of calls is that of the simulated time. `index` tells
+    devices apart.
     """
 
     def __init__(
@@ -79,14 +47,12 @@ class SimDevice:
         index: int,
         spec: DeviceSpec,
         policy: TurnPolicy,
-        costs: Callable[[str], ModelCosts],
-        slo: SLO,
+        make_seat: Callable[[str, int], Seat],
         schedule: Callable[[float, SimDevice, int], None],
         done: Callable[[Timeline], None],
         hand_over: Callable[[Timeline, float, float], None] | None = None,
     ) -> None:
-        self.index, self.spec, self.slo = index, spec, slo
-        self.policy = policy
+        self.index, self.spec, self.policy = index, spec, policy
         self.seats: dict[str, Seat] = {}
         """By model, of those that were ever asked for here."""
         self.active: list[Seat] = []
@@ -98,7 +64,7 @@ class SimDevice:
         self.last_prefill_s = -_INF
         """When the last step ended that prefilled a request."""
         self.switches = self.decisions = self.steps = 0
-        self._costs, self._schedule, self._done, self._hand_over = costs, schedule, done, hand_over
+        self._make_seat, self._schedule, self._done, self._hand_over = make_seat, schedule, done, hand_over
         self._version = 0
         self._leap: _Leap | None = None
         self._pending: tuple[Seat, Phase] | None = None
@@ -111,7 +77,7 @@ class SimDevice:
         """The model's place here, made on first use."""
         seat = self.seats.get(model)
         if seat is None:
-            seat = self.seats[model] = Seat(model, len(self.seats), self._costs(model))
+            seat = self.seats[model] = self._make_seat(model, len(self.seats))
         return seat
 
     def arrive(self, request: Timeline, now_s: float, *, has_kv: bool = True) -> None:
@@ -209,18 +175,17 @@ class SimDevice:
             return
         if len(self.active) == 1:
             seat, phase, hold_s = self.active[0], Phase.MIXED, _INF
-            can_prefetch = False
+            prefetch = None
         else:
             decision = self._ask(now_s)
             seat, phase, hold_s = self.seats[decision.run], decision.phase, decision.hold_s
-            prefetch = decision.prefetch
             # What is prefetched waits for the KV of what runs, not the other way round.
-            can_prefetch = prefetch is not None and self.memory.link_free_s <= now_s
+            prefetch = decision.prefetch if self.memory.link_free_s <= now_s else None
         is_new = seat is not self._current
         if is_new:
             self._leave_turn(seat)
         ready_s = self._bring_in(seat, now_s)
-        if can_prefetch:
+        if prefetch is not None:
             self._prefetch(self.seats[prefetch], seat, decision.evict, now_s)
         if is_new:
             self._turn_started_s = ready_s
@@ -234,7 +199,7 @@ class SimDevice:
     def _ask(self, now_s: float) -> Decision:
         self.decisions += 1
         can_prefetch = self.spec.can_prefetch and self.memory.link_free_s <= now_s
-        views = [seat.view(self.slo, self.memory.ready_in_s(seat, now_s)) for seat in self.active]
+        views = [seat.view(self.memory.ready_in_s(seat, now_s)) for seat in self.active]
         current = self._current.name if self._current else None
         return self.policy.decide(PoolView(now_s, current, views, self._turn_started_s, can_prefetch))
 
@@ -254,25 +219,27 @@ class SimDevice:
             return now_s
         keep = frozenset((seat.name,))
         try:
-            return self.memory.load(seat, now_s, self._p_reuse(now_s), keep=keep)
+            return self.memory.load(seat, now_s, self._need(now_s), keep=keep)
         except MemoryError:
             if not seat.num_decoding:
                 raise
             # Its KV filled the device and went out for others, of whom a rest stays: it is computed anew.
             self.memory.clear_kv(seat)
             seat.drop_kv()
-            return self.memory.load(seat, now_s, self._p_reuse(now_s), keep=keep)
+            return self.memory.load(seat, now_s, self._need(now_s), keep=keep)
 
     def _prefetch(self, seat: Seat, run: Seat, evict: str | None, now_s: float) -> None:
         if seat.residency is not Residency.WARM or not self.spec.can_prefetch:
             return
         keep = frozenset((seat.name, run.name))
-        ready_s = self.memory.try_load(seat, now_s, self._p_reuse(now_s), keep=keep, spare=evict)
+        ready_s = self.memory.try_load(seat, now_s, self._need(now_s), keep=keep, spare=evict)
         if ready_s is not None:
             self._schedule(ready_s, self, 0)
 
-    def _p_reuse(self, now_s: float) -> Callable[[Seat], float]:
-        return lambda seat: 1.0 if seat.has_work else self.reuse.probability(seat.name, now_s, 10.0)
+    def _need(self, now_s: float) -> Need:
+        return lambda seat, spare: self.reuse.need(
+            seat.name, now_s, has_work=seat.has_work, is_spare=seat.name == spare
+        )
 
     # -- steps ---------------------------------------------------------------------------------------
 
@@ -309,7 +276,8 @@ class SimDevice:
 
     def _admit(self, seat: Seat, now_s: float) -> tuple[Timeline, ...]:
         """Take requests from the queue into the next step, as tokens, places and memory allow."""
-        spec, admitted = self.spec, []
+        spec = self.spec
+        admitted: list[Timeline] = []
         budget = spec.max_batched_tokens - len(seat.running)
         places = min(spec.max_prefills, spec.max_running - len(seat.running))
         per_token = seat.costs.kv_bytes_per_token
@@ -319,7 +287,7 @@ class SimDevice:
                 break
             nbytes = (tokens + 1) * per_token
             keep = frozenset((seat.name,))
-            if not self.memory.make_room(nbytes, self._p_reuse(now_s), keep=keep):
+            if not self.memory.make_room(nbytes, self._need(now_s), keep=keep):
                 break
             self.memory.grow(seat, nbytes)
             budget -= tokens
@@ -338,7 +306,7 @@ class SimDevice:
             if steps * per_step <= self.memory.free_bytes:
                 return steps
             wanted = min(steps, 64) * per_step
-            if self.memory.make_room(wanted, self._p_reuse(now_s), keep=frozenset((seat.name,))):
+            if self.memory.make_room(wanted, self._need(now_s), keep=frozenset((seat.name,))):
                 return min(steps, int(self.memory.free_bytes // per_step))
             fits = int(self.memory.free_bytes // per_step)
             if fits or len(seat.running) == 1:
@@ -365,12 +333,12 @@ class SimDevice:
         seat.last_used_s = now_s
         if admitted:
             self.last_prefill_s = now_s
-        leaves = self.spec.role == "prefill" and self._hand_over is not None
+        hand_over = self._hand_over if self.spec.role is Role.PREFILL else None
         for request in admitted:
-            if leaves and request.num_left:
+            if hand_over is not None and request.num_left:
                 nbytes = request.context_len * seat.costs.kv_bytes_per_token
                 self.memory.grow(seat, -nbytes)
-                self._hand_over(request, now_s, self.memory.out_s(nbytes))
+                hand_over(request, now_s, self.memory.out_s(nbytes))
             else:
                 running.append(request)
         ended = [request for request in running if not request.num_left]

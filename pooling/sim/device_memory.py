@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from tokenpool.config import DEFAULT_PAGE_SIZE
+from tokenpool.memory.page_counts import pages_for
 from tokenpool.policy.eviction import Candidate, EvictionKind, choose_evictions
 from tokenpool.policy.turns import Residency
 from tokenpool.sim.seat import Seat
 
 if TYPE_CHECKING:
-    from tokenpool.sim.device import DeviceSpec
+    from tokenpool.sim.device_spec import DeviceSpec
 
-_PAGE_BYTES = 32 << 20
-_SPARE_REUSE = 0.5
-"""As in the engine host: the busy model that the policy can spare goes after idle ones, before other busy ones."""
-
-Reuse = Callable[[Seat], float]
+Need = Callable[[Seat, str | None], float]
+"""See `ReuseEstimator.need`; takes a seat and the busy model that can be spared."""
 
 
 class DeviceMemory:
@@ -68,12 +67,12 @@ class DeviceMemory:
                 seat.residency = Residency.RESIDENT
                 self._loading.remove(seat)
 
-    def load(self, seat: Seat, now_s: float, p_reuse: Reuse, *, keep: frozenset[str]) -> float:
+    def load(self, seat: Seat, now_s: float, need: Need, *, keep: frozenset[str]) -> float:
         """Bring in what the model lacks; returns when it is there, or when to try again because a copy is in the way.
 
         Raises MemoryError if it cannot fit at all.
         """
-        ready_s = self.try_load(seat, now_s, p_reuse, keep=keep)
+        ready_s = self.try_load(seat, now_s, need, keep=keep)
         if ready_s is None and self._loading:
             return self.link_free_s
         if ready_s is None:
@@ -81,16 +80,16 @@ class DeviceMemory:
         return ready_s
 
     def try_load(
-        self, seat: Seat, now_s: float, p_reuse: Reuse, *, keep: frozenset[str], spare: str | None = None
+        self, seat: Seat, now_s: float, need: Need, *, keep: frozenset[str], spare: str | None = None
     ) -> float | None:
         """As `load`; None, and nothing is changed, if others that may leave are too few."""
         kv_bytes = seat.kv_out_bytes
         if seat.residency is Residency.LOADING and not kv_bytes:
             return seat.ready_at_s
         weights = seat.costs.weight_bytes if seat.residency is Residency.WARM else 0
-        if weights and not self._make_place(p_reuse, keep, spare):
+        if weights and not self._make_place(need, keep, spare):
             return None
-        if not self.make_room(weights + kv_bytes, p_reuse, keep=keep, spare=spare):
+        if not self.make_room(weights + kv_bytes, need, keep=keep, spare=spare):
             return None
         # Room that is being emptied by a copy to the host can be filled when that has ended.
         start_s = max(now_s, self._out_free_s)
@@ -141,12 +140,12 @@ class DeviceMemory:
         if seat.residency is Residency.RESIDENT:
             self._evict(seat)
 
-    def make_room(self, nbytes: float, p_reuse: Reuse, *, keep: frozenset[str], spare: str | None = None) -> bool:
+    def make_room(self, nbytes: float, need: Need, *, keep: frozenset[str], spare: str | None = None) -> bool:
         """Evict until `nbytes` are free; False, and nothing left, if all that may leave is too little."""
         missing = nbytes - self.free_bytes
         if missing <= 0:
             return True
-        chosen = choose_evictions(self._candidates(p_reuse, keep, spare), -int(-missing // _PAGE_BYTES))
+        chosen = choose_evictions(self._candidates(need, keep, spare), pages_for(missing, DEFAULT_PAGE_SIZE))
         if chosen is None:
             return False
         for candidate in chosen:
@@ -157,7 +156,7 @@ class DeviceMemory:
                 self.kv_out(seat)
         return self.free_bytes >= nbytes
 
-    def _make_place(self, p_reuse: Reuse, keep: frozenset[str], spare: str | None) -> bool:
+    def _make_place(self, need: Need, keep: frozenset[str], spare: str | None) -> bool:
         """Keep to the number of resident models."""
         if self._max_resident is None:
             return True
@@ -167,7 +166,7 @@ class DeviceMemory:
         victims = [s for s in held if s.name not in keep and s.residency is Residency.RESIDENT]
         if not victims:
             return False
-        self._evict(min(victims, key=lambda s: (p_reuse(s), s.name != spare, s.last_used_s, s.index)))
+        self._evict(min(victims, key=lambda s: (need(s, None), s.name != spare, s.last_used_s, s.index)))
         return True
 
     def _evict(self, seat: Seat) -> None:
@@ -178,17 +177,17 @@ class DeviceMemory:
             gone_s = self.spec.switch_s + self.out_s(seat.costs.weight_bytes)
             self._out_free_s = max(self._out_free_s, self._now_s) + gone_s
 
-    def _candidates(self, p_reuse: Reuse, keep: frozenset[str], spare: str | None) -> list[Candidate]:
+    def _candidates(self, need: Need, keep: frozenset[str], spare: str | None) -> list[Candidate]:
         found = []
         for name, seat in self._seats.items():
             if name in keep:
                 continue
-            p = _SPARE_REUSE if name == spare else p_reuse(seat)
+            p = need(seat, spare)
             if seat.residency is Residency.RESIDENT:
-                pages = int(seat.costs.weight_bytes // _PAGE_BYTES)
+                pages = int(seat.costs.weight_bytes // DEFAULT_PAGE_SIZE)
                 cost_s = seat.costs.weight_bytes / self._link_bytes_per_s
                 found.append(Candidate(EvictionKind.WEIGHTS, name, pages, cost_s, p))
-            pages = int(seat.kv_bytes // _PAGE_BYTES)
+            pages = int(seat.kv_bytes // DEFAULT_PAGE_SIZE)
             if pages:
                 cost_s = 2 * seat.kv_bytes / self._link_bytes_per_s
                 found.append(Candidate(EvictionKind.PAUSED_KV, name, pages, cost_s, p))

@@ -135,8 +135,8 @@ def production(
     See `production_rates`; model number i has the kind number i of `kinds`, taken again and again.
     """
     rates = production_rates(num_models, mean_rate_per_s, skew)
-    scales = {"input_scale": input_scale, "output_scale": output_scale}
-    return poisson(rates, duration_s, seed, kinds=_cycled(list(rates), kinds), cv=cv, **scales)
+    kind_of = _cycled(list(rates), kinds)
+    return poisson(rates, duration_s, seed, kinds=kind_of, cv=cv, input_scale=input_scale, output_scale=output_scale)
 
 
 def production_rates(num_models: int, mean_rate_per_s: float = MEAN_RATE_PER_S, skew: float = 1.0) -> dict[str, float]:
@@ -187,8 +187,7 @@ def deployed(
                 if is_large
                 else _SMALL_KINDS[(rank - num_large) % len(_SMALL_KINDS)]
             )
-    scales = {"input_scale": input_scale, "output_scale": output_scale}
-    return poisson(models, duration_s, seed, kinds=kinds, cv=cv, **scales)
+    return poisson(models, duration_s, seed, kinds=kinds, cv=cv, input_scale=input_scale, output_scale=output_scale)
 
 
 @functools.cache

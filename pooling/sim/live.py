@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tokenpool.config import SLO
 from tokenpool.policy.capacity import (
+    LOAD_BYTES_PER_S,
     Action,
     CapacityDecision,
     CapacityHost,
@@ -28,10 +30,11 @@ from tokenpool.policy.capacity import (
     Role,
 )
 from tokenpool.policy.turns import Residency, TurnPolicy, load_turn_policy
-from tokenpool.sim.cluster import Cluster
-from tokenpool.sim.device import DeviceSpec, SimDevice
+from tokenpool.sim.cluster import Cluster, Receiver
+from tokenpool.sim.device import SimDevice
+from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.first_seats import first_seats
-from tokenpool.sim.live_measures import LONG_S, SEAT_S, SHORT_S, Punctuality, Traffic
+from tokenpool.sim.live_measures import WINDOWS, Punctuality, Traffic
 from tokenpool.sim.result import SimResult
 from tokenpool.sim.router import PlacementRouter
 from tokenpool.sim.timeline import Timeline
@@ -50,7 +53,7 @@ class LiveSettings:
     """Between two looks of the controller."""
     host_bytes: int = 256 << 30
     """Of host memory for weights, per host."""
-    load_bytes_per_s: float = 2e9
+    load_bytes_per_s: float = LOAD_BYTES_PER_S
     """At which a host gets weights that it does not have."""
     hosts_per_node: int = 8
     min_replicas: int = 1
@@ -104,7 +107,7 @@ class LivePool(Cluster):
         self.first: dict[str, tuple[int, ...]] = {}
         """Hosts that each model began on."""
         self._settings, self._capacity, self._failures = settings or LiveSettings(), capacity, failures
-        self._costs, self._place = costs, PlacementRouter()
+        self._model_costs, self._place = costs, PlacementRouter()
         count = len(specs)
         self._seats: list[dict[str, _Seat]] = [{} for _ in range(count)]
         self._hosts_of: dict[str, list[int]] = {model: [] for model in costs}
@@ -145,7 +148,7 @@ class LivePool(Cluster):
         """See `Cluster.run`."""
         requests, settings = workload.requests, self._settings
         self._last_arrival_s = requests[-1].arrival_s if requests else 0.0
-        everywhere = dict.fromkeys(self._costs, tuple(range(len(self.devices))))
+        everywhere = dict.fromkeys(self._model_costs, tuple(range(len(self.devices))))
         view = self._view(0.0)
         first = everywhere if settings.is_everywhere else first_seats(view, workload, settings.forecast_s, self.slo)
         for model, hosts in first.items():
@@ -155,10 +158,10 @@ class LivePool(Cluster):
                 self._hosts_of[model].append(h)
         self._at(settings.period_s, _Call(self._tick), 0)
         for time_s, h in self._failures:
-            self._at(time_s, _Call(lambda now_s, h=h: self._lose(h, now_s)), 0)
+            self._at(time_s, _Call(partial(self._lose, h)), 0)
         return super().run(workload, drain_s=drain_s)
 
-    def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> Any:
+    def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> Receiver:
         """See `Router`."""
         self._traffic[request.spec.model].arrive(request)
         return self._gate
@@ -169,7 +172,7 @@ class LivePool(Cluster):
 
     def _send(self, request: Timeline, now_s: float, *, decodes: bool = False, has_kv: bool = True) -> None:
         """To the best of the hosts that serve its model in that role, or into the line for the next that does."""
-        model, bad = request.spec.model, "prefill" if decodes else "decode"
+        model, bad = request.spec.model, Role.PREFILL if decodes else Role.DECODE
         able = [h for h in self._hosts_of[model] if self.devices[h].spec.role != bad]
         serving = [h for h in able if not self._seats[h][model].is_coming]
         found = [h for h in serving if not self._seats[h][model].is_leaving] or serving
@@ -213,13 +216,19 @@ class LivePool(Cluster):
             self._at(now_s + self._settings.period_s, _Call(self._tick), 0)
 
     def _view(self, now_s: float) -> CapacityView:
-        slo = {"ttft_s": self.slo.ttft_s, "tpot_s": self.slo.tpot_s, "min_replicas": self._settings.min_replicas}
         models = [
-            self._traffic[model].seen(model, costs, now_s, since_move_s=now_s - self._model_moved_s[model], **slo)
-            for model, costs in self._costs.items()
+            self._traffic[model].seen(
+                model,
+                costs,
+                now_s,
+                slo=self.slo,
+                min_replicas=self._settings.min_replicas,
+                since_move_s=now_s - self._model_moved_s[model],
+            )
+            for model, costs in self._model_costs.items()
         ]
         hosts = [self._host(h, now_s) for h in range(len(self.devices))]
-        return CapacityView(now_s, hosts, models, LONG_S, SHORT_S, SEAT_S)
+        return CapacityView(now_s, hosts, models, WINDOWS)
 
     def _host(self, h: int, now_s: float) -> CapacityHost:
         device, book, settings = self.devices[h], self._punctuality[h], self._settings
@@ -240,13 +249,13 @@ class LivePool(Cluster):
                     on_time_frac,
                 )
             )
-        held = sum([self._costs[model].weight_bytes for model in self._seats[h]])
+        held = sum([self._model_costs[model].weight_bytes for model in self._seats[h]])
         return CapacityHost(
             f"h{h}",
             f"n{h // settings.hosts_per_node}",
             device.spec.memory_bytes,
             settings.host_bytes - held,
-            Role(device.spec.role),
+            device.spec.role,
             state,
             seats,
             book.busy_frac() if now_s else 0.0,
@@ -261,18 +270,20 @@ class LivePool(Cluster):
         action, model = decision.action, decision.model
         target, source = (int(name[1:]) if name else None for name in (decision.to_host, decision.from_host))
         if action is Action.ROLE:
+            assert target is not None, "a role is given to a host"
             device = self.devices[target]
-            device.spec = replace(device.spec, role=str(decision.role))
+            device.spec = replace(device.spec, role=decision.role or Role.MIXED)
             self._since_role_s[target] = now_s
             self._send_waiting(now_s)
             return
+        assert model is not None, "a seat is of a model"
         if target is not None:
             self._seats[target][model] = _Seat()
             self._hosts_of[model].append(target)
             self._moved_s[target] = now_s
             start_s = max(now_s, self._loads_until_s[target])
             ready_s = self._loads_until_s[target] = start_s + decision.copy_bytes / self._settings.load_bytes_per_s
-            self._at(ready_s, _Call(lambda now_s: self._ready(target, model, now_s)), 0)
+            self._at(ready_s, _Call(partial(self._ready, target, model)), 0)
         if source is not None and action in (Action.MOVE, Action.DROP):
             self._seats[source][model].is_leaving = True
             self._moved_s[source] = now_s

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-from tokenpool.policy.capacity import CapacityModel, StepCosts
-from tokenpool.policy.slo import RateWindow
+from tokenpool.config import SLO
+from tokenpool.policy.capacity import CapacityModel, StepCosts, windows
+from tokenpool.policy.slo import RateWindow, num_due
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts
 
-LONG_S, SHORT_S, SEAT_S = 60, 10, 20
+WINDOWS = windows()
+_LONG_S, _SHORT_S = int(WINDOWS.long_s), int(WINDOWS.short_s)
 _FIRST_GUESS_TOKENS = 256
 """Length of an answer, before the first has ended."""
 _FADE = 0.98
@@ -23,7 +24,7 @@ class Traffic:
     """What was asked of one model: windows of arrivals and prompt tokens, and the mean length of ended answers."""
 
     def __init__(self) -> None:
-        self._arrivals, self._inputs = RateWindow(LONG_S), RateWindow(LONG_S)
+        self._arrivals, self._inputs = RateWindow(_LONG_S), RateWindow(_LONG_S)
         self._weight = self._tokens = 0.0
 
     def arrive(self, request: Timeline) -> None:
@@ -36,20 +37,25 @@ class Traffic:
         self._weight = _FADE * self._weight + 1
         self._tokens = _FADE * self._tokens + request.num_delivered
 
-    def seen(self, model: str, costs: ModelCosts, now_s: float, **fields: object) -> CapacityModel:
+    def seen(
+        self, model: str, costs: ModelCosts, now_s: float, *, slo: SLO, min_replicas: int, since_move_s: float
+    ) -> CapacityModel:
         """The model as a controller sees it."""
-        window_s = max(1, min(LONG_S, int(now_s)))
+        window_s = max(1, min(_LONG_S, int(now_s)))
         per_s = self._arrivals.per_s(now_s, window_s)
         length = self._tokens / self._weight if self._weight else _FIRST_GUESS_TOKENS
         return CapacityModel(
             model,
             costs.weight_bytes,
+            ttft_s=slo.ttft_s,
+            tpot_s=slo.tpot_s,
             arrivals_per_s=per_s,
-            recent_arrivals_per_s=self._arrivals.per_s(now_s, min(window_s, SHORT_S)),
+            recent_arrivals_per_s=self._arrivals.per_s(now_s, min(window_s, _SHORT_S)),
             input_tokens_per_s=self._inputs.per_s(now_s, window_s),
             output_tokens_per_s=per_s * length,
             costs=step_costs(costs),
-            **fields,
+            min_replicas=min_replicas,
+            since_move_s=since_move_s,
         )
 
 
@@ -72,7 +78,7 @@ class Punctuality:
         late: dict[str, int] = {}
         for request in requests:
             self._count(request)
-            due = math.floor((now_s - request.arrival_s - request.ttft_s) / request.tpot_s) + 1
+            due = num_due(request.slo, request.arrival_s, now_s)
             missing = min(due, request.spec.output_len) - request.num_delivered
             if missing > 0:
                 model = request.spec.model
@@ -81,7 +87,7 @@ class Punctuality:
         counts = {model: (delivered, on_time) for model, (delivered, on_time) in self._counts.items()}
         self._counts = {}
         self._ticks.append((now_s, busy_s, counts))
-        while len(self._ticks) > 1 and self._ticks[1][0] <= now_s - SEAT_S:
+        while len(self._ticks) > 1 and self._ticks[1][0] <= now_s - WINDOWS.seat_s:
             self._ticks.popleft()
 
     def busy_frac(self) -> float:

@@ -15,20 +15,19 @@ from dataclasses import replace
 
 from tokenpool.config import SLO
 from tokenpool.errors import ConfigError, check_setting, show
+from tokenpool.policy.capacity import LINK_BYTES_PER_S
 from tokenpool.policy.turns import load_turn_policy
-from tokenpool.sim.baseline_routers import FewestRequests
-from tokenpool.sim.bound import bound, by_model
 from tokenpool.sim.cluster import Cluster
-from tokenpool.sim.device import DeviceSpec
+from tokenpool.sim.compared.baseline_routers import FewestRequests
+from tokenpool.sim.compared.bound import bound, by_model
+from tokenpool.sim.compared.systems import run_system, system
+from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.gpus import GpuSpec
 from tokenpool.sim.plan import GroupPlan, Plan, SystemPlan, Try
 from tokenpool.sim.result import SimResult
-from tokenpool.sim.systems import run_system, system
 from tokenpool.sim.workload import ModelCosts, Workload
 from tokenpool.units import format_bytes, format_count, format_seconds
 
-LINK_BYTES_PER_S = 16e9
-"""Default of copies from host memory; what Aegaeon's simulator takes, and half of what PCIe 4.0 x16 does at best."""
 POOLED = ("request_level", "slack")
 """Systems in which models share devices, by their turn policy; the last is tokenpool's own."""
 
@@ -130,7 +129,7 @@ class _Group:
         for model, requests in parts.items():
             part = Workload(requests, {model: self.workload.kinds[model]})
             cap = min(_MAX_INSTANCES, len(requests))
-            runs, answer = _search(lambda n, p=part: self._run_alone(p, n), 1, cap, self.target)
+            runs, answer = _search(functools.partial(self._run_alone, part), 1, cap, self.target)
             instances[model] = answer or max(runs)
             is_enough = is_enough and answer is not None
             first.append(runs[1])
@@ -174,7 +173,7 @@ class _Group:
         """Which resource, doubled, brings `count` devices furthest."""
         before = runs[count] if count in runs else self._run(policy, count)
         faster = {kind: c._replace(**{x: getattr(c, x) / 2 for x in _TIMES}) for kind, c in self.costs.items()}
-        twice = {
+        twice: dict[str, Callable[[], SimResult]] = {
             "compute": lambda: self._run(policy, count, costs=faster),
             "link": lambda: self._run(policy, count, link_bytes_per_s=2 * self._link_bytes_per_s),
             "memory": lambda: self._run(policy, count, memory_bytes=2 * self._gpu.pool_bytes),
@@ -187,11 +186,21 @@ class _Group:
         return best
 
     def _run(
-        self, name: str, count: int, *, costs: Mapping[str, ModelCosts] | None = None, **changes: float
+        self,
+        name: str,
+        count: int,
+        *,
+        costs: Mapping[str, ModelCosts] | None = None,
+        memory_bytes: int | None = None,
+        link_bytes_per_s: float | None = None,
     ) -> SimResult:
-        """Simulate a system of `count` devices that differ by `changes`."""
+        """Simulate a system of `count` devices, with other costs, memory or links than its own if these are given."""
         described = system(name, count, self._gpu.name, self._link_bytes_per_s)
-        specs = tuple(replace(spec, **{"memory_bytes": self._gpu.pool_bytes} | changes) for spec in described.specs)
+        memory_bytes = memory_bytes or self._gpu.pool_bytes
+        specs = tuple(
+            replace(spec, memory_bytes=memory_bytes, link_bytes_per_s=link_bytes_per_s or spec.link_bytes_per_s)
+            for spec in described.specs
+        )
         return run_system(replace(described, specs=specs), self.workload, (costs or self.costs).__getitem__, self.slo)
 
     def _run_alone(self, workload: Workload, count: int) -> SimResult:
@@ -255,7 +264,7 @@ def _assumptions(
     traffic = f"traffic is as in the trace: {format_count(len(used.requests), 'request')} in {format_seconds(span_s)}"
     if len(used.requests) < len(workload.requests):
         traffic += f", the first of {len(workload.requests)}"
-    kinds = sorted(set(workload.kinds.values()))
+    kinds, spec = sorted(set(workload.kinds.values())), DeviceSpec(gpu.pool_bytes, link_bytes_per_s)
     return (
         traffic,
         *(_describe(kind, costs[kind], gpu) for kind in kinds),
@@ -267,7 +276,8 @@ def _assumptions(
         "that the placement rule of tokenpool chooses, any device may serve any model of its group",
         "dedicated instances hold their weights all the time, and each model must reach the target alone; a pool must "
         "reach it over all tokens",
-        "a step holds at most 8192 tokens and 256 requests of one model, as vLLM by default; prompts are not cached",
+        f"a step holds at most {spec.max_batched_tokens} tokens and {spec.max_running} requests of one model, as vLLM "
+        "by default; prompts are not cached",
     )
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tokenpool.config import SLO
 from tokenpool.sim.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 class SimResult:
     """Sums over requests. A request that failed or did not end misses all tokens that it did not get."""
 
-    slo: SLO
     num_requests: int = 0
     num_failed: int = 0
     """Refused, or given up."""

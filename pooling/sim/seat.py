@@ -12,18 +12,22 @@ from tokenpool.policy.turns import ModelView, Residency
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts
 
+_Head = tuple[str, int, int, int, int, int, float, float, float, float, float]
+_Shown = tuple[_Head, tuple[float, float, int]]
+"""Fields of a ModelView: up to `tpot_s`, and from `step_s` on."""
+
 
 class Seat:
     """One model on one device; sums over its requests are kept, because they are read far more often than changed."""
 
     __slots__ = (
-        "name", "index", "costs", "waiting", "running", "paused", "admitted", "residency", "ready_at_s",
-        "kv_bytes", "kv_out_bytes", "waiting_tokens", "waiting_squares", "oldest_s", "context_tokens", "last_used_s",
-        "_shown",
+        "name", "index", "costs", "slo", "priority", "waiting", "running", "paused", "admitted", "residency",
+        "ready_at_s", "kv_bytes", "kv_out_bytes", "waiting_tokens", "waiting_squares", "oldest_s", "context_tokens",
+        "last_used_s", "_shown",
     )  # fmt: skip
 
-    def __init__(self, name: str, index: int, costs: ModelCosts) -> None:
-        self.name, self.index, self.costs = name, index, costs
+    def __init__(self, name: str, index: int, costs: ModelCosts, slo: SLO | None = None, priority: int = 0) -> None:
+        self.name, self.index, self.costs, self.slo, self.priority = name, index, costs, slo, priority
         self.waiting: deque[Timeline] = deque()
         """Requests without KV, oldest first."""
         self.running: list[Timeline] = []
@@ -45,7 +49,7 @@ class Seat:
         self.context_tokens = 0
         """Tokens of context that a decode step reads."""
         self.last_used_s = -math.inf
-        self._shown: tuple[tuple, tuple] | None = None  # what `view` shows of the queues; None = count again
+        self._shown: _Shown | None = None  # what `view` shows of the queues; None = count again
 
     @property
     def has_work(self) -> bool:
@@ -57,29 +61,30 @@ class Seat:
         """Requests with KV, wherever it lies."""
         return len(self.running) + len(self.paused)
 
-    def view(self, slo: SLO, ready_in_s: float) -> ModelView:
+    def view(self, ready_in_s: float) -> ModelView:
         """The model as a turn policy sees it."""
         if self._shown is None:
-            self._shown = self._show(slo)
+            self._shown = self._show()
         head, tail = self._shown
         return ModelView(*head, self.residency, self.kv_out_bytes > 0, ready_in_s, *tail)
 
-    def _show(self, slo: SLO) -> tuple[tuple, tuple]:
-        costs, decoding, tpot_s = self.costs, self.running + self.paused, slo.tpot_s
+    def _show(self) -> _Shown:
+        costs, decoding, slo = self.costs, self.running + self.paused, self.slo
+        ttft_s, tpot_s = (slo.ttft_s, slo.tpot_s) if slo else (math.inf, math.inf)
         next_due_s = math.inf
-        if decoding:
-            next_due_s = slo.ttft_s + min([r.arrival_s + r.num_delivered * tpot_s for r in decoding])
-        head = (
+        if decoding and slo:
+            next_due_s = ttft_s + min([r.arrival_s + r.num_delivered * tpot_s for r in decoding])
+        head: _Head = (
             self.name,
             self.index,
-            0,
+            self.priority,
             len(decoding),
             len(self.waiting),
             self.waiting_tokens,
             self.oldest_s,
-            self.oldest_s + slo.ttft_s,
+            self.oldest_s + ttft_s,
             next_due_s,
-            slo.ttft_s,
+            ttft_s,
             tpot_s,
         )
         step_s = costs.step(max(1, len(decoding)), self.context_tokens)

@@ -16,13 +16,13 @@ class Timeline:
     """
 
     __slots__ = (
-        "spec", "arrival_s", "ttft_s", "tpot_s", "num_delivered", "num_on_time", "first_token_s", "failed",
+        "spec", "slo", "arrival_s", "ttft_s", "tpot_s", "num_delivered", "num_on_time", "first_token_s", "failed",
         "_last_s", "_good_s", "_run_start_s", "_credit_s",
     )  # fmt: skip
 
-    def __init__(self, spec: SimRequest, slo: SLO) -> None:
-        self.spec = spec
-        self.arrival_s, self.ttft_s, self.tpot_s = spec.arrival_s, slo.ttft_s, slo.tpot_s
+    def __init__(self, spec: SimRequest, slo: SLO | None) -> None:
+        self.spec, self.slo, self.arrival_s = spec, slo, spec.arrival_s
+        self.ttft_s, self.tpot_s = (slo.ttft_s, slo.tpot_s) if slo else (math.inf, math.inf)
         self.num_delivered = 0
         self.num_on_time = 0
         self.first_token_s = math.inf
@@ -41,11 +41,6 @@ class Timeline:
         return self.spec.input_len + self.num_delivered
 
     @property
-    def next_due_s(self) -> float:
-        """When the next token is due."""
-        return self.arrival_s + self.ttft_s + self.num_delivered * self.tpot_s
-
-    @property
     def end_s(self) -> float:
         """When the last token came that was delivered."""
         return self.arrival_s + self._last_s
@@ -60,7 +55,12 @@ class Timeline:
         first = self.num_delivered
         if not first:
             self.first_token_s = start_s + step_s
+        self.num_delivered = first + count
         since_s = start_s - self.arrival_s + step_s  # of the first of them
+        self._last_s = since_s + step_s * (count - 1)
+        if self.slo is None:
+            self.num_on_time += count
+            return
         budget_s = self.ttft_s + first * self.tpot_s
         slope_s = step_s - self.tpot_s
         late_s = since_s - budget_s
@@ -71,8 +71,6 @@ class Timeline:
         elif late_s <= 0:
             self.num_on_time += min(count, math.floor(-late_s / slope_s) + 1)
         self._weigh(since_s, step_s, budget_s, count)
-        self.num_delivered = first + count
-        self._last_s = since_s + step_s * (count - 1)
 
     def _weigh(self, since_s: float, step_s: float, budget_s: float, count: int) -> None:
         """The books of the time-weighted value, run of good tokens by run."""
@@ -92,7 +90,7 @@ class Timeline:
         """See `policy.slo.RequestTimeline.time_weighted`; 0 for a request that failed or has no token."""
         if self.failed or not self.num_delivered:
             return 0.0
-        if self._last_s <= 0:
+        if self.slo is None or self._last_s <= 0:
             return 1.0
         budget_s = self.ttft_s + self.num_delivered * self.tpot_s
         return (self._good_s + min(budget_s, self._last_s - self._run_start_s)) / self._last_s

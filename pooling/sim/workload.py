@@ -32,8 +32,8 @@ class Workload:
 class ModelCosts(NamedTuple):
     """What one kind of model takes on one kind of device (or group of `num_gpus` of them).
 
-        prefill of a batch   prefill_s + prefill_per_token_s * sum(len) + prefill_per_token2_s * sum(len ** 2)
-        decode step          step_s + step_per_request_s * requests + step_per_token_s * sum(context)
+    prefill of a batch   prefill_s + prefill_per_token_s * sum(len) + prefill_per_token2_s * sum(len ** 2)
+    decode step          step_s + step_per_request_s * requests + step_per_token_s * sum(context)
     """
 
     weight_bytes: int

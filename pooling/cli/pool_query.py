@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask a running server's admin API, for the subcommands that look at one. Imports no vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from tokenpool import settings
+from tokenpool.errors import ConfigError, PoolError
+
+_LIMIT_S = 60.0
+
+
+def add_url_flag(parser: argparse.ArgumentParser) -> None:
+    """Let a command ask the server that is named, or that of the environment."""
+    default = "http://127.0.0.1:8000"
+    text = f"address of the server (default: ${settings.URL.name}, else {default})"
+    parser.add_argument("--url", default=settings.URL.get() or default, help=text)
+
+
+def ask_pool(url: str, key: str | None, path: str) -> Any:
+    """The JSON answer of `path` on the server at `url`; raises PoolError of one line with what the server says."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{url!r} is no address: write such as http://127.0.0.1:8000", key="--url")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=_LIMIT_S) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        raise PoolError(f"{url} answers {error.code}: {_reason(error)}") from None
+    except (OSError, ValueError) as error:
+        raise PoolError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    try:
+        return json.load(error)["error"]["message"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return str(error.reason)

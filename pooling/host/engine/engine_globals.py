@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Process-wide state of vLLM that engines would fight over: each engine gets its own value while it runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_SWITCHED = (
+    ("vllm.v1.worker.workspace", "_manager"),
+    ("vllm.distributed.kv_transfer.kv_transfer_state", "_KV_CONNECTOR_AGENT"),
+    ("vllm.distributed.ec_transfer.ec_transfer_state", "_EC_CONNECTOR_AGENT"),
+)
+_SET_WHILE_BUILDING = (
+    ("vllm.config.vllm", "_current_vllm_config"),
+    ("vllm.config.vllm", "_current_prefix"),
+    ("vllm.compilation.backends", "model_tag"),
+    ("vllm.compilation.backends", "model_is_encoder"),
+)
+"""Set by context managers that are open while a model is made and loaded."""
+
+
+class EngineGlobals:
+    """Saves and restores the module attributes in which vLLM keeps one engine's state per process.
+
+    Called on the host loop's thread, or on a build's while the loop holds still; a switch costs three attribute writes.
+    """
+
+    def __init__(self) -> None:
+        self._slots = [(importlib.import_module(module), name) for module, name in _SWITCHED]
+        self._saved: dict[str, list[Any]] = {}
+        self._current: str | None = None
+
+    def enter(self, model: str) -> None:
+        """Make `model`'s values the ones in force."""
+        if model == self._current:
+            return
+        self._save()
+        for (module, name), value in zip(self._slots, self._saved[model], strict=True):
+            setattr(module, name, value)
+        self._current = model
+
+    def forget(self, model: str) -> None:
+        """Drop the values of an engine that is gone."""
+        if self._current == model:
+            self._clear()
+        self._saved.pop(model, None)
+
+    @contextmanager
+    def building(self, model: str) -> Iterator[None]:
+        """Give a new engine empty globals and its own RoPE modules; keep the others' random state.
+
+        vLLM shares RoPE modules between models of one process (`_ROPE_DICT`) and re-seeds the global
+        generator when an engine starts, which would change unseeded sampling of the models that run.
+        """
+        self._outside = _Surroundings.now()
+        self._save()
+        self._clear()
+        _rope_dict().clear()
+        try:
+            yield
+            self._current = model
+        except BaseException:
+            self._clear()
+            raise
+        finally:
+            self._outside.install()
+
+    @contextmanager
+    def build_paused(self) -> Iterator[None]:
+        """Inside `building`: what is in force outside of it is in force in the block, where other engines step."""
+        inside, of_engine = _Surroundings.now(), self._values()
+        self._clear()
+        self._outside.install()
+        try:
+            yield
+        finally:
+            self._save()
+            self._current = None
+            self._outside = _Surroundings.now()
+            inside.install()
+            self._set(of_engine)
+
+    def _save(self) -> None:
+        if self._current is not None:
+            self._saved[self._current] = self._values()
+
+    def _clear(self) -> None:
+        self._set([None] * len(self._slots))
+        self._current = None
+
+    def _values(self) -> list[Any]:
+        return [getattr(module, name) for module, name in self._slots]
+
+    def _set(self, values: list[Any]) -> None:
+        for (module, name), value in zip(self._slots, values, strict=True):
+            setattr(module, name, value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Surroundings:
+    """Process-wide state that a build changes and must not share with engines that step."""
+
+    rope: dict[Any, Any]
+    dtype: torch.dtype
+    random_state: torch.Tensor
+    cuda_random_state: torch.Tensor | None
+    values: list[Any]
+
+    @classmethod
+    def now(cls) -> _Surroundings:
+        """What is in force."""
+        return cls(
+            dict(_rope_dict()),
+            torch.get_default_dtype(),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            [getattr(importlib.import_module(module), name) for module, name in _SET_WHILE_BUILDING],
+        )
+
+    def install(self) -> None:
+        """Put it in force again."""
+        rope = _rope_dict()
+        rope.clear()
+        rope.update(self.rope)
+        torch.set_default_dtype(self.dtype)
+        torch.set_rng_state(self.random_state)
+        if self.cuda_random_state is not None:
+            torch.cuda.set_rng_state(self.cuda_random_state)
+        for (module, name), value in zip(_SET_WHILE_BUILDING, self.values, strict=True):
+            setattr(importlib.import_module(module), name, value)
+
+
+def _rope_dict() -> dict[Any, Any]:
+    return importlib.import_module("vllm.model_executor.layers.rotary_embedding")._ROPE_DICT
+
+
+def keep_thread_count() -> None:
+    """Let numba, which n-grams are looked up with, run on threads of its own; to be called before it runs any.
+
+    Its OpenMP layer sets the number of OpenMP threads of the whole process to that of the cores. torch splits sums by
+    that number, so logprobs of all models would change in their last bits, from then on.
+    """
+    import numba
+
+    if numba.config.THREADING_LAYER == "default":
+        numba.config.THREADING_LAYER = "workqueue"

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bounds the time that a request's grammar takes out of the steps of all requests of a host.
+
+A grammar that compiles at once may need seconds for each token: `((.{1,20}){1,20}){1,20}` for its fortieth, more for
+each one after. No look at its text finds all of these, so what it uses is measured, and its own request ends.
+
+A request that ends because of its grammar says so: its client is told that, and not of an error of the server.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from vllm.v1.request import Request
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
+
+from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
+
+FREE_S = 1.0
+"""CPU seconds that a grammar may use over its request's life, beside those of its tokens."""
+TOKEN_S = 0.002
+"""And for each token. Grammars of people use a twentieth of it or less."""
+
+_T = TypeVar("_T")
+
+
+class MeteredGrammar(StructuredOutputGrammar):
+    """A request's grammar; once it has used its time it computes nothing more, and accepts no token."""
+
+    def __init__(self, grammar: StructuredOutputGrammar, request: Request) -> None:
+        self._grammar = grammar
+        self._request = request
+        self._left_s = FREE_S
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it has used its time."""
+        return self._left_s < 0
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        """As the grammar does; False ends the request.
+
+        A grammar that allows no token allows any by mistake, and so does one that has used its time.
+        """
+        self._left_s += TOKEN_S * len(tokens)
+        is_accepted = not self.is_spent and self._metered(self._grammar.accept_tokens, request_id, tokens)
+        if not is_accepted:
+            self._request.stop_reason = GRAMMAR_FAILED
+        return is_accepted
+
+    def validate_tokens(self, tokens: list[int]) -> list[int]:
+        """As the grammar does; none of them when it is spent."""
+        return [] if self.is_spent else self._metered(self._grammar.validate_tokens, tokens)
+
+    def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
+        """As the grammar does; allows all when it is spent: whatever comes, `accept_tokens` ends the request."""
+        if self.is_spent:
+            bitmask[batch_index].fill_(-1)
+        else:
+            self._metered(self._grammar.fill_bitmask, bitmask, batch_index)
+
+    def _metered(self, call: Callable[..., _T], *args: Any) -> _T:
+        began_s = time.thread_time()
+        try:
+            return call(*args)
+        finally:
+            self._left_s -= time.thread_time() - began_s
+
+    def rollback(self, num_tokens: int) -> None:
+        """As the grammar does."""
+        self._grammar.rollback(num_tokens)
+
+    def is_terminated(self) -> bool:
+        """As the grammar says; not when it is spent, so that it is asked about the next token."""
+        return not self.is_spent and self._grammar.is_terminated()
+
+    def reset(self) -> None:
+        """As the grammar does; what it has used stays used."""
+        self._grammar.reset()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which device a host uses: the one of the platform that vLLM has found."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from vllm.platforms import current_platform
+
+from tokenpool.errors import ConfigError
+from tokenpool.host.load import cuda_copies
+from tokenpool.memory.devices.cpu import CpuDevice
+from tokenpool.memory.devices.cuda import CudaDevice
+from tokenpool.memory.devices.cuda_driver import CUDA_WARNING
+from tokenpool.memory.devices.device import Device
+
+logger = logging.getLogger(__name__)
+
+WORKERS = {
+    "cpu": "tokenpool.host.engine.cpu_worker.PooledCPUWorker",
+    "cuda": "tokenpool.host.engine.cuda_worker.PooledCUDAWorker",
+}
+"""vLLM's device type -> the worker class for it."""
+
+
+def make_device(page_size: int, cpu_link: int | None = None) -> Device:
+    """The device of this process; `page_size` and `cpu_link` as in HostConfig. A CUDA device is warned about.
+
+    Raises ConfigError for a platform without a device, or whose device cannot be used.
+    """
+    if current_platform.is_cpu():
+        return CpuDevice(link_bytes_per_s=cpu_link)
+    if current_platform.is_cuda():
+        logger.warning(CUDA_WARNING)
+        return CudaDevice(page_size, ways=cuda_copies.ways())
+    raise ConfigError(
+        f"{current_platform.device_name} is not supported: install tokenpool[cpu] or tokenpool[cuda]", key="device"
+    )
+
+
+def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_pages: int) -> int:
+    """Before a model is built whose movable weights need `num_pages`, or fixed ones none beyond those it holds.
+
+    On a GPU vLLM loads into torch's memory, outside the pool's pages; movable weights go from there to the host, and
+    then into pages. `make_room` frees as many, and the memory of all free pages goes back to the GPU. Returns how many
+    pages nobody may have until `give_back_loading_memory`. Raises CapacityError like `make_room`.
+    """
+    if not isinstance(device, CudaDevice):
+        return 0
+    make_room(num_pages)
+    device.release_unused()
+    return num_pages
+
+
+def give_back_loading_memory(device: Device) -> None:
+    """After loading: what the loader had is given back to the GPU, to back pages again."""
+    if isinstance(device, CudaDevice):
+        torch.cuda.empty_cache()
+
+
+def spare_host_bytes(device: Device, host_memory: int) -> int:
+    """How much of the host memory for KV stays allocated while it is empty: page-locking it anew is slow."""
+    return host_memory // 8 if isinstance(device, CudaDevice) else 0

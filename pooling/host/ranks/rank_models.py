@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The workers of all models on one rank that follows rank 0; their memory is where rank 0 says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import configure_logging_if_needed
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import AsyncModelRunnerOutput
+from vllm.v1.serial_utils import run_method
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from tokenpool.host.engine.engine_globals import EngineGlobals
+from tokenpool.host.kv.runner_adapter import RunnerAdapter, make_runner_adapter
+from tokenpool.host.load.model_build import kv_cache_views
+from tokenpool.host.load.model_tensors import models_of, movable_tensors
+from tokenpool.memory.devices.cpu import CpuDevice
+from tokenpool.memory.devices.mirrored import Mirror
+from tokenpool.memory.weight_layout import WeightLayout
+from tokenpool.patches import apply_all
+from tokenpool.patches.build_context import building
+from tokenpool.process.heap import release_engine
+
+
+@dataclass(slots=True)
+class _Model:
+    wrapper: WorkerWrapperBase
+    build: _FollowedBuild
+    adapter: RunnerAdapter | None = None
+
+
+class RankModels:
+    """What the process of one rank has. `next_message` must be set: it returns rank 0's next message."""
+
+    next_message: Callable[[], tuple[Any, ...]]
+
+    def __init__(self, rank: int, init_method: str, cpu_link: int | None = None) -> None:
+        apply_all()
+        self.mirror = Mirror(CpuDevice(link_bytes_per_s=cpu_link))
+        self._rank = rank
+        self._init_method = init_method
+        self._globals = EngineGlobals()
+        self._models: dict[str, _Model] = {}
+
+    def build(self, name: str, config: VllmConfig, movable_weights: bool) -> None:
+        """Make a worker for the model and load its weights, together with rank 0."""
+        configure_logging_if_needed(config.logging_config)
+        wrapper = WorkerWrapperBase(rpc_rank=self._rank, global_rank=self._rank)
+        build = _FollowedBuild(self, movable_weights)
+        worker_arguments: list[dict[str, Any]] = [{} for _ in range(config.parallel_config.world_size)]
+        worker_arguments[self._rank] = dict(
+            vllm_config=config,
+            local_rank=self._rank,
+            rank=self._rank,
+            distributed_init_method=self._init_method,
+            is_driver_worker=False,
+        )
+        try:
+            with self._globals.building(name), building(build):
+                wrapper.init_worker(worker_arguments)
+                wrapper.init_device()
+                wrapper.load_model()
+                current_platform.update_block_size_for_backend(config)
+        except BaseException:
+            self._globals.forget(name)
+            raise
+        self._models[name] = _Model(wrapper, build)
+
+    def call(self, name: str, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: bool) -> Any:
+        """Call a method of the model's worker, or a function with the worker."""
+        model = self._models[name]
+        self._globals.enter(name)
+        with building(model.build):
+            result = run_method(model.wrapper, method, args, kwargs)
+        if isinstance(result, AsyncModelRunnerOutput):
+            result = result.get_output()
+        return result if wanted else None
+
+    def runner(self, name: str, method: str, args: tuple[Any, ...]) -> None:
+        """Call a method of the model's runner adapter."""
+        model = self._models[name]
+        if model.adapter is None:
+            model.adapter = make_runner_adapter(name, model.wrapper.worker.model_runner)
+        getattr(model.adapter, method)(*args)
+
+    def forget(self, name: str) -> None:
+        """Drop a model; nothing if its build failed."""
+        model = self._models.pop(name, None)
+        if model is not None:
+            model.wrapper.shutdown()
+        self._globals.forget(name)
+        del model
+        release_engine()
+
+    def follow_until(self, last: str, wanted: Callable[..., bool] = lambda *_: True) -> Any:
+        """Repeat rank 0's calls on the memory up to and with the next `last`; returns what that gives here."""
+        while True:
+            kind, *content = self.next_message()
+            if kind != "device":
+                raise RuntimeError("rank 0 failed in what this rank waits for")
+            name, args = content
+            result = self.mirror.do(name, args)
+            if name == last and wanted(*args):
+                return result
+
+
+class _FollowedBuild:
+    """The `BuildContext` of a model on a rank that follows: places come from what rank 0 does meanwhile."""
+
+    def __init__(self, models: RankModels, movable_weights: bool) -> None:
+        self.movable_weights = movable_weights
+        self._models = models
+
+    def enter_phase(self, phase: str) -> None:
+        """Rank 0 tells how far the build is."""
+
+    def pause(self) -> None:
+        """Nothing runs meanwhile: a group builds in one go."""
+
+    def make_block_pool(self, *args: Any, **kwargs: Any) -> Any:
+        """Never called: only rank 0 schedules."""
+        raise AssertionError("a rank that follows has no scheduler")
+
+    def allocate_kv_cache(
+        self, kv_cache_config: KVCacheConfig, layout: Any, kernel_block_sizes: list[int] | None
+    ) -> dict[str, Any]:
+        """Views of this rank's arena, at the place that rank 0 chose."""
+        if not kv_cache_config.kv_cache_tensors:
+            return {}
+        buffer = self._models.follow_until("tensor")
+        return kv_cache_views(buffer, kv_cache_config, layout, kernel_block_sizes)
+
+    def adopt_weights(self, model_runner: Any) -> None:
+        """Move this rank's weights into its counterparts of rank 0's host buffer and range."""
+        layout = WeightLayout(movable_tensors(*models_of(model_runner)))
+        buffer = self._models.follow_until("host_buffer", lambda _, nbytes: nbytes == layout.nbytes)
+        layout.copy_to(buffer, lambda nbytes: None)
+        # Rank 0 asks for the place of each span in the same order.
+        layout.point_at(lambda span: self._models.follow_until("tensor"))

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded CPU device: address ranges from mmap, pages without access until they are granted.
+
+An unmapped page is PROT_NONE, so a kernel that touches a block it does not own crashes the process
+instead of reading another model's bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from tokenpool.memory.devices.device import BlockCopy, Copies
+
+_PROT_NONE = 0
+_MAP_NORESERVE = 0x4000
+_MADV_DONTNEED = 4
+_HUGE_PAGE = 2 << 20
+_LEAST_MAPPED_BYTES = 1 << 20
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def _check(result: int, call: str) -> None:
+    if result != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{call}: {os.strerror(error)}")
+
+
+class _CpuCopies:
+    """Copies that a thread does, or has done; see `Copies`."""
+
+    def __init__(self, seconds: Future[float]) -> None:
+        self._seconds = seconds
+
+    def done(self) -> bool:
+        """See `Copies`."""
+        return self._seconds.done()
+
+    def wait(self) -> None:
+        """See `Copies`."""
+        self._seconds.result()
+
+    precede_compute = wait
+
+    @property
+    def seconds(self) -> float:
+        """See `Copies`."""
+        return self._seconds.result()
+
+
+class CpuDevice:
+    """Host memory as a device; see `Device` for the contract.
+
+    With `keeps_bytes` an unmapped range keeps its old bytes, as a CUDA physical handle does, and
+    `map_zeroed` clears them; without it the memory goes back to the kernel, which gives zero pages anew.
+    """
+
+    granularity = mmap.PAGESIZE
+    copies_in_flight = 1
+
+    def __init__(self, *, keeps_bytes: bool = False, link_bytes_per_s: int | None = None) -> None:
+        self.keeps_bytes = keeps_bytes
+        self.link_bytes_per_s = link_bytes_per_s
+        """Copies to and from the device are held to this speed, as by a bus; None = as fast as memory is."""
+        self._bus: ThreadPoolExecutor | None = None
+        if link_bytes_per_s is not None:
+            self._bus = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
+
+    def reserve(self, nbytes: int) -> int:
+        """Reserve `nbytes` of address range without access; raises OSError when the kernel refuses."""
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        start = _libc.mmap(None, nbytes + _HUGE_PAGE, _PROT_NONE, flags, -1, 0)
+        if start in (None, _MAP_FAILED):
+            error = ctypes.get_errno()
+            raise OSError(error, f"cannot reserve {nbytes} bytes of address range: {os.strerror(error)}")
+        # Aligned, so that the kernel can back it with huge pages: filling fresh 4 KiB pages takes several times as
+        # long as the copy itself. Where it has none to give, nothing is lost.
+        address = -(-start // _HUGE_PAGE) * _HUGE_PAGE
+        end = address + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        if address > start:
+            _check(_libc.munmap(start, address - start), "munmap")
+        if (rest := start + nbytes + _HUGE_PAGE - end) > 0:
+            _check(_libc.munmap(end, rest), "munmap")
+        _libc.madvise(address, nbytes, mmap.MADV_HUGEPAGE)
+        return address
+
+    def release(self, address: int, nbytes: int) -> None:
+        """Give the range back to the kernel."""
+        _check(_libc.munmap(address, nbytes), "munmap")
+
+    def map_zeroed(self, address: int, nbytes: int) -> None:
+        """Allow access to the range, every byte of it zero."""
+        _check(_libc.mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
+        if self.keeps_bytes:
+            self.fill(address, nbytes, 0)
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        """Forbid access and, unless the device keeps bytes, drop the memory."""
+        if not self.keeps_bytes:
+            _check(_libc.madvise(address, nbytes, _MADV_DONTNEED), "madvise")
+        _check(_libc.mprotect(address, nbytes, _PROT_NONE), "mprotect")
+
+    def fill(self, address: int, nbytes: int, byte: int) -> None:
+        """Set every byte of a mapped range."""
+        ctypes.memset(address, byte, nbytes)
+
+    def tensor(self, address: int, nbytes: int) -> torch.Tensor:
+        """An int8 tensor of shape (nbytes,) over the range; it does not keep the range reserved."""
+        return torch.frombuffer((ctypes.c_byte * nbytes).from_address(address), dtype=torch.int8)
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """Ordinary memory; all but small buffers go back to the kernel when they are freed.
+
+        malloc does not promise that: it takes memory of some size from its heap, the more so the longer it runs.
+        """
+        if nbytes < _LEAST_MAPPED_BYTES:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        own = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(own, dtype=torch.uint8)  # which keeps the mapping as long as it lives
+
+    def copy_in(self, address: int, source: torch.Tensor) -> None:
+        """A memmove, during which other Python threads run."""
+        start = time.perf_counter()
+        ctypes.memmove(address, source.data_ptr(), source.numel())
+        self._pace(source.numel(), start)
+
+    def copy_out(self, target: torch.Tensor, address: int) -> None:
+        """A memmove, during which other Python threads run."""
+        start = time.perf_counter()
+        ctypes.memmove(target.data_ptr(), address, target.numel())
+        self._pace(target.numel(), start)
+
+    def begin_copies_in(self, copies: Sequence[BlockCopy]) -> Copies:
+        """One `copy_in` after the other, on a side thread if there is a bus to wait for, else at once."""
+        return self._begin(copies, self.copy_in)
+
+    def begin_copies_out(self, copies: Sequence[BlockCopy]) -> Copies:
+        """One `copy_out` after the other, on a side thread if there is a bus to wait for, else at once."""
+        return self._begin(copies, lambda address, target: self.copy_out(target, address))
+
+    def _begin(self, copies: Sequence[BlockCopy], copy: Callable[[int, torch.Tensor], None]) -> Copies:
+        def work() -> float:
+            start = time.perf_counter()
+            for address, buffer in copies:
+                copy(address, buffer)
+            return time.perf_counter() - start
+
+        if self._bus is not None:
+            return _CpuCopies(self._bus.submit(work))
+        done: Future[float] = Future()
+        done.set_result(work())
+        return _CpuCopies(done)
+
+    def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
+        """A `copy_in`; there is nothing to wait for afterwards."""
+        self.copy_in(address, source)
+        return lambda: None
+
+    def _pace(self, nbytes: int, start: float) -> None:
+        """Sleep off the rest of the time that a copy takes on the link; like one by a copy engine, it uses no core."""
+        if self.link_bytes_per_s is not None:
+            time.sleep(max(0.0, nbytes / self.link_bytes_per_s - (time.perf_counter() - start)))

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One device for several ranks: what is done on the first rank's device is repeated on those of the others.
+
+Each rank has its own addresses and host buffers. A call names those of the first rank; the others know which of their
+own ranges stand for them, because they were made by the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tokenpool.memory.devices.device import BlockCopy, Copies, Device
+
+Repeat = Callable[[str, tuple[Any, ...]], None]
+"""Hands a call to the other ranks, which do it in the order given; does not wait for them."""
+
+
+class MirroredDevice:
+    """Passes every call on to `device` and to the other ranks; see `Device` for the contract.
+
+    Calls may come from several threads. What another rank cannot do is not raised here: it ends that rank.
+    """
+
+    def __init__(self, device: Device, repeat: Repeat) -> None:
+        self.granularity = device.granularity
+        self.copies_in_flight = device.copies_in_flight
+        self._device = device
+        self._repeat = repeat
+        self._lock = threading.Lock()  # the others must see a buffer before a copy that uses it
+
+    def reserve(self, nbytes: int) -> int:
+        """Reserve the range on every rank; returns the first rank's address."""
+        address = self._device.reserve(nbytes)
+        self._repeat("reserve", (address, nbytes))
+        return address
+
+    def release(self, address: int, nbytes: int) -> None:
+        """Give the range back on every rank."""
+        self._repeat("release", (address, nbytes))
+        self._device.release(address, nbytes)
+
+    def map_zeroed(self, address: int, nbytes: int) -> None:
+        """Back the range on every rank; when the first rank raises OSError, no other has tried."""
+        self._device.map_zeroed(address, nbytes)
+        self._repeat("map_zeroed", (address, nbytes))
+
+    def unmap(self, address: int, nbytes: int) -> None:
+        """Take the memory away on every rank."""
+        self._device.unmap(address, nbytes)
+        self._repeat("unmap", (address, nbytes))
+
+    def fill(self, address: int, nbytes: int, byte: int) -> None:
+        """Set every byte on every rank."""
+        self._device.fill(address, nbytes, byte)
+        self._repeat("fill", (address, nbytes, byte))
+
+    def tensor(self, address: int, nbytes: int) -> torch.Tensor:
+        """The first rank's tensor; the others are told which range is wanted."""
+        self._repeat("tensor", (address, nbytes))
+        return self._device.tensor(address, nbytes)
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """A buffer on every rank; returns the first rank's, which stands for all."""
+        buffer = self._device.host_buffer(nbytes)
+        self._repeat("host_buffer", (buffer.data_ptr(), nbytes))
+        return buffer
+
+    def copy_in(self, address: int, source: torch.Tensor) -> None:
+        """Copy on every rank, each from its own buffer."""
+        self.begin_copies_in([(address, source)]).wait()
+
+    def copy_out(self, target: torch.Tensor, address: int) -> None:
+        """Copy on every rank, each into its own buffer."""
+        self.begin_copies_out([(address, target)]).wait()
+
+    def begin_copies_in(self, copies: Sequence[BlockCopy]) -> Copies:
+        """Copy on every rank, each from its own buffers; the others do so before whatever comes next."""
+        self._repeat("copies_in", (_names(copies),))
+        return self._device.begin_copies_in(copies)
+
+    def begin_copies_out(self, copies: Sequence[BlockCopy]) -> Copies:
+        """Copy on every rank, each into its own buffers; the others do so before whatever comes next."""
+        self._repeat("copies_out", (_names(copies),))
+        return self._device.begin_copies_out(copies)
+
+    def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
+        """Begin to copy on every rank; waits for the first rank only, as the others do things in order."""
+        self._repeat("copies_in", (_names([(address, source)]),))
+        return self._device.begin_copy_in(address, source)
+
+
+def _names(copies: Sequence[BlockCopy]) -> list[tuple[int, int, int]]:
+    return [(address, buffer.data_ptr(), buffer.numel()) for address, buffer in copies]
+
+
+class Mirror:
+    """Another rank's side: does on `device` what a `MirroredDevice` did. Used by one thread."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self._ranges: list[tuple[int, int, int]] = []  # the first rank's address, bytes, ours
+        self._buffers: list[tuple[int, int, torch.Tensor]] = []  # the first rank's address, bytes, ours
+
+    def do(self, name: str, args: tuple[Any, ...]) -> Any:
+        """Repeat a call; returns what it returns here. Raises what the device raises, KeyError for unknown places."""
+        return getattr(self, f"_{name}")(*args)
+
+    def _reserve(self, theirs: int, nbytes: int) -> None:
+        self._ranges.append((theirs, nbytes, self.device.reserve(nbytes)))
+
+    def _release(self, theirs: int, nbytes: int) -> None:
+        self.device.release(self.address(theirs), nbytes)
+        self._ranges = [known for known in self._ranges if known[0] != theirs]
+
+    def _map_zeroed(self, theirs: int, nbytes: int) -> None:
+        self.device.map_zeroed(self.address(theirs), nbytes)
+
+    def _unmap(self, theirs: int, nbytes: int) -> None:
+        self.device.unmap(self.address(theirs), nbytes)
+
+    def _fill(self, theirs: int, nbytes: int, byte: int) -> None:
+        self.device.fill(self.address(theirs), nbytes, byte)
+
+    def _tensor(self, theirs: int, nbytes: int) -> torch.Tensor:
+        return self.device.tensor(self.address(theirs), nbytes)
+
+    def _host_buffer(self, theirs: int, nbytes: int) -> torch.Tensor:
+        buffer = self.device.host_buffer(nbytes)
+        # Whatever lay at that address before is gone on the first rank, so it goes here too.
+        self._buffers = [b for b in self._buffers if b[0] >= theirs + nbytes or b[0] + b[1] <= theirs]
+        self._buffers.append((theirs, nbytes, buffer))
+        return buffer
+
+    def _copies_in(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.device.begin_copies_in([(self.address(a), self._slice(b, size)) for a, b, size in copies]).wait()
+
+    def _copies_out(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        self.device.begin_copies_out([(self.address(a), self._slice(b, size)) for a, b, size in copies]).wait()
+
+    def address(self, theirs: int) -> int:
+        """Our address for one of the first rank's; raises KeyError if it lies in no range."""
+        for start, nbytes, ours in self._ranges:
+            if start <= theirs < start + nbytes:
+                return ours + theirs - start
+        raise KeyError(f"address {theirs:#x} is in no range of the first rank")
+
+    def _slice(self, theirs: int, nbytes: int) -> torch.Tensor:
+        for start, size, buffer in self._buffers:
+            if start <= theirs and theirs + nbytes <= start + size:
+                return buffer[theirs - start : theirs - start + nbytes]
+        raise KeyError(f"{nbytes} bytes at {theirs:#x} are in no host buffer of the first rank")

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which cores threads run on, and which run after others.
+
+OpenMP binds the thread that loads it to one core, and every thread started from there inherits that: sockets and
+control would fight the model for its core. So those are let loose. Import this module before torch.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+ALL_CPUS = frozenset(os.sched_getaffinity(0))
+"""The cores of this process before anything was bound."""
+_LAST = 10  # of the 19 steps of niceness: a tenth of the time that one without any gets
+
+
+def use_all_cpus() -> None:
+    """Let the calling thread run on all cores of the process."""
+    os.sched_setaffinity(0, ALL_CPUS)
+
+
+def yield_to_others() -> None:
+    """Let the calling thread, and those that it starts from now on, have the cores only where others leave them.
+
+    For work that can take seconds beside steps or an event loop. Where the system refuses, all stays as it is.
+    """
+    use_all_cpus()
+    with suppress(OSError):
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(_LAST, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+@contextmanager
+def unpinned() -> Iterator[None]:
+    """Let threads started inside the block run on all cores of the process."""
+    bound = os.sched_getaffinity(0)
+    use_all_cpus()
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where requests of tenants wait for one model: here, in fair shares, not in vLLM's queue, which is first come first.
+
+Only a few sequences without a token are with the engine at a time; whose is next is decided when one of them gets its
+first token. So a tenant with a thousand waiting ones, of as many requests or of one, is as far from its turn as one
+with a single one. The tenant whose turn it is does not wait for others if it has none there: a step begins before the
+frontend hears of the tokens of the last one, so that this would cost it the step after it too. While others use the
+model, a tenant has its share of the engine's seats at most (`policy.fairness.SeatShares`). Imports no vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from starlette.types import Receive
+
+from tokenpool.policy.fairness import FairQueue, SeatShares
+from tokenpool.serve.access.tenant_call import Call
+
+ENGINE_QUEUE = 4
+"""Sequences without a token that the engine has at a time. More would fill its steps better while prompts are short,
+but all of them go before a tenant that comes now."""
+ALONE_QUEUE = 64
+"""The same for further sequences of calls that have some already, while no other tenant uses the model."""
+ASIDE_AT_ONCE = 4
+"""Calls of one tenant that have no sequence, such as `/tokenize`, at a time; more of them wait."""
+
+_Granted: TypeAlias = "asyncio.Future[LineSeat]"
+_GrantedAside: TypeAlias = "asyncio.Future[_AsideSeat]"
+
+
+class LineSeat:
+    """The place of one sequence; see `tenant_call.Seat`."""
+
+    def __init__(self, line: TenantLine, tenant: str, charged: float) -> None:
+        self.cost = 0.0
+        self._line, self._tenant, self._charged = line, tenant, charged
+        self._has_begun = self._is_closed = False
+
+    def begin(self) -> None:
+        """The sequence has its first token: the next one may go to the engine."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._line._begun(self._tenant)
+
+    def close(self) -> None:
+        """The sequence is over: its seat is free, and its tenant pays what it cost."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.begin()
+            self._line._ended(self._tenant, self._charged, self.cost)
+
+
+class _AsideSeat:
+    """The place of a call that has no sequence."""
+
+    cost = 0.0
+
+    def __init__(self, places: _Places) -> None:
+        self._places: _Places | None = places
+
+    def begin(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """The next such call of the tenant may go on."""
+        places, self._places = self._places, None
+        if places is not None:
+            places.leave()
+
+
+class _Places:
+    """A few places, given in the order in which they were asked for."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: deque[_GrantedAside] = deque()
+
+    def ask(self, granted: _GrantedAside) -> None:
+        self._waiting.append(granted)
+        self._give()
+
+    def leave(self) -> None:
+        self._free += 1
+        self._give()
+
+    def _give(self) -> None:
+        while self._free and self._waiting:
+            granted = self._waiting.popleft()
+            if not granted.done():
+                self._free -= 1
+                granted.set_result(_AsideSeat(self))
+
+
+class TenantLine:
+    """The line in front of one model; lives on one event loop."""
+
+    def __init__(self, weight_of: Callable[[str], float], engine_queue: int = ENGINE_QUEUE) -> None:
+        self._queue: FairQueue[tuple[bool, _Granted]] = FairQueue(weight_of)  # with whether its call has others already
+        self.shares = SeatShares(weight_of)
+        """Who has how many of the engine's seats, and of how many."""
+        self._engine_queue = engine_queue
+        self._ahead: Counter[str] = Counter()  # sequences let through that have no token yet
+        self._aside: dict[str, _Places] = {}
+
+    def __len__(self) -> int:
+        """Sequences that are held."""
+        return len(self._queue)
+
+    def num_held(self, tenant: str) -> int:
+        """Sequences of one tenant that are held."""
+        return self._queue.num_waiting(tenant)
+
+    def num_before(self, tenant: str) -> int:
+        """About how many held ones go before a new one of `tenant`: its own, and as many of each other's."""
+        own = self.num_held(tenant)
+        return own + sum(min(own + 1, self.num_held(name)) for name in self._queue.tenants if name != tenant)
+
+    def is_within_share(self, tenant: str, bound: int) -> bool:
+        """Whether others have sequences here and a tenant less than an equal part of a line of `bound`."""
+        tenants = {*self._queue.tenants, tenant}
+        return len(tenants) > 1 and self.num_held(tenant) < bound // len(tenants)
+
+    async def enter(self, call: Call, receive: Receive) -> bool:
+        """Wait for the place of the call's first sequence; False if its client has gone away meanwhile.
+
+        The call must be closed after it.
+        """
+        granted: _Granted = asyncio.get_running_loop().create_future()
+        entry, tenant = (False, granted), call.account.config.name
+        self._queue.push(tenant, entry)
+        self._let_through()
+        return await _wait(call, granted, receive, lambda: self._queue.discard(tenant, entry))
+
+    async def enter_aside(self, call: Call, receive: Receive) -> bool:
+        """The same for a call that has no sequence, such as one that only tokenizes: each tenant has a few at a time,
+        because one thread does it for all."""
+        granted: _GrantedAside = asyncio.get_running_loop().create_future()
+        places = self._aside.setdefault(call.account.config.name, _Places(ASIDE_AT_ONCE))
+        places.ask(granted)
+        return await _wait(call, granted, receive, granted.cancel)
+
+    async def more(self, call: Call) -> LineSeat:
+        """Wait for the place of one more sequence of a call."""
+        granted: _Granted = asyncio.get_running_loop().create_future()
+        entry, tenant = (True, granted), call.account.config.name
+        self._queue.push(tenant, entry)
+        self._let_through()
+        try:
+            return await granted
+        except BaseException:
+            self._queue.discard(tenant, entry)
+            if granted.done() and not granted.cancelled():
+                granted.result().close()
+            raise
+
+    def _let_through(self) -> None:
+        now_s = time.monotonic()
+        while (tenant := self._queue.next_tenant(lambda name: self.shares.may_take(name, now_s))) is not None:
+            if self._ahead[tenant] and self._ahead.total() >= self._bound_for(tenant, now_s):
+                return
+            taken = self._queue.pop(tenant)
+            assert taken is not None
+            _, (_, granted), charged = taken
+            self._ahead[tenant] += 1
+            self.shares.take(tenant, now_s)
+            seat = LineSeat(self, tenant, charged)
+            if granted.cancelled():
+                seat.close()
+            else:
+                granted.set_result(seat)
+
+    def _bound_for(self, tenant: str, now_s: float) -> int:
+        """Sequences without a token that the engine may have. While a tenant is alone, the further ones of its lists
+        fill the engine's steps; who comes then waits for them once."""
+        is_further, _ = self._queue.head(tenant)
+        return ALONE_QUEUE if is_further and not self.shares.others(tenant, now_s) else self._engine_queue
+
+    def _begun(self, tenant: str) -> None:
+        self._ahead[tenant] -= 1
+        self._let_through()
+
+    def _ended(self, tenant: str, charged: float, cost: float) -> None:
+        self._queue.settle(tenant, charged, cost)
+        self.shares.leave(tenant, time.monotonic())
+        self._let_through()
+
+
+async def _wait(call: Call, granted: _Granted | _GrantedAside, receive: Receive, leave: Callable[[], object]) -> bool:
+    """Give the call its place as soon as it is granted; False if its client has gone away before."""
+    since_s = time.monotonic()
+    if not granted.done():
+        gone = asyncio.create_task(_disconnect(receive))
+        try:
+            ends: set[asyncio.Future[Any]] = {granted, gone}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            call.held_s = time.monotonic() - since_s
+        finally:
+            if not granted.done():
+                leave()
+            elif not granted.cancelled():
+                call.spare = granted.result()
+            gone.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await gone
+    if granted.done() and not granted.cancelled():
+        call.spare = granted.result()
+        return True
+    return False
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

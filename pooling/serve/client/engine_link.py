@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection to one engine: vLLM's engine protocol (ZMQ, msgpack) from greeting to close."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from vllm.utils.network_utils import make_zmq_socket
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine.core import EngineCoreProc
+from vllm.v1.engine.core_client import _process_utility_output
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from tokenpool.errors import HostError
+from tokenpool.policy.routing import HostQueue
+from tokenpool.serve.client.request_route import Told
+from tokenpool.wire.addresses import EngineAddresses
+from tokenpool.wire.curve import secured
+
+logger = logging.getLogger(__name__)
+
+_GREETING_LIMIT_S = 120.0
+
+
+class LinkClosedError(HostError):
+    """The engine is gone, or was left, before it answered."""
+
+
+class EngineLink:
+    """An engine that has greeted; made by `connect`, used on that event loop. Sending does not block or fail."""
+
+    def __init__(
+        self,
+        host: str,
+        context: zmq.asyncio.Context,
+        addresses: EngineAddresses,
+        client_index: int,
+        *,
+        on_outputs: Callable[[EngineLink, EngineCoreOutputs], None],
+        on_end: Callable[[EngineLink], None],
+    ) -> None:
+        self.host = host
+        self.load = 0
+        """Unfinished requests there; kept by the owner."""
+        self.greeting = b""
+        """vLLM's EngineCoreReadyResponse, encoded."""
+        self.connected_s = 0.0
+        """When it greeted, on the monotonic clock."""
+        self._told: Told | None = None
+        self._client_index = client_index
+        self._on_outputs = on_outputs
+        self._on_end = on_end
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._call_ids = itertools.count()
+        self._encoder = MsgpackEncoder()
+        self._engine = b""
+        self._receiver: asyncio.Task[None] | None = None
+        context = secured(context, addresses)
+        self._clock_behind_s: float | None = None if addresses.outputs[0].startswith("ipc:") else math.inf
+        self._input = make_zmq_socket(context, addresses.inputs[0], zmq.ROUTER, bind=True, linger=0)
+        try:
+            self._output = make_zmq_socket(context, addresses.outputs[0], zmq.PULL, linger=0)
+        except BaseException:
+            self._input.close()
+            raise
+
+    @property
+    def queue(self) -> HostQueue:
+        """What is known of the engine, for a request that could go there."""
+        return self._told.queue(self.load) if self._told is not None else HostQueue(self.load)
+
+    def learn(self, load: Mapping[str, Any]) -> None:
+        """Take in the model's entry in the host's answer to `load`."""
+        self._told = Told(load, self.load)
+
+    async def connect(self) -> None:
+        """Wait for the engine's greeting; raises HostError, with all closed, when none comes."""
+        try:
+            self._engine, self.greeting = await asyncio.wait_for(self._input.recv_multipart(), _GREETING_LIMIT_S)
+        except BaseException as error:
+            was_closed = self.closed
+            self.close()
+            if was_closed:  # by somebody else, which ends the wait as a cancellation does
+                raise LinkClosedError(f"the engine on host {self.host!r} is gone") from error
+            if isinstance(error, TimeoutError):
+                raise HostError(f"no engine on host {self.host!r} said it is ready") from error
+            raise
+        self.connected_s = time.monotonic()
+        self._receiver = asyncio.create_task(self._receive())
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self._input.closed
+
+    def add(self, request: EngineCoreRequest) -> None:
+        """Send a request."""
+        request.client_index = self._client_index
+        self._send(EngineCoreRequestType.ADD, request)
+
+    def abort(self, wire_ids: list[str]) -> None:
+        """Tell the engine to drop requests."""
+        self._send(EngineCoreRequestType.ABORT, wire_ids)
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Call a utility method of the engine; raises what it says, or LinkClosedError."""
+        if self.closed:
+            raise LinkClosedError(f"the engine on host {self.host!r} is gone")
+        call_id = next(self._call_ids)
+        answer = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        self._send(EngineCoreRequestType.UTILITY, (self._client_index, call_id, method, args))
+        try:
+            return await answer
+        finally:
+            self._calls.pop(call_id, None)  # there still if the caller has given up
+
+    def close(self) -> None:
+        """Close the sockets; calls without an answer fail. What the engine still sends is lost."""
+        if self._receiver is not None:
+            self._receiver.cancel()
+        self._input.close()
+        self._output.close()
+        calls, self._calls = self._calls, {}
+        for answer in calls.values():
+            if not answer.done():
+                answer.set_exception(LinkClosedError(f"the engine on host {self.host!r} is gone"))
+
+    def _send(self, kind: EngineCoreRequestType, content: Any) -> None:
+        if self.closed:
+            return  # whoever closed it sees to what it had
+        # Without awaiting: the socket keeps the order, and has no limit at which it would wait.
+        self._input.send_multipart((self._engine, kind.value, *self._encoder.encode(content)), copy=False)
+
+    async def _receive(self) -> None:
+        decode = MsgpackDecoder(EngineCoreOutputs).decode
+        try:
+            while True:
+                frames = await self._output.recv_multipart(copy=False)
+                if len(frames) == 1 and frames[0].buffer == EngineCoreProc.ENGINE_CORE_DEAD:
+                    break
+                outputs: EngineCoreOutputs = decode(frames)
+                if self._clock_behind_s is not None:
+                    self._to_own_clock(outputs)
+                if outputs.utility_output is None:
+                    self._on_outputs(self, outputs)
+                elif outputs.utility_output.call_id in self._calls:
+                    _process_utility_output(outputs.utility_output, self._calls)
+        except Exception:  # whatever cannot be read, this engine cannot be listened to any more
+            logger.exception("cannot read what the engine on host %s sends", self.host)
+        self._on_end(self)
+
+    def _to_own_clock(self, outputs: EngineCoreOutputs) -> None:
+        """Shift times of another machine's monotonic clock, up to the shortest way that a message took."""
+        self._clock_behind_s = behind_s = min(self._clock_behind_s, time.monotonic() - outputs.timestamp)
+        outputs.timestamp += behind_s
+        for output in outputs.outputs:
+            for event in output.events or ():
+                event.timestamp += behind_s

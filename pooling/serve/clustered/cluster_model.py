@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model of a clustered pool in a frontend: keeps its streams connected to the hosts that serve it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+
+import zmq
+
+from tokenpool.cluster.machine import machine_id
+from tokenpool.cluster.values import Endpoints
+from tokenpool.policy.capacity import Role
+from tokenpool.serve.client.engine_client import PoolEngineClient
+from tokenpool.serve.client.model_client import ModelClient
+from tokenpool.serve.client.request_route import by_prefix
+from tokenpool.serve.clustered.seat_follower import Key, SeatFollower, Tell, name_of
+from tokenpool.serve.launch.model_plan import ModelPlan
+from tokenpool.wire.addresses import EngineAddresses
+
+_BUILDING = asyncio.Lock()
+"""One app at a time, of all models: vLLM registers its metrics anew with each, and two threads must not do that."""
+
+
+class EndpointMaker:
+    """Makes addresses at which this frontend can listen for one engine."""
+
+    def __init__(self, folder: str, address: str, *, always_tcp: bool) -> None:
+        self._folder = folder
+        self._address = address
+        self._always_tcp = always_tcp
+        self._num_made = 0
+        self._kept: dict[str, list[socket.socket]] = {}  # by input address
+        self._keys: tuple[bytes, bytes] = zmq.curve_keypair()
+
+    def make(self, machine: str) -> Endpoints:
+        """Unix sockets for a host on this machine, else TCP on this node's address: nobody else gets these ports.
+
+        `release` must be called once they are bound, or not wanted any more.
+        """
+        if machine == machine_id() and not self._always_tcp:
+            self._num_made += 1
+            base = f"ipc://{os.path.join(self._folder, str(self._num_made))}"
+            return Endpoints(f"{base}.in", f"{base}.out")
+        kept = [self._keep_port() for _ in range(2)]
+        input_address, output_address = (f"tcp://{self._address}:{sock.getsockname()[1]}" for sock in kept)
+        self._kept[input_address] = kept
+        return Endpoints(input_address, output_address, self._keys[0])
+
+    def release(self, made: Endpoints) -> None:
+        """Keep the ports no longer; nothing for addresses that have none."""
+        for sock in self._kept.pop(made.input, ()):
+            sock.close()
+
+    def addresses(self, made: Endpoints) -> EngineAddresses:
+        """What this frontend listens with, its secret key included."""
+        secret = self._keys[1] if made.server_key else b""
+        return EngineAddresses((made.input,), (made.output,), made.server_key, secret)
+
+    def _keep_port(self) -> socket.socket:
+        """A free port that only a socket with the same option can bind, as those of ZMQ have, and nobody is given."""
+        sock = socket.socket()
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((self._address, 0))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+class ClusterModel(SeatFollower):
+    """A model whose engines this process has sockets to."""
+
+    client: ModelClient | None
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        version: int,
+        tell: Tell,
+        endpoints: EndpointMaker,
+        on_change: Callable[[ClusterModel], None],
+        *,
+        client_index: int = 0,
+    ) -> None:
+        """`client_index` tells the engines which of several frontends this is; see SeatFollower for the rest."""
+        super().__init__(plan, version, tell, on_change)
+        self._core: PoolEngineClient | None = None
+        self._endpoints = endpoints
+        self._client_index = client_index
+        self.on_fault: Callable[[str], None] = lambda fault: None
+        """See ModelClient."""
+
+    async def prepare(self) -> None:
+        """Make what joins engines."""
+        config = await asyncio.to_thread(self.plan.engine_config)
+        slo = self.plan.spec.slo
+        route = partial(by_prefix, ttft_s=slo.ttft_s) if slo else by_prefix
+        self._core = PoolEngineClient(config, route=route, client_index=self._client_index)
+
+    @property
+    def hosts(self) -> Collection[str]:
+        """See SeatFollower."""
+        return self._core.hosts if self._core is not None else ()
+
+    @property
+    def num_handed_over(self) -> int:
+        """See SeatFollower."""
+        return self._core.num_handed_over if self._core is not None else 0
+
+    def learn(self, loads: Mapping[str, Any]) -> None:
+        """See SeatFollower."""
+        for name in self.hosts:
+            told = loads.get(name.rpartition("/")[0])
+            if isinstance(told, Mapping) and (load := told.get(self.plan.spec.name)) is not None:
+                assert self._core is not None
+                self._core.learn(name, load)
+
+    def _give_roles(self, roles: Mapping[str, Role]) -> None:
+        assert self._core is not None
+        self._core.roles = dict(roles)
+
+    def _listen(self, machine: str) -> Endpoints:
+        return self._endpoints.make(machine)
+
+    async def _connect(self, key: Key) -> None:
+        assert self._core is not None
+        offered = self._offered[key]
+        try:
+            await self._core.join(name_of(key), self._endpoints.addresses(offered))
+        finally:
+            self._endpoints.release(offered)
+        async with _BUILDING:
+            if self.client is None and self._fatal is None:
+                await self._build()
+
+    async def _build(self) -> None:
+        assert self._core is not None
+        try:
+            self.client = await ModelClient.over(self.plan, self._core, {})
+            self.client.on_fault = self.on_fault
+        except Exception as error:
+            self._fatal = self.error = error  # its client is closed: no host can help
+            raise
+
+    def _forget(self, key: Key) -> None:
+        self._release(key)
+        super()._forget(key)
+
+    def _release(self, key: Key) -> None:
+        if key in self._offered:
+            self._endpoints.release(self._offered[key])
+
+    async def _disconnect(self, key: Key) -> None:
+        self._release(key)
+        if name_of(key) in self.hosts:
+            assert self._core is not None
+            await self._core.leave(name_of(key))
+
+    def _lose(self, key: Key) -> None:
+        assert self._core is not None
+        self._core.lost(name_of(key))
+
+    async def close(self) -> None:
+        """Free the client; its engines end by themselves."""
+        await super().close()
+        if self.client is not None:
+            await self.client.close()
+        elif self._core is not None:
+            self._core.close()

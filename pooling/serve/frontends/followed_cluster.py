@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engines of a cluster's hosts, to which each of several frontends has sockets of its own.
+
+A frontend knows neither Ray nor the controller: the supervisor tells it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tokenpool.cluster.values import ModelView, SeatState, SeatView
+from tokenpool.errors import PoolError
+from tokenpool.policy.capacity import Role
+from tokenpool.process.keeper import Work
+from tokenpool.serve.clustered.cluster_model import ClusterModel, EndpointMaker
+from tokenpool.serve.clustered.seat_follower import Key
+from tokenpool.serve.frontends.followed_hosts import RETRY_S, FollowedHosts
+from tokenpool.serve.frontends.frontend_view import ModelStanding, SupervisorView, sendable
+from tokenpool.serve.pool.host_watch import Call
+from tokenpool.serve.pool.models import PoolModel
+
+logger = logging.getLogger(__name__)
+
+_LOADS_PERIOD_S = 1.0
+
+
+class FrontendModel(ClusterModel):
+    """A model whose engines are there before this frontend: they are told where it listens once they serve."""
+
+    def apply(
+        self,
+        view: ModelView | None,
+        lives: Mapping[str, str],
+        roles: Mapping[str, Role],
+        overdue: Collection[str] = (),
+    ) -> None:
+        """See SeatFollower; an engine that went without a word, between two views, is not joined any more."""
+        seats = view.seats if view is not None else {}
+        there = {(host, seat.life) for host, seat in seats.items()}
+        for key in self._joining.keys() - there:
+            self._forget(key)
+        super().apply(view, lives, roles, overdue)
+
+    def _follow(self, key: Key, seat: SeatView) -> None:
+        if seat.state is SeatState.SERVING and key not in self._joining:
+            self._offered[key] = self._listen(seat.machine)
+            self._begin_to_join(key)
+        elif seat.state is SeatState.LEAVING or (seat.state is SeatState.REMOVING and key in self._joining):
+            self._begin_to_leave(key)
+
+    async def _join(self, key: Key) -> None:
+        name = self.plan.spec.name
+        while True:
+            try:
+                await self._tell("attach", name, *key, self._offered[key])
+                await self._connect(key)
+                break
+            except Exception as error:  # such as a host that has just ended; the next view says so
+                logger.warning("host cannot be joined model=%s host=%s: %s", name, key[0], error)
+                if self._fatal is not None:
+                    await self._say("failed", sendable(self._fatal))
+                    return
+                await asyncio.sleep(RETRY_S)
+        self._notify()
+        await self._say("joined", *key)
+
+
+class ClusterEngines:
+    """See `Engines`."""
+
+    def __init__(self, hosts: FollowedHosts) -> None:
+        self._hosts = hosts
+        self._followers: dict[str, FrontendModel] = {}
+        settings = hosts.settings
+        always_tcp = settings.config.cluster.transport == "tcp"
+        self._endpoints = EndpointMaker(hosts.folder, settings.address, always_tcp=always_tcp)
+
+    def call(self) -> Call | None:
+        """See Engines."""
+        return self._ask_hosts
+
+    async def _ask_hosts(self, method: str, *args: Any) -> Any:
+        """What the hosts answer together."""
+        return await self._hosts.ask("ask_hosts", method, *args)
+
+    def works(self) -> Mapping[str, Work]:
+        """See Engines."""
+        return {"asking for queues": self._ask_loads}
+
+    async def _ask_loads(self) -> None:
+        """Learn of the hosts' queues and where weights are, while a model has several hosts to choose from."""
+        while True:
+            await asyncio.sleep(_LOADS_PERIOD_S)
+            if shared := [follower for follower in self._followers.values() if len(follower.hosts) > 1]:
+                try:
+                    loads = await self._hosts.ask("loads")
+                except PoolError as error:
+                    logger.debug("no loads: %s", error)
+                    continue
+                for follower in shared:
+                    follower.learn(loads)
+
+    def has(self, name: str, standing: ModelStanding) -> bool:
+        """See Engines."""
+        return standing.state != "resident" or (name in self._followers and self._followers[name].is_served)
+
+    def follow_hosts(self, view: SupervisorView) -> None:
+        """Nothing: each model follows its hosts."""
+
+    def follow(self, model: PoolModel, standing: ModelStanding, view: SupervisorView) -> None:
+        """See Engines."""
+        follower, seats = self._followers.get(model.name), view.cluster
+        if follower is None:
+            self._hosts.begin(model.name, self._make(model, standing))
+            return
+        assert seats is not None
+        follower.apply(seats.models.get(model.name), seats.lives, seats.roles, seats.overdue)
+        self._hosts.take_state(model, standing, follower.is_served)
+
+    async def _make(self, model: PoolModel, standing: ModelStanding) -> None:
+        tell, index = self._hosts.ask_as_this, self._hosts.settings.index
+        follower = FrontendModel(standing.plan, standing.version, tell, self._endpoints, self._show, client_index=index)
+        follower.on_fault = model.note_client_fault
+        await follower.prepare()
+        self._followers[model.name] = follower
+
+    def _show(self, follower: ClusterModel) -> None:
+        """Let the router know whether the model takes requests."""
+        name, view = follower.plan.spec.name, self._hosts.view
+        model = self._hosts.models.get(name)
+        if model is None or self._followers.get(name) is not follower or view is None:
+            return
+        if follower.is_served:
+            assert follower.client is not None
+            model.answer_with(follower.client)
+        if name in view.models:
+            self._hosts.take_state(model, view.models[name], follower.is_served)
+
+    async def close(self, model: PoolModel) -> None:
+        """See Engines; the client belongs to what follows the model's seats."""
+        if follower := self._followers.pop(model.name, None):
+            await follower.close()
+
+    def report(self) -> dict[str, Any]:
+        """See Engines."""
+        return {"handed_over": {name: follower.num_handed_over for name, follower in self._followers.items()}}

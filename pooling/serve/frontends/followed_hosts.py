@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hosts of a pool in one of several frontends: somebody else looks after them and says which models they have.
+
+It follows the supervisor's view. Tokens come from the hosts straight, over this frontend's own sockets; calls that
+change the pool go to the supervisor, who lets all frontends know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Protocol
+
+from tokenpool.errors import PoolError
+from tokenpool.process.ending import let_finish
+from tokenpool.process.keeper import Work, start_kept
+from tokenpool.process.metric_files import forget_models
+from tokenpool.serve.client.host_calls import call_beside
+from tokenpool.serve.frontends.frontend_view import FrontendSettings, ModelStanding, SupervisorView, sendable
+from tokenpool.serve.pool.host_watch import Call, HostWatch, follow_forecasts
+from tokenpool.serve.pool.models import Models, PoolModel
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.2
+"""Between two attempts."""
+
+
+class Engines(Protocol):
+    """How a frontend gets to the engines: on one host, or on those of a cluster."""
+
+    def call(self) -> Call | None:
+        """What asks the hosts; None while there are none."""
+        ...
+
+    def works(self) -> Mapping[str, Work]:
+        """What goes on from the start on, by name."""
+        ...
+
+    def has(self, name: str, standing: ModelStanding) -> bool:
+        """Whether nothing is left to do here until a model that stands so is served."""
+        ...
+
+    def follow_hosts(self, view: SupervisorView) -> None:
+        """Note which hosts there are."""
+        ...
+
+    def follow(self, model: PoolModel, standing: ModelStanding, view: SupervisorView) -> None:
+        """Begin what is to be done for a model, and show whether it takes requests from this frontend."""
+        ...
+
+    async def close(self, model: PoolModel) -> None:
+        """Close what this frontend has of a model, after which nothing counts for it."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """What this frontend adds to what is told of all."""
+        ...
+
+
+class FollowedHosts:
+    """See `Hosts`."""
+
+    def __init__(
+        self, settings: FrontendSettings, models: Models, make_engines: Callable[[FollowedHosts], Engines]
+    ) -> None:
+        self.settings = settings
+        self.models = models
+        self.view: SupervisorView | None = None
+        """The last one."""
+        self.folder = tempfile.mkdtemp(prefix="tokenpool-")
+        """For sockets."""
+        self.building = asyncio.Lock()
+        """Held while an app is built: vLLM registers its metrics anew with each."""
+        self.work: dict[str, asyncio.Task[None]] = {}
+        """What is being done for a model: one thing at a time."""
+        self.early_works: dict[str, Work] = {}
+        """What goes on beside the requests as soon as there can be any, by name, with what the engines have to do."""
+        self._changed = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._frozen = False
+        self.engines = make_engines(self)
+        self.watch = HostWatch(models.apps, self.engines.call)
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    @property
+    def has_started(self) -> bool:
+        """See Hosts; by the supervisor."""
+        return self.view is not None and self.view.has_started
+
+    async def may_listen(self) -> None:
+        """Wait until others cannot answer better: at the pool's start at once, later when all models are ready."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self.view is not None and (not self.view.has_started or self._has_all())
+            )
+
+    async def start(self) -> None:
+        """Follow the supervisor, and return once all its models are ready here."""
+        works = {
+            "following the supervisor": self._follow,
+            "asking for forecasts": lambda: follow_forecasts(self.models.apps, self.engines.call),
+            **self.engines.works(),
+            **self.early_works,
+        }
+        self._tasks = [start_kept(task, work) for task, work in works.items()]
+        async with self._changed:
+            await self._changed.wait_for(self._has_all)
+
+    def works(self) -> Mapping[str, Work]:
+        """See Hosts: nothing more than from the start on."""
+        return {}
+
+    def freeze(self) -> None:
+        """See Hosts."""
+        self._frozen = True
+        for task in (*self._tasks, *self.work.values()):
+            task.cancel()
+
+    async def stop(self) -> None:
+        """Nothing but this frontend ends."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _has_all(self) -> bool:
+        return self.view is not None and all(
+            self.engines.has(name, standing) for name, standing in self.view.models.items()
+        )
+
+    # -- the supervisor ------------------------------------------------------------------------------
+
+    async def ask(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
+        """Call the supervisor; raises what the call raises, or PoolError."""
+        settings = self.settings
+        return await call_beside(settings.supervisor, settings.key, method, *args, timeout_s=timeout_s)
+
+    async def ask_as_this(self, method: str, *args: Any) -> Any:
+        """Call the supervisor, which is told who calls."""
+        return await self.ask(method, self.settings.index, os.getpid(), *args)
+
+    async def _follow(self) -> None:
+        version = -1
+        while True:
+            try:
+                view = await self.ask_as_this("view", version)
+            except PoolError as error:  # it ends, and this process with it
+                logger.warning("the supervisor does not answer: %s", error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            version = view.version
+            self.apply(view)
+            async with self._changed:
+                self._changed.notify_all()
+
+    def apply(self, view: SupervisorView) -> None:
+        """Do what a view asks for; returns at once, the work goes on in tasks."""
+        self.view = view
+        self.engines.follow_hosts(view)
+        for name in self.models.keys() - view.models.keys():
+            self.begin(name, self._forget(self.models[name]))
+        for name, standing in view.models.items():
+            model = self.models.get(name) or self.models.add(standing.plan)
+            self.engines.follow(model, standing, view)
+
+    def take_state(self, model: PoolModel, standing: ModelStanding, is_here: bool) -> None:
+        """Let the router show the model as it stands; `is_here` = it takes requests from this frontend."""
+        app = model.app
+        if standing.state == "draining" and app.state != "draining":
+            app.state = "draining"
+            self.begin(model.name, self._drain(model, standing), anew=True)
+        elif standing.state == "resident" and is_here:
+            model.served()
+        elif standing.state != "draining":
+            app.state = "loading" if standing.state == "resident" else standing.state
+            app.retry_after_s, app.reason = 5.0, standing.reason
+            if standing.is_given_up:
+                model.fail_requests()
+
+    def begin(self, name: str, work: Coroutine[Any, Any, None], *, anew: bool = False) -> None:
+        """Do something for a model; with `anew` after what is being done, else not beside it.
+
+        What is done looks at the newest view when it ends.
+        """
+        before = self.work.get(name)
+        if before is not None and not before.done() and not anew:
+            work.close()
+            return
+        self.work[name] = asyncio.create_task(self._work_on(name, work, before))
+
+    async def _work_on(self, name: str, work: Coroutine[Any, Any, None], before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        try:
+            await work
+        except Exception as error:
+            logger.exception("frontend cannot follow model=%s", name)
+            with contextlib.suppress(PoolError):  # a supervisor that does not hear ends, and this process with it
+                await self.ask_as_this("failed", name, sendable(error))
+            await asyncio.sleep(RETRY_S)
+        if self.work.get(name) is asyncio.current_task():
+            del self.work[name]
+        if self.view is not None and not self._frozen:
+            self.apply(self.view)
+            async with self._changed:
+                self._changed.notify_all()
+
+    # -- models --------------------------------------------------------------------------------------
+
+    async def _drain(self, model: PoolModel, standing: ModelStanding) -> None:
+        if standing.is_given_up:
+            model.fail_requests(standing.reason)
+        if model.client is not None:
+            await let_finish(model.client, standing.drain_s)
+        await self.ask_as_this("drained", model.name)
+
+    async def _forget(self, model: PoolModel) -> None:
+        series = self.models.remove(model.name)
+        await self.engines.close(model)
+        await asyncio.to_thread(forget_models, series)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers for the whole pool in one of several frontends, by asking the supervisor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenpool.config import ModelSpec
+from tokenpool.errors import ModelUnavailableError
+from tokenpool.serve.frontends.followed_hosts import FollowedHosts
+from tokenpool.serve.pool.pool import Pool
+from tokenpool.wire.control import limit_of
+
+
+class FollowedOperator:
+    """See `Operator`."""
+
+    def __init__(self, pool: Pool[FollowedHosts]) -> None:
+        self._pool = pool
+        self._ask = pool.hosts.ask
+
+    async def add_model(self, spec: ModelSpec) -> dict[str, Any]:
+        """See Operator; returns when all frontends serve it."""
+        if self._pool.stopping:
+            raise ModelUnavailableError("the pool is stopping", retry_after_s=30.0)
+        added: dict[str, Any] = await self._ask("add_model", spec)
+        return added
+
+    async def remove_model(self, name: str, drain_s: float) -> None:
+        """See Operator; returns when no frontend knows it any more."""
+        await self._ask("remove_model", name, drain_s, timeout_s=drain_s + limit_of("remove_model"))
+
+    async def state(self) -> dict[str, Any]:
+        """See Operator; with the frontends that are there."""
+        state: dict[str, Any] = await self._ask("state")
+        return state
+
+    async def inflight(self) -> dict[str, int]:
+        """See Operator; at all frontends."""
+        counts: dict[str, int] = (await self._ask("report"))["inflight"]
+        return counts
+
+    async def tenants_report(self) -> dict[str, Any]:
+        """See Operator; at all frontends."""
+        tenants: dict[str, Any] = (await self._ask("report"))["tenants"]
+        return tenants
+
+    async def trace(self, last_s: float | None) -> dict[str, Any]:
+        """See Operator."""
+        trace: dict[str, Any] = await self._ask("trace", last_s)
+        return trace
+
+    async def host_metrics(self) -> dict[str, str]:
+        """See Operator; a host on this machine shares the folder of metrics with all frontends."""
+        scrapes: dict[str, str] = await self._ask("host_metrics") if self._pool.hosts.settings.address else {}
+        return scrapes
+
+    async def decisions(self, limit: int | None) -> list[dict[str, Any]] | None:
+        """See Operator."""
+        decided: list[dict[str, Any]] | None = await self._ask("decisions", limit)
+        return decided
+
+    async def check(self) -> None:
+        """See Operator."""
+        await self._ask("check")

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hosts of a cluster, to whose engines several frontends have sockets: they know neither Ray nor the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+
+from tokenpool.cluster.session import Session
+from tokenpool.cluster.values import Endpoints
+from tokenpool.config import PoolConfig
+from tokenpool.errors import HostError, PoolError
+from tokenpool.serve.clustered.ray_hosts import RayHosts
+from tokenpool.serve.clustered.seat_follower import Key, SeatFollower, Tell, name_of
+from tokenpool.serve.frontends.frontend_view import ClusterSeats, SupervisorView
+from tokenpool.serve.frontends.frontends import Frontends
+from tokenpool.serve.frontends.sayings import Sayings
+from tokenpool.serve.frontends.shared_hosts import JOIN_LIMIT_S, SharedClients, standing_of
+from tokenpool.serve.launch.model_plan import ModelPlan
+from tokenpool.serve.pool.models import Models, PoolModel
+from tokenpool.serve.pool.pool import Pool
+from tokenpool.serve.pool.pool_operator import PoolOperator
+
+_NOWHERE = Endpoints("", "")
+"""Engines are loaded without a frontend; each frontend has itself attached afterwards."""
+
+
+class SharedModel(SeatFollower):
+    """A model whose engines the frontends have sockets to; here is only counted who has joined what."""
+
+    def __init__(
+        self,
+        plan: ModelPlan,
+        version: int,
+        tell: Tell,
+        on_change: Callable[[SharedModel], None],
+        sayings: Sayings,
+    ) -> None:
+        super().__init__(plan, version, tell, on_change)
+        self._joined: set[str] = set()
+        self._sayings = sayings
+
+    @property
+    def hosts(self) -> Collection[str]:
+        """See SeatFollower; those that all frontends have joined."""
+        return self._joined
+
+    def give_up(self, error: PoolError) -> None:
+        """A frontend cannot build the model's app: no host can help, unless one does already."""
+        if self.client is None:
+            self._fatal = self.error = error
+            self._notify()
+
+    def _listen(self, machine: str) -> Endpoints:
+        return _NOWHERE
+
+    async def _connect(self, key: Key) -> None:
+        name = self.plan.spec.name
+        self._sayings.unsay(name, *key)  # what came late of an earlier seat there
+        try:
+            async with asyncio.timeout(JOIN_LIMIT_S):
+                await self._sayings.all_say("joined", name, *key)
+        except TimeoutError:
+            raise HostError(f"not all frontends could join model {name!r} on {key[0]}") from None
+        self._joined.add(name_of(key))
+        if self.client is None:
+            self.client = SharedClients(self.plan, self._sayings)
+
+    async def _disconnect(self, key: Key) -> None:
+        await self._sayings.all_say("left", self.plan.spec.name, *key)
+        self._lose(key)
+
+    def _lose(self, key: Key) -> None:
+        self._joined.discard(name_of(key))
+        self._sayings.unsay(self.plan.spec.name, *key)
+
+
+def shared_model(sayings: Sayings, model: PoolModel, revision: int, hosts: RayHosts) -> SharedModel:
+    """What follows a model's seats for all frontends; see RayHosts."""
+    return SharedModel(model.plan_to_send, revision, hosts.tell, hosts.show, sayings)
+
+
+class SharedCluster:
+    """See `SharedHosts`."""
+
+    def __init__(self, hosts: RayHosts, models: Models, sayings: Sayings) -> None:
+        self._hosts = hosts
+        self._models = models
+        self._sayings = sayings
+
+    def view(self, version: int, has_started: bool, pids: Mapping[int, int]) -> SupervisorView:
+        """See SharedHosts; a model whose seats nobody follows yet is not shown."""
+        view = self._hosts.view
+        standings = {
+            name: standing_of(self._models[name], version=follower.version)
+            for name, follower in self._hosts.followers.items()
+            if name in self._models
+        }
+        seats = ClusterSeats(view.models, view.hosts, view.roles, view.overdue) if view else ClusterSeats({}, {}, {})
+        return SupervisorView(version, None, 0, True, has_started, standings, dict(pids), seats)
+
+    async def detach(self, index: int) -> None:
+        """See SharedHosts; a host that does not answer is gone, or soon will be."""
+        await self._hosts.ask("detach_frontend", index)
+
+    async def fail(self, model: str, error: PoolError) -> None:
+        """See SharedHosts."""
+        await self._sayings.fail(model, error)
+        if isinstance(follower := self._hosts.followers.get(model), SharedModel):
+            follower.give_up(error)
+
+    # -- what frontends ask --------------------------------------------------------------------------
+
+    def calls(self) -> list[Callable[..., Any]]:
+        """See SharedHosts."""
+        return [self.loads, self.ask_hosts, self.attach, self.left]
+
+    async def attach(self, index: int, pid: int, model: str, host: str, life: str, endpoints: Endpoints) -> None:
+        """Let a model's engine on a host serve that frontend too, which listens at `endpoints`."""
+        view = self._hosts.view
+        if view is None or view.hosts.get(host) != life:
+            raise HostError(f"{host} has a new process: {life} is gone")
+        await self._hosts.ask_one(host, "attach_at", model, index, *endpoints)
+
+    async def left(self, index: int, pid: int, model: str, *where: str) -> None:
+        """A frontend has nothing at a model's engine there any more."""
+        await self._sayings.say("left", pid, model, *where)
+
+    async def loads(self) -> dict[str, Any]:
+        """What hosts told last of their queues."""
+        return {host: load for host, load in self._hosts.loads.items() if not isinstance(load, Exception)}
+
+    async def ask_hosts(self, method: str, *args: Any) -> Any:
+        """See RayHosts.ask_as_one."""
+        return await self._hosts.ask_as_one(method, *args)
+
+
+def cluster_frontends(
+    config: PoolConfig, plans: list[ModelPlan], session: Session, pool_file: str | None, sock: socket.socket
+) -> Frontends:
+    """Several frontends, which answer at `sock`, of a pool on the hosts of a cluster."""
+    sayings = Sayings(config.frontends)
+    pool = Pool(config, plans, Starlette(), lambda models: RayHosts(models, session, partial(shared_model, sayings)))
+    shared = SharedCluster(pool.hosts, pool.models, sayings)
+    return Frontends(pool, PoolOperator(pool, pool_file), shared, sayings, sock, session.address)

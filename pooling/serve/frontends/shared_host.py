@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One host on this machine, to whose engines several frontends have sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+
+from tokenpool.config import PoolConfig
+from tokenpool.errors import HostError, PoolError
+from tokenpool.process.template import Template
+from tokenpool.serve.client.host_process import HostProcess
+from tokenpool.serve.client.model_client import load_model
+from tokenpool.serve.frontends.frontend_view import HostAddress, SupervisorView
+from tokenpool.serve.frontends.frontends import Frontends
+from tokenpool.serve.frontends.sayings import Sayings
+from tokenpool.serve.frontends.shared_hosts import JOIN_LIMIT_S, SharedClients, standing_of
+from tokenpool.serve.launch.model_plan import ModelPlan
+from tokenpool.serve.pool.local_hosts import LocalHosts
+from tokenpool.serve.pool.models import Models, PoolModel
+from tokenpool.serve.pool.pool import Pool
+from tokenpool.serve.pool.pool_operator import PoolOperator
+from tokenpool.wire.addresses import EngineAddresses
+
+
+class HostClients(SharedClients):
+    """A model's clients in all frontends, and its engine on the host."""
+
+    def __init__(self, plan: ModelPlan, sayings: Sayings) -> None:
+        super().__init__(plan, sayings)
+        self.host_pid = 0
+        """The host process that has the model; 0 without one."""
+        self.was_blamed = True
+        """Whether the requests that the last dead host had may have killed it."""
+        self.has_served = False
+        """Whether all frontends had it once: then one that cannot join is no reason to give up."""
+
+    async def join(self, host: HostProcess) -> None:
+        """Load the model in the host and wait until all frontends are there; raises PoolError."""
+        name = self.plan.spec.name
+        self.added = await load_model(host, self.plan, EngineAddresses((), ()))
+        self._sayings.unsay(name, host.pid)
+        self.host_pid = host.pid
+        try:
+            await self._until_all_joined(host, name)
+        except BaseException:
+            self.host_pid = 0
+            with contextlib.suppress(Exception):  # a host that is gone holds nothing either
+                await host.call("remove_model", name)
+            raise
+
+    async def _until_all_joined(self, host: HostProcess, name: str) -> None:
+
+        def go_on() -> None:
+            if not self.has_served:
+                self._sayings.refuse_failed(name)
+            if host.ended:
+                raise HostError("the engine host ended")
+
+        try:
+            async with asyncio.timeout(JOIN_LIMIT_S):
+                await self._sayings.all_say("joined", name, host.pid, unless=go_on)
+                self.has_served = True
+        except TimeoutError:
+            said = self._sayings.why_failed(name)
+            raise HostError(f"not all frontends could join model {name!r}{f': {said}' if said else ''}") from None
+
+    def lost(self, host: str, *, blame: bool = True) -> None:
+        """See Client."""
+        self.host_pid, self.was_blamed = 0, blame
+
+
+class SharedHost:
+    """See `SharedHosts`."""
+
+    def __init__(self, hosts: LocalHosts, models: Models, sayings: Sayings) -> None:
+        self._hosts = hosts
+        self._models = models
+        self._sayings = sayings
+
+    def view(self, version: int, has_started: bool, pids: Mapping[int, int]) -> SupervisorView:
+        """See SharedHosts."""
+        host, address = self._hosts.process, None
+        if host is not None and not host.ended:
+            address = HostAddress(host.name, host.pid, host.control_path, host.key)
+        clients = {name: _clients_of(model) for name, model in self._models.items()}
+        standings = {
+            name: standing_of(model, host_pid=shared.host_pid if (shared := clients[name]) else 0)
+            for name, model in self._models.items()
+        }
+        blamed = all(shared.was_blamed for shared in clients.values() if shared)
+        return SupervisorView(version, address, self._hosts.num_restarts, blamed, has_started, standings, dict(pids))
+
+    async def detach(self, index: int) -> None:
+        """See SharedHosts; a host that is gone has none of its requests either."""
+        if self._hosts.process is not None:
+            with contextlib.suppress(PoolError):
+                await self._hosts.process.call("detach_frontend", index)
+
+    async def fail(self, model: str, error: PoolError) -> None:
+        """See SharedHosts."""
+        await self._sayings.fail(model, error)
+
+    def calls(self) -> list[Callable[..., Any]]:
+        """See SharedHosts."""
+        return []
+
+
+async def load_for_all(sayings: Sayings, model: PoolModel, host: HostProcess) -> SharedClients:
+    """Load a model in a host for all frontends; raises PoolError. See `Loader`."""
+    if (clients := _clients_of(model)) is not None:
+        await clients.join(host)
+        return clients
+    model.client = clients = HostClients(model.plan_to_send, sayings)  # frontends see where they are to join
+    try:
+        await clients.join(host)
+    except BaseException:
+        model.client = None
+        raise
+    return clients
+
+
+def _clients_of(model: PoolModel) -> HostClients | None:
+    assert model.client is None or isinstance(model.client, HostClients)
+    return model.client
+
+
+def host_frontends(
+    config: PoolConfig, plans: list[ModelPlan], template: Template | None, sock: socket.socket
+) -> Frontends:
+    """Several frontends, which answer at `sock`, of a pool on one host of this machine."""
+    sayings = Sayings(config.frontends)
+    load = partial(load_for_all, sayings)
+    pool = Pool(config, plans, Starlette(), lambda models: LocalHosts(config, models, load, template))
+    shared = SharedHost(pool.hosts, pool.models, sayings)
+    frontends = Frontends(pool, PoolOperator(pool), shared, sayings, sock)
+    pool.hosts.count_requests = frontends.count_requests
+    return frontends

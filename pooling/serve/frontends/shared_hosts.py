@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hosts whose engines several frontends have sockets to, as the supervisor of the frontends knows them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from tokenpool.errors import PoolError
+from tokenpool.serve.access.admission import EngineQueue
+from tokenpool.serve.frontends.frontend_view import ModelStanding, SupervisorView
+from tokenpool.serve.frontends.sayings import Sayings
+from tokenpool.serve.launch.model_plan import ModelPlan
+from tokenpool.serve.pool.models import PoolModel
+
+JOIN_LIMIT_S = 300.0
+"""For all frontends to join an engine."""
+_DRAIN_LIMIT_S = 10.0
+"""What frontends may take beyond the limit of a drain to say that they have done it; one that hangs never does."""
+
+
+class SharedClients:
+    """A model's clients in all frontends, as one. See `Client`."""
+
+    app: Any = None
+    num_unfinished = 0
+    num_seats = 1  # nothing goes through this process's gates
+
+    def __init__(self, plan: ModelPlan, sayings: Sayings) -> None:
+        self.plan = plan
+        self.added: dict[str, Any] = {}
+        self.drain_s = 0.0
+        """How long the requests of a model that is being removed may take."""
+        self._sayings = sayings
+
+    def queue(self) -> EngineQueue:
+        """See Client."""
+        return EngineQueue()
+
+    async def drain(self, limit_s: float) -> bool:
+        """Let all frontends finish, or abort after `limit_s`, what they have."""
+        self.drain_s = limit_s
+        self._sayings.unsay(self.plan.spec.name)
+        try:
+            async with asyncio.timeout(limit_s + _DRAIN_LIMIT_S):
+                await self._sayings.all_say("drained", self.plan.spec.name)
+        except TimeoutError:
+            return False
+        return True
+
+    async def abort_all(self) -> None:
+        """Nothing: the frontends did."""
+
+    def fail_all(self, reason: str) -> None:
+        """Nothing: the frontends do when they see that the model is given up."""
+
+    def lost(self, host: str, *, blame: bool = True) -> None:
+        """Nothing: the frontends see it."""
+
+    async def close(self) -> None:
+        """Nothing."""
+
+
+class SharedHosts(Protocol):
+    """What the supervisor of frontends asks of hosts."""
+
+    def view(self, version: int, has_started: bool, pids: Mapping[int, int]) -> SupervisorView:
+        """What is so now, for frontends with these pids."""
+        ...
+
+    async def detach(self, index: int) -> None:
+        """Let all engines drop what the frontend with that index had."""
+        ...
+
+    async def fail(self, model: str, error: PoolError) -> None:
+        """A frontend cannot join that model."""
+        ...
+
+    def calls(self) -> list[Callable[..., Any]]:
+        """What frontends may call, beside what the supervisor answers."""
+        ...
+
+
+def standing_of(model: PoolModel, *, host_pid: int = 0, version: int = 0) -> ModelStanding:
+    """A model, as frontends are told of it."""
+    drain_s = model.client.drain_s if isinstance(model.client, SharedClients) else 0.0
+    given_up = model.is_given_up or (model.is_leaving and model.error is not None)
+    app = model.app
+    return ModelStanding(model.plan_to_send, app.state, drain_s, host_pid, app.reason, given_up, version)

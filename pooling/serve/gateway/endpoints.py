@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routes that concern the whole pool; every other route is vLLM's, one app per model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections import Counter
+from http import HTTPStatus
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+from vllm.v1.metrics.prometheus import get_prometheus_registry
+from vllm.version import __version__ as VLLM_VERSION
+
+import tokenpool
+from tokenpool.config import PoolConfig
+from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, ModelUnavailableError, PoolError
+from tokenpool.metric_registry import LabelledGauge, metric
+from tokenpool.serve.access.auth import CLIENT_KEY, TENANT_KEY, error_response
+from tokenpool.serve.gateway.host_metrics import merged
+from tokenpool.serve.gateway.model_app import ModelApp
+from tokenpool.serve.gateway.model_choice import unknown_model, usable
+from tokenpool.serve.gateway.status.status_page import status_page
+from tokenpool.serve.gateway.tenant_metrics import show_tenants
+from tokenpool.serve.launch.added_models import check_added
+from tokenpool.units import parse_seconds
+
+_REFUSED = metric("refused_requests").make()
+_MAX_MODEL_BYTES = 64 << 10
+_MODELS = LabelledGauge("models")
+_MODEL_FAILED = LabelledGauge("model_failed")
+
+
+def build_outer_app() -> Starlette:
+    """The app for pool-level paths; asks the `Pool` and the `Operator` in its state as `pool` and `operator`."""
+    get = ["GET"]
+    routes = [
+        Route("/health", health, methods=get),
+        Route("/live", health, methods=get),
+        Route("/ping", health, methods=["GET", "POST"]),
+        Route("/ready", ready, methods=get),
+        Route("/load", load, methods=get),
+        Route("/version", version, methods=get),
+        Route("/metrics", metrics, methods=get),
+        Route("/pool", status_page, methods=get),
+        Route("/v1/models", list_models, methods=get),
+        Route("/v1/models/{name:path}", show_model, methods=get),
+        Route("/v1/pool/state", pool_state, methods=get),
+        Route("/v1/pool/trace", pool_trace, methods=get),
+        Route("/v1/pool/tenants", pool_tenants, methods=get),
+        Route("/v1/pool/decisions", pool_decisions, methods=get),
+        Route("/v1/pool/check", pool_check, methods=["POST"]),
+        Route("/v1/pool/models", add_model, methods=["POST"]),
+        Route("/v1/pool/models/{name:path}", remove_model, methods=["DELETE"]),
+    ]
+    return Starlette(routes=routes, exception_handlers={PoolError: _pool_error, HTTPException: _http_error})
+
+
+async def health(request: Request) -> Response:
+    """200 while this process answers; a host that is being restarted shows in /ready."""
+    return Response()
+
+
+async def ready(request: Request) -> Response:
+    """200 when a model can be served and all others are or have failed, else 503; with a key, each model's state."""
+    is_ready = request.app.state.pool.ready
+    if request.scope.get(CLIENT_KEY):
+        body: dict[str, Any] = {model.name: model.state for model in _models_of(request)}
+    else:
+        body = {"ready": is_ready}
+    return JSONResponse(body, status_code=200 if is_ready else 503)
+
+
+async def load(request: Request) -> Response:
+    """Requests in flight, as vLLM's /load, and per model."""
+    per_model = await request.app.state.operator.inflight()
+    return JSONResponse({"server_load": sum(per_model.values()), "models": per_model})
+
+
+async def version(request: Request) -> Response:
+    """The version of vLLM, as its own route tells it, and ours."""
+    return JSONResponse({"version": VLLM_VERSION, "tokenpool": tokenpool.__version__})
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics of this process and its hosts, all models."""
+    pool = request.app.state.pool
+    for name, model in pool.router.models.items():
+        for status, count in model.gate.take_refused().items():
+            _REFUSED.labels(name, str(status)).inc(count)
+    _MODELS.replace(Counter((model.state,) for model in pool.router.models.values()))
+    _MODEL_FAILED.replace({(name,): float(m.state == "failed") for name, m in pool.router.models.items()})
+    if pool.tenants is not None:
+        show_tenants(pool.tenants, pool.router.models)
+    text = await asyncio.to_thread(merged, get_prometheus_registry(), await request.app.state.operator.host_metrics())
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+async def list_models(request: Request) -> Response:
+    """All models and adapters in OpenAI's form, each with the pool's state."""
+    cards = [c for m in _models_of(request) for c in await _cards(m)]
+    return JSONResponse({"object": "list", "data": cards})
+
+
+async def show_model(request: Request) -> Response:
+    """One model's card."""
+    name = request.path_params["name"]
+    if not name:  # as for any other route with a slash behind it
+        return RedirectResponse(request.url.replace(path=request.url.path.rstrip("/")))
+    for model in _models_of(request):
+        for card in await _cards(model):
+            if card["id"] == name:
+                return JSONResponse(card)
+    return unknown_model(name, _models_of(request)).response
+
+
+def _models_of(request: Request) -> list[ModelApp]:
+    """The models that whoever asks may use."""
+    return usable(request.app.state.pool.router.models.values(), request.scope.get(TENANT_KEY))
+
+
+async def _cards(model: ModelApp) -> list[dict[str, Any]]:
+    serving = model.handler("openai_serving_models")
+    if serving is None:
+        cards = [{"id": model.name, "object": "model", "owned_by": "vllm"}]
+    else:
+        cards = (await serving.show_available_models()).model_dump()["data"]
+    told = {"state": model.state} | ({"reason": model.reason} if model.reason else {})
+    return [{**card, "pool": told} for card in cards]
+
+
+async def pool_state(request: Request) -> Response:
+    """Memory map, queues and totals, with the address at which this request came in."""
+    return JSONResponse({"address": _address(request), **await request.app.state.operator.state()})
+
+
+def _address(request: Request) -> str | None:
+    """Host and port of the socket; the port is the real one where the pool file says 0."""
+    host, port = request.scope.get("server") or (None, None)
+    return None if host is None or port is None else f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def pool_tenants(request: Request) -> Response:
+    """Each tenant's limits, what is left of them, and its usage per model."""
+    return JSONResponse({"tenants": await request.app.state.operator.tenants_report()})
+
+
+async def pool_trace(request: Request) -> Response:
+    """Turns, switches and copies as a Chrome/Perfetto trace; `?seconds=30` limits it to the last 30 s."""
+    last = request.query_params.get("seconds")
+    last_s = None if last is None else parse_seconds(last, "seconds")
+    return JSONResponse(await request.app.state.operator.trace(last_s))
+
+
+async def pool_decisions(request: Request) -> Response:
+    """What a cluster's controller decided and why, oldest first; `?limit=20` gives the last ones. Else 404."""
+    limit = request.query_params.get("limit")
+    if limit is not None and not (limit.isascii() and limit.isdigit() and len(limit) < 9):
+        raise ConfigError("expected a whole number", key="limit")
+    decided = await request.app.state.operator.decisions(None if limit is None else int(limit))
+    if decided is None:
+        return error_response(404, "NotFoundError", "The pool is not on a cluster: nothing is decided.")
+    return JSONResponse({"decisions": decided})
+
+
+async def pool_check(request: Request) -> Response:
+    """Check the books of the host's memory; 500 with the difference when they do not agree."""
+    try:
+        await request.app.state.operator.check()
+    except AssertionError as error:
+        return error_response(500, "InternalServerError", f"the books do not agree: {error}")
+    return JSONResponse({"ok": True})
+
+
+async def add_model(request: Request) -> Response:
+    """Load one more model; the body is an entry of the pool file's `models`, and `admin_models` must let it in."""
+    if (text := await _short_body(request)) is None:
+        message = f"The request body is larger than the {_MAX_MODEL_BYTES} bytes of a model's entry."
+        return error_response(413, "RequestTooLargeError", message)
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the body is no JSON: {error}") from error
+    spec = PoolConfig.from_dict({"models": [body]}, source="request").models[0]
+    check_added(spec, request.app.state.pool.config)
+    added = await request.app.state.operator.add_model(spec)
+    return JSONResponse({"name": spec.name, **added}, status_code=201)
+
+
+async def _short_body(request: Request) -> bytes | None:
+    """The body; None, with the rest unread, if it is larger than any entry of a model."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_MODEL_BYTES:
+            return None
+    return body
+
+
+async def remove_model(request: Request) -> Response:
+    """Drain a model and unload it; `?drain=10s` bounds the wait (default 60s)."""
+    name = request.path_params["name"]
+    try:
+        await request.app.state.operator.remove_model(name, parse_seconds(request.query_params.get("drain", "60s")))
+    except KeyError:
+        return unknown_model(name, _models_of(request)).response
+    return JSONResponse({"name": name, "removed": True})
+
+
+def _pool_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, ConfigError | ModelRefusedError):
+        return error_response(400, "BadRequestError", str(error), getattr(error, "key", None))
+    if isinstance(error, CapacityError):
+        return error_response(507, "InsufficientStorageError", str(error))
+    wait_s = error.retry_after_s if isinstance(error, ModelUnavailableError) else 5.0
+    return error_response(503, "ServiceUnavailableError", str(error), None, {"retry-after": str(math.ceil(wait_s))})
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """A path or method that there is not, as vLLM's apps tell it."""
+    assert isinstance(error, HTTPException)
+    kind = HTTPStatus(error.status_code).phrase
+    return error_response(error.status_code, kind, error.detail, None, error.headers)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model of the pool as the router knows it, and what a call into its app may end with.
+
+Imports no vLLM: an app is any ASGI callable, and the few attributes read from ``app.state`` are optional.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Set
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from starlette.responses import Response
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokenpool.serve.access.admission import Gate, Ticket
+from tokenpool.serve.access.auth import error_response
+from tokenpool.serve.access.stored_responses import has_response
+
+logger = logging.getLogger(__name__)
+
+ModelState = Literal["loading", "resident", "draining", "unavailable", "failed"]
+
+_MAX_RETRY_AFTER_S = 3600.0
+
+
+@dataclass(slots=True, eq=False)
+class ModelApp:
+    """One model of the pool and the app that serves it; owned by the event loop's thread."""
+
+    name: str
+    app: ASGIApp
+    state: ModelState = "loading"
+    retry_after_s: float = 1.0
+    """When a client refused now should come back."""
+    reason: str = ""
+    """Why it is `failed`, in one line; empty in other states."""
+    inflight: int = 0
+    """Calls into `app` that have not returned."""
+    gate: Gate = field(default_factory=Gate)
+    """Which requests are taken in, and how many of them wait."""
+    claimed: Set[str] = frozenset()
+    """Names that its flags give to it and its adapters, which it has as soon as it is loaded."""
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether it takes requests."""
+        return self.state == "resident"
+
+    def answer_with(self, client: Any) -> None:
+        """Send its requests to this client of its engines, a `ModelClient` or what stands for one."""
+        self.app = client.app
+        self.gate.serve_from(client.queue, client.num_seats)
+
+    def names(self) -> list[str]:
+        """Its name, and then its aliases in order."""
+        return [self.name, *sorted(self.aliases() - {self.name})]
+
+    def aliases(self) -> set[str]:
+        """Return the names this model answers to: its own, vLLM's served names, LoRA adapters now loaded."""
+        models = self.handler("openai_serving_models")
+        served = (path.name for path in getattr(models, "base_model_paths", ()))
+        return {self.name, *served, *getattr(models, "lora_requests", ())}
+
+    def resolves_adapters(self) -> bool:
+        """Tell whether vLLM may find an adapter for a name it has not seen (LoRA resolver plugins)."""
+        return bool(getattr(self.handler("openai_serving_models"), "lora_resolvers", ()))
+
+    def has_response(self, response_id: str, owner: str = "") -> bool:
+        """Tell whether vLLM's Responses API of this model has stored `response_id`, for that tenant."""
+        return has_response(self.handler("openai_serving_responses"), response_id, owner)
+
+    def refusal(self) -> Response:
+        """Return a 503 that says why the model does not answer, with Retry-After in whole seconds, >= 1."""
+        wait_s = math.ceil(min(max(1.0, self.retry_after_s), _MAX_RETRY_AFTER_S))
+        reason = "did not answer" if self.state == "resident" else f"is {self.state}"
+        if self.reason:
+            reason += f" ({self.reason})"
+        message = f"The model `{self.name}` {reason}; retry after {wait_s} s."
+        headers = {"retry-after": str(wait_s)}
+        return error_response(503, "ServiceUnavailableError", message, "model", headers)
+
+    def match(self, scope: Scope) -> Match:
+        """Tell whether its app has a route for a request: with the method, with another one only, or none.
+
+        An app that does not tell its routes, such as that of a model which is not there yet, may have any.
+        """
+        routes = getattr(getattr(self.app, "router", None), "routes", None)
+        if routes is None:
+            return Match.FULL
+        return max((route.matches(scope)[0] for route in routes), key=lambda match: match.value, default=Match.NONE)
+
+    def handler(self, attribute: str) -> Any:
+        """Return one of the handlers that vLLM keeps in ``app.state``, or None."""
+        return getattr(getattr(self.app, "state", None), attribute, None)
+
+
+async def call_app(model: ModelApp, ticket: Ticket, scope: Scope, receive: Receive, send: Send) -> None:
+    """Run the model's app; a crash, or a 500 of a model that lost its engine, becomes a 503 to retry."""
+    started, replaced = scope["type"] == "websocket", False
+    held: Message | None = None  # the start of a 500, until its body comes
+
+    async def guarded(message: Message) -> None:
+        nonlocal started, replaced, held
+        if replaced:
+            return
+        if not started:
+            if message["type"] == "http.response.start" and message["status"] == 500:
+                held = message
+                return
+            if held is not None and model.state in ("unavailable", "failed"):
+                replaced = True
+                await model.refusal()(scope, receive, send)
+                return
+            started = held is not None or message["type"] == "http.response.start"
+            if held is not None:
+                await send(held)
+        ticket.note(message)
+        await send(message)
+
+    model.inflight += 1
+    try:
+        await model.app(scope, receive, guarded)
+    except Exception:  # of any code behind a route: the client gets an answer all the same
+        if started:
+            raise  # the server cuts the connection: the client must not take half an answer for a whole one
+        logger.exception("app raised before it answered model=%s state=%s", model.name, model.state)
+        if not replaced:
+            await model.refusal()(scope, receive, send)
+    finally:
+        ticket.close()
+        model.inflight -= 1

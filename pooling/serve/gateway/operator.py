@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What whoever runs a pool asks of it: add and remove models, tell how it is."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from tokenpool.config import ModelSpec
+
+
+class Operator(Protocol):
+    """Answers for the whole pool, in the process that has the hosts or in one of several frontends."""
+
+    async def add_model(self, spec: ModelSpec) -> dict[str, Any]:
+        """Load one more model and return what its host says of it; the others pause meanwhile and lose nothing.
+
+        Raises PoolError and changes nothing when it cannot be served.
+        """
+        ...
+
+    async def remove_model(self, name: str, drain_s: float) -> None:
+        """Stop taking requests for a model, let it finish for at most `drain_s`, abort the rest and unload it.
+
+        What waits for a model that is `failed` ends at once. Raises KeyError for an unknown name; PoolError, with the
+        model `failed`, when it cannot be unloaded, which is tried again then.
+        """
+        ...
+
+    async def state(self) -> dict[str, Any]:
+        """The pool's state: models, hosts, memory, restarts."""
+        ...
+
+    async def inflight(self) -> dict[str, int]:
+        """Requests in flight per model."""
+        ...
+
+    async def tenants_report(self) -> dict[str, Any]:
+        """Each tenant's limits, what is left of them, its usage, and its requests that are held, per model."""
+        ...
+
+    async def trace(self, last_s: float | None) -> dict[str, Any]:
+        """Hosts' traces in Chrome's format, of the last `last_s` seconds or all that is kept; raises PoolError."""
+        ...
+
+    async def host_metrics(self) -> dict[str, str]:
+        """Scrapes of hosts that do not share this process's folder of metrics, by host."""
+        ...
+
+    async def decisions(self, limit: int | None) -> list[dict[str, Any]] | None:
+        """What decided where models are, oldest first; None where nothing is decided. Raises PoolError."""
+        ...
+
+    async def check(self) -> None:
+        """Check the books of the hosts' memory; raises what is wrong."""
+        ...

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the bodies of requests, and bounds how many bytes of them a frontend has at a time. Imports no vLLM.
+
+A body counts until its request is over: vLLM keeps it as long. What a tenant's limits refuse is refused before its body
+is read, and bodies that are being read count as requests of the tenant.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope
+
+from tokenpool.serve.access.auth import error_response
+from tokenpool.serve.access.refused import RefusedError
+from tokenpool.serve.access.tenants import Account
+
+LARGEST_BODIES = 16
+"""How many bodies of the largest size a frontend has at a time; small ones may be more."""
+_RETRY_AFTER_S = 2
+
+
+class BodyBudget:
+    """The bodies of one frontend; lives on its event loop."""
+
+    def __init__(self, max_request_bytes: int) -> None:
+        self.max_request_bytes = max_request_bytes
+        self.max_bytes = LARGEST_BODIES * max_request_bytes
+        self.num_bytes = 0
+        """Of all bodies that are there."""
+        self._being_read: Counter[str] = Counter()  # by tenant
+
+    @contextmanager
+    def body(self) -> Iterator[Body]:
+        """One request's body, which is gone at the end of the block."""
+        body = Body(self)
+        try:
+            yield body
+        finally:
+            self.num_bytes -= body.num_bytes
+
+    @contextmanager
+    def reading(self, scope: Scope, account: Account | None, model: str) -> Iterator[None]:
+        """A body is read in the block; raises RefusedError if it has to wait for the tenant's others.
+
+        `model` is its model's name, or empty if it is not known.
+        """
+        if account is None:
+            yield
+            return
+        name = account.config.name
+        if (refusal := account.refusal(scope, model, being_read=self._being_read[name])) is not None:
+            raise RefusedError(refusal)
+        self._being_read[name] += 1
+        try:
+            yield
+        finally:
+            self._being_read[name] -= 1
+
+
+class Body:
+    """The body of one request."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self.num_bytes = 0
+        """What it takes of the budget."""
+        self._budget = budget
+
+    async def read(self, headers: Headers, receive: Receive) -> bytes | None:
+        """Return the whole body, or None if the client went away. One chunk is returned without a copy.
+
+        Raises RefusedError: 413 if it is larger than any may be, 503 if others leave too little room for it.
+        """
+        announced = headers.get("content-length", "")
+        # 18 digits: beyond any limit, and int() refuses very long ones.
+        if announced.isascii() and announced.isdigit():
+            self._check(int(announced.lstrip("0")[:18] or 0), 0)
+        chunks: list[bytes] = []
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                return None
+            if chunk := message.get("body", b""):
+                self._check(self.num_bytes + len(chunk), self.num_bytes)
+                chunks.append(chunk)
+                self.num_bytes += len(chunk)
+                self._budget.num_bytes += len(chunk)
+            if not message.get("more_body", False):
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _check(self, num_bytes: int, counted_bytes: int) -> None:
+        """See whether the body may have `num_bytes`, of which the budget knows `counted_bytes`."""
+        budget = self._budget
+        if num_bytes > budget.max_request_bytes:
+            message = f"The request body is larger than the limit of {budget.max_request_bytes} bytes."
+            raise RefusedError(error_response(413, "RequestTooLargeError", message))
+        if budget.num_bytes - counted_bytes + num_bytes > budget.max_bytes:
+            message = (
+                f"The bodies of other requests take {budget.num_bytes} of {budget.max_bytes} bytes here, which leaves "
+                f"too little room for this one; retry after {_RETRY_AFTER_S} s."
+            )
+            headers = {"retry-after": str(_RETRY_AFTER_S)}
+            raise RefusedError(error_response(503, "ServiceUnavailableError", message, None, headers))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pool asks of its engine hosts, wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from tokenpool.process.keeper import Work
+from tokenpool.serve.pool.host_watch import HostWatch
+from tokenpool.serve.pool.models import PoolModel
+
+
+class Hosts(Protocol):
+    """The engine hosts of a pool. All calls are made on the pool's event loop and end within limits of their own."""
+
+    watch: HostWatch
+    """Follows what they say of themselves."""
+
+    @property
+    def has_started(self) -> bool:
+        """Whether all models were loaded once, or could not be."""
+        ...
+
+    async def may_listen(self) -> None:
+        """Return when the port may be answered."""
+        ...
+
+    async def start(self) -> None:
+        """Load all models, those aside that are `failed` then; raises PoolError when nothing can be served."""
+        ...
+
+    def works(self) -> Mapping[str, Work]:
+        """What goes on beside the requests once they have started, by name."""
+        ...
+
+    def freeze(self) -> None:
+        """Begin nothing new: the pool is ending, and what it has is being finished."""
+        ...
+
+    async def stop(self) -> None:
+        """End them."""
+        ...
+
+
+class ManagedHosts(Hosts, Protocol):
+    """Hosts that this process manages."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a model can be added."""
+        ...
+
+    async def add(self, model: PoolModel) -> None:
+        """Load a model, after which it is served; raises PoolError, with nothing left of it."""
+        ...
+
+    async def retry(self, model: PoolModel) -> None:
+        """Load a model that was `failed`; raises HostError when its host ends."""
+        ...
+
+    async def remove(self, model: PoolModel) -> None:
+        """Unload a model that has no more requests; raises PoolError."""
+        ...
+
+    async def report(self) -> dict[str, Any]:
+        """Their part of the pool's state."""
+        ...
+
+    def report_on(self, model: PoolModel) -> dict[str, Any]:
+        """Their part of a model's state."""
+        ...
+
+    async def trace(self, last_s: float | None) -> dict[str, Any]:
+        """Their traces in Chrome's format, of the last `last_s` seconds or all that is kept; raises PoolError."""
+        ...
+
+    async def metrics(self) -> dict[str, str]:
+        """Scrapes of those that do not share this process's folder of metrics, by host."""
+        ...
+
+    async def decisions(self, limit: int | None) -> list[dict[str, Any]] | None:
+        """What decided where models are, oldest first; None where nothing is decided. Raises PoolError."""
+        ...
+
+    async def check(self) -> None:
+        """Check their books; raises what is wrong."""
+        ...

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine host on this machine: started, watched, and started again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from prometheus_client import multiprocess
+
+from tokenpool.config import PoolConfig
+from tokenpool.errors import CapacityError, HostError, ModelBusyError, ModelUnavailableError, PoolError
+from tokenpool.metric_registry import metric
+from tokenpool.process.ending import HOST_END_S, KILL_S, within
+from tokenpool.process.keeper import Backoff, Work
+from tokenpool.process.template import Template
+from tokenpool.serve.client.host_process import HostProcess
+from tokenpool.serve.client.model_client import ModelClient, first_config
+from tokenpool.serve.launch.launch_plan import host_config
+from tokenpool.serve.pool.host_watch import HostWatch, follow_forecasts
+from tokenpool.serve.pool.model_clients import Client
+from tokenpool.serve.pool.models import Models, PoolModel
+from tokenpool.wire.trace import chrome_trace
+
+logger = logging.getLogger(__name__)
+
+_HOST_RESTARTS = metric("host_restarts").make()
+_END_LIMIT_S, _SILENT_END_LIMIT_S = 0.5, 10.0
+"""How long it may take until a host is seen to have ended; a large one that does not answer takes longer."""
+_STABLE_AFTER_S = 20.0
+"""A host that lived so long is started again at once: what kills host after host does so at once, or is found out."""
+_UNLOAD_LIMIT_S = 30.0
+"""How long the host may say that a drained model has requests."""
+
+Loader = Callable[[PoolModel, HostProcess], Awaitable[Client]]
+"""Loads a model in a host and returns what its requests go through, the same with each host; raises PoolError."""
+
+
+async def load_here(model: PoolModel, host: HostProcess) -> Client:
+    """Load a model whose requests go through this process."""
+    if (client := model.client) is None:
+        client = await ModelClient.start(model.plan, host)
+        client.on_fault = model.note_client_fault
+    else:
+        assert isinstance(client, ModelClient)
+        await client.join(host)
+    return client
+
+
+class LocalHosts:
+    """See `Hosts`; all of them are one, or the one that comes after it."""
+
+    def __init__(
+        self, config: PoolConfig, models: Models, load: Loader = load_here, template: Template | None = None
+    ) -> None:
+        """`load` loads a model in a host; hosts are forked from `template` if there is one and it can be."""
+        self.process: HostProcess | None = None
+        """The present host, or the last one."""
+        self.num_restarts = 0
+        self._models = models
+        self._movable = config.weights == "movable"
+        self._load_in = load
+        self._template = template
+        self._config = host_config(config, [model.plan for model in models.values()])
+        self.count_requests: Callable[[], Awaitable[Mapping[str, int]]] = self._count_here
+        """How many accepted requests each model has that are not finished."""
+        self.watch = HostWatch(
+            models.apps,
+            lambda: self.process.call if self.process else None,
+            lambda: self.process.guard if self.process else None,
+            lambda name: models[name].restore(),
+        )
+
+    # -- life ----------------------------------------------------------------------------------------
+
+    @property
+    def is_there(self) -> bool:
+        """See Hosts."""
+        return self.process is not None
+
+    @property
+    def has_started(self) -> bool:
+        """See Hosts; models that are loading say so themselves."""
+        return True
+
+    async def may_listen(self) -> None:
+        """See Hosts: at once, while models load."""
+
+    async def start(self) -> None:
+        """See Hosts."""
+        while True:
+            await self._start_host()
+            try:
+                await self._load_all()
+                return
+            except HostError:
+                if not self._models.can_go_on:
+                    raise
+                self._host_died()
+
+    def works(self) -> Mapping[str, Work]:
+        """See Hosts."""
+        return {
+            "supervising the host": self._supervise,
+            "asking for forecasts": lambda: follow_forecasts(self._models.apps, lambda: self._host.call),
+        }
+
+    def freeze(self) -> None:
+        """See Hosts."""
+
+    async def stop(self) -> None:
+        """See Hosts."""
+        if self.process is not None:
+            await within(HOST_END_S + KILL_S, "stopping the host", self.process.stop(HOST_END_S))
+        if self._template is not None:
+            await within(KILL_S, "stopping the template", asyncio.to_thread(self._template.stop))
+
+    @property
+    def _host(self) -> HostProcess:
+        assert self.process is not None
+        return self.process
+
+    async def _start_host(self) -> None:
+        if self.process is not None:
+            self.num_restarts += 1
+            _HOST_RESTARTS.inc()
+        async with self._models.changing:
+            first = await first_config([model.plan for model in self._models.values()])
+            self.process = await HostProcess.start(self._config, first, template=self._template)
+
+    def _host_died(self, *, blame: bool = True) -> None:
+        self._models.lose_host(self._host.name, blame=blame)
+        multiprocess.mark_process_dead(self._host.pid)
+
+    async def _supervise(self) -> None:
+        backoff = Backoff(first_at_once=True, stable_after_s=_STABLE_AFTER_S)
+        while True:
+            status = await self._host.wait()
+            logger.error("engine host ended pid=%d status=%d, restarting", self._host.pid, status)
+            self._host_died()
+            while True:
+                await asyncio.sleep(backoff.next_s())
+                try:
+                    await self._start_host()
+                    await self._load_all()
+                    break
+                except Exception:  # whatever stops a restart, the next attempt may work
+                    logger.exception("engine host does not come back, trying again")
+                    died = await self._ends_soon()
+                    await self._host.kill()
+                    self._host_died(blame=died)
+
+    async def _ends_soon(self, limit_s: float = _END_LIMIT_S) -> bool:
+        """Whether the host is going: it stops to answer a moment before it can be seen to have ended."""
+        deadline = time.monotonic() + limit_s
+        while not self._host.ended and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        return self._host.ended
+
+    # -- models --------------------------------------------------------------------------------------
+
+    async def _load_all(self) -> None:
+        """Load what is wanted into a new host, first what requests wait for; raises HostError when that ends."""
+        waiting = await self.count_requests()
+        for model in sorted(self._models.to_load(), key=lambda model: (model.host_deaths, -waiting.get(model.name, 0))):
+            await self._load(model)
+
+    async def _count_here(self) -> Mapping[str, int]:
+        return {model.name: model.client.num_unfinished for model in self._models.values() if model.client is not None}
+
+    async def retry(self, model: PoolModel) -> None:
+        """See Hosts."""
+        if self.process is not None and not self.process.ended:
+            await self._load(model)
+
+    async def _load(self, model: PoolModel) -> None:
+        """Load a model, which is `failed` if that cannot be done; raises HostError when the host ends."""
+        async with self._models.changing:
+            began_s = time.monotonic()
+            if self._models.get(model.name) is not model or (model.is_leaving and model.client is None):
+                return  # removed, or about to be, and nobody waits for it
+            if self._host.pid == model.host_pid:
+                return  # somebody was faster
+            try:
+                await self.add(model)
+                if not self._host.ended:
+                    return
+                error: Exception = HostError("the engine host ended")
+            except Exception as caught:  # of vLLM's making, too: it is the model's failure, unless the host ended
+                error = caught
+            if await self._ends_soon(_SILENT_END_LIMIT_S if isinstance(error, HostError) else _END_LIMIT_S):
+                model.note_host_death()
+                if model.is_given_up:
+                    deaths = model.host_deaths
+                    model.fail(HostError(f"{deaths} engine hosts ended in a row while they loaded it"))
+                    model.fail_requests()
+                raise HostError(f"the engine host ended while it loaded model {model.name!r}") from error
+            model.host_deaths = 0  # this attempt ended without one
+            model.fail(error, took_s=time.monotonic() - began_s)
+            if model.is_leaving:
+                model.fail_requests()
+
+    async def add(self, model: PoolModel) -> None:
+        """See Hosts."""
+        host = self._host
+        try:
+            client = await self._load_in(model, host)
+        except CapacityError as error:
+            if self._movable or not error.holders:
+                raise
+            # Others hold the pages: weights of unknown size before, or a model that came later than the plan.
+            raise CapacityError(f"{error}; or let weights leave the device (weights: movable)") from error
+        model.answer_with(client)
+        model.served(host.pid)
+        logger.info("model ready model=%s seconds=%.2f", model.name, client.added["build_s"])
+
+    async def remove(self, model: PoolModel) -> None:
+        """See Hosts; a host that ends meanwhile has it no more."""
+        deadline = time.monotonic() + _UNLOAD_LIMIT_S
+        while self.process is not None and not self.process.ended:
+            try:
+                await self.process.call("remove_model", model.name)
+                return
+            except KeyError:
+                return  # it could not be loaded
+            except ModelBusyError:
+                if time.monotonic() > deadline:
+                    raise
+            except HostError:
+                if not await self._ends_soon(_SILENT_END_LIMIT_S):
+                    raise
+            await asyncio.sleep(0.05)
+
+    # -- what is told --------------------------------------------------------------------------------
+
+    async def report(self) -> dict[str, Any]:
+        """See Hosts."""
+        try:
+            host = await self.watch.state()
+        except PoolError as error:
+            host = {"error": str(error)}
+        told = {"host_pid": self.process.pid if self.process else None, "host_pulse": self.watch.pulse()}
+        if self._template is not None:
+            told["host_template"] = self._template.snapshot()
+        return {**told, "host_restarts": self.num_restarts, "host": host}
+
+    def report_on(self, model: PoolModel) -> dict[str, Any]:
+        """See Hosts."""
+        return {}
+
+    async def trace(self, last_s: float | None) -> dict[str, Any]:
+        """See Hosts."""
+        if self.process is None:
+            raise ModelUnavailableError("the engine host is not there", retry_after_s=5.0)
+        events = await self.process.call("trace", last_s)
+        return await asyncio.to_thread(chrome_trace, events)
+
+    async def metrics(self) -> dict[str, str]:
+        """See Hosts; the only one shares this process's folder."""
+        return {}
+
+    async def decisions(self, limit: int | None) -> list[dict[str, Any]] | None:
+        """See Hosts."""
+        return None
+
+    async def check(self) -> None:
+        """See Hosts."""
+        if self.process is not None:
+            await self.process.call("check")

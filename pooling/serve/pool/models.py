@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models of a pool in one table, and how each fares: one that cannot be loaded is `failed`, the others serve.
+
+    loading ──► resident ◄──► unavailable      its host died, and comes back
+       │            ▲
+       ▼            │ an attempt succeeds
+     failed ────────┘        tried again after 0.5 s at first and up to 30 s, and never for longer than it waits
+
+A model that is being loaded whenever its host dies may be the cause. It is loaded after the others then, and after
+MAX_HOST_DEATHS such deaths in a row it is not loaded any more: it is *given up*.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tokenpool.config import PoolConfig
+from tokenpool.errors import PoolError
+from tokenpool.process.keeper import Backoff
+from tokenpool.serve.access.admission import Gate
+from tokenpool.serve.gateway.model_app import ModelApp
+from tokenpool.serve.gateway.router import ModelRouter
+from tokenpool.serve.launch.model_plan import ModelPlan
+from tokenpool.serve.launch.names import names_of, series_names
+from tokenpool.serve.pool.model_clients import Client
+
+logger = logging.getLogger(__name__)
+
+MAX_HOST_DEATHS = 3
+"""So many hosts may die in a row while they load a model."""
+_RETRY_AFTER_S = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class PoolModel:
+    """One model: what is planned, what the router shows, what its requests go through, and what went wrong."""
+
+    plan: ModelPlan
+    app: ModelApp
+    client: Client | None = None
+    """None before the first host has it."""
+    is_settled: bool = True
+    """Whether a host that comes back is to load it: not while it is being added, for who adds it hears of a failure."""
+    error: Exception | None = None
+    """Why it is `failed`; None while it is not."""
+    due_s: float = math.inf
+    """When it is tried again, on the monotonic clock."""
+    host_deaths: int = 0
+    """How many hosts in a row died while they loaded it."""
+    host_pid: int = 0
+    """The host process that has it, or had it last; 0 without one of this machine."""
+    client_fault: str = ""
+    """Why its client in this process is not there; empty while it is."""
+    is_leaving: bool = False
+    """Whether somebody waits for its removal."""
+    is_unwanted: bool = False
+    """Whether it was to be removed and could not be: what is tried again is the removal."""
+    backoff: Backoff = field(default_factory=lambda: Backoff(stable_after_s=math.inf))
+    plan_to_send: ModelPlan = field(init=False)
+    """The plan as another process can be given it."""
+
+    def __post_init__(self) -> None:
+        self.plan_to_send = replace(self.plan, checked=None)
+
+    @property
+    def name(self) -> str:
+        """Its name in the pool."""
+        return self.plan.spec.name
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether nobody will load it any more, so that nothing may wait for it."""
+        return self.host_deaths >= MAX_HOST_DEATHS or self.is_unwanted
+
+    def answer_with(self, client: Client) -> None:
+        """Send its requests through `client`."""
+        self.client = client
+        self.app.answer_with(client)
+
+    def served(self, host_pid: int = 0) -> None:
+        """Its host has it."""
+        self.error, self.due_s, self.host_deaths, self.host_pid = None, math.inf, 0, host_pid
+        self.backoff.reset()
+        self.restore()
+
+    def restore(self) -> None:
+        """Its host answers: it is served, unless it leaves or its client died."""
+        if not self.is_leaving:
+            fault = self.client_fault
+            self.app.state, self.app.reason = ("failed", fault) if fault else ("resident", "")
+
+    def suspend(self) -> None:
+        """No host takes its requests now; one will, unless it says otherwise."""
+        self.app.state, self.app.reason, self.app.retry_after_s = "unavailable", "", _RETRY_AFTER_S
+
+    def fail(self, error: Exception, *, took_s: float = 0.0, tried_by: str = "") -> None:
+        """It could not be loaded, or removed, which took so long.
+
+        It is tried again, by somebody else if `tried_by` names them, unless it is given up.
+        """
+        wait_s = max(self.backoff.next_s(), took_s)  # attempts take the others at most half of the time
+        self.error, self.due_s = error, math.inf
+        if tried_by:
+            what_follows = f"tried again by {tried_by}"
+        elif self.is_given_up and not self.is_unwanted:
+            what_follows = "not tried again: remove it and add it anew"
+        else:
+            self.due_s, what_follows = time.monotonic() + wait_s, f"tried again in {wait_s:.3g} s"
+        is_known = isinstance(error, PoolError)  # its words say it all
+        logger.error("model failed model=%s, %s: %s", self.name, what_follows, reason_of(error),
+                     exc_info=None if is_known else error)  # fmt: skip
+        error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold what was half built
+        self.app.reason, self.app.retry_after_s = reason_of(error), max(1.0, wait_s)  # 503s say it
+        if not self.is_leaving:
+            self.app.state = "failed"
+
+    def fail_requests(self, reason: str = "") -> None:
+        """End what was accepted for it, because it will not be loaded any more."""
+        if self.client is not None:
+            self.client.fail_all(f"The model `{self.name}` is not loaded any more: {reason or self.app.reason}")
+
+    def note_host_death(self) -> None:
+        """A host died while it loaded the model."""
+        self.host_deaths += 1
+        logger.error("engine host died while it loaded model=%s deaths=%d of=%d", self.name, self.host_deaths,
+                     MAX_HOST_DEATHS)  # fmt: skip
+
+    def note_client_fault(self, fault: str) -> None:
+        """Its client in this process died; with an empty `fault` it is there again. Its engine is well."""
+        self.client_fault = fault
+        if self.error is None and self.app.state in ("resident", "failed"):
+            self.app.state, self.app.reason = ("failed", fault) if fault else ("resident", "")
+
+
+class Models(Mapping[str, PoolModel]):
+    """All models by name, in the order they were added; the router has those that are in here."""
+
+    def __init__(self, config: PoolConfig, router: ModelRouter, num_parts: int = 1) -> None:
+        """`num_parts` frontends keep their part of each model's queue, this one of them."""
+        self.changing = asyncio.Lock()
+        """Held while a model is added or removed, or a host started: one at a time."""
+        self._config = config
+        self._router = router
+        self._num_parts = num_parts
+        self._models: dict[str, PoolModel] = {}
+
+    @property
+    def apps(self) -> Mapping[str, ModelApp]:
+        """What the router has of them; a live, read-only view."""
+        return self._router.models
+
+    def __getitem__(self, name: str) -> PoolModel:
+        return self._models[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def add(self, plan: ModelPlan, *, is_settled: bool = True) -> PoolModel:
+        """Take in a model, which is `loading`; raises ValueError if its name is taken."""
+        gate = Gate.of(plan.spec.name, self._config.admission_of(plan.spec), plan.spec.slo)
+        limits = gate.limits
+        parts = (self._part(bound) for bound in (limits.max_waiting, limits.max_waiting_tokens))
+        gate.limits = replace(limits, max_waiting=next(parts), max_waiting_tokens=next(parts))
+        claimed = {name for name, _ in names_of(plan)}
+        app = ModelApp(plan.spec.name, _no_app, retry_after_s=_RETRY_AFTER_S, gate=gate, claimed=claimed)
+        self._router.add(app)
+        model = self._models[plan.spec.name] = PoolModel(plan, app, is_settled=is_settled)
+        return model
+
+    def _part(self, bound: int | None) -> int | None:
+        return None if bound is None else math.ceil(bound / self._num_parts)
+
+    def remove(self, name: str) -> set[str]:
+        """Forget a model; returns the names that its series of metrics have. Raises KeyError."""
+        model = self._models.pop(name)
+        names = series_names(model.app.aliases(), model.plan)
+        self._router.remove(name)
+        return names
+
+    # -- what happens --------------------------------------------------------------------------------
+
+    def lose_host(self, host: str, *, blame: bool = True) -> None:
+        """A host is gone, with `blame` perhaps because of its requests. Those that it had come back with the next."""
+        for model in self.values():
+            model.host_pid = 0
+            if model.app.state != "draining" and model.error is None:
+                model.suspend()
+            elif model.is_unwanted:
+                model.due_s = time.monotonic()  # it was on that host: nothing is left to be removed
+            if model.client is not None:
+                model.client.lost(host, blame=blame)
+
+    # -- what is to be done --------------------------------------------------------------------------
+
+    def to_load(self) -> list[PoolModel]:
+        """Those that a new host is to load, in that order: what its forerunners died of comes last."""
+        wanted = [model for model in self.values() if model.is_settled and not model.is_given_up]
+        return sorted(wanted, key=lambda model: model.host_deaths)
+
+    def due(self) -> list[PoolModel]:
+        """Those that are to be tried again now."""
+        now_s = time.monotonic()
+        return [model for model in self.values() if model.due_s <= now_s and not model.is_leaving]
+
+    def refuse_if_all_failed(self) -> None:
+        """Raise what stopped the first model, if none can be served."""
+        errors = [model.error for model in self.values()]
+        if errors and all(errors):
+            assert errors[0] is not None
+            raise errors[0]
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether there is a model that nothing is known against."""
+        return any(not model.host_deaths and model.error is None for model in self.values())
+
+    @property
+    def ready(self) -> bool:
+        """Whether a model can be served, if there is any, and no other one is on its way."""
+        states = {model.app.state for model in self.values()}
+        return states <= {"resident", "failed"} and (not states or "resident" in states)
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, PoolError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+async def _no_app(scope: Any, receive: Any, send: Any) -> None:
+    raise AssertionError("a model that is not resident takes no requests")

@@ -22,7 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common, sized_models  # noqa: E402
+import itertools
+
+from bench.parts import common, sized_models
 
 PAGE = 2 << 20
 STEPS = 1900
@@ -44,7 +46,7 @@ class Beside:
 
 def run(*, mib: int, rounds: int, seed: int, start_limit_s: float, logs: Path | None) -> Beside:
     """Add and remove a model of `mib` MiB `rounds` times in both ways."""
-    from bench.switch_rig import Rig
+    from bench.parts.switch_rig import Rig
 
     with common.scratch(logs) as (folder, _, _):
         paths = sized_models.make_all(folder, {"stays": 8, "comes": mib})
@@ -70,7 +72,7 @@ def run(*, mib: int, rounds: int, seed: int, start_limit_s: float, logs: Path | 
             rig.turn("stays", 2)
             ends = [step.end_s for step in rig.steps[first:]]
             host.remove_model("comes")
-            return max(b - a for a, b in zip(ends, ends[1:], strict=False)), build_s
+            return max(b - a for a, b in itertools.pairwise(ends)), build_s
 
         add(beside=True)  # imports, and what vLLM finds out about an architecture once
         for _ in range(rounds):

@@ -25,7 +25,7 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common  # noqa: E402
+from bench.parts import common
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma3", "mixtral", "qwen3_moe")
 PROMPT_TOKENS = 64

@@ -38,10 +38,10 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import aiohttp  # noqa: E402
+import aiohttp
 
-from bench import cluster_load, common, sized_models  # noqa: E402
-from bench.cluster_load import Stream  # noqa: E402
+from bench.parts import cluster_load, common, sized_models
+from bench.parts.cluster_load import Stream
 
 NAMES = ("busy", "a", "b")
 """In this order they are spread over two hosts: the first and the third come to one."""

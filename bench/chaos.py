@@ -41,11 +41,11 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import aiohttp  # noqa: E402
-import yaml  # noqa: E402
+import aiohttp
+import yaml
 
-from bench import common  # noqa: E402
-from bench.ray_nodes import ENV, RayNodes  # noqa: E402
+from bench.parts import common
+from bench.parts.ray_nodes import ENV, RayNodes
 
 ADMIN_KEY = "chaos-admin-0123456"
 KINDS = ("llama", "qwen2", "qwen3", "gemma3", "llama", "qwen2")
@@ -124,12 +124,12 @@ class Rig:
         return await asyncio.to_thread(self.server.get, "/v1/pool/state", key=ADMIN_KEY, limit_s=60.0)
 
     async def healed(self) -> dict[str, Any]:
-        """Wait until every model has two replicas and the controller answers; returns the state."""
+        """Wait until every model has two replicas or more and the controller answers; returns the state."""
         deadline = time.monotonic() + _HEAL_LIMIT_S
         while True:
             state = await self.state()
             serving = [list(m["hosts"].values()) for m in state["models"].values()]
-            whole = all(seats.count("serving") == 2 for seats in serving)
+            whole = all(seats.count("serving") >= 2 for seats in serving)
             if whole and len(state["cluster"]["controller"].get("hosts", ())) == NUM_NODES:
                 return state
             if time.monotonic() > deadline:

@@ -22,8 +22,8 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common  # noqa: E402
-from tests.dst.seeds import differing, run_seeds  # noqa: E402
+from bench.parts import common
+from tests.dst.seeds import differing, run_seeds
 
 MUTANTS = (
     "hunger_is_guessed",

@@ -25,7 +25,7 @@ from pathlib import Path
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common  # noqa: E402
+from bench.parts import common
 
 KINDS = ("llama", "qwen2", "qwen3", "gemma3")
 PROMPT_TOKENS = 64
@@ -74,7 +74,7 @@ def run(
         paths = common.make_models(folder, [KINDS[i % len(KINDS)] for i in range(models)])
         pool_file = _write_pool_file(folder / "pool.yaml", paths)
         common.progress("inspecting architectures")
-        command = [sys.executable, "-m", "tokenpool.serve.cli", "validate", str(pool_file)]
+        command = [sys.executable, "-m", "tokenpool.cli.main", "validate", str(pool_file)]
         subprocess.run(command, check=True, capture_output=True)
         for number in range(passes):
             for side in SIDES if number % 2 == 0 else SIDES[::-1]:

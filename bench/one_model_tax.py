@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common  # noqa: E402
+from bench.parts import common
 
 CONCURRENCIES = (1, 8, 32)
 PROMPT_TOKENS = 64
@@ -126,7 +125,7 @@ def _load(
     requests: int,
 ) -> Run:
     prompts = common.random_prompts(seed, concurrency * requests, PROMPT_TOKENS)
-    _wait_until_quiet(servers)
+    common.wait_until_quiet(servers.values())
     before = {key: server.cpu_s() for key, server in servers.items()}
     load = common.Load(servers[side].port, name, prompts, concurrency, tokens)
     wall_s, (seen,) = common.measure([load])
@@ -144,21 +143,6 @@ def _load(
         cpu_ms_per_token=used.pop(side) / seen.num_tokens * 1e3,
         idle_cpu_frac=sum(used.values()) / wall_s,
     )
-
-
-def _wait_until_quiet(servers: dict[str, common.Server]) -> None:
-    """Wait until no server uses more than 5 % of a core.
-
-    A worker of plain vLLM polls for its next step for 1 s after the last one, on the core that both sides compute on:
-    without this wait it took 0.4 cores from the pool's run after it.
-    """
-    used_s = -1.0
-    for _ in range(60):
-        before_s, used_s = used_s, sum(server.cpu_s() for server in servers.values())
-        if 0 <= before_s and used_s - before_s < 0.025:
-            return
-        time.sleep(0.5)
-    common.progress("the servers do not become quiet: look at idle_cpu_frac")
 
 
 def _summarize(runs: Sequence[Run], ready_s: dict[str, float]) -> OneModelTax:

@@ -10,7 +10,7 @@ token. The same closed loop of `--users` runs for each: prompt-heavy requests, t
     *_itl_p99_s     from one token to the next: what a prefill between them costs, and what the hand-over does
 
 On CPU both hosts, the frontend, Ray and the load share the cores, so a hand-over is paid in tokens; and with one host
-of each kind the one that has nothing to do cannot help. bench/roles_sim.py shows larger pools.
+of each kind the one that has nothing to do cannot help. bench/sim/roles_sim.py shows larger pools.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import aiohttp  # noqa: E402
+import aiohttp
 
-from bench import cluster_load, common, sized_models  # noqa: E402
-from bench.cluster_load import Stream  # noqa: E402
+from bench.parts import cluster_load, common, sized_models
+from bench.parts.cluster_load import Stream
 
 LOADS = {"prompt_heavy": (448, 24), "output_heavy": (32, 160)}
 """Tokens of prompts and of answers."""

@@ -37,11 +37,11 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common, pool_under_test, trace_client, traces  # noqa: E402
-from bench.trace_client import Outcome  # noqa: E402
-from bench.traces import TracedRequest  # noqa: E402
-from tokenpool.config import SLO  # noqa: E402
-from tokenpool.policy.slo import attainments  # noqa: E402
+from bench.parts import common, pool_under_test, trace_client, traces
+from bench.parts.trace_client import Outcome
+from bench.parts.traces import TracedRequest
+from tokenpool.config import SLO
+from tokenpool.policy.slo import attainments
 
 GOAL = 0.9
 

@@ -24,16 +24,16 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common, pool_under_test, trace_client, traces  # noqa: E402
-from bench.pool_under_test import Setup  # noqa: E402
-from bench.traces import TracedRequest  # noqa: E402
-from tokenpool.config import SLO  # noqa: E402
-from tokenpool.policy.slo import attainments  # noqa: E402
-from tokenpool.policy.turns import load_turn_policy  # noqa: E402
-from tokenpool.sim.cluster import Cluster  # noqa: E402
-from tokenpool.sim.device import DeviceSpec  # noqa: E402
-from tokenpool.sim.router import PlacementRouter  # noqa: E402
-from tokenpool.sim.workload import ModelCosts, SimRequest, Workload  # noqa: E402
+from bench.parts import common, pool_under_test, trace_client, traces
+from bench.parts.pool_under_test import Setup
+from bench.parts.traces import TracedRequest
+from tokenpool.config import SLO
+from tokenpool.policy.slo import attainments
+from tokenpool.policy.turns import load_turn_policy
+from tokenpool.sim.cluster import Cluster
+from tokenpool.sim.device_spec import DeviceSpec
+from tokenpool.sim.router import PlacementRouter
+from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,10 @@ def run(
 ) -> Agreement:
     """Play and simulate the trace at all rates under all policies."""
     lengths = {"input_len": (32, 128), "output_len": (16, 96)}
-    made = traces.read(trace) if trace else traces.generate(
-        seed=seed, models=models, requests=requests, skew=1.0, **lengths
+    made = (
+        traces.read(trace)
+        if trace
+        else traces.generate(seed=seed, models=models, requests=requests, skew=1.0, **lengths)
     )
     slo, pairs = SLO(ttft_s, tpot_s), []
     with common.scratch(logs) as (folder, log_folder, _):

@@ -33,14 +33,18 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common, sim_sensitivity  # noqa: E402
-from bench.fidelity import fidelity  # noqa: E402
-from bench.sim_sensitivity import GPU, LINK_BYTES_PER_S, NUM_GPUS, costs_for  # noqa: E402
-from tokenpool.config import SLO  # noqa: E402
-from tokenpool.sim import bound, generate, planner  # noqa: E402
-from tokenpool.sim.gpus import gpu  # noqa: E402
-from tokenpool.sim.systems import run_system, system  # noqa: E402
-from tokenpool.sim.workload import Workload  # noqa: E402
+from bench.parts import common, sim_sensitivity
+from bench.parts.fidelity import fidelity
+from bench.parts.sim_sensitivity import GPU, LINK_BYTES_PER_S, NUM_GPUS, costs_for
+from tokenpool.config import SLO
+from tokenpool.sim import (
+    generate,
+    planner,
+)
+from tokenpool.sim.compared import bound
+from tokenpool.sim.compared.systems import run_system, system
+from tokenpool.sim.gpus import gpu
+from tokenpool.sim.workload import Workload
 
 MEASURES = ("token_deadline_pct", "request_all_tokens_pct", "artifact_slo_pct")
 SYSTEMS = ("slack", "aegaeon", "sllm", "sllm+", "request_level", "sleep", "mux", "dedicated")
@@ -176,6 +180,7 @@ class _Curve:
 def _bounds(seed: int) -> list[dict[str, Any]]:
     rows = []
     for case in BASE + HARDER:
+
         def make(count: int, case: Case = case) -> Workload:
             return case.workload(count, seed)
 

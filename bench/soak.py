@@ -10,7 +10,7 @@ the end the load stops and the books are checked.
 The host keeps copies of cached KV in the host memory that it is given (`host_memory`). That part fills up in the first
 minutes and is told apart.
 
-    rss_slope_mib_per_h   of a straight line through the memory of all processes over the last two thirds
+    rss_slope_mib_per_h   of a straight line through the memory of all processes from when that part is full
     errors                answers that nobody asked for: neither 200, nor 429 of the tenant with limits, nor hung up,
                           nor 503 while the host was away
     hangs                 times that a host was stopped and replaced
@@ -35,13 +35,13 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import aiohttp  # noqa: E402
-import yaml  # noqa: E402
+import aiohttp
+import yaml
 
-from bench import common  # noqa: E402
+from bench.parts import common
 
 ADMIN_KEY = "soak-admin-0123456"
-POLITE, LIMITED = "soak-polite-key", "soak-limited-key"
+POLITE, LIMITED = "soak-polite-key-0", "soak-limited-key"
 KINDS = ("llama", "qwen2", "qwen3", "gemma3")
 _NUM_MODELS = 12
 _SAMPLE_S = 10.0
@@ -159,9 +159,7 @@ class _Load:
         return sum(count for answer, count in self.answers.items() if answer not in wanted)
 
 
-def run(
-    *, minutes: float, rate: float, png: Path | None, seed: int, start_limit_s: float, logs: Path | None
-) -> Soak:
+def run(*, minutes: float, rate: float, png: Path | None, seed: int, start_limit_s: float, logs: Path | None) -> Soak:
     """Serve and load for `minutes`."""
     with common.scratch(logs) as (folder, log_folder, stack):
         kinds = [KINDS[i % len(KINDS)] for i in range(_NUM_MODELS + 1)]
@@ -216,7 +214,7 @@ def _soak(
     if png:
         _plot(samples, png)
     return Soak(
-        rss_slope_mib_per_h=3600 * _slope(samples[len(samples) // 3 :]),
+        rss_slope_mib_per_h=3600 * _slope(_settled(samples)),
         errors=load.errors,
         ledger_ok=ledger_ok,
         hangs=hangs,
@@ -265,6 +263,13 @@ def _is_clean(server: common.Server) -> int:
             return 0
         time.sleep(0.5)
     return 0
+
+
+def _settled(samples: Sequence[Mapping[str, float]]) -> Sequence[Mapping[str, float]]:
+    """The samples from when `host_memory` is full for good, which a new host fills anew; at least the last third."""
+    full = 0.95 * max(sample["copies_mib"] for sample in samples)
+    last_below = max((i for i, sample in enumerate(samples) if sample["copies_mib"] < full), default=0)
+    return samples[min(last_below + 1, 2 * len(samples) // 3) :]
 
 
 def _slope(samples: Sequence[Mapping[str, float]]) -> float:

@@ -44,7 +44,7 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common, sized_models  # noqa: E402
+from bench.parts import common, sized_models
 
 RATIO_FROM_MIB = 16
 STEPS = 4  # between two timed copies
@@ -167,7 +167,7 @@ def _make_rig(paths: dict[str, Path], mib: float, page: int, weights: int, kv: i
 
     What a model may need for KV is promised to it while it is not away, so that weights cannot take it.
     """
-    from bench.switch_rig import BLOCK_TOKENS, PROMPT_TOKENS, Rig
+    from bench.parts.switch_rig import BLOCK_TOKENS, PROMPT_TOKENS, Rig
 
     steps = STEPS_PER_SWITCH * (WARM_UP + switches)
     block = BLOCK_TOKENS * sized_models.kv_bytes_per_token(mib)

@@ -43,12 +43,12 @@ import numpy as np
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common, sized_models  # noqa: E402
-from tokenpool.config import SLO  # noqa: E402
-from tokenpool.serve import bench_client  # noqa: E402
-from tokenpool.serve.bench_client import BenchRequest, Outcome, counts  # noqa: E402
-from tokenpool.serve.bench_report import summary  # noqa: E402
-from tokenpool.tenant_config import hash_key  # noqa: E402
+from bench.parts import common, sized_models
+from tokenpool.cli.bench import client as bench_client
+from tokenpool.cli.bench.client import BenchRequest, Outcome, counts
+from tokenpool.cli.bench.report import summary
+from tokenpool.config import SLO
+from tokenpool.tenant_config import hash_key
 
 MODEL = "shared"
 KEYS = {name: f"{name}-key-0123456789" for name in ("polite", "other", "free")}
@@ -117,9 +117,7 @@ def run(
             servers[name] = common.Server([*common.POOL, str(pool_file)], [MODEL], log_folder / f"{name}.log")
             stack.callback(servers[name].close)
         wait_until_ready(list(servers.values()), start_limit_s)
-        elsewhere = stack.enter_context(
-            ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(19,))
-        )
+        elsewhere = stack.enter_context(yielding_process())
         for number in range(-1, rounds):  # the first one warms up
             # Half of the rounds go the other way round, so that no arm always follows a flood.
             for arm, (name, second) in list(ARMS.items())[:: 1 if number % 2 else -1]:
@@ -152,6 +150,11 @@ def run(
         per_round={arm: [_ttft_ms([outcomes]) for outcomes in runs] for arm, runs in played.items()},
         arms={arm: _summaries(runs, SLO(*slo), duration_s) for arm, runs in played.items()},
     )
+
+
+def yielding_process() -> ProcessPoolExecutor:
+    """A process of its own that yields the cores to all others, as if it were on another machine."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(19,))
 
 
 def wait_until_ready(servers: Sequence[common.Server], limit_s: float) -> None:
@@ -202,11 +205,12 @@ def _requests(
     requests = []
     for tenant, per_s in (("polite", rate), (second, second_rate)):
         rng = random.Random(f"{seed} {number} {tenant == 'polite'}")
-        requests += [BenchRequest(at, MODEL, *lengths, tenant) for at in _arrivals(rng, per_s, duration_s)]
+        requests += [BenchRequest(at, MODEL, *lengths, tenant) for at in arrivals(rng, per_s, duration_s)]
     return sorted(requests)
 
 
-def _arrivals(rng: random.Random, rate: float, duration_s: float) -> list[float]:
+def arrivals(rng: random.Random, rate: float, duration_s: float) -> list[float]:
+    """Seconds at which requests come at random, `rate` per second; none at a rate of 0."""
     times: list[float] = []
     while rate and (at := (times[-1] if times else 0.0) + rng.expovariate(rate)) < duration_s:
         times.append(at)

@@ -27,7 +27,7 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import common  # noqa: E402
+from bench.parts import common
 
 ARMS = ("plain", "pool", "tenants", "shared")
 _PROMPT = list(range(5, 25))
@@ -108,10 +108,10 @@ class Arm:
         from vllm.v1.engine.core_client import AsyncMPClient
         from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-        from tokenpool.host.hosted_core import EngineAddresses
         from tokenpool.patches.engine_client import handing_in
-        from tokenpool.serve.engine_client import PoolEngineClient
-        from tokenpool.serve.tenant_meter import meter
+        from tokenpool.serve.access.tenant_meter import meter
+        from tokenpool.serve.client.engine_client import PoolEngineClient
+        from tokenpool.wire.addresses import EngineAddresses
 
         config = engine_config(model)
         self._engine.start()
@@ -133,8 +133,8 @@ class Arm:
             await asyncio.sleep(0.01)
 
     def _account(self) -> Any:
-        from tokenpool.serve.shared_limits import SharedLimits
-        from tokenpool.serve.tenants import TenantBook, with_default
+        from tokenpool.serve.access.shared_limits import SharedLimits
+        from tokenpool.serve.access.tenants import TenantBook, with_default
         from tokenpool.tenant_config import TenantConfig, hash_key
 
         if self.name in ("plain", "pool"):
@@ -148,7 +148,7 @@ class Arm:
     async def _read(self, request_id: str, account: Any) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        from tokenpool.serve.tenant_call import CURRENT_CALL
+        from tokenpool.serve.access.tenant_call import CURRENT_CALL
 
         if account is not None:
             CURRENT_CALL.set(account.begin({"type": "http", "method": "POST"}, "model", 100))

@@ -26,9 +26,10 @@ from typing import Any
 if not __package__:  # run as a script: only bench/gpu itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import common, pool_under_test, serve_trace, traces  # noqa: E402
-from bench.gpu import rig, sleep_mode, sleep_router  # noqa: E402
-from tokenpool.config import SLO  # noqa: E402
+from bench import serve_trace
+from bench.gpu import rig, sleep_mode, sleep_router
+from bench.parts import common, pool_under_test, traces
+from tokenpool.config import SLO
 
 SLEEP = "sleep"
 

@@ -28,8 +28,8 @@ from typing import Any
 if not __package__:  # run as a script: only bench/gpu itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import common  # noqa: E402
-from bench.gpu import rig  # noqa: E402
+from bench.gpu import rig
+from bench.parts import common
 
 BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 LAYOUT = "BLHNC"

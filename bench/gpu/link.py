@@ -23,8 +23,8 @@ from typing import Any
 if not __package__:  # run as a script: only bench/gpu itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import common  # noqa: E402
-from bench.gpu import rig  # noqa: E402
+from bench.gpu import rig
+from bench.parts import common
 
 CHUNKS_MIB = (0.25, 1, 4, 8, 16, 64)
 BLOCK_KIB = (64, 256, 1024, 4096)
@@ -54,7 +54,7 @@ def run(*, mib: int, page_mib: int, repeats: int, seed: int, start_limit_s: floa
     """Measure all; needs about 2 * `mib` of device memory."""
     del start_limit_s, logs  # there is no server
     rig.require_cuda()
-    from tokenpool.memory.device_cuda import CudaDevice
+    from tokenpool.memory.devices.cuda import CudaDevice
 
     page, num_pages = page_mib << 20, max(2, mib // page_mib)
     device = CudaDevice(page)
@@ -103,7 +103,7 @@ def _in(device: Any, address: int, host: Any, chunk_mib: float, in_flight: int) 
 
 
 def _choose(blocks: dict[tuple[int, str, str], float]) -> list[tuple[int, str]]:
-    from tokenpool.host.cuda_copies import fastest
+    from tokenpool.host.load.cuda_copies import fastest
 
     rates: dict[int, dict[str, float]] = {}
     for kib, name, way in blocks:
@@ -116,7 +116,7 @@ def _blocks(
     device: Any, address: int, nbytes: int, repeats: int, rng: random.Random
 ) -> dict[tuple[int, str, str], float]:
     """Rates in 10^9 bytes per second by KiB of a block, way to copy, and direction."""
-    from tokenpool.host.cuda_copies import BATCH_COPIES
+    from tokenpool.host.load.cuda_copies import BATCH_COPIES
 
     found: dict[tuple[int, str, str], float] = {}
     for kib in BLOCK_KIB:

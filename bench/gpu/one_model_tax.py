@@ -26,9 +26,9 @@ from typing import Any
 if not __package__:  # run as a script: only bench/gpu itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import common  # noqa: E402
-from bench import one_model_tax as tax  # noqa: E402
-from bench.gpu import rig  # noqa: E402
+from bench import one_model_tax as tax
+from bench.gpu import rig
+from bench.parts import common
 
 KV_MIB = {"cuda": 4096, "cpu": 64}
 """Of each side, for all its models."""

@@ -33,7 +33,7 @@ check() {  # NAME SECONDS COMMAND...
 exact=tests/gpu/test_token_exactness.py
 case $part in
 checks)  # nothing else is worth a look before these pass
-  check doctor 30 "$python" -m tokenpool.serve.cli doctor
+  check doctor 30 "$python" -m tokenpool.cli.main doctor
   check memory_laws 60 "$python" -m pytest -x -rs tests/gpu/test_device_laws.py
   check eager 150 "$python" -m pytest -x -rs $exact -k "eager and FLASH_ATTN"
   check graphs 150 "$python" -m pytest -x -rs $exact -k "graphs and FLASH_ATTN"

@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import common
+from bench.parts import common
 
 MODES = {"keep": 1500, "wait": 64}
 """Mode of sleep -> tokens of each request: with `wait` nobody sleeps before they are made."""

@@ -24,7 +24,7 @@ from aiohttp import web
 if not __package__:  # run as a script: only bench/gpu itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import common  # noqa: E402
+from bench.parts import common
 
 SLEEP, WAKE = "/sleep?level=1&mode=keep", "/wake_up"
 

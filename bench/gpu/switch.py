@@ -30,9 +30,9 @@ from typing import Any
 if not __package__:  # run as a script: only bench/gpu itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bench import common  # noqa: E402
-from bench import switch as cpu_switch  # noqa: E402
-from bench.gpu import link, rig, sleep_mode  # noqa: E402
+from bench import switch as cpu_switch
+from bench.gpu import link, rig, sleep_mode
+from bench.parts import common
 
 _SLEEP_KV_MIB = 2048
 STEPS_PER_SWITCH = 100
@@ -132,7 +132,7 @@ def _make_rig(
     shape: str, paths: dict[str, Path], weights: int, page: int, switches: int, graphs: bool, seed: int
 ) -> Any:
     """A host with device memory for the weights of `weights` models and the KV of all."""
-    from bench.switch_rig import BLOCK_TOKENS, PROMPT_TOKENS, Rig
+    from bench.parts.switch_rig import BLOCK_TOKENS, PROMPT_TOKENS, Rig
 
     steps = STEPS_PER_SWITCH * (cpu_switch.WARM_UP + switches)
     block = BLOCK_TOKENS * rig.kv_bytes_per_token(shape)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a decision of the capacity policy costs: 1,000 hosts, 5,000 models, one core.
 
-    python -m bench.controller_cost --json bench/results/controller_cost.json
+    python -m bench.sim.controller_cost --json bench/results/controller_cost.json
 
 Models have Zipf-like traffic; each decision sees other traffic, some of it a flip of popularity, and a host that is
 lost now and then. `decide_ms` is the policy alone, on a view that is there. `whole_ms` is all that a controller's
@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 
-from bench import common
+from bench.parts import common
 from tokenpool.cluster.live_placement import placement_of
 from tokenpool.cluster.placement import KeepReplicas, Situation
 from tokenpool.cluster.reconcile import Reconciler

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Static seats against the capacity controller, on simulated H100: a flip of popularity, a drift, and constant load.
 
-    python -m bench.capacity_sim --json bench/results/capacity_sim.json --png bench/results/capacity_sim.png
+    python -m bench.sim.capacity_sim --json bench/results/capacity_sim.json --png bench/results/capacity_sim.png
 
 Four devices, models of the kind qwen2.5-7b with prompts and answers twice as long as ShareGPT's, a new seat's weights
 come at 2 GB/s. Both sides begin with the seats for the traffic of the first minute, and both route alike.
@@ -20,13 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import common
+from bench.parts import common
 from tokenpool.config import SLO
 from tokenpool.policy.capacity_live import LiveCapacity
 from tokenpool.policy.turns import load_turn_policy
 from tokenpool.sim import generate
 from tokenpool.sim.costs import costs_of
-from tokenpool.sim.device import DeviceSpec
+from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.gpus import gpu
 from tokenpool.sim.live import LivePool
 from tokenpool.sim.timeline import Timeline

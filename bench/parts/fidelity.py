@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenpool.config import SLO
-from tokenpool.sim import artifact
-from tokenpool.sim.systems import run_system, system
+from tokenpool.sim.compared import artifact
+from tokenpool.sim.compared.systems import run_system, system
 from tokenpool.sim.trace_files import read_requests
 
 _POLICIES = {"sllm": "sllm", "sllm+": "sllm+", "mix6": "aegaeon"}

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bench import common
+from bench.parts import common
 from tokenpool.config import SLO
 from tokenpool.sim import generate
+from tokenpool.sim.compared.systems import run_system, system
 from tokenpool.sim.costs import costs_of
-from tokenpool.sim.systems import run_system, system
 from tokenpool.sim.workload import ModelCosts, Workload
 
 GPU, NUM_GPUS, LINK_BYTES_PER_S = "h100-80g", 16, 16e9

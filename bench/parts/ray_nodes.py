@@ -43,8 +43,8 @@ class RayNodes:
     def __enter__(self) -> RayNodes:
         self._folder = tempfile.mkdtemp(prefix="tp-ray-", dir="/tmp")  # short: it holds Unix sockets
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.ray_nodes", self._folder, *self._arguments],
-            cwd=Path(__file__).parents[1], env={**os.environ, **ENV}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "bench.parts.ray_nodes", self._folder, *self._arguments],
+            cwd=Path(__file__).parents[2], env={**os.environ, **ENV}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, start_new_session=True,
         )  # fmt: skip
         try:

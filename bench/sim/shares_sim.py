@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Would shares of turns protect important models on a host with too much to do? Simulated; no GPU.
 
-    python -m bench.shares_sim --json bench/results/shares_sim.json
+    python -m bench.sim.shares_sim --json bench/results/shares_sim.json
 
 One device, six models, two of them more important, more work than the device can do in time. `priority`: the turn
 policy `slack` knows the priorities. `share`: each model also has a floor of the device's time, from the highest
@@ -16,10 +16,10 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench import common
+from bench.parts import common
 from tokenpool.config import SLO
 from tokenpool.policy.turns import Decision, PoolView, Residency, load_turn_policy
-from tokenpool.sim.device import DeviceSpec
+from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.live import LivePool, LiveSettings
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts, SimRequest, Workload

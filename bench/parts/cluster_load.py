@@ -14,8 +14,8 @@ from typing import Any
 import aiohttp
 import yaml
 
-from bench import common
-from bench.ray_nodes import ENV, RayNodes
+from bench.parts import common
+from bench.parts.ray_nodes import ENV, RayNodes
 
 ADMIN_KEY = "bench-admin-0123456"
 MODEL_ARGS = {"max_model_len": 512, "enforce_eager": True, "dtype": "bfloat16", "block_size": 32}

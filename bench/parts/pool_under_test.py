@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import common, sized_models
-from bench.traces import TracedRequest
+from bench.parts import common, sized_models
+from bench.parts.traces import TracedRequest
 from tokenpool.config import SLO
 
 ADMIN_KEY = "bench-admin-0123456"

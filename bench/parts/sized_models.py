@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes llama-like checkpoints with random weights of a given size, nearly all of it in linear layers.
 
-    python -m bench.sized_models '[["DIR", MIB, SEED], ...]'
+    python -m bench.parts.sized_models '[["DIR", MIB, SEED], ...]'
 
 Run as a process of its own where the bench must not load torch. Tokens are those of the tiny models.
 """
@@ -65,8 +65,8 @@ def make_all(folder: Path, mib_of: Mapping[str, float]) -> dict[str, Path]:
     """Write one checkpoint for each name, seeded by its place, in a child process; returns where they are."""
     paths = {name: folder / name.replace("/", "_") for name in mib_of}
     jobs = [[str(path), mib_of[name], seed] for seed, (name, path) in enumerate(paths.items(), start=1)]
-    command = [sys.executable, "-m", "bench.sized_models", json.dumps(jobs)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "bench.parts.sized_models", json.dumps(jobs)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
     return paths
 
 

@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
-from vllm import SamplingParams  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType  # noqa: E402
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType
 
-from bench import common  # noqa: E402
-from tokenpool.host.engine_host import EngineHost  # noqa: E402
-from tokenpool.host.hosted_model import HostConfig, HostedModelSpec  # noqa: E402
-from tokenpool.memory.states import WeightState  # noqa: E402
-from tokenpool.policy.turns import Decision, PoolView  # noqa: E402
+from bench.parts import common
+from tokenpool.host.engine_host import EngineHost
+from tokenpool.memory.states import WeightState
+from tokenpool.policy.turns import Decision, PoolView
+from tokenpool.wire.spec import HostConfig, HostedModelSpec
 
 BLOCK_TOKENS = 32
 PROMPT_TOKENS = 128
@@ -163,7 +163,8 @@ class Rig:
     def turn(self, model: str, steps: int) -> Step:
         """Let a model make `steps` steps; returns the first of them."""
         self.script.run, self.script.prefetch, self.script.spare = model, None, None
-        return [self.step() for _ in range(steps)][0]
+        first, *_ = [self.step() for _ in range(steps)]
+        return first
 
     def is_resident(self, model: str) -> bool:
         return self.host.weights.state(model) is WeightState.RESIDENT

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixed hosts against hosts split into prefill and decode, on simulated H100, prompt-heavy and output-heavy.
 
-    python -m bench.roles_sim --json bench/results/roles_sim.json
+    python -m bench.sim.roles_sim --json bench/results/roles_sim.json
 
 Eight devices, models of the kind qwen2.5-7b, all in the memory of every host; the same requests for each split. About
 four models fit on a device at a time: with `--models 4` weights never move, with 24 they do. `live` begins with four
@@ -13,13 +13,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bench import common
+from bench.parts import common
 from tokenpool.config import SLO
+from tokenpool.policy.capacity import Role
 from tokenpool.policy.capacity_live import LiveCapacity
 from tokenpool.policy.turns import load_turn_policy
 from tokenpool.sim import generate
 from tokenpool.sim.costs import costs_of
-from tokenpool.sim.device import DeviceSpec
+from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.gpus import gpu
 from tokenpool.sim.live import LivePool, LiveSettings
 from tokenpool.sim.workload import Workload
@@ -47,7 +48,9 @@ def simulate(workload: Workload, num_prefill: int, *, is_live: bool) -> dict[str
     """Figures of one split; 0 prefill hosts = all are mixed."""
     costs = {model: costs_of(kind, GPU) for model, kind in workload.kinds.items()}
     base = DeviceSpec(gpu(GPU).pool_bytes, LINK_BYTES_PER_S, max_running=1024)
-    roles = ["prefill"] * num_prefill + ["decode"] * (NUM_GPUS - num_prefill) if num_prefill else ["mixed"] * NUM_GPUS
+    roles = [Role.MIXED] * NUM_GPUS
+    if num_prefill:
+        roles = [Role.PREFILL] * num_prefill + [Role.DECODE] * (NUM_GPUS - num_prefill)
     specs = [replace(base, role=role) for role in roles]
     settings = LiveSettings(host_bytes=2 << 40, is_everywhere=True)
     policy = LiveCapacity() if is_live else None

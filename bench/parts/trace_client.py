@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plays traces of bench/traces.py with the client of `tokenpool bench serve`."""
+"""Plays traces of bench/parts/traces.py with the client of `tokenpool bench serve`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import uvloop
 
-from bench.traces import TracedRequest
-from tokenpool.serve import bench_client
-from tokenpool.serve.bench_client import BenchRequest, Outcome, counts
+from bench.parts.traces import TracedRequest
+from tokenpool.cli.bench import client as bench_client
+from tokenpool.cli.bench.client import BenchRequest, Outcome, counts
 
 __all__ = ["Outcome", "counts", "replay", "wait_until_idle"]
 

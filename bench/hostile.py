@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hostile requests do to a pool, and to a polite tenant beside them.
+
+A pool of two models, with a polite tenant that streams completions all the time. In turn, in rounds, a process of its
+own, which yields the cores to all others as if it were on another machine, does what the arm says:
+
+    alone      it sends nothing
+    again      it sends nothing, once more: how far two equal arms are apart is the noise
+    sink       it sends the same as in `hostile`, to a process that refuses all at once: what sending alone costs the
+               polite tenant where sender and pool share the cores, as no sender from elsewhere does
+    hostile    it sends its part of --inputs, --rate a second: the kinds of `bench.parts.hostile_inputs`, drawn by seed
+
+    alive             1 if frontend and engine host are the same processes in the end, the polite tenant still gets all
+                      its tokens, and the books of the memory agree once the pool is idle; else 0
+    max_loop_lag_ms   the longest time that the frontend's event loop stood still, from the first round to the end, as
+                      `tokenpool:loop_lag_max_seconds` tells: in all arms, `stalls` tells them apart
+    max_loop_held_ms  the most that the loop's own thread computed in such a time, of those above 200 ms, by the log:
+                      less than the lag where the machine was busy with others
+    keyless_bytes     bytes of bodies of 2xx answers, and of websocket frames, to requests without a right key for what
+                      they ask: none, a wrong one, a tenant's for what is of the pool, a view key for anything but
+                      looking. The probes /health, /live, /ready, /ping, the page /pool and preflights (OPTIONS with
+                      Origin and Access-Control-Request-Method) need no key and are left out. Of several requests on one
+                      connection all count but the first ones that had a key
+    errors_5xx        answers that say that the server failed: 5xx, in the status or within a stream. 503 and 529 with
+                      Retry-After are refusals for overload; 501 is how vLLM says that a model does not do something
+    unanswered        scripts that had neither an answer nor an end of the connection after 90 s, of those that wait
+    polite_errors     streams of the polite tenant, in any arm, that did not get all their tokens
+    itl_p99_change_pct    by how much its p99 time between tokens is above that in `alone`
+    itl_p99_again_pct     the same of `again`: the noise
+    itl_p99_sink_pct      the same of `sink`
+    frontend_growth_mib   proportional set size of the frontend, its peak less what it was before the first round
+    frontend_kept_mib     the same at the end
+
+The loop's lag at the start, while models load, is left out: nothing is sent before a minute has passed, which is what
+the metric remembers. `tracebacks` counts those in the server's log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import multiprocessing
+import random
+import re
+import sys
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: only bench/ itself is on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.parts import common, hostile_wire, sized_models
+from bench.parts.hostile_bodies import EMBED, MODEL
+from bench.parts.hostile_inputs import KINDS, Keys, make_scripts
+from bench.parts.hostile_wire import Tally
+from bench.tenant_fairness import arrivals, wait_until_ready, yielding_process
+from tokenpool.cli.bench import client as bench_client
+from tokenpool.cli.bench.client import BenchRequest, Outcome
+from tokenpool.tenant_config import hash_key
+
+KEYS = Keys(
+    odd="odd-key-0123456789", greedy="greedy-key-0123456789", view="view-key-0123456789", metrics="metrics-key-0123456"
+)
+POLITE, POLITE_KEY, ADMIN_KEY = "polite", "polite-key-0123456789", "hostile-admin-01234"
+ARMS = ("alone", "again", "sink", "hostile")
+_FORGETS_S = 62.0  # the longest lag of the last minute
+_SAMPLE_S = 5.0
+_DRAIN_S = 180.0
+_MOST_OPEN = 256
+_LAG = re.compile(r"^tokenpool:loop_lag_max_seconds(?:{[^}]*})? (\S+)$", re.MULTILINE)
+_STALLS = re.compile(r'^tokenpool:loop_stalls_total{[^}]*over_seconds="([^"]+)"[^}]*} (\S+)$', re.MULTILINE)
+_HELD = re.compile(r"event loop .* cpu_seconds=([0-9.]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Hostile:
+    """Results; see the module."""
+
+    inputs: int
+    alive: int
+    max_loop_lag_ms: float
+    max_loop_held_ms: float
+    keyless_bytes: int
+    errors_5xx: int
+    unanswered: int
+    polite_errors: int
+    itl_p99_change_pct: float
+    itl_p99_again_pct: float
+    itl_p99_sink_pct: float
+    frontend_growth_mib: float
+    frontend_kept_mib: float
+    tracebacks: int
+    better: Mapping[str, str]
+    itl_ms: Mapping[str, Mapping[str, float]]
+    """Percentiles of the polite tenant's times between tokens, by arm."""
+    ttft_p99_ms: Mapping[str, float]
+    per_round: Mapping[str, Sequence[float]]
+    """p99 time between tokens in ms, by arm."""
+    stalls: Mapping[str, Mapping[str, float]]
+    """How often the loop was late by more than so many seconds, by arm."""
+    by_class: Mapping[str, int]
+    """Answers to hostile requests by the class of their status; `closed`, `left` and `unanswered` are none."""
+    hostile: Mapping[str, Any]
+    """What the hostile requests got, by kind and status, and what was noted of single ones."""
+    polite_problems: Sequence[str]
+    log: Sequence[str]
+    """Lines of the server's log that tell of a loop that stood still, or of an error."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What is looked at while the arms are played."""
+
+    port: int
+    pid: int
+    lag_s: float = 0.0
+    pss: int = 0
+    pss_peak: int = 0
+    stalls: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def look(self) -> dict[str, float]:
+        """Note the metrics and the memory of now; returns the counts of stalls."""
+        self.pss = common.memory_of([self.pid])["pss"]
+        self.pss_peak = max(self.pss_peak, self.pss)
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/metrics")
+        request.add_header("Authorization", f"Bearer {KEYS.metrics}")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            text = answer.read().decode()
+        self.lag_s = max(self.lag_s, *(float(value) for value in _LAG.findall(text)))
+        return {over_s: float(value) for over_s, value in _STALLS.findall(text)}
+
+    def count(self, arm: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        """Add the stalls between two looks to those of an arm."""
+        counted = self.stalls.setdefault(arm, {})
+        for over_s, value in after.items():
+            counted[over_s] = counted.get(over_s, 0.0) + value - before.get(over_s, 0.0)
+
+
+def run(
+    *,
+    inputs: int,
+    kinds: Sequence[str],
+    rate: float,
+    rounds: int,
+    polite_rate: float,
+    input_len: int,
+    output_len: int,
+    weight_mib: float,
+    dtype: str,
+    seed: int,
+    start_limit_s: float,
+    logs: Path | None,
+) -> Hostile:
+    """Play all arms `rounds` times."""
+    played: dict[str, list[list[Outcome]]] = {arm: [] for arm in ARMS}
+    tally, duration_s = Tally(), max(5.0, inputs / rounds / rate)
+    with common.scratch(logs) as (folder, log_folder, stack):
+        server = _serve(folder, log_folder, weight_mib, dtype)
+        stack.callback(server.close)
+        wait_until_ready([server], start_limit_s)
+        elsewhere = stack.enter_context(yielding_process())
+        sink_port = _start_sink(stack)
+        trace = _requests(random.Random(f"{seed} warm"), _FORGETS_S, polite_rate, (input_len, output_len))
+        asyncio.run(_play(server.port, trace, -1, _Attack(elsewhere, server.port, seed, range(0), rate, kinds)))
+        seen = _Seen(server.port, server.process.pid)
+        before = _pids(server)
+        seen.look()
+        first_pss, log_path = seen.pss_peak, log_folder / "hostile.log"
+        begun = log_path.stat().st_size
+        for number in range(rounds):
+            for arm in ARMS[:: -1 if number % 2 else 1]:
+                trace = _requests(random.Random(f"{seed} {number}"), duration_s, polite_rate, (input_len, output_len))
+                target = {"sink": sink_port, "hostile": server.port}.get(arm)
+                part = range(inputs * number // rounds, inputs * (number + 1) // rounds) if target else range(0)
+                attack = _Attack(elsewhere, target or server.port, seed, part, rate, kinds)
+                outcomes, got = asyncio.run(_watched(server.port, trace, seed * 1000 + number, attack, seen, arm))
+                played[arm].append(outcomes)
+                if arm == "hostile":
+                    tally.add(got)
+                said = f", the other one {got.by_class()}" if part else ""
+                common.progress(
+                    f"round {number} {arm}: p99 between tokens {_itl_ms([outcomes])[99]:.1f} ms, "
+                    f"lag so far {1e3 * seen.lag_s:.0f} ms{said}"
+                )
+        alive = _is_alive(server, before, (input_len, output_len))
+        log = log_path.read_bytes()[begun:].decode(errors="replace")
+    return _result(played, tally, seen, first_pss, alive, log)
+
+
+def _result(
+    played: Mapping[str, list[list[Outcome]]], tally: Tally, seen: _Seen, first_pss: int, alive: int, log: str
+) -> Hostile:
+    itl_ms = {arm: _itl_ms(runs) for arm, runs in played.items()}
+    outcomes = [outcome for runs in played.values() for run in runs for outcome in run]
+    problems = [outcome.problem for outcome in outcomes if outcome.problem]
+    told = [line for line in log.splitlines() if re.search(r"event loop|ERROR|Error:|CRITICAL", line)]
+    better = {"alive": "higher", "errors_5xx": "lower", "keyless_bytes": "lower", "max_loop_lag_ms": "lower"}
+    return Hostile(
+        inputs=tally.num_sent,
+        alive=alive,
+        max_loop_lag_ms=1e3 * seen.lag_s,
+        max_loop_held_ms=1e3 * max(map(float, _HELD.findall(log)), default=0.0),
+        keyless_bytes=tally.keyless_bytes,
+        errors_5xx=tally.errors,
+        unanswered=tally.unanswered,
+        polite_errors=len(problems),
+        itl_p99_change_pct=100 * (itl_ms["hostile"][99] / itl_ms["alone"][99] - 1),
+        itl_p99_again_pct=100 * (itl_ms["again"][99] / itl_ms["alone"][99] - 1),
+        itl_p99_sink_pct=100 * (itl_ms["sink"][99] / itl_ms["alone"][99] - 1),
+        frontend_growth_mib=(seen.pss_peak - first_pss) / 2**20,
+        frontend_kept_mib=(seen.pss - first_pss) / 2**20,
+        tracebacks=log.count("Traceback (most recent call last)"),
+        better=better | {"itl_p99_change_pct": "lower", "polite_errors": "lower"},
+        itl_ms={arm: {f"p{percent}": value for percent, value in found.items()} for arm, found in itl_ms.items()},
+        ttft_p99_ms={arm: _ttft_p99_ms(runs) for arm, runs in played.items()},
+        per_round={arm: [_itl_ms([run])[99] for run in runs] for arm, runs in played.items()},
+        stalls=seen.stalls,
+        by_class=tally.by_class(),
+        hostile=hostile_wire.as_values(tally),
+        polite_problems=problems[:20],
+        log=[line[:400] for line in told[:200]],
+    )
+
+
+def _serve(folder: Path, logs: Path, weight_mib: float, dtype: str) -> common.Server:
+    paths = sized_models.make_all(folder, {MODEL: weight_mib})
+    embed = common.make_models(folder, ["embed"])["embed-0"]
+    flags = [*common.MODEL_FLAGS[2:], f"--dtype={dtype}"]
+    tenants: list[dict[str, Any]] = [
+        {"name": POLITE, "keys": hash_key(POLITE_KEY)},
+        {"name": "odd", "keys": hash_key(KEYS.odd), "requests_per_minute": 6_000, "max_concurrent": 16},
+        {
+            "name": "greedy", "keys": hash_key(KEYS.greedy),
+            "requests_per_minute": 120, "tokens_per_minute": 3_000, "max_concurrent": 2,
+        },
+    ]  # fmt: skip
+    pool = {
+        "models": [
+            {"name": MODEL, "model": str(paths[MODEL]), "args": ["--max-model-len=2048", "--max-num-seqs=16", *flags]},
+            {"name": EMBED, "model": str(embed), "args": ["--max-model-len=512", "--runner=pooling", *flags]},
+        ],
+        "device_memory": "512MiB",
+        "page_size": "1MiB",
+        "admin_key": ADMIN_KEY,
+        "view_key": KEYS.view,
+        "metrics_key": KEYS.metrics,
+        "tenants": tenants,
+    }
+    pool_file = folder / "pool.yaml"
+    pool_file.write_text(json.dumps(pool))  # JSON is YAML
+    env = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+    return common.Server([*common.POOL, str(pool_file)], [MODEL, EMBED], logs / "hostile.log", **env)
+
+
+def _requests(draw: random.Random, duration_s: float, rate: float, lengths: tuple[int, int]) -> list[BenchRequest]:
+    """Poisson arrivals of the polite tenant, the same in all arms of a round; at least one."""
+    return [BenchRequest(at, MODEL, *lengths, POLITE) for at in (0.0, *arrivals(draw, rate, duration_s))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Attack:
+    """Hostile requests to a port, from a process of its own."""
+
+    elsewhere: Executor
+    port: int
+    seed: int
+    part: range
+    """Numbers of the inputs that are sent; none in the arms that send nothing."""
+    rate: float
+    kinds: Sequence[str]
+
+    def begin(self, part: range) -> Future[Tally]:
+        """Begin to send a part."""
+        return self.elsewhere.submit(_send, self.port, self.seed, part, self.rate, self.kinds)
+
+
+def _send(port: int, seed: int, part: range, rate: float, kinds: Sequence[str]) -> Tally:
+    return hostile_wire.play_all(port, make_scripts(seed, part, KEYS, kinds), rate, _MOST_OPEN)
+
+
+async def _watched(
+    port: int, trace: list[BenchRequest], seed: int, attack: _Attack, seen: _Seen, arm: str
+) -> tuple[list[Outcome], Tally]:
+    """Play one arm and look at the server all the while."""
+    before = await asyncio.to_thread(seen.look)
+
+    async def sample() -> None:
+        while True:
+            await asyncio.sleep(_SAMPLE_S)
+            await asyncio.to_thread(seen.look)
+
+    sampling = asyncio.create_task(sample())
+    try:
+        return await _play(port, trace, seed, attack)
+    finally:
+        sampling.cancel()
+        with suppress(asyncio.CancelledError):
+            await sampling
+        seen.count(arm, before, await asyncio.to_thread(seen.look))
+
+
+async def _play(port: int, trace: list[BenchRequest], seed: int, attack: _Attack) -> tuple[list[Outcome], Tally]:
+    """Send the polite tenant's requests beside an attack; wait until all is over."""
+    url = f"http://127.0.0.1:{port}"
+    await asyncio.wrap_future(attack.begin(range(0)))  # its process is up
+    sent = asyncio.wrap_future(attack.begin(attack.part))
+    outcomes = await bench_client.replay(url, trace, seed=seed, drain_s=_DRAIN_S, keys={POLITE: POLITE_KEY})
+    tally = await sent
+    await bench_client.wait_until_idle(url, _DRAIN_S, KEYS.metrics)
+    return outcomes, tally
+
+
+def _start_sink(stack: ExitStack) -> int:
+    """Start a process that refuses all; returns its port."""
+    spawn = multiprocessing.get_context("spawn")
+    told, tells = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=hostile_wire.serve_refusals, args=(tells,), daemon=True)
+    process.start()
+    stack.callback(process.kill)
+    return int(told.recv())
+
+
+def _pids(server: common.Server) -> tuple[int, int]:
+    """Frontend and engine host."""
+    return server.process.pid, server.get("/v1/pool/state", key=ADMIN_KEY)["host_pid"]
+
+
+def _is_alive(server: common.Server, before: tuple[int, int], lengths: tuple[int, int]) -> int:
+    if server.process.poll() is not None:
+        return 0
+    trace = [BenchRequest(0.0, MODEL, *lengths, POLITE)]
+    keys, url = {POLITE: POLITE_KEY}, f"http://127.0.0.1:{server.port}"
+    outcomes = asyncio.run(bench_client.replay(url, trace, seed=-2, drain_s=_DRAIN_S, keys=keys))
+    with suppress(OSError, TimeoutError):
+        asyncio.run(bench_client.wait_until_idle(url, _DRAIN_S, KEYS.metrics))
+        server.get("/v1/pool/check", key=ADMIN_KEY, body={}, limit_s=60)
+        return int(_pids(server) == before and not outcomes[0].problem)
+    return 0
+
+
+def _itl_ms(runs: Sequence[Sequence[Outcome]]) -> dict[int, float]:
+    """Percentiles of the times between tokens; a stream that failed tells what it has."""
+    times = [outcome.token_times_s for outcomes in runs for outcome in outcomes]
+    gaps = [1e3 * (late - early) for each in times for early, late in itertools.pairwise(each)]
+    return {percent: common.percentile(gaps, percent) for percent in (50, 90, 99)}
+
+
+def _ttft_p99_ms(runs: Sequence[Sequence[Outcome]]) -> float:
+    times = [outcome.ttft_s() for outcomes in runs for outcome in outcomes]
+    return 1e3 * common.percentile([seconds for seconds in times if seconds is not None], 99)
+
+
+def main() -> None:
+    """Read the flags, run, report."""
+    parser = common.parser(__doc__)
+    add = parser.add_argument
+    add("--inputs", type=int, default=10_000, help="hostile requests (default: %(default)s)")
+    add("--kinds", nargs="*", choices=list(KINDS), default=[], metavar="KIND", help="of them (default: all)")
+    add("--rate", type=float, default=40.0, help="of them per second (default: %(default)s)")
+    add("--rounds", type=int, default=6, help="default: %(default)s")
+    add("--polite-rate", type=float, default=3.0, help="polite streams per second (default: %(default)s)")
+    add("--input-len", type=int, default=32, help="prompt tokens of one (default: %(default)s)")
+    add("--output-len", type=int, default=48, help="tokens of its answer (default: %(default)s)")
+    add("--weight-mib", type=float, default=32, help="of its model (default: %(default)s)")
+    add("--dtype", default="float32", help="of the models (default: %(default)s)")
+    keys = [
+        "inputs",
+        "alive",
+        "max_loop_lag_ms",
+        "max_loop_held_ms",
+        "keyless_bytes",
+        "errors_5xx",
+        "unanswered",
+        "polite_errors",
+    ]
+    keys += ["itl_p99_change_pct", "itl_p99_again_pct", "itl_p99_sink_pct", "frontend_growth_mib", "tracebacks"]
+    common.report("hostile", run, parser.parse_args(), keys)
+
+
+if __name__ == "__main__":
+    main()

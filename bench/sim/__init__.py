@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scripts that simulate pools of GPUs: nothing is measured."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,18 @@ settings.load_profile("untimed")
 LORA_NAME = "llama-lora"
 SLO = {"ttft": "1us", "tpot": "60s"}
 """Every first token is late and every other one on time, on any machine."""
+
+
+@pytest.fixture(autouse=True)
+def own_log_lines() -> Iterator[None]:
+    """Lines of tokenpool reach caplog whatever ran before in this process: packages set the root's level at import."""
+    own = logging.getLogger("tokenpool")
+    handlers, level, propagate = list(own.handlers), own.level, own.propagate
+    own.handlers[:], own.propagate = [], True
+    own.setLevel(logging.INFO)
+    yield
+    own.handlers[:], own.propagate = handlers, propagate
+    own.setLevel(level)
 
 
 class TinyModels:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from bench import traces
+from bench.parts import traces
+from bench.parts.sized_models import shape
+from bench.parts.trace_client import Outcome
 from bench.serve_trace import find_example, rate_at
-from bench.sized_models import shape
-from bench.trace_client import Outcome
 from tokenpool.config import SLO
 from tokenpool.policy.slo import attainments
 

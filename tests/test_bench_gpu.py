@@ -19,10 +19,10 @@ import torch
 from aiohttp.test_utils import TestServer
 
 from bench.gpu import goodput, layout, link, one_model_tax, rig, sleep_mode, sleep_router, switch
-from tests.helpers.fake_cuda import FakeCudaDevice
+from tests.helpers.devices.fake_cuda import FakeCudaDevice
 from tokenpool.config import load_pool_file
-from tokenpool.host import cuda_copies
-from tokenpool.memory import device_cuda
+from tokenpool.host.load import cuda_copies
+from tokenpool.memory.devices import cuda as device_cuda
 
 pytestmark = pytest.mark.cpu
 

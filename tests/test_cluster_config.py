@@ -45,7 +45,7 @@ def test_a_pool_without_the_section_has_defaults():
         ({"hosts": "two"}, "cluster.hosts: expected a whole number"),
         ({"hosts": 2, "replicas": 3}, "cluster.replicas: 3 replicas need as many hosts, there are 2"),
         ({"replicas": 2, "max_replicas": 1}, r"cluster.max_replicas: must be replicas \(2\) or more"),
-        ({"capacity": "auto"}, "cluster.capacity: must be live or fixed, got 'auto'"),
+        ({"capacity": "auto"}, "cluster.capacity: must be one of live, fixed, got 'auto'"),
         ({"capacity": "fixed", "max_replicas": 2}, "cluster.max_replicas: needs capacity: live"),
         ({"capacity": "fixed", "prefill_hosts": 1}, "cluster.prefill_hosts: needs capacity: live"),
         ({"capacity_window": "1s"}, "cluster.capacity_window: must be 6s to 1h"),

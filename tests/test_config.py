@@ -171,7 +171,7 @@ def test_flags_are_read_in_each_form(value: object, expected: list[str]) -> None
     [
         (None, "args: expected a list, a text or a mapping"),
         (3, "args: expected a list, a text or a mapping"),
-        ("--a 'b", "args: \"--a 'b\" cannot be split as a shell line"),
+        ("--a 'b", 'args: "--a \'b" cannot be split as a shell line'),
         (["--a", True], "args[1]: expected a text"),
         (["--a 'b"], "args[0]: "),
         ([None], "args[0]: expected a text"),
@@ -280,8 +280,19 @@ def test_mistakes_are_refused_by_name(data: object, message: str) -> None:
 @pytest.mark.parametrize("setting", ["api_key", "admin_key", "view_key"])
 @pytest.mark.parametrize(
     "value",
-    [None, 12345678, {"hunter2": 1}, ["hunter2", 5], "", "hunter2", "hunter2-01234567 ", ["a", ""],
-     "hunter2-01234567\n", "hunter2${", "hunter2-01234567\0"],
+    [
+        None,
+        12345678,
+        {"hunter2": 1},
+        ["hunter2", 5],
+        "",
+        "hunter2",
+        "hunter2-01234567 ",
+        ["a", ""],
+        "hunter2-01234567\n",
+        "hunter2${",
+        "hunter2-01234567\0",
+    ],
 )
 def test_bad_keys_are_refused_in_secret(setting: str, value: object) -> None:
     """A key that can never be sent is refused, and the message does not show it."""

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from tokenpool.errors import ConfigError
-from tokenpool.logs import LEVEL_VARIABLE, log_to_stderr
+from tokenpool.logs import log_to_stderr
+from tokenpool.settings import LOG_LEVEL
 
 pytestmark = pytest.mark.cpu
 
@@ -28,7 +29,7 @@ HARM = {
 def logged(code: str, level: str = "INFO") -> list[str]:
     """Run `code` in a process that logs as ours do, and return its stderr."""
     setup = "import logging; from tokenpool.logs import log_to_stderr; root = logging.getLogger()\n"
-    env = {**os.environ, LEVEL_VARIABLE: level}
+    env = {**os.environ, LOG_LEVEL.name: level}
     command = [sys.executable, "-c", setup + code]
     return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stderr.splitlines()
 
@@ -67,7 +68,7 @@ def test_of_other_packages_warnings_are_shown() -> None:
 
 def test_a_level_that_there_is_not_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the variable and the levels, and nothing is changed."""
-    monkeypatch.setenv(LEVEL_VARIABLE, "loud")
+    monkeypatch.setenv(LOG_LEVEL.name, "loud")
     before = list(logging.getLogger("tokenpool").handlers)
 
     with pytest.raises(ConfigError, match="TOKENPOOL_LOG_LEVEL: 'loud' is no level: give one of DEBUG, INFO"):

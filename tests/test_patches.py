@@ -21,8 +21,9 @@ from tokenpool.patches.build_context import building, current_build
 pytestmark = pytest.mark.vllm
 
 README = Path(__file__).parents[1] / "patches" / "README.md"
-SITES = [site for patch in PATCHES.patches for site in patch.sites]
-by_name = pytest.mark.parametrize("patch", PATCHES.patches, ids=lambda patch: patch.name)
+HERE = PATCHES.of(vllm_version())
+SITES = [site for patch in HERE for site in patch.sites]
+by_name = pytest.mark.parametrize("patch", HERE, ids=lambda patch: patch.name)
 
 
 @pytest.fixture(autouse=True)
@@ -113,11 +114,14 @@ def test_apply_replaces_every_site_and_undo_restores_it():
     assert before == at_sites()
 
 
-@pytest.mark.parametrize("index", [0, len(PATCHES.patches) // 2, len(PATCHES.patches) - 1])
+HERE = PATCHES.of(vllm_version())
+
+
+@pytest.mark.parametrize("index", [0, len(HERE) // 2, len(HERE) - 1])
 def test_one_wrong_hash_applies_nothing(index):
     """A single target that differs, wherever in the order, stops all patches with one line that names it."""
     before = at_sites()
-    patches = list(PATCHES.patches)
+    patches = list(HERE)
     patches[index] = doctored(patches[index])
     patch_set = PatchSet(tuple(patches))
     with pytest.raises(PatchMismatchError) as caught:
@@ -136,6 +140,14 @@ def test_an_unknown_version_applies_nothing():
     with pytest.raises(PatchMismatchError, match=rf"vLLM 9\.9\.9 is not .*{vllm_version()}"):
         PATCHES.apply("9.9.9")
     assert before == at_sites()
+
+
+@pytest.mark.parametrize("target", ["vllm.no_such_module:function", "vllm.v1.core.block_pool:NoSuchClass"])
+def test_what_a_version_no_longer_has_differs(target):
+    """A module or a name that is gone is told as one whose source differs, not as an error of an import."""
+    gone = Patch("gone", target, {vllm_version(): "0" * 64}, "test", "test")
+    with pytest.raises(PatchMismatchError, match=f"{target} differ"):
+        PatchSet((gone,)).apply(vllm_version())
 
 
 def test_what_a_failed_apply_replaced_can_be_undone():

@@ -4,86 +4,40 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.import_graph import (
+    LAYERS,
+    OURS,
+    PACKAGE_DIRS,
+    ROOT,
+    circles,
+    graph,
+    imports_of,
+    layer_of,
+    part_of,
+    python_files,
+    short,
+    to_strangers,
+    upward,
+)  # fmt: skip
+
 pytestmark = pytest.mark.cpu
 
-ROOT = Path(__file__).parents[1]
-PACKAGE_DIRS = {"tokenpool": ROOT / "pooling"}
-PACKAGE_DIRS |= {f"tokenpool.{name}": ROOT / name for name in ("patches", "scheduler_plugins")}
-
-LAYERS = [
-    {"errors", "units", "config", "cluster_config", "tenant_config", "access_config", "engine_flags", "metric_registry",
-     "logs"},
-    {"memory"},
-    {"policy"},
-    {"scheduler_plugins"},
-    {"sim"},
-    {"patches"},
-    {"host"},
-    {"cluster"},
-    {"serve"},
-    {"demo"},
-]
-"""From low to high: a module imports from its own layer and lower ones. The package itself holds only the version."""
 ENGINE_FREE = LAYERS[0] | {"memory", "policy", "scheduler_plugins", "sim"}
 MARKERS = {"cpu", "vllm", "ray", "gpu", "deploy"}
 """What a test file needs to run."""
 SPDX = "# SPDX-License-Identifier: Apache-2.0\n"
-MAX_LINES, MAX_TEST_LINES = 400, 600
-
-
-def python_files(*folders: str) -> list[Path]:
-    files = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-    assert files, f"no Python file below {folders}: the test would prove nothing"
-    return files
+MAX_LINES, MAX_TEST_LINES, MAX_FUNCTION_LINES, MAX_FILES = 400, 600, 60, 20
 
 
 SOURCES = python_files("pooling", "scheduler_plugins", "patches", "bench", "deploy")
 TESTS = python_files("tests")
-OURS = python_files("pooling", "scheduler_plugins", "patches")
-
-
-def short(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def part_of(path: Path) -> str:
-    """The layer name of a file: its folder, or its own name directly below pooling/."""
-    folder, *rest = path.relative_to(ROOT).parts
-    if folder != "pooling":
-        return folder
-    return rest[0].removesuffix(".py")
-
-
-def package_of(path: Path) -> list[str]:
-    """The package a file of ours lies in, as the names from the root down."""
-    folder, *rest = path.parent.relative_to(ROOT).parts
-    return ["tokenpool", *rest] if folder == "pooling" else ["tokenpool", folder, *rest]
-
-
-def imports_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Every module an import statement names, anywhere in the file, with its line."""
-    for node in ast.walk(ast.parse(path.read_text(), short(path))):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield node.lineno, alias.name
-        elif isinstance(node, ast.ImportFrom):
-            base = package_of(path)[: -node.level + 1 or None] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            if module in PACKAGE_DIRS:  # may name submodules
-                for alias in node.names:
-                    yield node.lineno, f"{module}.{alias.name}"
-            else:
-                yield node.lineno, module
-
-
-def layer_of(part: str) -> int:
-    return next(level for level, parts in enumerate(LAYERS) if part in parts)
 
 
 def test_no_file_is_too_long():
@@ -121,6 +75,51 @@ def test_imports_go_downward():
     assert [] == wrong
 
 
+def test_the_floors_of_a_layer_import_downward():
+    """Nor does a room of the host or of what serves import from a floor above; so nothing forms a circle of rooms."""
+    assert [] == upward(graph())
+    assert [] != upward({"tokenpool.host.kv.kv_swap": {"tokenpool.host.engine_host"}})
+
+
+def test_processes_know_one_another_by_what_they_say():
+    """What serves requests imports nothing of the host, which is another process."""
+    assert [] == to_strangers(graph())
+    assert [] != to_strangers({"tokenpool.cli.doctor": {"tokenpool.host.state"}})
+
+
+def test_imports_form_no_circle():
+    """Of files, imports for types and inside functions included; the search finds circles where there are some."""
+    imports = graph()
+    assert sum(map(len, imports.values())) > len(imports), "no imports were read"
+    assert [["a", "b"], ["c"]] == circles({"a": {"b"}, "b": {"a", "c"}, "c": {"c"}, "d": {"a"}})
+    assert [] == circles(imports)
+
+
+def test_imports_are_absolute():
+    """Each module is named one way everywhere, so that it can be found and moved."""
+    relative = [
+        f"{short(path)}:{node.lineno}"
+        for path in OURS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert [] == relative
+
+
+def test_no_folder_holds_too_much():
+    """A folder has at most 20 files, its __init__.py included, and no function of ours is longer than 60 lines."""
+    files = Counter(path.parent for path in [*SOURCES, *TESTS])
+    assert {} == {short(folder): number for folder, number in files.items() if number > MAX_FILES}
+    long = [
+        f"{short(path)}:{node.lineno}: {node.name}"
+        for path in OURS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
+    ]
+    assert [] == long
+
+
 def test_low_layers_know_no_engine():
     """Settings, memory and policies import neither vLLM nor Ray; only memory may import torch."""
     wrong = []
@@ -128,6 +127,16 @@ def test_low_layers_know_no_engine():
         forbidden = {"vllm", "ray"} if part_of(path) == "memory" else {"vllm", "ray", "torch"}
         wrong += [f"{short(path)}:{line}" for line, m in imports_of(path) if m.partition(".")[0] in forbidden]
     assert [] == wrong
+
+
+def test_one_module_touches_the_environment():
+    """Only settings.py reads or sets a variable, and only there stands the name of one of ours."""
+    found = {
+        short(path): named
+        for path in OURS
+        if (named := re.findall(r"\benviron\b|\bgetenv\b|\bputenv\b|[\"']TOKENPOOL_\w+", path.read_text()))
+    }
+    assert ["pooling/settings.py"] == [*found]
 
 
 def markers_of(path: Path) -> list[str]:

@@ -165,7 +165,7 @@ def test_written_seconds_read_back(seconds: float) -> None:
 @given(st.text() | st.integers() | st.floats() | st.none() | st.booleans() | st.binary())
 def test_any_value_is_read_or_refused_in_one_line(value: object) -> None:
     """A parser gives a value in range or a ConfigError of one line, never anything else."""
-    for parse in (units.parse_bytes, units.parse_seconds, units.parse_int, units.parse_text):
+    for parse in (units.parse_bytes, units.parse_seconds, units.parse_number, units.parse_text):
         try:
             parse(value, "key")
         except ConfigError as refusal:

@@ -165,7 +165,7 @@ def _broken_json() -> Iterator[Probe]:
 
 def _names() -> Iterator[Probe]:
     for path, body in ((CHAT, chat()), (COMPLETIONS, completion()), (RESPONSES, {"input": "hello",
-    "max_output_tokens": 4}),
+    "max_output_tokens": 4, "temperature": 0}),
                        (MESSAGES, chat()), ("/tokenize", completion())):  # fmt: skip
         for about, name in (("its alias", ALIAS), ("no such model", "none"), ("an empty name", ""), ("no string", 3),
                             ("null", None), ("other case", MODEL.upper()), ("a long name", "x" * 5000)):  # fmt: skip
@@ -196,7 +196,8 @@ def _parameters() -> Iterator[Probe]:
         for key, values in (common | more).items():
             for value in values:
                 told = json.dumps(value)
-                yield _post(f"{key} {told if len(told) < 60 else 'of many words'}", path, make(**{key: value}))
+                seeded = {"seed": 5, key: value}  # what is random without a temperature
+                yield _post(f"{key} {told if len(told) < 60 else 'of many words'}", path, make(**seeded))
         for stream in (False, True):
             yield _post(f"logprobs, stream {stream}", path,
                         make(stream=stream, logprobs=True if path == CHAT else 2))  # fmt: skip

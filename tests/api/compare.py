@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -62,8 +63,8 @@ def ask(port: int, probe: Probe) -> Answer:
 
 def _headers(response: http.client.HTTPResponse) -> str:
     kept = []
-    for name, value in response.getheaders():
-        name = name.lower()
+    for given, value in response.getheaders():
+        name = given.lower()
         if name in _SAME_HEADERS or name.startswith("access-control-"):
             kept.append(f"{name}: {value}")
         elif name in _PRESENT_HEADERS:
@@ -83,20 +84,46 @@ def _body(kind: str, content: bytes, probe: Probe) -> str:
 
 
 def _events(content: bytes) -> str:
-    """The texts joined, and each shape of event once, in the order in which they came."""
-    shapes, texts = [], []
+    """The texts joined, and the events in the order of their kinds, those of one kind merged.
+
+    How many tokens are in one event depends on when they came.
+    """
+    merged: dict[str, Any] = {}
+    texts: list[str] = []
+    kind = ""
     for line in content.decode().splitlines():
-        if not line:
-            continue
         name, _, data = line.partition(": ")
-        told = f"{name}: {data}"
-        if data.startswith("{"):
+        if name == "event":
+            kind = data
+        elif data.startswith("{"):
             value = json.loads(data)
             texts += _take_texts(value)
-            told = f"{name}: {json.dumps(shape(value), sort_keys=True)}"
-        if told not in shapes:
-            shapes.append(told)
-    return f"{''.join(texts)!r} {shapes}"
+            key = f"{name} {kind} {value.get('object', '')}"
+            merged[key] = _merge(merged.get(key), _without_pieces(shape(value)))
+        elif line:
+            merged.setdefault(line, None)
+    told = [f"{key} {json.dumps(value, sort_keys=True)}" for key, value in merged.items()]
+    return f"{''.join(texts)!r} {told}"
+
+
+def _without_pieces(value: Any, key: str = "") -> Any:
+    """A shape without what is told of each token of an event: scalars in lists, and all lists of logprobs."""
+    if isinstance(value, dict):
+        inside = {name: "logprobs" if key == "logprobs" else name for name in value}
+        return {name: _without_pieces(entry, inside[name]) for name, entry in value.items()}
+    if isinstance(value, list):
+        kept = [_without_pieces(entry, key) for entry in value if isinstance(entry, dict) and key != "logprobs"]
+        return kept if kept or not value else ["piece"]
+    return value
+
+
+def _merge(one: Any, two: Any) -> Any:
+    """Two shapes as one: all their keys, and what is not null of either."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        return {key: _merge(one.get(key), two.get(key)) for key in one.keys() | two.keys()}
+    if isinstance(one, list) and isinstance(two, list):
+        return [_merge(a, b) for a, b in itertools.zip_longest(one, two)]
+    return one if two in (None, "NoneType", []) else two
 
 
 def _take_texts(value: Any) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import common
+from bench.parts import common
 from tests.api.battery import ALIAS, KEY, MODEL, ORIGIN, Probe, all_probes
 from tests.api.compare import Answer, ask, documented, report
 

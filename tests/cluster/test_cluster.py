@@ -17,7 +17,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.ray_nodes import ENV, RayNodes
+from bench.parts.ray_nodes import ENV, RayNodes
 from tests.conftest import TinyModels
 from tests.helpers.server import WAIT_LIMIT_S, PoolServerProcess, is_running, poll
 

@@ -16,7 +16,7 @@ from tests.conftest import TinyModels
 from tests.helpers.frontends import BODY, NUM_TOKENS, Stream, clients, complete, frontends
 from tests.helpers.server import PoolServerProcess, is_running, poll
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ENV = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "1"}
 

@@ -20,8 +20,11 @@ from tests.helpers.server import REPOSITORY, poll
 from tokenpool.cluster.host_supervisor import HostSupervisor
 from tokenpool.cluster.values import Deployment, Endpoints, Order, StaleEpochError
 from tokenpool.errors import HostError
+from tokenpool.process.template import Template
 
 pytestmark = pytest.mark.cpu
+
+HOST = (sys.executable, "-m", "tests.helpers.pulsing_host")
 
 ENDPOINTS = Endpoints("ipc://in", "ipc://out")
 
@@ -93,20 +96,24 @@ def test_reports_are_in_order_whatever_the_clock_of_the_node_says(monkeypatch: p
 class Guarded(HostSupervisor):
     """A supervisor of stand-in hosts, with a short limit."""
 
-    def __init__(self) -> None:
+    def __init__(self, template: Template | None = None) -> None:
         config = {"device_memory": 64, "page_size": 1, "host_timeout_s": 3.0}
-        super().__init__("h0", config, lambda report: None, period_s=0.05, env={"PYTHONPATH": str(REPOSITORY)})
+        env = {"PYTHONPATH": str(REPOSITORY)}
+        super().__init__("h0", config, lambda report: None, period_s=0.05, env=env, template=template)
 
     def _command(self, control: str, key: bytes) -> list[str]:
-        return [sys.executable, "-m", "tests.helpers.pulsing_host", control, key.hex()]
+        return [*HOST, control]
 
 
-@pytest.fixture
-def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
+@pytest.fixture(params=["spawned", "forked"])
+def guarded(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Guarded]:
+    """Its hosts are spawned, or forked from a template."""
     monkeypatch.chdir(REPOSITORY)
-    made = Guarded()
+    template = Template(HOST) if request.param == "forked" else None
+    made = Guarded(template)
     made.start()
     poll(lambda: made.report().life)
+    assert template is None or "ready" == template.snapshot()["state"]
     yield made
     made.stop(0.0)
 

@@ -193,6 +193,18 @@ def test_the_config_chooses_the_placement():
     assert isinstance(short, LivePlacement) and short.policy.quiet_s == LiveCapacity().quiet_s / 2
 
 
+def test_a_host_holds_as_many_models_as_its_pages_do():
+    """Weights that stay take pages, so do the KV floor of each and null blocks; those that move need only one's."""
+
+    def placed(pages: int, kv_floor_pages: int, *, movable: bool) -> int:
+        one = replace(host("h0"), device_memory=pages * MIB, kv_floor_pages=kv_floor_pages, movable=movable)
+        return len(KeepReplicas(1).decide(situation(0.0, one)))
+
+    assert [2, 1, 1, 0] == [placed(pages, 1, movable=False) for pages in (11, 10, 6, 5)]
+    assert [2, 1, 1, 0] == [placed(pages, 3, movable=False) for pages in (15, 14, 8, 7)]
+    assert [2, 0] == [placed(pages, 3, movable=True) for pages in (8, 7)]
+
+
 def test_a_model_may_have_its_own_number_of_hosts():
     """Its replicas come before the cluster's, for both policies and where a barred host is made up for."""
     own = {"a": replace(MODELS["a"], replicas=3, max_replicas=3), "b": MODELS["b"]}

@@ -358,7 +358,7 @@ def test_an_order_without_an_answer_ends(action: str):
     ]
     rig.settle(2 * 5)
     assert [action, action] == [order.action for order in orders]
-    assert "has not answered" in [d["reason"] for d in rig.control.log.last() if d["action"] == f"{action}_failed"][0]
+    assert "has not answered" in next(d["reason"] for d in rig.control.log.last() if d["action"] == f"{action}_failed")
 
     rig.hosts["h0"].order(orders[0])
     rig.control.order_done(orders[0], None, rig.now_s, 1)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from bench.ray_nodes import ENV, RayNodes
+from bench.parts.ray_nodes import ENV, RayNodes
 from tests.conftest import TinyModels
 from tests.helpers.server import TINY_ARGS, PoolServerProcess, poll
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NUM_TOKENS = 40
 PROMPTS = [[3 + (step * i) % 500 for i in range(200)] for step in (7, 11)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.charts import NO_HELM, VALUES_FILES, Manifest, helm_binary, render
+from tests.deploy.charts import NO_HELM, VALUES_FILES, Manifest, helm_binary, render
 
 
 @pytest.fixture(scope="session")

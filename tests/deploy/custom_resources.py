@@ -70,9 +70,9 @@ SPECS: dict[tuple[str, str], Schema] = {
     ("gateway.networking.k8s.io/v1", "HTTPRoute"): closed(
         {
             "parentRefs": array(closed({"name": TEXT}, {"namespace": TEXT, "sectionName": TEXT})),
-            "rules": array(closed(
-                {"matches": _MATCHES, "backendRefs": _BACKENDS, "timeouts": closed({"request": TEXT})}
-            )),
+            "rules": array(
+                closed({"matches": _MATCHES, "backendRefs": _BACKENDS, "timeouts": closed({"request": TEXT})})
+            ),
         },
         {"hostnames": array(TEXT)},
     ),

@@ -11,7 +11,7 @@ import re
 import pytest
 import yaml
 
-from tests.helpers.charts import (
+from tests.deploy.charts import (
     CHART,
     POOL_FILE,
     RELEASE,
@@ -26,7 +26,7 @@ from tests.helpers.charts import (
     selects,
 )
 from tokenpool.config import PoolConfig, load_pool_file
-from tokenpool.serve.auth import OPEN_PATHS
+from tokenpool.serve.access.auth import OPEN_PATHS
 from tokenpool.units import parse_bytes, parse_seconds
 
 pytestmark = pytest.mark.deploy

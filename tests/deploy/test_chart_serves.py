@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.helpers.charts import Manifest, only, pod_templates, pool_file, quantity, render
+from tests.deploy.charts import Manifest, only, pod_templates, pool_file, quantity, render
 from tests.helpers.server import TINY_ARGS, PoolServerProcess
 
 pytestmark = pytest.mark.deploy
@@ -104,7 +104,7 @@ def test_the_probes_of_the_chart_answer(server):
 
 def run_helm_test(server: ChartServer, key: str) -> subprocess.CompletedProcess[str]:
     (container,) = only(server.manifests, "Pod")["spec"]["containers"]
-    (_, url, *models) = args = list(container["args"])
+    (_, url, *_models) = args = list(container["args"])
     assert url == f"http://{only(server.manifests, 'Service')['metadata']['name']}:80"
     args[1] = server.base_url
     env = server.environment(container) | {"TOKENPOOL_API_KEY": key}

@@ -17,7 +17,7 @@ import yaml
 from deploy.dashboards.__main__ import FILES, generated
 from deploy.dashboards.alerts import rules
 from deploy.dashboards.series import SERIES, TARGET_LABELS, ours, select
-from tests.helpers.promql import problems
+from tests.deploy.promql import problems
 
 pytestmark = pytest.mark.deploy
 

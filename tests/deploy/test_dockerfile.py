@@ -57,11 +57,12 @@ def test_the_base_is_pinned_to_a_patch_version():
 
 
 def install(folder: Path, **arguments: str) -> tuple[int, list[str], str]:
-    """Run the step that installs, with a `pip` that only notes its words: exit status, those words, what was said."""
+    """Run the step that installs, with programs that only note their words: exit status, those words, what was said."""
     (script,) = (rest for rest in all_of("RUN") if "pip install" in rest)
-    pip = folder / "pip"
-    pip.write_text(f'#!/bin/sh\necho "$*" >> {folder}/calls\n')
-    pip.chmod(0o755)
+    for name in ("pip", "python"):
+        program = folder / name
+        program.write_text(f'#!/bin/sh\necho "$*" >> {folder}/calls\n')
+        program.chmod(0o755)
     env = {"PATH": f"{folder}:{os.environ['PATH']}", "TORCH_VERSION": "1", "TORCH_CPU_INDEX": "index", **arguments}
     done = subprocess.run(["sh", "-c", script], cwd=folder, env=env, capture_output=True, text=True, timeout=60)
     calls = folder / "calls"
@@ -86,13 +87,15 @@ def test_a_release_is_made_of_what_has_a_hash(device, tmp_path):
     assert calls == [
         f"install --no-cache-dir --no-deps --require-hashes -r locks/{device}.txt --extra-index-url index",
         "install --no-cache-dir --no-deps .",
+        *(["cpu_torchvision.py"] if device == "cpu" else []),
     ]
 
 
 def test_without_a_lock_the_extras_are_resolved(tmp_path):
     """A build for oneself needs no lock; one with an unknown device ends."""
     status, calls, _ = install(tmp_path, DEVICE="cpu", RELEASE="0", BASE=BASE)
-    assert status == 0 and "install --no-cache-dir .[cpu,cluster]" in calls and calls[-1].startswith("uninstall -y")
+    assert status == 0 and calls[-2:] == ["uninstall -y torchaudio torchcodec", "cpu_torchvision.py"]
+    assert "install --no-cache-dir .[cpu,audio,cluster]" in calls
     assert install(tmp_path, DEVICE="tpu", RELEASE="0", BASE=BASE)[0] != 0
 
 
@@ -103,7 +106,7 @@ def test_the_locks_have_every_dependency_with_its_hash():
         found = dict(re.fullmatch(r"([a-z0-9-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line).groups() for line in lines)
         assert len(lines) == len(found) > 100
         extras = PYPROJECT["project"]["optional-dependencies"]
-        for wanted in [*PYPROJECT["project"]["dependencies"], *extras[path.stem], *extras["cluster"]]:
+        for wanted in [*PYPROJECT["project"]["dependencies"], *extras[path.stem], *extras["audio"], *extras["cluster"]]:
             name, exact, version = wanted.partition("==")
             name = re.match(r"[a-z0-9-]+", name)[0]
             assert name in found
@@ -112,7 +115,7 @@ def test_the_locks_have_every_dependency_with_its_hash():
 
 def test_a_lock_has_what_pip_has_resolved():
     """Names as an index has them, in order; not the package itself, nor what breaks vLLM's CPU build."""
-    items = [("tokenpool", "1", None), ("Torch_x", "2.0+cpu", "b" * 64), ("torchvision", "3", "c" * 64)]
+    items = [("tokenpool", "1", None), ("Torch_x", "2.0+cpu", "b" * 64), ("torchaudio", "3", "c" * 64)]
     items += [("A.b", "1", "a")]
     report = {
         "install": [
@@ -158,13 +161,14 @@ def test_no_secret_goes_into_the_image():
 
 
 def test_the_extras_are_those_of_the_package():
-    """`cpu`, `cuda` and `cluster` exist, and torch is the version that `make setup` installs."""
+    """The image's exist; torch and torchvision are the versions that `make setup` installs."""
     extras = PYPROJECT["project"]["optional-dependencies"]
-    assert {"cpu", "cuda", "cluster"} <= extras.keys()
-    assert '".[${DEVICE},cluster]"' in " ".join(all_of("RUN"))
-    (version,) = re.findall(r"^TORCH = (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert f"TORCH_VERSION={version}" in all_of("ARG")
-    assert f"torch=={version}" in extras["cpu"]
+    assert {"cpu", "cuda", "audio", "cluster"} <= extras.keys()
+    assert '".[${DEVICE},audio,cluster]"' in " ".join(all_of("RUN"))
+    for name in ("TORCH", "TORCHVISION"):
+        (version,) = re.findall(rf"^{name} = (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert f"{name}_VERSION={version}" in all_of("ARG")
+        assert f"{name.lower()}=={version}" in extras["cpu"]
 
 
 def test_it_starts_what_the_chart_starts():

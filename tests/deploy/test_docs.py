@@ -12,11 +12,14 @@ import yaml
 
 from tests.deploy.test_chart_values import SCHEMA, VALUES, deeply
 from tokenpool.config import PoolConfig
-from tokenpool.serve.auth import OPEN_PATHS
-from tokenpool.serve.body_budget import LARGEST_BODIES
-from tokenpool.serve.http_limits import HEAD_BYTES, HEAD_LINES, SILENCE_S
-from tokenpool.serve.loop_watch import STALL_S
-from tokenpool.serve.request_body import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES
+from tokenpool.host.engine.grammar_cost import FREE_S, TOKEN_S
+from tokenpool.serve.access.auth import OPEN_PATHS
+from tokenpool.serve.client.text_lanes import LONG, PLACES, PLACES_EACH
+from tokenpool.serve.client.token_answers import MAX_LISTED
+from tokenpool.serve.http.body_budget import LARGEST_BODIES
+from tokenpool.serve.http.http_limits import HEAD_BYTES, HEAD_LINES, SILENCE_S
+from tokenpool.serve.http.loop_watch import STALL_S
+from tokenpool.serve.http.request_body import MAX_CONTAINERS, MAX_DEPTH, MAX_VALUES
 
 pytestmark = pytest.mark.deploy
 
@@ -60,14 +63,9 @@ def test_the_security_page_states_the_limits_of_the_code():
     assert f"| JSON | {counts}; 400 |" in PAGES["security"] and MAX_VALUES == 1_000_000
     bodies = f"{LARGEST_BODIES} times `max_request` together, {LARGEST_BODIES * default.max_request_bytes >> 20} MiB"
     assert bodies in PAGES["security"]
+    assert f"| {MAX_LISTED:,}; 400 |" in PAGES["security"]
+    assert f"texts and lists of {LONG:,} characters" in PAGES["security"] and (PLACES, PLACES_EACH) == (2, 1)
+    assert f"{FREE_S:g} s of CPU time for a request, and {TOKEN_S * 1e3:g} ms more" in PAGES["security"]
     assert f"{HEAD_BYTES >> 10} KiB and {HEAD_LINES} headers" in PAGES["security"]
     assert f"{SILENCE_S:g} s for a whole head" in PAGES["security"]
     assert f"more than {STALL_S:g} s" in PAGES["security"]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    """Every relative link of the page names a file of the repository."""
-    targets = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if "://" not in link]
-    assert targets
-    assert [target for target in targets if not (ROOT / "docs" / target).exists()] == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.charts import quantity, selects
+from tests.deploy.charts import quantity, selects
 from tokenpool import __version__
 from tokenpool.config import load_pool_file
 

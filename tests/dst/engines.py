@@ -14,22 +14,25 @@ from tests.helpers.plain import ENV
 
 os.environ.update(ENV)
 
-import torch  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
-from vllm.config import VllmConfig  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.sampling_params import SamplingParams, StructuredOutputsParams  # noqa: E402
-from vllm.v1.engine import EngineCoreRequest  # noqa: E402
-from vllm.v1.structured_output.backend_types import StructuredOutputBackend, StructuredOutputGrammar  # noqa: E402
+import torch
+from transformers import LlamaConfig
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.backend_types import StructuredOutputBackend, StructuredOutputGrammar
 
-from tests.dst.oracle import VOCAB, ModelFacts  # noqa: E402
-from tests.dst.scenario import PAGE, ModelPlan, RequestPlan, Scenario  # noqa: E402
-from tests.dst.stub_engine import LAYERS_PER_GROUP, executor_for  # noqa: E402
-from tests.dst.world import World, weights_sum  # noqa: E402
-from tokenpool.config import SLO  # noqa: E402
-from tokenpool.host.engine_host import EngineHost  # noqa: E402
-from tokenpool.host.hosted_model import HostConfig, HostedModelSpec  # noqa: E402
-from tokenpool.host.resume import ContinuedRequest  # noqa: E402
+from tests.dst.oracle import VOCAB, ModelFacts
+from tests.dst.scenario import PAGE, ModelPlan, RequestPlan, Scenario
+from tests.dst.stub_engine import LAYERS_PER_GROUP, executor_for
+from tests.dst.world import World, weights_sum
+from tokenpool.config import SLO
+from tokenpool.host.engine_host import EngineHost
+from tokenpool.wire.continued_request import ContinuedRequest
+from tokenpool.wire.spec import HostConfig, HostedModelSpec
+
+_BACKEND = "xgrammar"
 
 
 class _Grammar(StructuredOutputGrammar):
@@ -145,6 +148,9 @@ def add_model(host: EngineHost, world: World, plan: ModelPlan, scenario: Scenari
     hosted = host.add_model(make_spec(plan, world, scenario))
     manager = hosted.core.structured_output_manager
     manager.executor, manager.backend = world.grammars, _Grammars()
+    of_all = copy.copy(manager)
+    of_all.__class__ = StructuredOutputManager
+    manager.managers = {_BACKEND: of_all}
     step_once = hosted.core.step_once
 
     def watched(**kwargs: Any) -> bool:
@@ -162,7 +168,7 @@ def make_request(plan: RequestPlan, arrival_s: float, delivered: list[int]) -> E
     params = SamplingParams(temperature=0.0, max_tokens=plan.max_tokens, ignore_eos=True)
     if plan.structured:
         params.structured_outputs = StructuredOutputsParams(regex="x*")
-        params.structured_outputs._backend = "xgrammar"
+        params.structured_outputs._backend = _BACKEND
     fields = dict(
         request_id=plan.request_id,
         prompt_token_ids=list(plan.prompt),

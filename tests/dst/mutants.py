@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from tokenpool.errors import EngineLostError, HostError
-from tokenpool.host import engine_host, hosted_model, loop_calls, pressure, quarantine
+from tokenpool.host import engine_host, hosted_model, loop_calls, pressure
+from tokenpool.host.engine import quarantine
+from tokenpool.host.engine.hosted_core import HostedEngineCore
 from tokenpool.host.host_room import HostRoom
-from tokenpool.host.hosted_core import HostedEngineCore
 from tokenpool.memory.states import WeightState
 
 
@@ -41,12 +42,12 @@ def hunger_is_guessed() -> Any:
             if waiting and model not in self._starved:
                 self._starved[model] = waiting.peek_request().request_id
 
-    preprocess = HostedEngineCore.preprocess_add_request
+    make_request = HostedEngineCore.make_request
 
-    def preprocess_quietly(self: Any, request: Any) -> Any:
+    def make_quietly(self: Any, request: Any) -> Any:
         notify, self._notify = self._notify, lambda: None
         try:
-            made, wave = preprocess(self, request)
+            made, wave = make_request(self, request)
         finally:
             self._notify = notify
         grammar = made.structured_output_request and made.structured_output_request._grammar
@@ -58,7 +59,7 @@ def hunger_is_guessed() -> Any:
         (pressure.PressureRelief, "after_step", after_step),
         (engine_host, "is_blocked", lambda core: False),
         (hosted_model.HostedModel, "rest", lambda self, executed: None),
-        (HostedEngineCore, "preprocess_add_request", preprocess_quietly),
+        (HostedEngineCore, "make_request", make_quietly),
     )
 
 

@@ -88,7 +88,8 @@ def _run_chunk(
         if child.returncode == 0:
             assert not left, f"the child left {left} out"
             return
-        assert lines, f"the simulator does not start: {child.stderr[-2000:]}"
-        died = int(lines[-1].removeprefix("seed "))
+        begun = [line.removeprefix("seed ") for line in lines if line.startswith("seed ")]  # vLLM logs there, too
+        assert begun, f"the simulator does not start: {child.stderr[-2000:]}"
+        died = int(begun[-1])
         left.remove(died)
         yield died, f"the process died with status {child.returncode}: {child.stderr[-1500:]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.dst import engines, oracle
 from tests.dst.scenario import ModelPlan, RequestPlan, Scenario
 from tests.dst.world import Violation, World
 from tokenpool.errors import EngineLostError, HostError, PoolError
+from tokenpool.host.engine.grammar_wait import pending_grammar
 from tokenpool.host.engine_host import EngineHost
 
 MOST_TURNS = 20_000
@@ -212,9 +214,24 @@ class Simulation:
         self._send(stream)
 
     def _send(self, stream: Stream) -> None:
+        """Hand a request in, as an engine's receiver does: one that goes on waits for its grammar first."""
         core = self.host.models[stream.plan.model].core
         message = engines.make_request(stream.plan, stream.arrival_s, list(stream.tokens))
-        core.input_queue.put((EngineCoreRequestType.ADD, core.preprocess_add_request(message)))
+        request = core.make_request(message)
+
+        def hand_in() -> None:
+            core.restore(request[0], message)
+            core.input_queue.put((EngineCoreRequestType.ADD, request))
+
+        def hand_in_late(_: Future[Any]) -> None:
+            hosted = self.host.models.get(stream.plan.model) if self.host is not None else None
+            if hosted is not None and hosted.core is core and not stream.aborted:
+                hand_in()
+
+        if stream.tokens and (grammar := pending_grammar(request[0])) is not None:
+            grammar.add_done_callback(hand_in_late)
+        else:
+            hand_in()
 
     def _on_abort(self, request_id: str) -> None:
         stream = self.streams.get(request_id)
@@ -309,7 +326,7 @@ class Simulation:
         self.plans, self.removing, self.host = {}, set(), None
         old.arena.close()
         self.world.copy_engines.clear()
-        self.world.grammars.waiting.clear()
+        self.world.grammars.cancel()
         self.world.device._queue.clear()
         self._start_host(plans)
         for stream in self.streams.values():

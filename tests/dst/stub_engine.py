@@ -62,6 +62,7 @@ class GPUModelRunner:
         self.world, self.facts, self.model = world, facts, model
         self.requests: dict[str, CachedRequestState] = {}
         self.execute_model_state: Any = None
+        self.encoder_cache: dict[str, torch.Tensor] = {}
         self._block_size = config.cache_config.block_size
         self._rows: dict[str, int] = {}
         num_rows = config.scheduler_config.max_num_seqs + 1
@@ -80,6 +81,9 @@ class GPUModelRunner:
 
     def get_model(self) -> StubModel:
         return self.model
+
+    def get_draft_model(self) -> None:
+        return None
 
     def _dummy_run(self, count: int, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What a forward pass gives without KV: something that depends on all weights."""

@@ -12,7 +12,7 @@ from tests.dst.seeds import differing, run_seeds
 pytestmark = pytest.mark.vllm
 
 SEEDS = range(int(os.environ.get("TOKENPOOL_DST_SEEDS", "60")))
-REGRESSIONS = (75, 80, 100, 128, 294, 405, 656)
+REGRESSIONS = (75, 80, 100, 128, 294, 405, 656, 1417)
 """Seeds that found a fault once."""
 
 

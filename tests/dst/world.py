@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 
 from tests.dst.oracle import MASK, ModelFacts
 from tokenpool.memory.copy_engine import CopyEngine, CopyJob, Work
-from tokenpool.memory.device import BlockCopy, Copies
-from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.devices.cpu import CpuDevice
+from tokenpool.memory.devices.device import BlockCopy, Copies
 
 CHECKPOINT_NUMBERS = ((3000, 900), (6000, 4000, 200), (16000,), (9000, 12000), (25000, 500), (33000,))
 """Per checkpoint, the 64-bit numbers of each of its tensors: 31 to 264 KiB."""
@@ -272,18 +272,6 @@ class SimCopyEngine(CopyEngine):
         self._due.clear()
 
 
-class _Grammar(Future):
-    """A grammar that is being compiled; whoever waits for it waits until it is due."""
-
-    def __init__(self, compiler: GrammarCompiler) -> None:
-        super().__init__()
-        self._compiler = compiler
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._compiler.run_to(self)
-        return super().exception(timeout)
-
-
 class GrammarCompiler:
     """Stands in for the threads that compile grammars: each takes a while, some fail."""
 
@@ -292,7 +280,7 @@ class GrammarCompiler:
         self.waiting: list[tuple[float, Future[Any], Callable[[], Any]]] = []
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        future = _Grammar(self)
+        future: Future[Any] = Future()
         due_s = self._world.clock.now_s + self._world.faults.random.choice((0.0, 0.002, 0.05, 0.4))
         self.waiting.append((due_s, future, lambda: function(*args)))
         return future
@@ -307,11 +295,11 @@ class GrammarCompiler:
             except Exception as error:
                 future.set_exception(error)
 
-    def run_to(self, grammar: _Grammar) -> None:
-        """Let time pass until this one is compiled."""
-        while not grammar.done():
-            self._world.clock.now_s = max(self._world.clock.now_s, self.next_s())
-            self.happen()
+    def cancel(self) -> None:
+        """The process of these threads has ended."""
+        waiting, self.waiting = self.waiting, []
+        for _, future, _ in waiting:
+            future.cancel()
 
     def next_s(self) -> float:
         """When the next grammar is due; inf without one."""

@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.device_laws import LAWS
-from tokenpool.memory.device_cuda import CudaDevice
+from tests.helpers.devices.device_laws import LAWS
+from tokenpool.memory.devices.cuda import CudaDevice
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,8 +34,8 @@ def test_law(device, law):
 @pytest.mark.parametrize("name", ["batch", "triton"])
 def test_blocks_come_back_whichever_way_they_are_copied(device, name):
     """vLLM's batched copies move the same bytes as single ones."""
-    from tests.helpers.device_laws import kv_comes_back_elsewhere
-    from tokenpool.host.cuda_copies import BATCH_COPIES
+    from tests.helpers.devices.device_laws import kv_comes_back_elsewhere
+    from tokenpool.host.load.cuda_copies import BATCH_COPIES
 
     before, device.ways = device.ways, ((0, BATCH_COPIES[name]),)
     try:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ from tests.helpers.plain import Case, RequestSpec, prompts_for
 
 MakeRequests = Callable[[str, int, str | None], list[RequestSpec]]
 """From a kind, its place among the kinds, and the path of its adapter if it has one."""
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+MTP = {"method": "mtp", "num_speculative_tokens": 1}
+METHODS = ("draft_model", "eagle", "medusa")
+"""Drafters with a checkpoint of their own."""
 
 
 def greedy(count: int, max_tokens: int) -> MakeRequests:
@@ -58,3 +64,30 @@ def make_cases(
             args |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}  # vllm#48421: the last slot stays empty
         made[kind] = Case(kind, str(model), args, requests(kind, index, lora))
     return made
+
+
+def drafted_cases(folder: Path, requests: MakeRequests, **engine_args: Any) -> dict[str, Case]:
+    """A llama with each drafter and with none, a gemma3, which has windows, and a MiMo, each with its own.
+
+    All say few words. Cases of one model have the same prompts. Each is named by its model and its drafter, which is
+    empty without one.
+    """
+    from tokenpool.demo.tiny_drafters import make_few_words, make_tiny_drafter, make_tiny_mtp
+
+    made = make_cases(folder, ("llama", "gemma3", "qwen2"), requests, **engine_args)
+    few = {kind: make_few_words(Path(case.model), folder / f"few-{kind}") for kind, case in made.items()}
+    words = few["llama"]
+    base = {kind: replace(made[kind], model=str(few[kind])) for kind in ("llama", "gemma3")}
+    base["mimo"] = replace(made["qwen2"], name="mimo", model=str(make_tiny_mtp(few["qwen2"], folder / "mimo")))
+    drafters: dict[str, dict[str, Any] | None] = {"": None, "ngram": NGRAM, "mtp": MTP}
+    drafters |= {method: make_tiny_drafter(method, words, folder / method) for method in METHODS}
+    wanted = {"llama": ("", "ngram", *METHODS), "gemma3": ("", "ngram"), "mimo": ("", "mtp")}
+    cases = [_with_drafter(base[kind], name, drafters[name]) for kind, names in wanted.items() for name in names]
+    return {case.name: case for case in cases}
+
+
+def _with_drafter(case: Case, drafter: str, config: dict[str, Any] | None) -> Case:
+    name = f"{case.name}-{drafter}"
+    requests = [replace(r, request_id=f"{name}-{i}") for i, r in enumerate(case.requests)]
+    args = case.engine_args | ({"speculative_config": copy.deepcopy(config)} if config else {})
+    return Case(name, case.model, args, requests)

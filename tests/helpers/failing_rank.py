@@ -16,8 +16,8 @@ from collections import Counter
 from multiprocessing.connection import Connection
 from typing import Any
 
-import tokenpool.host.rank_group as rank_group
-from tokenpool.host.rank_follower import _Follower
+import tokenpool.host.ranks.rank_group as rank_group
+from tokenpool.host.ranks.rank_follower import _Follower
 
 LIMIT_S = 0.5
 NUM_CALLS = 200

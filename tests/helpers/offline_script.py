@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user's script does with `PooledLLM`; its one argument is a task as JSON, see tests/serve/test_offline.py."""
+"""What a user's script does with `PooledLLM`; its one argument is a task as JSON, see tests/cli/test_offline.py."""
 
 from __future__ import annotations
 
@@ -40,9 +40,7 @@ def main(task: dict[str, Any]) -> None:
         "settings beside a file": _error_of(lambda: PooledLLM("pool.yaml", device_memory="1GiB")),
     }
     with PooledLLM(task["models"], **MEMORY) as pool:
-        prompts = {
-            name: [{"prompt_token_ids": ids} for ids in given] for name, given in task["prompts"].items()
-        }
+        prompts = {name: [{"prompt_token_ids": ids} for ids in given] for name, given in task["prompts"].items()}
         outputs = pool.generate(prompts, greedy)
         errors["unknown model"] = _error_of(lambda: pool.generate({"nobody": ["?"]}))
         name = next(iter(pool))

@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.inputs.media import prompt_with
+
 logger = logging.getLogger(__name__)
 
 ENV = {
@@ -61,6 +63,8 @@ class RequestSpec:
     Set `max_loras` above the number of adapters: vLLM 0.32 on CPU gives requests without an adapter the
     weights of the last slot (index -1 in lora/ops/torch_ops), which must therefore stay empty.
     """
+    media: tuple[str, int] | None = None
+    """Kind of model and seed: `media.prompt_with` makes the prompt, of which `prompt_token_ids` is the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,8 @@ def run_plain(
             child = subprocess.run(
                 [sys.executable, "-m", *program, str(cases_file), str(results_file), str(int(plain_gemm))],
                 cwd=Path(__file__).parents[2],
-                env=os.environ | ENV | {"VLLM_PLUGINS": ""},
+                # numba's OpenMP layer would change the number of threads; the pool has to see to that itself.
+                env=os.environ | ENV | {"VLLM_PLUGINS": "", "NUMBA_THREADING_LAYER": "workqueue"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 check=False,
@@ -145,6 +150,8 @@ def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
         _use_plain_gemm()
     # Inspecting an architecture in a further process costs 10 s each; it protects only CUDA initialisation.
     registry._run_in_subprocess = lambda inspect: inspect()
+    _register_kernels_once()
+    _mend_drafted_sampling()
     results = {}
     for fields in json.loads(Path(cases_file).read_text()):
         requests = [RequestSpec(**request) for request in fields.pop("requests")]
@@ -152,6 +159,37 @@ def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
         results[case.name] = {key: asdict(result) for key, result in _run_case(case).items()}
         gc.collect()
     Path(results_file).write_text(json.dumps(results))
+
+
+def _register_kernels_once() -> None:
+    """Each engine registers the same CPU kernels; vLLM cannot do that when one with n-grams has imported numba."""
+    from vllm.triton_utils import dispatcher
+
+    original, seen = dispatcher.register_kernels, set()
+
+    def register_kernels(overrides: Any) -> None:
+        new = {name: kernel for name, kernel in overrides.items() if name not in seen}
+        seen.update(new)
+        if new:
+            original(new)
+
+    dispatcher.register_kernels = register_kernels
+
+
+def _mend_drafted_sampling() -> None:
+    """Give drafts the temperature of their request: vLLM 0.32 on the CPU gives them what is in memory, so that a batch
+    with a sampled request has other tokens in each run (patches/draft_constraints.py).
+    """
+    import torch
+    from vllm.v1.sample import rejection_sampler
+
+    def expand(x: Any, ends: Any, num_tokens: int, replace_from: int = 0, replace_to: int = 0) -> Any:
+        starts = [0, *ends.tolist()[:-1]]
+        rows = [value.expand(end - start) for value, start, end in zip(x, starts, ends.tolist(), strict=True)]
+        expanded = torch.cat(rows)
+        return torch.where(expanded == replace_from, torch.full_like(expanded, replace_to), expanded)
+
+    rejection_sampler.expand_batch_to_tokens = expand
 
 
 def _use_plain_gemm() -> None:
@@ -200,8 +238,6 @@ def _run_case(case: Case) -> dict[str, Result]:
 
 def _generate(llm: Any, case: Case) -> dict[str, Result]:
     """Step the engine here: `generate` drops the scheduler's requests, which count the preemptions."""
-    from vllm import TokensPrompt
-
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     adapters = sorted({request.lora for request in case.requests if request.lora})
@@ -209,7 +245,7 @@ def _generate(llm: Any, case: Case) -> dict[str, Result]:
     for request in case.requests:
         internal_id = engine.add_request(
             request.request_id,
-            TokensPrompt(prompt_token_ids=request.prompt_token_ids),
+            prompt_of(request),
             _params(request, pooling=llm.model_config.runner_type == "pooling"),
             lora_request=_lora_request(adapters, request.lora),
         )
@@ -218,6 +254,13 @@ def _generate(llm: Any, case: Case) -> dict[str, Result]:
     while engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in engine.step() if output.finished}
     return {name: _result(outputs[name], request.num_preemptions) for name, request in scheduled.items()}
+
+
+def prompt_of(request: RequestSpec) -> Any:
+    """The request's prompt, as vLLM takes it."""
+    if request.media is None:
+        return {"prompt_token_ids": request.prompt_token_ids}
+    return prompt_with(*request.media, request.prompt_token_ids)
 
 
 def _params(request: RequestSpec, *, pooling: bool) -> Any:

@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.helpers.plain import ENGINE_ARGS, ENV, Case, RequestSpec, Result, _lora_request, _params
+from tests.helpers.plain import ENGINE_ARGS, ENV, Case, RequestSpec, Result, _lora_request, _params, prompt_of
 
 os.environ.update(ENV)
 
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType
+from vllm.v1.engine.input_processor import InputProcessor
 
-from tokenpool.host.engine_host import EngineHost  # noqa: E402
-from tokenpool.host.hosted_core import EngineAddresses  # noqa: E402
-from tokenpool.host.hosted_model import HostConfig, HostedModelSpec  # noqa: E402
-from tokenpool.memory.device import Device  # noqa: E402
+from tokenpool.host.engine_host import EngineHost
+from tokenpool.memory.devices.cpu import CpuDevice
+from tokenpool.memory.devices.device import Device
+from tokenpool.wire.addresses import EngineAddresses
+from tokenpool.wire.spec import HostConfig, HostedModelSpec
 
 
 @dataclass
@@ -52,6 +55,7 @@ class PooledModels:
     ) -> None:
         self.host = EngineHost(HostConfig(device_memory, page_size, **host_config), device=device, poison=poison)
         self._collected: dict[tuple[str, str], _Collected] = {}
+        self._processors: dict[str, InputProcessor] = {}
 
     def add(self, case: Case, **engine_args: Any) -> None:
         self.host.add_model(make_spec(case, **engine_args))
@@ -79,9 +83,17 @@ class PooledModels:
             cache_salt=None,
             data_parallel_rank=None,
         )
+        if spec.media is not None:
+            message = self._with_media(model, spec, params)
         queued = core.preprocess_add_request(message)
         self._collected[model, spec.request_id] = _Collected(request=queued[0])
         core.input_queue.put((EngineCoreRequestType.ADD, queued))
+
+    def _with_media(self, model: str, spec: RequestSpec, params: Any) -> EngineCoreRequest:
+        """What a frontend would send for the request."""
+        if model not in self._processors:
+            self._processors[model] = InputProcessor(self.host.models[model].core.vllm_config)
+        return self._processors[model].process_inputs(spec.request_id, prompt_of(spec), params, ("generate",))
 
     def abort(self, model: str, *request_ids: str) -> None:
         self.host.models[model].core.input_queue.put((EngineCoreRequestType.ABORT, list(request_ids)))
@@ -133,3 +145,17 @@ class PooledModels:
 
     def close(self) -> None:
         self.host.close()
+
+
+@contextmanager
+def movable_pool(device_memory: int, page_size: int) -> Iterator[PooledModels]:
+    """A pool of models that come and go on the CPU: what leaves its memory is poisoned; its books agree in the end."""
+    device = CpuDevice(keeps_bytes=True)
+    pooled = PooledModels(
+        device_memory, page_size, device=device, poison=True, movable_weights=True, host_memory=256 << 20
+    )
+    try:
+        yield pooled
+        pooled.check()
+    finally:
+        pooled.close()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A stand-in for the host process: the real control socket and pulse, a loop that does what calls ask for, no engine.
 
-    python -m tests.helpers.pulsing_host CONTROL_SOCKET KEY
+    python -m tests.helpers.pulsing_host CONTROL_SOCKET [WORD ...]
+
+The key is where a host's is; it can be the template of such hosts, too.
 
 Calls: `add_packed`, `remove_model`, `load` and `state` as a host's; `wedge` makes the loop's next step never end;
 `hold` (direct) never answers.
@@ -11,14 +13,15 @@ from __future__ import annotations
 
 import faulthandler
 import queue
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from tokenpool.host.control import ControlServer
-from tokenpool.host.pulse import STACKS_SIGNAL, WAITING, Pulse
+from tokenpool.process.template_process import words_of_child
+from tokenpool.settings import CONTROL_KEY
+from tokenpool.wire.control import ControlServer
+from tokenpool.wire.pulse import STACKS_SIGNAL, WAITING, Pulse
 
 _never = threading.Event()
 
@@ -57,8 +60,10 @@ def step_that_never_ends() -> None:
     _never.wait()
 
 
-def main(path: str, key: str) -> None:
+def main(path: str, *_: str) -> None:
     """Serve until the process is killed."""
+    key = CONTROL_KEY.take()
+    assert key is not None
     faulthandler.register(STACKS_SIGNAL)
     loop, models = Loop(), set()
     methods: dict[str, Callable[..., Any]] = {
@@ -73,9 +78,9 @@ def main(path: str, key: str) -> None:
         "hold": _never.wait,
         "metrics": lambda: "# TYPE a gauge\na 1.0\n",
     }
-    ControlServer(path, bytes.fromhex(key), loop.call).serve(methods, direct)
+    ControlServer(path, key, loop.call).serve(methods, direct)
     loop.run()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*words_of_child(lambda: None))

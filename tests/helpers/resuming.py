@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.helpers.plain import Case
 from tests.helpers.pooled import EngineCoreRequestType, PooledModels
-from tokenpool.host.resume import ContinuedRequest
+from tokenpool.wire.continued_request import ContinuedRequest
 
 _DEVICE_MEMORY, _PAGE = 64 << 20, 256 << 10
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 
-from tokenpool.serve.flag_table import PORT, REFUSED, TAKEN_OVER
+from tokenpool.serve.launch.flag_table import PORT, REFUSED, TAKEN_OVER
 
 
 def names(text: str) -> frozenset[str]:
@@ -48,7 +48,8 @@ ENGINE = names("""
     replayssm-buffer-len return-sampling-mask revision runner safetensors-load-strategy
     safetensors-prefetch-block-size safetensors-prefetch-num-threads scheduler-cls scheduler-reserve-full-isl
     scheduling-policy seed served-model-name show-hidden-metrics-for-version skip-mm-profiling skip-tokenizer-init
-    sparse-indexer-topk-backend specialize-active-lora stream-interval structured-outputs-config swa-bounded-replay
+    sparse-indexer-topk-backend spec-method spec-model spec-tokens specialize-active-lora speculative-config
+    stream-interval structured-outputs-config swa-bounded-replay
     tensor-parallel-size tokenizer tokenizer-mode tokenizer-revision tokens-only trust-remote-code ubatch-size
     use-fp64-gumbel use-replayssm use-tqdm-on-load video-pruning-method video-pruning-rate watermark watermark-config
     worker-extension-cls
@@ -158,4 +159,3 @@ def use_of(action: argparse.Action) -> tuple[str, ...]:
     if isinstance(action.default, int | float):
         return flag, str(type(action.default)(2))
     return flag, "2"
-

@@ -98,7 +98,7 @@ class PoolServerProcess:
         self._pool_file.write_text(yaml.safe_dump(self.pool, sort_keys=False))
         with self._log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tokenpool.serve.cli", "serve", str(self._pool_file), *self._flags],
+                [sys.executable, "-m", "tokenpool.cli.main", "serve", str(self._pool_file), *self._flags],
                 cwd=REPOSITORY, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:

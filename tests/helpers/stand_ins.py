@@ -16,11 +16,17 @@ import pytest
 
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, HostError
-from tokenpool.serve import keeper, pool_server
-from tokenpool.serve.admission import EngineQueue
-from tokenpool.serve.endpoints import build_outer_app
-from tokenpool.serve.launch_plan import ModelPlan
-from tokenpool.serve.pool_server import PoolServer
+from tokenpool.process import keeper
+from tokenpool.serve.access.admission import EngineQueue
+from tokenpool.serve.gateway.endpoints import build_outer_app
+from tokenpool.serve.gateway.router import ModelRouter
+from tokenpool.serve.launch.model_plan import ModelPlan
+from tokenpool.serve.pool import local_hosts, pool_operator
+from tokenpool.serve.pool.local_hosts import LocalHosts
+from tokenpool.serve.pool.models import Models
+from tokenpool.serve.pool.pool import Pool
+from tokenpool.serve.pool.pool_operator import PoolOperator
+from tokenpool.serve.start import local_pool
 
 _LIMIT_S = 30.0
 _pids = itertools.count(1 << 22)  # above those of any process
@@ -141,7 +147,8 @@ class World:
         self.hold.set()
         self.gates: dict[str, asyncio.Event] = {}
         """As `hold`, for the loading of single models."""
-        self.pool: PoolServer
+        self.pool: Pool[LocalHosts]
+        self.operator: PoolOperator
 
     @property
     def host(self) -> StandInHost:
@@ -150,10 +157,10 @@ class World:
 
     @property
     def states(self) -> dict[str, str]:
-        return {name: model.state for name, model in self.pool.router.models.items()}
+        return {name: model.app.state for name, model in self.pool.models.items()}
 
     def client(self, name: str) -> StandInClient:
-        client: Any = self.pool._clients[name]
+        client: Any = self.pool.models[name].client
         return client
 
     async def until(self, look: Callable[[], object]) -> None:
@@ -162,7 +169,7 @@ class World:
             while not look():
                 await asyncio.sleep(0.005)
 
-    async def start_host(self, *_: Any) -> StandInHost:
+    async def start_host(self, *_: Any, **__: Any) -> StandInHost:
         self.hosts.append(StandInHost(self))
         return self.host
 
@@ -174,6 +181,16 @@ def plan_of(name: str) -> ModelPlan:
     return ModelPlan(ModelSpec(name=name, model="/none"), args, 0, checked)
 
 
+def models_of(*names: str) -> Models:
+    """A table of these models, which are loading."""
+    plans = [plan_of(name) for name in names]
+    config = PoolConfig(models=tuple(plan.spec for plan in plans), device_memory=1 << 30, host_memory=1 << 30)
+    models = Models(config, ModelRouter(build_outer_app(), max_request_bytes=1 << 20))
+    for plan in plans:
+        models.add(plan)
+    return models
+
+
 @asynccontextmanager
 async def stand_in_pool(
     patch: pytest.MonkeyPatch, folder: Path, names: Sequence[str] = ("a", "b", "c")
@@ -182,15 +199,17 @@ async def stand_in_pool(
     world = World()
     patch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
     patch.setattr(keeper, "RESTART_WAITS_S", (0.02,))
-    patch.setattr(pool_server, "_LOOK_S", 0.01)
-    patch.setattr(pool_server, "_END_LIMIT_S", 0.02)
-    patch.setattr(pool_server, "_SILENT_END_LIMIT_S", 0.02)
-    patch.setattr(pool_server, "HostProcess", SimpleNamespace(start=world.start_host))
-    patch.setattr(pool_server, "ModelClient", StandInClient)
+    patch.setattr(pool_operator, "_LOOK_S", 0.01)
+    patch.setattr(local_hosts, "_END_LIMIT_S", 0.02)
+    patch.setattr(local_hosts, "_SILENT_END_LIMIT_S", 0.02)
+    patch.setattr(local_hosts, "HostProcess", SimpleNamespace(start=world.start_host))
+    patch.setattr(local_hosts, "ModelClient", StandInClient)
     plans = [plan_of(name) for name in names]
     models = tuple(plan.spec for plan in plans)
     config = PoolConfig(models=models, device_memory=1 << 30, host_memory=1 << 30, shutdown_timeout_s=0.2)
-    world.pool = PoolServer(config, plans, build_outer_app())
+    outer = build_outer_app()
+    world.pool = local_pool(config, plans, None, outer)
+    world.operator = outer.state.operator
     try:
         yield world
     finally:

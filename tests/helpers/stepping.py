@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from tests.helpers.late_device import LateDevice
+from tests.helpers.devices.late_device import LateDevice
 from tests.helpers.plain import RequestSpec
 from tests.helpers.pooled import PooledModels
-from tokenpool.host.kv_swap import KVSwapper
-from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.host.kv.kv_swap import KVSwapper
+from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.ledger import PageUse
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 
-from tokenpool.host.slab_block_pool import SlabBlockPool
+from tokenpool.host.kv.slab_block_pool import SlabBlockPool
 from tokenpool.memory.arena import KVArena
-from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.ledger import PageLedger
 from tokenpool.memory.slab_allocator import SlabAllocator
 

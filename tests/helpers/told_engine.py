@@ -23,8 +23,8 @@ from vllm.v1.engine import (
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
-from tokenpool.host.hosted_core import EngineAddresses
-from tokenpool.host.resume import ContinuedRequest
+from tokenpool.wire.addresses import EngineAddresses
+from tokenpool.wire.continued_request import ContinuedRequest
 
 _LIMIT_S = 30
 _ANSWERS = {"is_sleeping": False, "add_lora": True, "remove_lora": True, "export_kv": {"keys": []}, "import_kv": 0}

@@ -26,7 +26,7 @@ def turns(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
     from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 
     from tests.helpers.pooled import PooledModels
-    from tokenpool.host.runner_adapter import warm_up_in_null_block
+    from tokenpool.host.kv.runner_adapter import warm_up_in_null_block
 
     pooled = PooledModels(DEVICE_MEMORY, PAGE, poison=True)
     for case in cases:
@@ -53,7 +53,7 @@ def moves(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
 
     They are stepped while their blocks come back.
     """
-    from tests.helpers.late_device import LateDevice
+    from tests.helpers.devices.late_device import LateDevice
     from tests.helpers.stepping import RandomMoves, SteppedModels
 
     pooled = SteppedModels(DEVICE_MEMORY, PAGE, late=LateDevice())
@@ -64,13 +64,18 @@ def moves(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
     return _close_stepped(pooled)
 
 
+def drafted(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
+    """The same with models that have drafters."""
+    return moves(cases, ahead=ahead)
+
+
 def adopted(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
     """One model's weights move and are compared by dummy steps of this runner; with and without leaving in mid-stream.
 
     `runs` has how many outputs of modules each dummy step gave.
     """
     from tests.helpers.pooled import PooledModels
-    from tokenpool.host.adoption_check import AdoptionCheck
+    from tokenpool.host.load.adoption_check import AdoptionCheck
 
     runs: list[int] = []
     original = AdoptionCheck._run
@@ -154,7 +159,7 @@ def _crash(case: Case, ahead: bool, place: str) -> dict[str, Any]:
 
 
 def _close_stepped(pooled: Any) -> dict[str, Any]:
-    from tokenpool.host.runner_adapter import RunnerAdapterV2
+    from tokenpool.host.kv.runner_adapter import RunnerAdapterV2
 
     for name in pooled.host.models:
         if pooled.swapper.is_out(name):

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.cases import greedy, make_cases, mixed
 from tests.helpers.plain import Case
+from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
 pytestmark = pytest.mark.vllm
 
@@ -84,6 +85,30 @@ def test_a_request_whose_grammar_is_compiled_late_is_answered_on_a_quiet_pool(ca
 
     assert pooled.finish_reason("llama", "json") in ("length", "stop")
     assert {} == pooled.host._relief.starved
+    pooled.close()
+
+
+def test_a_request_whose_grammar_cannot_be_compiled_says_so(cases, monkeypatch):
+    """Its client is told that it asked for too much, and not that the server failed."""
+    pooled = _pool(cases, ("llama",))
+    core, sent = pooled.host.models["llama"].core, []
+
+    def fail(request):
+        raise RuntimeError("too many states")
+
+    def keep(outputs):
+        sent.extend(each for of_client in outputs.values() for each in of_client.outputs)
+        send(outputs)
+
+    send = core._send
+    monkeypatch.setattr(core.structured_output_manager, "_create_grammar", fail)
+    monkeypatch.setattr(core, "_send", keep)
+    _ask_for_json(pooled, "llama")
+    pooled.run(max_steps=2000)
+
+    assert [(each.request_id, str(each.finish_reason), each.stop_reason) for each in sent] == [
+        ("json", "error", GRAMMAR_FAILED)
+    ]
     pooled.close()
 
 

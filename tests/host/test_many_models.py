@@ -84,11 +84,12 @@ class Traffic:
             self.removals += 1
 
 
-@pytest.mark.parametrize("policy", ["slack", pytest.param("aegaeon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["slack", "aegaeon"])
 def test_twelve_models_on_a_quarter_of_their_memory(cases, policy):
     """Every request that is not aborted gets all its tokens; books, host memory and the process stay in bounds."""
     from tests.helpers.pooled import PooledModels
-    from tokenpool.memory.device_cpu import CpuDevice
+    from tokenpool.memory.devices.cpu import CpuDevice
 
     device = CpuDevice(keeps_bytes=True)
     pooled = PooledModels(

@@ -29,8 +29,9 @@ class _Manager:
 
 def _hosted(name: str, pool: Any) -> Any:
     scheduler = SimpleNamespace(
-        requests={}, _pause_state=PauseState.UNPAUSED, max_model_len=512, kv_cache_manager=_Manager(pool)
-    )
+        requests={}, _pause_state=PauseState.UNPAUSED, max_model_len=512, kv_cache_manager=_Manager(pool),
+        num_spec_tokens=0, num_lookahead_tokens=0,
+    )  # fmt: skip
     watch = SimpleNamespace(refused=None)
     return SimpleNamespace(name=name, core=SimpleNamespace(scheduler=scheduler, watch=watch))
 
@@ -51,7 +52,9 @@ class Rig:
     def request(self, name: str, tokens: int = 200) -> str:
         self._count += 1
         request_id = f"{name}-{self._count}"
-        self.models[name].core.scheduler.requests[request_id] = SimpleNamespace(num_prompt_tokens=tokens, max_tokens=8)
+        self.models[name].core.scheduler.requests[request_id] = SimpleNamespace(
+            num_prompt_tokens=tokens, max_tokens=8, mm_features=[]
+        )
         return request_id
 
     def refuse(self, name: str, request_id: str) -> None:
@@ -134,6 +137,22 @@ def test_a_raised_floor_ends_however_its_request_does(rig, how):
     assert rig.allocator.version > version, "nobody would look again"
 
 
+def test_the_floor_of_a_request_has_room_for_its_drafts(rig):
+    """They get blocks past the last token that is asked for, to be verified and for the drafter to write."""
+    floors = []
+    for drafts in (0, 100):
+        scheduler = rig.models["a"].core.scheduler
+        scheduler.num_spec_tokens, scheduler.num_lookahead_tokens = drafts // 2, drafts // 2
+        request_id = rig.request("a", 400)
+        rig.refuse("a", request_id)
+        rig.relief.review()
+        floors.append(rig.floors()["a"])
+        rig.end("a", request_id)
+        rig.relief.review()
+
+    assert floors[1] > floors[0]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_at_any_time_the_raised_floor_is_that_of_a_request_which_waits(rig, seed):
     """Whatever starves, ends, pauses or goes: at most one floor is raised, for a request that is there."""
@@ -158,3 +177,24 @@ def test_at_any_time_the_raised_floor_is_that_of_a_request_which_waits(rig, seed
         for model, request_id in starved.items():
             assert request_id in rig.models[model].core.scheduler.requests
     rig.allocator.check()
+
+
+def test_refused_models_yield_to_steps_of_others(rig: Rig) -> None:
+    """After each refusal in a row to twice as many; not the one whose floor is raised, and none after its end."""
+    first, second = rig.request("a"), rig.request("b")
+    rig.refuse("a", first)
+    rig.relief.review()
+    for refusals in range(1, 5):
+        rig.refuse("b", second)
+        for _ in range(2 ** (refusals - 1)):
+            assert (False, True) == (rig.relief.yields("a"), rig.relief.yields("b"))
+            rig.relief.after_step("c", rig.models["c"].core, True)
+        assert not rig.relief.yields("b")
+    rig.refuse("b", second)
+    rig.end("a", first)
+    rig.relief.review()
+    assert "b" == rig.relief.raised
+    rig.refuse("a", rig.request("a"))
+    assert rig.relief.yields("a")
+    rig.relief.after_step("a", rig.models["a"].core, True)
+    assert not rig.relief.yields("a"), "it runs again"

@@ -39,7 +39,7 @@ class Faults:
         self._random = random.Random(5)
 
     def device(self):
-        from tokenpool.memory.device_cpu import CpuDevice
+        from tokenpool.memory.devices.cpu import CpuDevice
 
         faults = self
 
@@ -135,6 +135,7 @@ def test_a_device_call_that_fails_now_and_then_costs_no_stream(pool, faults, cas
 
 def test_a_device_that_takes_no_copies_fails_requests_and_nothing_else(pool, faults, cases, reference):
     """While nothing can be copied in, requests of absent models end with an error; afterwards all is well."""
+
     def reasons() -> set[str | None]:
         return {pool.finish_reason(k, r.request_id) for k, case in cases.items() for r in case.requests}
 

@@ -53,7 +53,7 @@ class RandomTurns:
 @pytest.fixture
 def pool(request):
     from tests.helpers.pooled import PooledModels
-    from tokenpool.memory.device_cpu import CpuDevice
+    from tokenpool.memory.devices.cpu import CpuDevice
 
     options = {"movable_weights": True, "host_memory": 256 << 20} | getattr(request, "param", {})
     pages = options.pop("pages", PAGES)
@@ -84,7 +84,9 @@ def _assert_equal(pooled, reference, kinds, least: int) -> None:
     assert compared >= least, f"only {compared} streams were compared"
 
 
-@pytest.mark.parametrize(("pool", "seed"), [({}, 1), ({"keeps_bytes": False}, 2)], indirect=["pool"])
+@pytest.mark.parametrize(
+    ("pool", "seed"), [({}, 1), pytest.param({"keeps_bytes": False}, 2, marks=pytest.mark.slow)], indirect=["pool"]
+)
 def test_switches_at_random_token_boundaries_change_no_stream(pool, cases, reference, seed):
     """Six models on memory for two, weights and KV poisoned when they leave: each gives what it gives alone."""
     _use(pool, RandomTurns(seed))
@@ -101,8 +103,14 @@ def test_switches_at_random_token_boundaries_change_no_stream(pool, cases, refer
     _assert_equal(pool, reference, KINDS, least=20)
 
 
-@pytest.mark.parametrize("pool", [{"policy": name} for name in ("round_robin", "request_level", "aegaeon", "slack")],
-                         indirect=True, ids=lambda options: options["policy"])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        pytest.param({"policy": name}, id=name, marks=[] if name in ("aegaeon", "slack") else pytest.mark.slow)
+        for name in ("round_robin", "request_level", "aegaeon", "slack")
+    ],
+    indirect=True,
+)
 def test_every_policy_serves_more_models_than_fit(pool, cases, reference):
     """Whatever the policy decides, all requests end and no stream changes."""
     kinds = ("llama", "gemma3", "qwen3_moe")
@@ -118,6 +126,7 @@ def test_every_policy_serves_more_models_than_fit(pool, cases, reference):
     _assert_equal(pool, reference, kinds, least=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", [{"pages": 12}], indirect=True)
 def test_a_compiled_model_comes_and_goes(pool, cases):
     """With torch.compile, whose code finds weights at addresses that stay, switches change no stream either."""

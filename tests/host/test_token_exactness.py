@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.helpers.cases import make_cases, mixed
 from tests.helpers.plain import Case, run_plain
-from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.devices.cpu import CpuDevice
 
 if TYPE_CHECKING:
     from tests.helpers.pooled import PooledModels
@@ -31,22 +32,23 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     return make_cases(tmp_path_factory.mktemp("models"), KINDS, mixed(5, 60), lora_kind="llama")
 
 
+def _plain(cases: dict[str, Case], prefix_caching: bool) -> dict[str, dict[str, object]]:
+    """Every case alone in plain vLLM."""
+    more = {"enable_prefix_caching": prefix_caching}
+    return run_plain([replace(case, engine_args={**case.engine_args, **more}) for case in cases.values()])
+
+
 @pytest.fixture(scope="module")
 def reference(cases: dict[str, Case]) -> dict[str, dict[str, object]]:
-    """Every case alone in plain vLLM, with the prefix cache on and off."""
-    with_cache = [
-        Case(f"{c.name}-{on}", c.model, {**c.engine_args, "enable_prefix_caching": on}, c.requests)
-        for c in cases.values()
-        for on in (True, False)
-    ]
-    return run_plain(with_cache)
+    """What plain vLLM gives with its prefix cache."""
+    return _plain(cases, prefix_caching=True)
 
 
-def _assert_equal(pooled, cases, reference, prefix_caching: bool) -> int:
+def _assert_equal(pooled, cases, reference) -> int:
     """All results equal the reference's; returns how many were compared, preempted ones are exempt."""
     compared = 0
     for name, case in cases.items():
-        expected = reference[f"{name}-{prefix_caching}"]
+        expected = reference[name]
         actual = pooled.results(name)
         for request in case.requests:
             want, got = expected[request.request_id], actual[request.request_id]
@@ -60,7 +62,7 @@ def _assert_equal(pooled, cases, reference, prefix_caching: bool) -> int:
     return compared
 
 
-@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("prefix_caching", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_streams_of_all_architectures_in_one_pool_equal_plain_vllm(cases, reference, prefix_caching):
     """Eight models under concurrent load, a turn per token, give what each gives alone."""
     from tests.helpers.pooled import PooledModels
@@ -74,7 +76,8 @@ def test_streams_of_all_architectures_in_one_pool_equal_plain_vllm(cases, refere
         pooled.run(each_step=lambda step: step % 50 or pooled.check())
         pooled.check()
         assert pooled.host.switches > 300
-        assert len(KINDS) * 5 == _assert_equal(pooled, cases, reference, prefix_caching)
+        expected = reference if prefix_caching else _plain(cases, prefix_caching)
+        assert len(KINDS) * 5 == _assert_equal(pooled, cases, expected)
     finally:
         pooled.close()
     assert pooled.host.ledger.num_free + pooled.host.ledger.total("null") == pooled.host.ledger.num_pages
@@ -107,7 +110,7 @@ def test_reclaimed_and_poisoned_slabs_change_no_stream(cases, reference):
     groups = ("llama", "qwen2"), ("gemma3", "qwen3_moe"), ("deepseek_v2",)
     chosen = {kind: cases[kind] for group in groups for kind in group}
     with _run_tight(chosen, *groups, device=CpuDevice(keeps_bytes=True)) as pooled:
-        assert _assert_equal(pooled, chosen, reference, True) >= 10
+        assert _assert_equal(pooled, chosen, reference) >= 10
 
 
 class ForgetfulDevice(CpuDevice):
@@ -129,4 +132,4 @@ def test_a_device_that_does_not_zero_what_it_maps_is_found_out(cases, reference)
         logprobs = [x for kind in chosen for result in pooled.results(kind).values() for x in result.logprobs]
         assert any(math.isnan(x) for x in logprobs)
         with pytest.raises(AssertionError, match="(tokens|logprobs) differ"):
-            _assert_equal(pooled, chosen, reference, True)
+            _assert_equal(pooled, chosen, reference)

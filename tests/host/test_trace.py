@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from tokenpool.host.trace import TraceLog, chrome_traces
+from tokenpool.wire.trace import TraceLog, chrome_traces
 
 pytestmark = pytest.mark.cpu
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tokenpool.errors import CapacityError
 from tokenpool.memory.arena import NULL_OWNER, ArenaView, KVArena
-from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.ledger import PageLedger, PageUse
 
 pytestmark = pytest.mark.cpu
@@ -265,7 +265,7 @@ def test_mapping_twice_and_unmapping_twice_are_bugs():
 CHILD = """
 import os, resource, sys
 from tokenpool.memory.arena import KVArena
-from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.ledger import PageLedger, PageUse
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 arena = KVArena(CpuDevice(keeps_bytes=sys.argv[2] == "keeps"), PageLedger(3, 65536))

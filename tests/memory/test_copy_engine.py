@@ -38,9 +38,7 @@ def hold(job_started: threading.Event, go_on: threading.Event):
 def test_jobs_run_in_order_on_one_other_thread(engine):
     """The side thread takes jobs as they came, one after another."""
     seen: list[tuple[int, int]] = []
-    jobs = [
-        engine.submit(str(i), 1, lambda job, i=i: seen.append((i, threading.get_ident()))) for i in range(20)
-    ]
+    jobs = [engine.submit(str(i), 1, lambda job, i=i: seen.append((i, threading.get_ident()))) for i in range(20)]
     assert all(job.wait(LIMIT_S) for job in jobs)
     assert list(range(20)) == [i for i, _ in seen]
     assert 1 == len({thread for _, thread in seen})

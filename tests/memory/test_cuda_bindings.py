@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tokenpool.memory.cuda_driver import CALLS
+from tokenpool.memory.devices.cuda_driver import CALLS
 
 pytestmark = pytest.mark.cpu
 
 CODE = """
-from tokenpool.memory.cuda_driver import CudaDriver, CudaError
+from tokenpool.memory.devices.cuda_driver import CudaDriver, CudaError
 driver = CudaDriver(3)
 print(driver.pci_bus_id(), driver.granularity())
 address = driver.reserve(4 << 20)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.devices.cpu import CpuDevice
 
 pytestmark = pytest.mark.cpu
 

@@ -12,14 +12,14 @@ import threading
 import pytest
 import torch
 
-from tests.helpers.device_laws import LAWS
-from tests.helpers.fake_cuda import GRANULARITY, FakeCuda, FakeCudaDevice
+from tests.helpers.devices.device_laws import LAWS
+from tests.helpers.devices.fake_cuda import GRANULARITY, FakeCuda, FakeCudaDevice
 from tokenpool.errors import ConfigError
 from tokenpool.memory.copy_engine import JobCancelled
-from tokenpool.memory.counted_device import CountedDevice
-from tokenpool.memory.cuda_driver import CudaDriver, CudaError
-from tokenpool.memory.device_cpu import CpuDevice
-from tokenpool.memory.device_cuda import _cpus_near
+from tokenpool.memory.devices.counted import CountedDevice
+from tokenpool.memory.devices.cpu import CpuDevice
+from tokenpool.memory.devices.cuda import _cpus_near
+from tokenpool.memory.devices.cuda_driver import CudaDriver, CudaError
 from tokenpool.memory.ledger import PageLedger
 from tokenpool.memory.weight_layout import WeightLayout
 from tokenpool.memory.weight_range import WeightRange

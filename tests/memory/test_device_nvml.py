@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from tests.helpers.fake_nvml import FakeNvml
+from tests.helpers.devices.fake_nvml import FakeNvml
 from tokenpool.errors import ConfigError
-from tokenpool.memory.device_nvml import read_gpu
+from tokenpool.memory.devices.nvml import read_gpu
 
 pytestmark = pytest.mark.cpu
 

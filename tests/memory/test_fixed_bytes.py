@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.weight_rig import Rig
+from tests.helpers.devices.weight_rig import Rig
 from tokenpool.errors import CapacityError
 from tokenpool.memory.fixed_bytes import FIXED_OWNER, UNCOUNTED_SHARE, FixedBytes
 from tokenpool.memory.ledger import PageLedger, PageUse

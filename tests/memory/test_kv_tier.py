@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tokenpool.errors import CapacityError
-from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 from tokenpool.memory.kv_tier import HostKVTier
 

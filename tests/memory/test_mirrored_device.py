@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tokenpool.memory.device_cpu import CpuDevice
-from tokenpool.memory.mirrored_device import Mirror, MirroredDevice
+from tokenpool.memory.devices.cpu import CpuDevice
+from tokenpool.memory.devices.mirrored import Mirror, MirroredDevice
 
 pytestmark = pytest.mark.cpu
 

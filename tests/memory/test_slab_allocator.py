@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tokenpool.errors import CapacityError
 from tokenpool.memory.arena import KVArena
-from tokenpool.memory.device_cpu import CpuDevice
+from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.ledger import PageLedger, PageUse
 from tokenpool.memory.slab_allocator import SlabAllocator
 

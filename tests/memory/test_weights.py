@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.weight_rig import CHUNK, LIMIT_S, PAGE, Rig, big_tensors, bytes_of, random_tensors
+from tests.helpers.devices.weight_rig import CHUNK, LIMIT_S, PAGE, Rig, big_tensors, bytes_of, random_tensors
 from tokenpool.errors import CapacityError, SwitchError
 from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import PageUse

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from tests.helpers.weight_rig import LIMIT_S, PAGE, Checkpoint, Rig, big_tensors, bytes_of, random_tensors
+from tests.helpers.devices.weight_rig import LIMIT_S, PAGE, Checkpoint, Rig, big_tensors, bytes_of, random_tensors
 from tokenpool.errors import CapacityError, SwitchError
 from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.states import WeightState

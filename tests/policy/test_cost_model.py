@@ -104,6 +104,27 @@ def test_predictions_are_never_negative_and_grow_with_tokens(steps, batch, conte
     assert 0 <= model.predict_copy(CopyKind.TO_HOST, tokens) <= model.predict_copy(CopyKind.TO_HOST, tokens + more)
 
 
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf])
+def test_what_is_no_time_is_left_out(seconds, caplog):
+    """A measurement that is not finite is logged and teaches nothing; where there is no other, the prior stays."""
+    model, taught, untaught = CostModel(), CostModel(), CostModel()
+    for i in range(40):
+        model.observe_step(4, 1000, 0, seconds)
+        model.observe_step(0, 0, 500, seconds)
+        model.observe_step(4, 1000, 500, seconds)
+        model.observe_copy(CopyKind.TO_HOST, 1 << 20, seconds)
+        if i == 20:
+            assert untaught.coefficients() == model.coefficients() and {} == model.errors()
+            assert untaught.copies.coefficients() == model.copies.coefficients()
+        if i > 20:
+            for each in (model, taught):
+                each.observe_step(4 + i, 1000 * i, 0, 0.03 + 1e-3 * i)
+                each.observe_step(0, 0, 500 + i, 0.05)
+    assert 40 * 4 == sum("measurement left out" in line for line in caplog.messages)
+    assert taught.coefficients() == model.coefficients() != untaught.coefficients()
+    assert taught.errors() == model.errors()
+
+
 def test_steps_far_below_the_prior_with_slow_ones_between_are_learnt():
     """Features that hardly differ and times of all sizes leave the fit little to go by; it stays finite."""
     for seed in range(100):

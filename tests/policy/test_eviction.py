@@ -69,6 +69,20 @@ def test_enough_and_nothing_superfluous(candidates, need_pages):
     assert choose_evictions(candidates[::-1], need_pages) == chosen
 
 
+def test_work_comes_before_what_may_come():
+    """A model with work is needed for sure, the one that can be spared less; without work it is a matter of chance."""
+    reuse = ReuseEstimator()
+    reuse.observe_arrival("seldom", 0.0)
+    for time_s in range(100):
+        reuse.observe_arrival("often", float(time_s))
+
+    need = [reuse.need(name, 100.0, has_work=False) for name in ("never", "seldom", "often")]
+    assert sorted(set(need)) == need and need[1] < 0.1 < need[2] < 1
+    assert 1.0 == reuse.need("never", 100.0, has_work=True)
+    assert need[1] < reuse.need("often", 100.0, has_work=True, is_spare=True) < 1.0
+    assert need[0] == reuse.need("never", 100.0, has_work=False, is_spare=True)
+
+
 def test_reuse_probability_rises_with_arrivals_and_fades():
     """A model asked every 10 s is near its true rate after a while; silence makes it unlikely again."""
     reuse = ReuseEstimator(memory_s=100.0)

@@ -39,9 +39,9 @@ def test_an_overdraft_is_waited_off():
 def test_no_more_than_rate_and_burst_pass(rate, uses):
     """Used only when ready, the bucket gives at most a burst plus the rate times the time."""
     bucket, now_s, used = TokenBucket(rate, now_s=0.0), 0.0, 0.0
-    for wait_s, amount in uses:
+    for wait_s, wanted in uses:
         now_s += wait_s
-        amount = min(amount, bucket.capacity)
+        amount = min(wanted, bucket.capacity)
         if bucket.ready_in_s(now_s, amount) == 0:
             bucket.take(now_s, amount)
             used += amount

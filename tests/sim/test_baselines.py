@@ -10,9 +10,9 @@ import pytest
 
 from tokenpool.config import SLO
 from tokenpool.errors import ConfigError
-from tokenpool.sim import artifact
+from tokenpool.sim.compared import artifact
+from tokenpool.sim.compared.systems import System, run_system, system
 from tokenpool.sim.result import SimResult
-from tokenpool.sim.systems import System, run_system, system
 from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
 
 pytestmark = pytest.mark.cpu

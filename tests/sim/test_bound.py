@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 
 from tokenpool.config import SLO
-from tokenpool.sim.bound import bound, least_steps, max_models
+from tokenpool.sim.compared.bound import bound, least_steps, max_models
+from tokenpool.sim.compared.systems import run_system, system
 from tokenpool.sim.gpus import gpu
 from tokenpool.sim.planner import plan
-from tokenpool.sim.systems import run_system, system
 from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
 
 pytestmark = pytest.mark.cpu
@@ -48,6 +48,7 @@ def test_steps_come_when_something_falls_due():
 
 def test_more_models_are_served_with_more_gpus():
     """The count grows with the GPUs and is that of the last workload that fits."""
+
     def make(count: int) -> Workload:
         return workload(*[(0.1 * i, f"m{i}", 1000, 50) for i in range(count)])
 

@@ -12,7 +12,7 @@ from tokenpool.config import SLO
 from tokenpool.policy.capacity import Action, CapacityDecision, CapacityView, Role
 from tokenpool.policy.capacity_live import LiveCapacity
 from tokenpool.policy.turns import load_turn_policy
-from tokenpool.sim.device import DeviceSpec
+from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.live import LivePool, LiveSettings
 from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
 
@@ -11,7 +12,7 @@ import pytest
 from tokenpool.config import SLO
 from tokenpool.policy.turns import Residency, load_turn_policy
 from tokenpool.sim.cluster import Cluster
-from tokenpool.sim.device import DeviceSpec
+from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.router import PlacementRouter, homes_for
 from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
 
@@ -167,6 +168,29 @@ def test_leaps_change_nothing(policy, points, rate):
 
     assert shares[0] == pytest.approx(shares[1], abs=points + 1e-9)
     assert rate == 5.0 or 1 < shares[0][0] < 99.9, "the load says nothing"
+
+
+def test_models_may_have_their_own_slo_and_priority():
+    """A turn policy is shown them, tokens are due by them, and without an SLO every token is on time."""
+    shown = {}
+
+    class Shown(AskedAlways):
+        def decide(self, pool):
+            for view in pool.models:
+                if view.num_waiting and view.model != "a":
+                    shown[view.model] = view.ttft_s, view.tpot_s, view.priority, view.first_due_s - view.arrival_s
+            return super().decide(pool)
+
+    c = Cluster(
+        [SPEC], lambda: Shown("request_level"), PlacementRouter(), lambda model: COSTS, SLO_2S,
+        slos={"b": SLO(1.0, 0.5), "c": None}, priorities={"b": 3},
+    )  # fmt: skip
+    result = c.run(workload(*(SimRequest(0.0, name, 100, 4) for name in "abcd")))
+
+    inf = math.inf
+    assert {"b": (1.0, 0.5, 3, 1.0), "c": (inf, inf, 0, inf), "d": (2.0, 0.25, 0, 2.0)} == shown
+    assert 4 + 0 + 4 + 0 == result.tokens_on_time  # a is first, c's are never late
+    assert 4 == result.num_requests == result.num_requests - result.num_failed
 
 
 def test_homes_spread_models_and_give_more_to_the_busy():

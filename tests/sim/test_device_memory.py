@@ -7,8 +7,8 @@ import pytest
 
 from tokenpool.config import SLO
 from tokenpool.policy.turns import Residency
-from tokenpool.sim.device import DeviceSpec
 from tokenpool.sim.device_memory import DeviceMemory
+from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.seat import Seat
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts, SimRequest
@@ -25,7 +25,7 @@ def memory(capacity_gib: float, *names: str, **fields) -> tuple[DeviceMemory, di
     return DeviceMemory(DeviceSpec(int(capacity_gib * GIB), GIB, **fields), seats), seats
 
 
-def idle(seat: Seat) -> float:
+def idle(seat: Seat, spare: str | None) -> float:
     return 0.1
 
 
@@ -74,7 +74,7 @@ def test_the_number_of_resident_models_is_kept():
     device, seats = memory(8, "a", "b", "c", max_resident=2)
     for time_s, name in enumerate("abc"):
         device.settle(time_s)
-        device.load(seats[name], time_s, lambda seat: 0.9 if seat.name == "a" else 0.1, keep=frozenset(name))
+        device.load(seats[name], time_s, lambda seat, spare: 0.9 if seat.name == "a" else 0.1, keep=frozenset(name))
 
     assert Residency.WARM is seats["b"].residency
     assert 1 == device.evictions

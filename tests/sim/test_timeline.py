@@ -38,7 +38,20 @@ def test_runs_of_tokens_count_like_single_tokens(ttft_s, tpot_s, runs):
     assert online.num_on_time == request.num_on_time
     assert online.num_delivered == request.num_delivered
     assert online.time_weighted() == pytest.approx(request.time_weighted(), abs=1e-9)
-    assert online.next_due_s == request.next_due_s
+
+
+def test_without_an_slo_every_token_is_on_time():
+    """As in the online book; only a request that failed is worth nothing."""
+    request, online = Timeline(SimRequest(10.0, "m", 5, 4), None), RequestTimeline(None, 10.0)
+    request.deliver(20.0, 3.0, 4)
+    for token in range(4):
+        online.deliver(23.0 + 3.0 * token)
+
+    assert (4, 1.0) == (request.num_on_time, request.time_weighted())
+    assert (online.num_on_time, online.time_weighted()) == (request.num_on_time, request.time_weighted())
+    assert request.is_all_on_time and 32.0 == request.end_s
+    request.failed = True
+    assert 0.0 == request.time_weighted()
 
 
 def test_a_worked_example():

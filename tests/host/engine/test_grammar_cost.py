@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A grammar that takes seconds for each token ends its own request, before the others have waited long."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import xgrammar
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
+
+from tokenpool.host.engine import grammar_cost
+from tokenpool.host.engine.grammar_cost import MeteredGrammar
+from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
+
+pytestmark = pytest.mark.vllm
+
+VOCAB = [chr(i) for i in range(128)] + [f"word{i}" for i in range(128)]
+
+
+def grammar(regex: str) -> XgrammarGrammar:
+    info = xgrammar.TokenizerInfo(VOCAB, vocab_size=len(VOCAB), stop_token_ids=[3])
+    compiled = xgrammar.GrammarCompiler(info, max_threads=1).compile_regex(regex)
+    return XgrammarGrammar(len(VOCAB), xgrammar.GrammarMatcher(compiled), compiled)
+
+
+def asking() -> Any:
+    """What the scheduler keeps of a request."""
+    return SimpleNamespace(stop_reason=None)
+
+
+def drive(metered: MeteredGrammar, steps: int) -> int:
+    """The number of tokens until one is refused."""
+    mask = xgrammar.allocate_token_bitmask(1, len(VOCAB))
+    for step in range(steps):
+        metered.fill_bitmask(mask, 0)
+        if not metered.accept_tokens("r", [ord("a")]):
+            return step
+    return steps
+
+
+def test_one_that_grows_with_each_token_ends() -> None:
+    """Its fortieth token would need a second, its sixtieth many."""
+    request = asking()
+    metered = MeteredGrammar(grammar("((.{1,20}){1,20}){1,20}"), request)
+    assert drive(metered, 60) < 60
+    assert metered.is_spent and not metered.is_terminated()
+    assert request.stop_reason == GRAMMAR_FAILED
+    mask = torch.zeros((1, len(VOCAB) // 32), dtype=torch.int32)
+    metered.fill_bitmask(mask, 0)
+    assert (mask == -1).all(), "a spent one forbids nothing: a row that allows no token has no token to sample"
+    assert metered.validate_tokens([97]) == [] and not metered.accept_tokens("r", [97])
+
+
+@pytest.mark.parametrize("regex", ["[a-z]{1,600}", "(a|b)*", '\\{"a": "[^"]*"\\}|a*'])
+def test_one_of_people_is_never_spent(regex: str) -> None:
+    request = asking()
+    metered = MeteredGrammar(grammar(regex), request)
+    assert drive(metered, 600) == 600
+    assert not metered.is_spent and request.stop_reason is None
+
+
+class Slow:
+    """A grammar whose every call takes so many seconds of a clock."""
+
+    def __init__(self, clock: list[float], costs: list[float]) -> None:
+        self.clock, self.costs, self.calls = clock, costs, 0
+
+    def _take(self) -> None:
+        self.clock[0] += self.costs[self.calls % len(self.costs)]
+        self.calls += 1
+
+    def accept_tokens(self, *_: Any) -> bool:
+        self._take()
+        return True
+
+    def fill_bitmask(self, *_: Any) -> None:
+        self._take()
+
+    def is_terminated(self) -> bool:
+        return False
+
+
+@given(st.lists(st.floats(0, 0.5), min_size=1, max_size=8), st.integers(1, 300))
+def test_what_it_may_use_grows_with_its_tokens_alone(costs: list[float], steps: int) -> None:
+    """Whatever its calls cost: at most one call is begun beyond the time that its tokens have earned, and none before
+    is refused."""
+    clock = [0.0]
+    slow = Slow(clock, costs)
+    mask = torch.zeros((1, 1), dtype=torch.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar_cost.time, "thread_time", lambda: clock[0])
+        metered = MeteredGrammar(slow, asking())  # type: ignore[arg-type]
+        accepted = 0
+        for _ in range(steps):
+            metered.fill_bitmask(mask, 0)
+            if not metered.accept_tokens("r", [1]):
+                break
+            accepted += 1
+    earned = grammar_cost.FREE_S + grammar_cost.TOKEN_S * (accepted + (accepted < steps))
+    assert clock[0] <= earned + max(costs) + 1e-6
+    assert accepted == steps or clock[0] > earned - 1e-6
+
+
+def test_a_token_that_it_refuses_is_named_as_the_reason() -> None:
+    """Also of one that has time left; a token that it takes names nothing."""
+    request = asking()
+    metered = MeteredGrammar(grammar("ab"), request)
+    assert metered.accept_tokens("r", [ord("a")]) and request.stop_reason is None
+    assert not metered.accept_tokens("r", [ord("a")])
+    assert request.stop_reason == GRAMMAR_FAILED and not metered.is_spent

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model of a cluster does about the controller's views; no engine is needed for that."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tokenpool.cluster.values import Endpoints, ModelView, SeatState, SeatView
+from tokenpool.errors import HostError
+from tokenpool.policy.capacity import Role
+
+pytestmark = pytest.mark.vllm
+
+
+def test_roles_of_hosts_reach_the_client() -> None:
+    """By host and life, so that a host's new process has the role; a host without one does everything."""
+    from tokenpool.serve.client.engine_client import PoolEngineClient
+    from tokenpool.serve.clustered.cluster_model import ClusterModel
+
+    async def test() -> None:
+        nothing: Any = SimpleNamespace()
+        model = ClusterModel(nothing, 1, nothing, nothing, lambda _: None)
+        model._core = core = PoolEngineClient(SimpleNamespace(parallel_config=SimpleNamespace()))  # type: ignore[arg-type]
+        try:
+            model.apply(ModelView(1, {}), {"h0": "x", "h1": "y"}, {"h0": Role.PREFILL, "h1": Role.DECODE})
+            assert core.roles == {"h0/x": Role.PREFILL, "h1/y": Role.DECODE}
+            model.apply(ModelView(1, {}), {"h0": "z", "h1": "y"}, {"h0": Role.PREFILL})
+            assert core.roles == {"h0/z": Role.PREFILL}
+        finally:
+            core.close()
+
+    asyncio.run(test())
+
+
+def test_a_host_that_could_not_be_joined_is_joined_when_it_has_the_model_again() -> None:
+    """The failure is told, and the next attempt is one like the first."""
+    from tokenpool.serve.clustered.seat_follower import Key, SeatFollower
+
+    class Model(SeatFollower):
+        hosts: Any = ()
+        attempts = 0
+
+        def _listen(self, machine: str) -> Endpoints:
+            return Endpoints("in", "out")
+
+        async def _connect(self, key: Key) -> None:
+            self.attempts += 1
+            if self.attempts == 1:
+                raise HostError("no engine said it is ready")
+            self.hosts = ("h0/x",)
+
+        async def _disconnect(self, key: Key) -> None:
+            raise AssertionError("nothing is left")
+
+        def _lose(self, key: Key) -> None:
+            raise AssertionError("nothing is lost")
+
+    told: list[str] = []
+
+    async def tell(method: str, *args: Any) -> None:
+        told.append(method)
+
+    async def test() -> None:
+        model = Model(SimpleNamespace(spec=SimpleNamespace(name="m")), 1, tell, lambda _: None)  # type: ignore[arg-type]
+        for state in (SeatState.WANTED, SeatState.SERVING, SeatState.WANTED, SeatState.SERVING):
+            seat = SeatView("x", state, 1, "address", "machine")
+            model.apply(ModelView(1, {"h0": seat}), {"h0": "x"}, {})
+            await asyncio.sleep(0.01)
+        assert (told, model.hosts) == (["offer", "join_failed", "offer"], ("h0/x",))
+
+    asyncio.run(test())
+
+
+def test_what_hosts_tell_decides_where_requests_go(tmp_path: Path) -> None:
+    """To the host with the weights, to the other one where the first token would be late; what is old is forgotten."""
+    from tests.helpers.told_engine import ToldEngine, make_request
+    from tokenpool.serve.client import request_route
+    from tokenpool.serve.client.engine_client import PoolEngineClient
+    from tokenpool.serve.clustered.cluster_model import ClusterModel
+
+    def told(residency: str, first_token_in_s: float) -> dict[str, Any]:
+        return {"m": {"residency": residency, "first_token_in_s": first_token_in_s, "prefill_s": 0.5}}
+
+    async def test() -> None:
+        nothing: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        model = ClusterModel(nothing, 1, nothing, nothing, lambda _: None)
+        route = partial(request_route.by_prefix, ttft_s=60.0)
+        model._core = core = PoolEngineClient(SimpleNamespace(parallel_config=SimpleNamespace()), route=route)  # type: ignore[arg-type]
+        core._knows_config = True
+        engines = {name: ToldEngine(tmp_path / name[:2]) for name in ("h0/x", "h1/y")}
+        try:
+            for name, engine in engines.items():
+                await core.join(name, engine.addresses)
+
+            async def goes_to(request_id: str) -> str:
+                before = {name: core.load(name) for name in engines}
+                await core.add_request_async(make_request(request_id))
+                return next(name for name in engines if core.load(name) > before[name])
+
+            assert await goes_to("a") == "h0/x"  # nothing is known
+            model.learn({"h0": told("warm", 1.0), "h1": told("resident", 1.0)})
+            assert [await goes_to(name) for name in "bcd"] == ["h1/y"] * 3
+            model.learn({"h0": told("warm", 1.0), "h1": HostError("no answer")})
+            assert await goes_to("e") == "h1/y"
+            model.learn({"h0": told("warm", 1.0), "h1": told("resident", 39.9)})
+            assert [await goes_to(name) for name in "fg"] == ["h1/y", "h0/x"]  # 1.5 times 40.4 s are above a minute
+            model.learn({"h0": told("warm", 1.0), "h1": told("resident", 1.0)})
+            patch.setattr(request_route, "_TOLD_LIFE_S", -1.0)
+            assert await goes_to("h") == "h0/x"
+        finally:
+            core.close()
+            for engine in engines.values():
+                engine.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request_route, "_TOLD_LIFE_S", 1e6)
+        asyncio.run(test())
+
+
+def test_a_frontend_is_attached_to_engines_that_serve_and_to_no_others() -> None:
+    """Again after an engine that went without a word; a failed attempt is repeated; it leaves what is being removed."""
+    from tokenpool.serve.clustered.seat_follower import Key, name_of
+    from tokenpool.serve.frontends import followed_cluster
+
+    class Model(followed_cluster.FrontendModel):
+        joined: Any = ()
+
+        @property
+        def hosts(self) -> Any:
+            return self.joined
+
+        def _give_roles(self, roles: Any) -> None:
+            pass
+
+        def _listen(self, machine: str) -> Endpoints:
+            return Endpoints("in", "out")
+
+        async def _connect(self, key: Key) -> None:
+            self.joined = (*self.joined, name_of(key))
+
+        async def _disconnect(self, key: Key) -> None:
+            self._lose(key)
+
+        def _lose(self, key: Key) -> None:
+            self.joined = tuple(name for name in self.joined if name != name_of(key))
+
+    told: list[tuple[str, ...]] = []
+
+    async def tell(method: str, model: str, host: str, life: str, *_: Any) -> None:
+        told.append((method, host, life))
+        if len(told) == 1:
+            raise HostError("it has just ended")
+
+    async def test() -> None:
+        plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        endpoints: Any = SimpleNamespace(release=lambda made: None)
+        model = Model(plan, 1, tell, endpoints, lambda _: None)
+
+        async def see(state: SeatState | None) -> None:
+            seats = {} if state is None else {"h0": SeatView("x", state, 1, "address", "machine")}
+            model.apply(ModelView(1, seats), {"h0": "x"}, {})
+            await asyncio.sleep(0.01)
+
+        await see(SeatState.WANTED)
+        assert told == []
+        await see(SeatState.SERVING)
+        await asyncio.sleep(0.01)
+        assert (told[:2], model.joined) == ([("attach", "h0", "x")] * 2, ("h0/x",))
+        await see(None)
+        assert model.joined == ()
+        await see(SeatState.SERVING)
+        assert model.joined == ("h0/x",)
+        await see(SeatState.REMOVING)
+        assert (told[-1], model.joined) == (("left", "h0", "x"), ())
+        num_told = len(told)
+        await see(SeatState.REMOVING)
+        assert len(told) == num_told, "it has left already"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(followed_cluster, "RETRY_S", 0.0)
+        asyncio.run(test())
+
+
+def test_a_seat_is_left_only_when_all_frontends_have_left_it_this_time() -> None:
+    """What a frontend said late, of an earlier seat on the same host, does not count for the next one."""
+    from tokenpool.serve.frontends.shared_cluster import SharedModel
+
+    class Pool:
+        def __init__(self) -> None:
+            self.said: set[tuple[Any, ...]] = {("left", "m", "h0", "x")}
+
+        def unsay(self, model: str, *where: str) -> None:
+            self.said = {said for said in self.said if said[1:] != (model, *where)}
+
+        async def all_say(self, what: str, model: str, *where: str) -> None:
+            while (what, model, *where) not in self.said:
+                await asyncio.sleep(0.001)
+
+    told: list[str] = []
+
+    async def tell(method: str, *_: Any) -> None:
+        told.append(method)
+
+    async def test() -> None:
+        pool: Any = Pool()
+        plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        model = SharedModel(plan, 1, tell, lambda _: None, pool)
+
+        async def see(state: SeatState) -> None:
+            model.apply(ModelView(1, {"h0": SeatView("x", state, 1, "address", "machine")}), {"h0": "x"}, {})
+            await asyncio.sleep(0.02)
+
+        await see(SeatState.WANTED)
+        await see(SeatState.SERVING)
+        pool.said.add(("joined", "m", "h0", "x"))
+        await asyncio.sleep(0.02)
+        assert model.is_served
+        await see(SeatState.LEAVING)
+        assert (told, model.is_served) == (["offer"], True)
+        pool.said.add(("left", "m", "h0", "x"))
+        await asyncio.sleep(0.02)
+        assert (told, model.is_served) == (["offer", "left"], False)
+
+    asyncio.run(test())
+
+
+def test_ports_of_an_endpoint_are_kept_until_they_are_bound(tmp_path: Path) -> None:
+    """From the offer to the join, minutes later, nobody else gets them, and ZMQ can bind them; then they are let go."""
+    import socket
+
+    import zmq
+
+    from tokenpool.serve.clustered.cluster_model import EndpointMaker
+
+    maker = EndpointMaker(str(tmp_path), "127.0.0.1", always_tcp=True)
+    made = maker.make("elsewhere")
+    ports = [int(address.rpartition(":")[2]) for address in made[:2]]
+    for port in ports:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+    context = zmq.Context()
+    try:
+        for address in made[:2]:
+            context.socket(zmq.ROUTER).bind(address)
+        maker.release(made)
+        maker.release(made)
+        assert not maker._kept
+    finally:
+        context.destroy(linger=0)
+    unwanted = maker.make("elsewhere")
+    maker.release(unwanted)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(unwanted.input.rpartition(":")[2])))
+
+
+def test_a_model_is_served_while_one_of_its_hosts_can_be_counted_on() -> None:
+    """Hosts that are overdue do not count, until they are in time again or have another life."""
+    from tokenpool.serve.clustered.seat_follower import Key, SeatFollower
+
+    class Model(SeatFollower):
+        hosts: Any = ("h0/x", "h1/y")
+
+        def _listen(self, machine: str) -> Endpoints:
+            raise AssertionError("nothing is offered")
+
+        async def _connect(self, key: Key) -> None:
+            raise AssertionError("nothing is joined")
+
+        async def _disconnect(self, key: Key) -> None:
+            raise AssertionError("nothing is left")
+
+        def _lose(self, key: Key) -> None:
+            raise AssertionError("nothing is lost")
+
+    nothing: Any = SimpleNamespace()
+    model = Model(nothing, 1, nothing, lambda _: None)
+    model.client = object()
+    lives = {"h0": "x", "h1": "y"}
+    seen = []
+    for overdue in ((), ("h0",), ("h0", "h1"), ("h1",), ("h0", "h2")):
+        model.apply(ModelView(1, {}), lives, {}, overdue)
+        seen.append(model.is_served)
+    assert [True, True, False, True, True] == seen

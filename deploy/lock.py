@@ -20,8 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "deploy" / "locks"
-BROKEN_ON_CPU = frozenset({"torchvision", "torchaudio", "torchcodec"})
-"""Their CUDA builds break the import of vLLM's CPU build, which does not need them."""
+BROKEN_ON_CPU = frozenset({"torchaudio", "torchcodec"})
+"""Their CUDA builds break the import of vLLM's CPU build, which does not need them; torchvision's can be mended."""
 
 
 def lock_text(report: Mapping[str, Any], device: str, where: str) -> str:
@@ -48,7 +48,7 @@ def main() -> int:
     device = sys.argv[1]
     with tempfile.NamedTemporaryFile() as report:
         words = ["pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", report.name]
-        subprocess.run([sys.executable, "-m", *words, f"{ROOT}[{device},cluster]"], check=True)
+        subprocess.run([sys.executable, "-m", *words, f"{ROOT}[{device},audio,cluster]"], check=True)
         found = json.load(report)
     where = f"{platform.machine()} with Python {platform.python_version()}"
     (FOLDER / f"{device}.txt").write_text(lock_text(found, device, where))

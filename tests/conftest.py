@@ -16,6 +16,7 @@ from tokenpool.demo.tiny_models import ENGINE_ARGS, make_tiny_lora, make_tiny_mo
 
 # No test is timed: a busy machine is not a fault.
 settings.register_profile("untimed", deadline=None)
+settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("untimed")
 
 LORA_NAME = "llama-lora"

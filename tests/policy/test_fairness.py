@@ -143,13 +143,14 @@ def test_tenants_that_all_flood_get_seats_by_weight(seats, weights, rng):
     for tenant in [*order, *weights]:  # however they are drawn, each comes once at least
         if shares.may_take(tenant, 0.0):
             shares.take(tenant, 0.0)
-    for tenant in weights:  # all have been there: from now on shares hold
-        while shares.taken(tenant) > 0:
-            shares.leave(tenant, 0.0)
-    for _ in range(seats):
+    for _ in range(seats):  # a tenant is kept one seat more than it had: its share is reached in as many rounds
         for tenant in weights:
-            if shares.may_take(tenant, 0.0):
-                shares.take(tenant, 0.0)
+            while shares.taken(tenant) > 0:
+                shares.leave(tenant, 0.0)
+        for _ in range(seats):
+            for tenant in weights:
+                if shares.may_take(tenant, 0.0):
+                    shares.take(tenant, 0.0)
     for tenant, weight in weights.items():
         fair = seats * weight / sum(weights.values())
         assert max(1, int(fair) - 1) <= shares.taken(tenant) <= max(1, int(fair + 1e-9))

@@ -157,17 +157,28 @@ def wedge(host: StandIn) -> None:
 
 @pytest.mark.parametrize(("hang", "reason"), [(stop, "no pulse for"), (wedge, "in step of llama for")])
 def test_a_host_that_hangs_is_overdue_and_then_killed(
-    host: StandIn, hang: Callable[[StandIn], None], reason: str, caplog: pytest.LogCaptureFixture
+    hang: Callable[[StandIn], None], reason: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """The process ends by SIGKILL, the log says why, and where it hung if it could write that."""
-    poll(lambda: host.guard.snapshot()["works"] == {} and not host.guard.is_overdue)
-    hang(host)
-    poll(lambda: host.guard.is_overdue)
-    assert host.process.poll() is None
-    # Python 3.11 may crash while it writes the stacks of threads that run.
-    assert host.process.wait(30) in (-signal.SIGKILL, -signal.SIGSEGV)
-    assert reason in host.guard.reason and reason in caplog.text
-    assert (hang is wedge) == ("step_that_never_ends" in host.log.read_text())
+
+    def is_told_where(attempt: int) -> bool:
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        host = StandIn(folder)
+        try:
+            poll(lambda: host.guard.snapshot()["works"] == {} and not host.guard.is_overdue)
+            hang(host)
+            poll(lambda: host.guard.is_overdue)
+            assert host.process.poll() is None
+            assert host.process.wait(30) in (-signal.SIGKILL, -signal.SIGSEGV)
+            assert reason in host.guard.reason and reason in caplog.text
+            return "step_that_never_ends" in host.log.read_text()
+        finally:
+            host.end()
+
+    # Python 3.11 may crash, or find no frames, while it writes the stacks of threads that run.
+    attempts = 5 if hang is wedge else 1
+    assert (hang is wedge) == any(is_told_where(attempt) for attempt in range(attempts))
 
 
 def test_a_host_that_comes_back_in_time_lives(host: StandIn, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,8 @@ def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
 
 def _register_kernels_once() -> None:
     """Each engine registers the same CPU kernels; vLLM cannot do that when one with n-grams has imported numba."""
+    if find_spec("vllm.triton_utils.dispatcher") is None:  # vLLM 0.29
+        return
     from vllm.triton_utils import dispatcher
 
     original, seen = dispatcher.register_kernels, set()

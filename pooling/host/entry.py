@@ -97,6 +97,9 @@ def main(control_path: str, config_json: str) -> None:
         "load": lambda: host_load(host),
         "trace": lambda last_s: host_trace(host, last_s),
         "check": host.check,
+        "set_budget": host.budget.set,
+        "sleep": host.sleepers.sleep,
+        "wake": host.sleepers.wake,
     }
     engines = (host.weights.copier, host.weights.fetcher)
     direct: dict[str, Callable[..., Any]] = {

@@ -102,7 +102,7 @@ class PressureRelief:
         """Drop what does not starve any more, whatever ended it, and raise the next floor; once per loop.
 
         A request ends by its last token, an abort, the death of its frontend, an error, or the removal of its model;
-        and it gets nothing while its engine is paused or asleep. All of that is read from the scheduler, so nobody has to tell.
+        and it gets nothing while its engine is paused or asleep. All of that is read here, so nobody has to tell.
         """
         for model, request_id in list(self._starved.items()):
             hosted = self._models.get(model)

@@ -139,7 +139,7 @@ class Lending:
         return any(plan.name == name for plan in self._unloaded)
 
     def host_is_back(self) -> None:
-        """Another host has the models: those that slept sleep again, and what the old one did not hear is said again."""
+        """Another host has the models: those that slept sleep again, and what was not heard is said again."""
         asked, self._asked = list(self._asked.values()), {}
         for event in asked:
             self._again(event)

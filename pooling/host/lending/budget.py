@@ -4,11 +4,11 @@
     ledger    | null | weights a | KV a | KV b | free | free | lent | lent | lent |
                                                  ◄── grow ── │ ── shrink ──►
 
-Pages that are lent are held in the ledger like any others, so every count of free pages knows of them, and slab k stays
-backed by page k. Room for them is made as for a model that comes in: idle pages first, then what is cheapest to miss of
-weights and paused KV, which goes to host memory. KV is never given up for it: a request that cannot leave stays, and the
-budget is refused. Below the least budget it is refused as well, so one request of full length of each model still fits,
-whichever runs. 0 parks the pool: nothing is stepped until the budget has grown, and requests wait where they are.
+Pages that are lent are held in the ledger like any others, so every count of free pages knows of them, and slab k
+stays backed by page k. Room for them is made as for a model that comes in: idle pages first, then what is cheapest to
+miss of weights and paused KV, which goes to host memory. KV is never given up for it: where it cannot leave, it stays
+and the budget is refused. Below the least budget it is refused as well, so one request of full length of each model
+still fits, whichever runs. 0 parks the pool: nothing is stepped until the budget has grown, and requests wait.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class Budget:
         Models that have left the device for it come back by themselves.
         """
         if not order.is_question and self._is_building():
-            raise ModelUnavailableError("a model is being built, and the budget stays meanwhile", retry_after_s=_RETRY_S)
+            raise ModelUnavailableError(
+                "a model is being built, and the budget stays meanwhile", retry_after_s=_RETRY_S
+            )
         before = self._host.budget_bytes
         wanted = before if order.host_memory is None else order.host_memory
         if wanted < before:
@@ -100,8 +102,8 @@ class Budget:
         ledger, stays = self._ledger, self._pages_that_stay()
         if nbytes > (most := ledger.num_pages * ledger.page_size):
             raise CapacityError(
-                f"device_memory cannot be {format_bytes(nbytes)}: addresses are reserved for {format_bytes(most)}, what "
-                "the pool file says; write more there and start the pool anew"
+                f"device_memory cannot be {format_bytes(nbytes)}: addresses are reserved for {format_bytes(most)}, "
+                "what the pool file says; write more there and start the pool anew"
             )
         if nbytes == 0:
             self._refuse_fixed_weights()
@@ -126,10 +128,11 @@ class Budget:
             self._weights.make_room(pages)
         except CapacityError as error:
             page = self._ledger.page_size
-            least = (self._ledger.num_usable - max(0, self._allocator.num_unpromised)) * page
+            least = self._ledger.num_usable - max(0, self._allocator.num_unpromised)
+            possible = format_bytes(max(least, self._least_pages()) * page)
             raise CapacityError(
                 f"device_memory cannot be {format_bytes(nbytes)} now: {self._holders()}; "
-                f"{format_bytes(max(least, self._least_pages() * page))} is possible, or more host_memory for KV to go to",
+                f"{possible} is possible, or more host_memory for KV to go to",
                 needed_pages=pages,
                 free_pages=self._ledger.num_free,
                 holders=error.holders,

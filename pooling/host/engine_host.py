@@ -85,15 +85,13 @@ class EngineHost:
         """Called before the loop sleeps and about twice a second otherwise; used for metrics."""
         self.pulse = Pulse()
         self.started_s = time.time()
-        self.switches = 0
-        self.loops = 0
+        self.switches = self.loops = 0
         self.overhead_seconds = 0.0
         self.host_ledger = HostLedger(config.host_memory)
         self._wake = threading.Event()
         side = partial(copy_engine, on_start=use_all_cpus, notify=lambda job: self._wake.set())
-        books = self.arena.device, self.ledger, self.host_ledger
+        books, spare_bytes = (device, self.ledger, self.host_ledger), spare_host_bytes(device, config.host_memory)
         self.weights = WeightStore(*books, poison=poison, copier=side(), fetcher=side(name="weights-fetch"))
-        spare_bytes = spare_host_bytes(self.arena.device, config.host_memory)
         self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device, spare_bytes=spare_bytes))
         self.trace = TraceLog()
         copies = CopyModel()
@@ -111,7 +109,6 @@ class EngineHost:
             self._lane, self._notify, executor_class,
         )  # fmt: skip
         self.budget = Budget(self.models, self.allocator, self.weights, self._relief, copies, lambda: self._lane.busy)
-        self.budget.begin_with(config.device_budget)
         self.sleepers = Sleepers(self.models, room, self.weights, self._notify)
         self._inputs: set[str] = set()  # models with new input; set operations are atomic under the GIL
         self._active: dict[str, HostedModel] = {}
@@ -121,6 +118,7 @@ class EngineHost:
         self._next_index = 0
         self._stopping = False
         self._naps = 0  # in a row
+        self.budget.begin_with(config.device_budget)
 
     # -- models --------------------------------------------------------------------------------------
 

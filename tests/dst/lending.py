@@ -70,17 +70,19 @@ class Lending:
         if name not in host.models or name in self._awake_for_good:
             return
 
+        def end_requests(*_: object) -> None:  # also where the model cannot leave afterwards
+            for stream in self._sim.streams.values():
+                stream.aborted |= mode == "abort" and stream.plan.model == name and not stream.is_done
+
         def agreed(sleeps: bool) -> None:
-            if mode == "abort":
-                for stream in self._sim.streams.values():
-                    stream.aborted |= stream.plan.model == name and not stream.is_done
+            end_requests()
             if sleeps:
                 self._asleep[name] = level, world.faults.steps[name]
                 self.num_asleep += 1
             else:
                 self._again(("sleep", (name, level, mode)))
 
-        self._ask(("sleep", (name, level, mode)), lambda: host.sleepers.sleep(name, level, mode), agreed)
+        self._ask(("sleep", (name, level, mode)), lambda: host.sleepers.sleep(name, level, mode), agreed, end_requests)
 
     def _on_wake(self, name: str, for_good: bool = False) -> None:
         host = self._sim.host

@@ -48,3 +48,11 @@ def test_a_fault_that_is_put_back_is_found(mutant):
     outcome = run_seeds(range(60), mutant=mutant, stop_early=True)
 
     assert outcome.failures
+
+
+@pytest.mark.parametrize("mutant", ["lent_pages_are_counted_on", "sleepers_are_stepped"])
+def test_a_fault_of_lending_is_found(mutant):
+    """Nor is it better where memory is lent."""
+    outcome = run_seeds(LENDERS, mutant=mutant, stop_early=True)
+
+    assert outcome.failures

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +26,7 @@ from tokenpool.wire.budget import BudgetOrder, BudgetState
 
 pytestmark = pytest.mark.vllm
 
+LIBC = ctypes.CDLL(None)
 NAMES = ("m0", "m1")
 TOKENS = 60
 
@@ -33,6 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("dst")
     make_checkpoints(made)
     return made
+
+
+def resident(address: int, nbytes: int) -> int:
+    """Bytes of a mapped range that have memory behind them."""
+    count = -(-nbytes // mmap.PAGESIZE)
+    present = (ctypes.c_ubyte * count)()
+    assert 0 == LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), present)
+    return mmap.PAGESIZE * sum(page & 1 for page in present)
 
 
 class Life:
@@ -74,6 +85,12 @@ class Life:
         state = self.host.budget.set(BudgetOrder(device_memory, host_memory))
         self.host.check()
         return state
+
+    def resident_bytes(self) -> int:
+        """What the kernel has behind the addresses of the arena and of all weights."""
+        arena, places = self.host.arena, [entry.range for entry in self.host.weights._models.values()]
+        spans = [(arena.base, arena._reserved_bytes)] + [(p.address, p.num_pages * PAGE) for p in places]
+        return sum(map(resident, *zip(*spans, strict=True)))
 
     def on_device(self) -> dict[str, dict[str, int]]:
         """use -> owner -> pages, of what can move."""
@@ -175,7 +192,11 @@ def test_weights_that_stay_are_named(begin: Callable[..., Life]) -> None:
     for level in (1, 2):
         with pytest.raises(ConfigError, match="model 'm0' cannot leave the device"):
             life.host.sleepers.sleep("m0", level)
+    assert life.set().device_memory_least < life.set().device_memory_most
     life.set(life.set().device_memory_least)
+    tokens = life.num_tokens("m0")
+    life.step(lambda: life.num_tokens("m0") > tokens)
+    life.set(life.set().device_memory_most)
     life.finish()
 
 
@@ -248,4 +269,16 @@ def test_a_model_that_cannot_leave_is_awake(begin: Callable[..., Life]) -> None:
     assert {} == life.set().asleep
     with pytest.raises(KeyError):
         life.host.sleepers.sleep("none")
+    life.finish()
+
+
+def test_what_is_lent_is_back_with_the_kernel(begin: Callable[..., Life]) -> None:
+    """Of the addresses of KV and weights only null blocks are resident while the pool is parked."""
+    life = begin()
+    life.sim.world.device.keeps_bytes = False  # as the device of a real host
+    life.both_run()
+    full, before = life.set().device_memory, life.resident_bytes()
+    life.set(0)
+    assert before > life.resident_bytes() <= life.host.ledger.total(PageUse.NULL) * PAGE
+    life.set(full)
     life.finish()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from starlette.testclient import TestClient
 from tests.serve.access.test_auth import status
 from tests.serve.gateway.test_router import make_app
 from tokenpool.config import PoolConfig
-from tokenpool.errors import CapacityError
+from tokenpool.errors import CapacityError, ConfigError
 from tokenpool.serve.access.auth import ApiKeyAuth, is_sleep_path
 from tokenpool.serve.access.guard import guarded
+from tokenpool.serve.clustered.no_lending import NoLending
 from tokenpool.serve.gateway.endpoints import build_outer_app
 from tokenpool.serve.gateway.model_app import ModelApp
 from tokenpool.serve.gateway.router import ModelRouter
@@ -134,3 +136,13 @@ def test_paths_that_may_be_for_a_model_are_guarded(path: str) -> None:
     """Those of other routes that end alike are not, such as the card of a model whose name is `sleep`."""
     assert is_sleep_path(path)
     assert not any(map(is_sleep_path, (f"/v1{path}", f"{path}/x", "/v1/models/sleep")))
+
+
+def test_a_cluster_refuses_by_name() -> None:
+    """One clear line for each."""
+    lending = NoLending()
+    asked: list[Any] = [lending.set_budget(BudgetOrder()), lending.sleep("a", 1, "keep")]
+    for call in asked:
+        with pytest.raises(ConfigError, match="on a Ray cluster"):
+            asyncio.run(call)
+    assert {} == dict(lending.asleep)

@@ -88,7 +88,7 @@ class RoomMaker:
             self._swapper.settle(name)
         else:
             self._swapper.out(hosted)
-        if name in self._weights and self._weights.state(name) in (WeightState.RESIDENT, WeightState.LOADING):
+        if name in self._weights and self._allocator.ledger.held(name, PageUse.WEIGHTS):
             self.evict(name)
 
     # -- making room on the device -------------------------------------------------------------------

@@ -17,7 +17,6 @@ from tests.dst.world import Violation
 from tokenpool.errors import HostError, PoolError
 from tokenpool.memory.fixed_bytes import FIXED_OWNER
 from tokenpool.memory.ledger import PageUse
-from tokenpool.memory.states import WeightState
 from tokenpool.wire.budget import BudgetOrder, BudgetState
 
 _AGAIN_S = 0.01
@@ -177,6 +176,5 @@ class Lending:
                 continue
             if faults.steps[name] != steps:
                 raise Violation(f"{name} sleeps and steps")
-            on_device = host.weights.state(name) in (WeightState.RESIDENT, WeightState.LOADING) if level else False
-            if on_device or (level and host.ledger.held(name, PageUse.KV)):
+            if level and any(host.ledger.held(name, use) for use in (PageUse.KV, PageUse.WEIGHTS)):
                 raise Violation(f"{name} sleeps on the device")

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from tokenpool.errors import ConfigError, PoolError
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.room_maker import RoomMaker
-from tokenpool.memory.states import WeightState
+from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.weights import WeightStore
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,6 @@ class Sleepers:
         logger.info("model awake model=%s", name)
 
     def _drop_host_copy(self, name: str) -> None:
-        if self._weights.state(name) is WeightState.WARM:
+        if self._weights.host.held(name, HostUse.WEIGHTS) >= self._weights.bytes_of(name):  # there is one
             with contextlib.suppress(PoolError):  # it cannot be read again: the copy stays
                 self._weights.drop_host(name)

@@ -182,6 +182,27 @@ def test_kv_that_finds_no_room_in_host_memory_stays(begin: Callable[..., Life]) 
     life.finish()
 
 
+def test_a_refused_budget_keeps_the_books_of_what_went_to_the_host(begin: Callable[..., Life]) -> None:
+    """Where more host memory holds the KV of one model and not of both, the pool is not parked, and all is counted."""
+    life = begin()
+    life.both_run()
+    ledger, refused = life.host.host_ledger, 0
+    life.host.swapper.tier.drop_cached(1 << 40)
+    whole, ledger.make_room = ledger.budget_bytes, lambda nbytes: None
+    used = ledger.budget_bytes = ledger.budget_bytes - ledger.free_bytes
+    for extra in range(PAGE // 4, 64 * PAGE, PAGE // 4):
+        try:
+            life.set(0, used + extra)
+            break
+        except CapacityError:
+            refused += 1
+            life.host.check()
+            assert not life.set().is_parked
+    assert refused and life.set().is_parked
+    life.set(life.set().device_memory_most, whole)
+    life.finish()
+
+
 def test_weights_that_stay_are_named(begin: Callable[..., Life]) -> None:
     """With fixed weights KV pages can be lent, but the pool cannot be parked, nor can its models leave the device."""
     life = begin(movable=False)

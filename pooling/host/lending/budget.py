@@ -88,8 +88,8 @@ class Budget:
                 self._set_device(order.device_memory, then=lambda: self._shrink_host(wanted))
             else:
                 self._shrink_host(wanted)
-        except BaseException:
-            self._host.budget_bytes = before
+        except BaseException:  # KV that went where the new budget had room stays counted
+            self._host.budget_bytes = max(before, self._host.budget_bytes - self._host.free_bytes)
             raise
         state = self.state()
         if not order.is_question:

@@ -225,10 +225,10 @@ class LocalHosts:
     async def remove(self, model: PoolModel) -> None:
         """See Hosts; a host that ends meanwhile has it no more."""
         deadline = time.monotonic() + _UNLOAD_LIMIT_S
+        self.lending.asleep.pop(model.name, None)
         while self.process is not None and not self.process.ended:
             try:
                 await self.process.call("remove_model", model.name)
-                self.lending.asleep.pop(model.name, None)
                 return
             except KeyError:
                 return  # it could not be loaded

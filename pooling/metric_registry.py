@@ -111,7 +111,7 @@ _LIST = (
         "cached_kv_to_host, cached_kv_to_device.",
         ("kind",),
     ),
-    Metric("tokenpool:pages", "gauge", "Device pages by use: kv, weights, null, free.", ("use", "model_name")),
+    Metric("tokenpool:pages", "gauge", "Device pages by use: kv, weights, null, lent, free.", ("use", "model_name")),
     Metric("tokenpool:page_size_bytes", "gauge", "Bytes of a device page."),
     Metric(
         "tokenpool:host_memory_bytes",

@@ -59,6 +59,12 @@ def _level(text: str) -> str:
     return level
 
 
+def _flag(text: str) -> bool:
+    if not text.strip().isdecimal():
+        raise ConfigError(f"{show(text)} is no number: give 0 or 1")
+    return int(text) != 0
+
+
 def _gib(text: str) -> int:
     if not text:
         return 0
@@ -69,17 +75,19 @@ def _gib(text: str) -> int:
 
 API_KEY = Variable("VLLM_API_KEY", str, "`serve`",
     "the pool's `api_key` in place of the pool file's, unless `--api-key` is given", is_secret=True)  # fmt: skip
-VIEW_KEY = Variable("TOKENPOOL_VIEW_KEY", str, "`serve`, `top`, `trace`",
+VIEW_KEY = Variable("TOKENPOOL_VIEW_KEY", str, "`serve`, `top`, `trace`, `budget`",
     "`view_key`, where neither the pool file nor a flag has one", is_secret=True)  # fmt: skip
-ADMIN_KEY = Variable("TOKENPOOL_ADMIN_KEY", str, "`serve`, `top`, `trace`",
+ADMIN_KEY = Variable("TOKENPOOL_ADMIN_KEY", str, "`serve`, `top`, `trace`, `budget`",
     "`admin_key`, where neither the pool file nor a flag has one", is_secret=True)  # fmt: skip
 CLIENT_KEY = Variable("TOKENPOOL_API_KEY", str, "`bench serve`",
     "the key of requests, where no `--key` is given", is_secret=True)  # fmt: skip
-URL = Variable("TOKENPOOL_URL", str, "`top`, `trace`, `bench serve`",
+URL = Variable("TOKENPOOL_URL", str, "`top`, `trace`, `budget`, `bench serve`",
     "the server, where no `--url` is given; else `http://127.0.0.1:8000`")  # fmt: skip
 LOG_LEVEL = Variable("TOKENPOOL_LOG_LEVEL", _level, "all", "level of tokenpool's own log lines; default `INFO`")
 CPU_KV_BYTES = Variable("VLLM_CPU_KVCACHE_SPACE", _gib, "`serve`",
     "GiB of KV of all models together, with `device_memory: auto` on CPUs ([flags.md](flags.md))")  # fmt: skip
+DEV_MODE = Variable("VLLM_SERVER_DEV_MODE", _flag, "`serve`",
+    "vLLM's own: 1 = its routes for development are there, with `/sleep`, `/wake_up` and `/is_sleeping`")  # fmt: skip
 RAY_AUTH_MODE = Variable("RAY_AUTH_MODE", str, "`serve --cluster`",
     "Ray's own: whether it asks for a token ([cluster.md](cluster.md))", is_secret=True)  # fmt: skip
 RAY_AUTH_TOKEN = Variable("RAY_AUTH_TOKEN", str, "`serve --cluster`",

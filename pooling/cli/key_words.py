@@ -69,9 +69,18 @@ def add_key_flags(parser: argparse.ArgumentParser) -> None:
 
 def looking_key(options: argparse.Namespace) -> str | None:
     """The key of a command that only looks: a flag's, else the environment's; a view key before an admin key."""
-    for flag in ("--view-key", "--admin-key"):
+    return _flag_key(options, "--view-key", "--admin-key") or settings.VIEW_KEY.get() or settings.ADMIN_KEY.get()
+
+
+def changing_key(options: argparse.Namespace) -> str | None:
+    """The admin key of a command that changes the pool: the flag's, else the environment's."""
+    return _flag_key(options, "--admin-key") or settings.ADMIN_KEY.get()
+
+
+def _flag_key(options: argparse.Namespace, *flags: str) -> str | None:
+    for flag in flags:
         text = getattr(options, flag[2:].replace("-", "_"))
         if text is not None:
             check_setting(bool(text), flag, "is empty")
             return read_key(text, flag)
-    return settings.VIEW_KEY.get() or settings.ADMIN_KEY.get()
+    return None

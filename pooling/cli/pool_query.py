@@ -22,14 +22,20 @@ def add_url_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=settings.URL.get() or default, help=text)
 
 
-def ask_pool(url: str, key: str | None, path: str) -> Any:
-    """The JSON answer of `path` on the server at `url`; raises PoolError of one line with what the server says."""
+def ask_pool(url: str, key: str | None, path: str, *, body: Any = None, limit_s: float = _LIMIT_S) -> Any:
+    """The JSON answer of `path` on the server at `url`; raises PoolError of one line with what the server says.
+
+    With a `body`, which is sent as JSON, it is a POST.
+    """
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{url!r} is no address: write such as http://127.0.0.1:8000", key="--url")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
+    data = None if body is None else json.dumps(body).encode()
+    if data is not None:
+        headers["Content-Type"] = "application/json"
+    request = urllib.request.Request(f"{url.rstrip('/')}{path}", data, headers)
     try:
-        with urllib.request.urlopen(request, timeout=_LIMIT_S) as response:
+        with urllib.request.urlopen(request, timeout=limit_s) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
         raise PoolError(f"{url} answers {error.code}: {_reason(error)}") from None

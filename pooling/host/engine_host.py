@@ -20,6 +20,8 @@ from tokenpool.host.engine.engine_globals import EngineGlobals
 from tokenpool.host.engine_builder import EngineBuilder
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.kv.kv_swap import KVSwapper
+from tokenpool.host.lending.budget import Budget
+from tokenpool.host.lending.sleepers import Sleepers
 from tokenpool.host.load.build_lane import BuildLane
 from tokenpool.host.load.device_choice import make_device, spare_host_bytes
 from tokenpool.host.load.progress import BuildProgress
@@ -83,15 +85,13 @@ class EngineHost:
         """Called before the loop sleeps and about twice a second otherwise; used for metrics."""
         self.pulse = Pulse()
         self.started_s = time.time()
-        self.switches = 0
-        self.loops = 0
+        self.switches = self.loops = 0
         self.overhead_seconds = 0.0
         self.host_ledger = HostLedger(config.host_memory)
         self._wake = threading.Event()
         side = partial(copy_engine, on_start=use_all_cpus, notify=lambda job: self._wake.set())
-        books = self.arena.device, self.ledger, self.host_ledger
+        books, spare_bytes = (device, self.ledger, self.host_ledger), spare_host_bytes(device, config.host_memory)
         self.weights = WeightStore(*books, poison=poison, copier=side(), fetcher=side(name="weights-fetch"))
-        spare_bytes = spare_host_bytes(self.arena.device, config.host_memory)
         self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device, spare_bytes=spare_bytes))
         self.trace = TraceLog()
         copies = CopyModel()
@@ -108,6 +108,8 @@ class EngineHost:
             config, self.group, self.allocator, self.weights, self.swapper, self._relief, copies, self._globals,
             self._lane, self._notify, executor_class,
         )  # fmt: skip
+        self.budget = Budget(self.models, self.allocator, self.weights, self._relief, copies, lambda: self._lane.busy)
+        self.sleepers = Sleepers(self.models, room, self.weights, self._notify)
         self._inputs: set[str] = set()  # models with new input; set operations are atomic under the GIL
         self._active: dict[str, HostedModel] = {}
         self._current: HostedModel | None = None
@@ -116,6 +118,7 @@ class EngineHost:
         self._next_index = 0
         self._stopping = False
         self._naps = 0  # in a row
+        self.budget.begin_with(config.device_budget)
 
     # -- models --------------------------------------------------------------------------------------
 
@@ -126,6 +129,7 @@ class EngineHost:
         """
         if spec.name in self.models:
             raise ConfigError(f"model {spec.name!r} is in the pool already: give the new one another name")
+        self.budget.refuse_parked(spec.name)
         hosted = self._builder.build(spec, self._next_index)
         hosted.core.is_away = lambda: not self.residency.is_ready(hosted)
         self.on_add(hosted)
@@ -185,7 +189,7 @@ class EngineHost:
 
     def nap_s(self) -> float | None:
         """How long the loop sleeps unless it is woken, after a `run_once` without a step; None = until it is woken."""
-        if not self._active:
+        if self.budget.is_parked or all(hosted.asleep is not None for hosted in self._active.values()):
             return None
         self._naps = min(self._naps + 1, 8)
         return min(_NAP_S * 2 ** (self._naps - 1), _LONGEST_NAP_S)
@@ -221,7 +225,7 @@ class EngineHost:
         self.overhead_seconds += step_start - start
         try:
             self.pulse.enter("step", hosted.name)
-            executed = hosted.core.step_once(admit=admit)
+            executed = hosted.core.step_once(admit=admit and hosted.admits)
         except Exception as error:  # any exception of a model's code ends in quarantine or in EngineLostError
             hosted.quarantine.step_crashed(error)
             self._turns.changed(hosted.name)
@@ -281,6 +285,8 @@ class EngineHost:
 
     def _choose(self) -> tuple[HostedModel, bool] | None:
         """The model to step next and whether it may admit waiting requests; None if none can step."""
+        if self.budget.is_parked:
+            return None
         now = time.monotonic()
         ready = [h for name, h in self._active.items() if h.may_step(now) and self._relief.may_step(name)]
         ready = [hosted for hosted in ready if not is_blocked(hosted.core)]
@@ -374,6 +380,7 @@ class EngineHost:
         """Raise AssertionError unless ledger, arena, allocator and all pools agree."""
         self.allocator.check()
         self.host_ledger.check()
+        self.budget.check()
         self.weights.check()
         self.swapper.check()
         for hosted in self.models.values():

@@ -88,16 +88,6 @@ def main(control_path: str, config_json: str) -> None:
         tell_waits(hosted.core, hosted.name, host.trace)
 
     host.on_add = added
-    methods: dict[str, Callable[..., Any]] = {
-        "remove_model": host.remove_model,
-        "attach_frontend": lambda *args: attach_frontend(host, *args),
-        "attach_at": lambda model, index, *where: attach_frontend(host, model, index, _addresses(*where)),
-        "detach_frontend": lambda client_index: detach_frontend(host, client_index),
-        "state": lambda: {**host_state(host), "kv_exchange": exchange.snapshot()},
-        "load": lambda: host_load(host),
-        "trace": lambda last_s: host_trace(host, last_s),
-        "check": host.check,
-    }
     engines = (host.weights.copier, host.weights.fetcher)
     direct: dict[str, Callable[..., Any]] = {
         "add_model": add_model,
@@ -107,7 +97,7 @@ def main(control_path: str, config_json: str) -> None:
         "pulse": lambda: host.pulse.snapshot(host.progress.snapshot(), engines),
     }
     with unpinned():
-        ControlServer(control_path, key, host.call).serve(methods, direct)
+        ControlServer(control_path, key, host.call).serve(_methods(host, exchange), direct)
     # A socket thread that wants the interpreter waits this long for the loop: 5 ms by default, a step or more.
     sys.setswitchinterval(0.0005)
     try:
@@ -120,6 +110,23 @@ def main(control_path: str, config_json: str) -> None:
         host.group.close()
     logging.shutdown()
     os._exit(0)  # an orderly interpreter exit takes seconds and prints what Triton leaks
+
+
+def _methods(host: EngineHost, exchange: KVExchange) -> dict[str, Callable[..., Any]]:
+    """The calls that run on the loop's thread, between two steps."""
+    return {
+        "remove_model": host.remove_model,
+        "attach_frontend": lambda *args: attach_frontend(host, *args),
+        "attach_at": lambda model, index, *where: attach_frontend(host, model, index, _addresses(*where)),
+        "detach_frontend": lambda client_index: detach_frontend(host, client_index),
+        "state": lambda: {**host_state(host), "kv_exchange": exchange.snapshot()},
+        "load": lambda: host_load(host),
+        "trace": lambda last_s: host_trace(host, last_s),
+        "check": host.check,
+        "set_budget": host.budget.set,
+        "sleep": host.sleepers.sleep,
+        "wake": host.sleepers.wake,
+    }
 
 
 def _addresses(input_address: str, output_address: str, server_key: bytes) -> EngineAddresses:

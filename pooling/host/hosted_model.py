@@ -39,11 +39,15 @@ class HostedModel:
     """Not brought in before this moment of the monotonic clock."""
     rest_until_s: float = 0.0
     """Not stepped before this moment, unless input comes: its last steps did nothing, and not for want of memory."""
+    asleep: int | None = None
+    """The level of its sleep, in which it takes no turns; None = it is awake."""
+    admits: bool = True
+    """Whether requests that wait may run: not while it waits for those that do, to fall asleep."""
     _rests: int = 0
 
     def may_step(self, now_s: float) -> bool:
-        """Whether neither a failure nor an idle step was too short a time ago."""
-        return max(self.retry_at_s, self.rest_until_s) <= now_s
+        """Whether it is awake, and neither a failure nor an idle step was too short a time ago."""
+        return self.asleep is None and max(self.retry_at_s, self.rest_until_s) <= now_s
 
     def rest(self, executed: bool) -> None:
         """Note what a step did: a model that waits for something that is not known here is looked at now and then."""

@@ -102,11 +102,11 @@ class PressureRelief:
         """Drop what does not starve any more, whatever ended it, and raise the next floor; once per loop.
 
         A request ends by its last token, an abort, the death of its frontend, an error, or the removal of its model;
-        and it gets nothing while its engine is paused. All of that is read from the scheduler, so nobody has to tell.
+        and it gets nothing while its engine is paused or asleep. All of that is read here, so nobody has to tell.
         """
         for model, request_id in list(self._starved.items()):
             hosted = self._models.get(model)
-            if hosted is None or request_id not in hosted.core.scheduler.requests or is_paused(hosted.core):
+            if hosted is None or request_id not in hosted.core.scheduler.requests or _is_still(hosted):
                 self._drop(model)
         if self._raised is None and self._starved:
             self._raise_next_floor()
@@ -131,6 +131,11 @@ class PressureRelief:
         self._allocator.set_floor(model, max(self._floor, self.slabs_for(core, pool, length, input_of(request))))
         self._raised = model
         self._on_raised(model)
+
+    def spare_pages(self) -> int | None:
+        """How many pages fewer would still hold one request of full length of each model; None without models."""
+        needs = {model: max(need, self._floor) for model, need in self._needs.items()}
+        return min((self._most_for(model) - needs.get(model, 0) for model in self._models), default=None)
 
     def slabs_for(self, core: HostedEngineCore, pool: SlabBlockPool, num_tokens: int, num_encoder_tokens: int) -> int:
         """Slabs that hold one request of `num_tokens`, an upper bound; cross-attention has the encoder's KV."""
@@ -164,3 +169,7 @@ class PressureRelief:
                 free_pages=have,
             )
         self._needs[model] = need
+
+
+def _is_still(hosted: HostedModel) -> bool:
+    return hosted.asleep is not None or is_paused(hosted.core)

@@ -72,13 +72,24 @@ class RoomMaker:
             return self._allocator.most_for(name)
         ledger = self._allocator.ledger
         stays = ledger.total(PageUse.NULL) + self._weights.fixed.num_pages
-        return ledger.num_pages - stays - self._weights.pages_of(name)
+        return ledger.num_usable - stays - self._weights.pages_of(name)
 
     def evict(self, name: str) -> None:
         """Take a model's weights off the device; a copy in flight is cancelled."""
         self._weights.evict(name)
         self._allocator.version += 1
         self.changed()
+
+    def leave(self, hosted: HostedModel) -> None:
+        """Take one model off the device, with the KV of its requests, and wait; raises PoolError if it cannot go."""
+        name = hosted.name
+        hosted.core.drain_batches()
+        if self._swapper.is_out(name):
+            self._swapper.settle(name)
+        else:
+            self._swapper.out(hosted)
+        if name in self._weights and self._allocator.ledger.held(name, PageUse.WEIGHTS):
+            self.evict(name)
 
     # -- making room on the device -------------------------------------------------------------------
 

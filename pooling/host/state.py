@@ -32,6 +32,7 @@ def model_state(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
         "model": hosted.spec.vllm_config.model_config.model,
         "state": weight_state(host, hosted),
         "kv": kv_state(host, hosted),
+        "asleep": hosted.asleep,
         "build_s": round(hosted.build_s, 3),
         "weight_bytes": host.residency.weight_bytes(hosted) or hosted.spec.weight_bytes,
         "weight_pages": host.ledger.held(name, PageUse.WEIGHTS),

@@ -16,6 +16,12 @@ class PageUse(StrEnum):
     KV = "kv"
     WEIGHTS = "weights"
     NULL = "null"
+    LENT = "lent"
+    """Nothing of the pool's: the memory is lent to others."""
+
+
+LENT_OWNER = "outside the pool"
+"""Who holds the pages that are lent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,11 @@ class PageLedger:
     def num_free(self) -> int:
         """Pages nobody holds."""
         return len(self._free)
+
+    @property
+    def num_usable(self) -> int:
+        """Pages that are not lent."""
+        return self.num_pages - self.held(LENT_OWNER, PageUse.LENT)
 
     def held(self, owner: str, use: PageUse) -> int:
         """Pages that `owner` holds for `use`."""

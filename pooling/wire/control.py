@@ -30,6 +30,9 @@ _LIMITS_S = {
     "check": 60.0,
     # These wait for the builds before them. A host that hangs meanwhile is killed, which ends the call.
     "remove_model": _CHANGE_S,
+    "set_budget": _CHANGE_S,
+    "sleep": _CHANGE_S,
+    "wake": _CHANGE_S,
     "attach_frontend": _CHANGE_S,
     "attach_at": _CHANGE_S,
     "detach_frontend": _CHANGE_S,

@@ -29,6 +29,7 @@ from tests.dst.stub_engine import LAYERS_PER_GROUP, executor_for
 from tests.dst.world import World, weights_sum
 from tokenpool.config import SLO
 from tokenpool.host.engine_host import EngineHost
+from tokenpool.wire.budget import BudgetState
 from tokenpool.wire.continued_request import ContinuedRequest
 from tokenpool.wire.spec import HostConfig, HostedModelSpec
 
@@ -128,15 +129,20 @@ def num_pages(scenario: Scenario) -> int:
     return sum(weights) + max(needs) + floors + 2 + scenario.spare_pages
 
 
-def make_host(world: World, scenario: Scenario) -> EngineHost:
-    """A fresh host without models."""
-    host_memory = int(scenario.host_memory_frac * sum(plan.weight_bytes for plan in scenario.models))
+def host_memory_of(scenario: Scenario) -> int:
+    """Host memory in bytes, before anybody changes it."""
+    return int(scenario.host_memory_frac * sum(plan.weight_bytes for plan in scenario.models))
+
+
+def make_host(world: World, scenario: Scenario, budget: BudgetState | None = None) -> EngineHost:
+    """A fresh host without models, with the budget that the one before it had."""
     config = HostConfig(
         num_pages(scenario) * PAGE,
         PAGE,
         policy=scenario.policy,
         movable_weights=scenario.movable,
-        host_memory=host_memory,
+        host_memory=budget.host_memory if budget else host_memory_of(scenario),
+        device_budget=budget.device_memory if budget else None,
     )
     return EngineHost(
         config, device=world.device, poison=True, executor_class=executor_for(world), copy_engine=world.copy_engine()

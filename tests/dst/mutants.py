@@ -15,6 +15,7 @@ from tokenpool.host import engine_host, hosted_model, loop_calls, pressure
 from tokenpool.host.engine import quarantine
 from tokenpool.host.engine.hosted_core import HostedEngineCore
 from tokenpool.host.host_room import HostRoom
+from tokenpool.memory.ledger import PageLedger
 from tokenpool.memory.states import WeightState
 
 
@@ -120,6 +121,20 @@ def fatal_error_is_charged_to_another() -> Any:
     return _replaced((quarantine, "EngineLostError", _Lost), (loop_calls, "EngineLostError", _Lost))
 
 
+def lent_pages_are_counted_on() -> Any:
+    """What is lent counts among the pages that a model could have if all others left."""
+    return _replaced((PageLedger, "num_usable", property(lambda self: self.num_pages)))
+
+
+def sleepers_are_stepped() -> Any:
+    """A model that sleeps has turns when it has requests."""
+
+    def may_step(self: Any, now_s: float) -> bool:
+        return bool(max(self.retry_at_s, self.rest_until_s) <= now_s)
+
+    return _replaced((hosted_model.HostedModel, "may_step", may_step))
+
+
 MUTANTS: Mapping[str, Callable[[], Any]] = {
     mutant.__name__: mutant
     for mutant in (
@@ -127,5 +142,7 @@ MUTANTS: Mapping[str, Callable[[], Any]] = {
         raised_floor_outlives_its_request,
         copies_throw_each_other_out,
         fatal_error_is_charged_to_another,
+        lent_pages_are_counted_on,
+        sleepers_are_stepped,
     )
 }

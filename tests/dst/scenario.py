@@ -11,6 +11,8 @@ from tests.dst.oracle import FIRST_TOKEN, VOCAB
 from tests.dst.world import CHECKPOINT_NUMBERS
 
 PAGE = 64 << 10
+LENDING = 1_000_000
+"""From this seed on, memory is lent and models sleep, beside what happens in the life of the seed below."""
 FAULT_KINDS = ("map_zeroed", "copy_in", "copy_out", "read")
 
 
@@ -74,6 +76,32 @@ class Scenario:
 
 def make_scenario(seed: int) -> Scenario:
     """The scenario of a seed."""
+    scenario = _make_life(seed)
+    if seed >= LENDING:
+        _lend(random.Random(f"lending {seed}"), scenario)
+    scenario.events.sort(key=lambda event: event[0])
+    return scenario
+
+
+def _lend(rng: random.Random, scenario: Scenario) -> None:
+    """Budgets that shrink, grow and park the pool, and models that sleep; at the end all is there and awake."""
+    end_s = rng.choice((0.1, 0.4, 1.5))
+    for _ in range(rng.choice((1, 3, 6))):
+        share = rng.choice((0.0, 0.0, rng.random(), rng.random(), 1.0))
+        host_share = rng.choice((None, None, None, rng.random(), 1.5))
+        scenario.events.append((rng.random() * end_s, "budget", (share, host_share)))
+    for _ in range(rng.choice((0, 1, 3))):
+        at_s, name = rng.random() * end_s, rng.choice(scenario.models).name
+        level, mode = rng.choice((0, 1, 1, 2)), rng.choice(("keep", "keep", "keep", "wait", "abort"))
+        scenario.events.append((at_s, "sleep", (name, level, mode)))
+        if rng.random() < 0.7:
+            scenario.events.append((at_s + rng.random() * end_s, "wake", (name,)))
+    last_s = max([end_s * 2, *(at_s for at_s, _, _ in scenario.events)]) + 0.01
+    scenario.events.append((last_s, "budget", (1.0, None)))
+    scenario.events += [(last_s, "wake", (model.name, True)) for model in scenario.models]
+
+
+def _make_life(seed: int) -> Scenario:
     rng = random.Random(seed)
     movable = rng.random() < 0.7
     models = [_model(rng, f"m{index}") for index in range(rng.choice((1, 2, 2, 3, 3, 4)))]
@@ -116,7 +144,6 @@ def make_scenario(seed: int) -> Scenario:
             end_s = start_s + rng.choice((0.05, 0.5, 3.0))
             scenario.events += [(start_s, "fault", (kind, rng.choice((0.05, 0.3, 1.0)))), (end_s, "fault", (kind, 0.0))]
     _crashes(rng, scenario)
-    scenario.events.sort(key=lambda event: event[0])
     return scenario
 
 

@@ -19,6 +19,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine import EngineCoreRequestType, FinishReason
 
 from tests.dst import engines, oracle
+from tests.dst.lending import Lending
 from tests.dst.scenario import ModelPlan, RequestPlan, Scenario
 from tests.dst.world import Violation, World
 from tokenpool.errors import EngineLostError, HostError, PoolError
@@ -64,6 +65,10 @@ class Report:
     errors: int
     refused_models: int
     hosts_lost: int
+    budgets: int
+    """Changes of the budget that the host made."""
+    parked: int
+    sleeps: int
     floors_raised: int
     fingerprint: int
     seconds: float
@@ -86,6 +91,7 @@ class Simulation:
         self.removing: set[str] = set()
         self.refused = self.hosts_lost = self.switches = self.floors_raised = 0
         self.host: EngineHost | None = None
+        self.lending = Lending(self)
         self._raised: str | None = None
         self._queue: list[tuple[float, str, tuple[Any, ...]]] = []
 
@@ -121,7 +127,7 @@ class Simulation:
         world, clock = self.world, self.world.clock
         while self._queue and self._queue[0][0] <= clock.now_s:
             _, what, args = self._queue.pop(0)
-            getattr(self, f"_on_{what}")(*args)
+            getattr(self.lending if what in self.lending.EVENTS else self, f"_on_{what}")(*args)
         world.happen()
         lost_before = world.faults.lost
         try:
@@ -136,6 +142,7 @@ class Simulation:
         self._collect()
         raised, self._raised = self._raised, self.host._relief.raised
         self.floors_raised += self._raised not in (None, raised)
+        self.lending.check(stepped)
         self._remove_idle()
         if stepped:
             clock.sleep(self.scenario.step_s)
@@ -238,6 +245,8 @@ class Simulation:
         if stream is None or stream.is_done:
             return
         stream.aborted = True
+        if stream.plan.model not in self.host.models:  # it waits for a host that is parked
+            return
         core = self.host.models[stream.plan.model].core
         core.aborts_queue.put_nowait([request_id])
         core.input_queue.put((EngineCoreRequestType.ABORT, [request_id]))
@@ -302,8 +311,8 @@ class Simulation:
         self._start_host(self.scenario.models)
 
     def _start_host(self, plans: list[ModelPlan]) -> None:
-        self.host = engines.make_host(self.world, self.scenario)
-        for plan in plans:
+        self.host = engines.make_host(self.world, self.scenario, self.lending.budget)
+        for plan in self.lending.loadable(plans):
             self._try_add(plan)
 
     def _try_add(self, plan: ModelPlan) -> None:
@@ -329,8 +338,13 @@ class Simulation:
         self.world.grammars.cancel()
         self.world.device._queue.clear()
         self._start_host(plans)
+        self.send_again()
+        self.lending.host_is_back()
+
+    def send_again(self) -> None:
+        """Send what a host did not finish to its successor, as far as that has loaded the models."""
         for stream in self.streams.values():
-            if stream.is_done:
+            if stream.is_done or self.lending.waits(stream.plan.model):
                 continue
             if stream.plan.model not in self.plans:  # the frontend ends what waits for a model that does not come back
                 stream.aborted = True
@@ -376,6 +390,9 @@ def simulate(scenario: Scenario, folder: Path) -> Report:
         errors=sum(s.reason is FinishReason.ERROR for s in simulation.streams.values()),
         refused_models=simulation.refused,
         hosts_lost=simulation.hosts_lost,
+        budgets=simulation.lending.num_changed,
+        parked=simulation.lending.num_parked,
+        sleeps=simulation.lending.num_asleep,
         floors_raised=simulation.floors_raised,
         fingerprint=hash(tuple(world.history)),
         seconds=time.perf_counter() - start,

@@ -36,8 +36,8 @@ from tokenpool.units import parse_seconds
 _EPILOG = (
     "q or Ctrl-C ends it. Colours are off where the output is no terminal, and with NO_COLOR set. `waits` is the share "
     "of time that the device waited for switches. TTFT and TPOT are medians of the requests of the last minute. Bar: # "
-    "weights, + KV in use, - KV idle, = null blocks, . free. `host` is host memory: copies of weights, KV of paused "
-    "requests, cached KV."
+    "weights, + KV in use, - KV idle, = null blocks, x lent, . free. `host` is host memory: copies of weights, KV of "
+    "paused requests, cached KV."
 )
 
 

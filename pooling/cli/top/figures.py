@@ -52,7 +52,7 @@ def _host(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
     steps = sum(gained("models", name, "step_seconds") for name in now["models"])
     switches = gained("switches")
     held, idle = now["held_pages"], sum(model["kv_idle_pages"] for model in now["models"].values())
-    pages = {use: sum(held.get(use, {}).values()) for use in ("weights", "kv", "null")}
+    pages = {use: sum(held.get(use, {}).values()) for use in ("weights", "kv", "null", "lent")}
     memory = now["host_memory"]
     return {
         "policy": now.get("policy"),

@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 _TONES = {"good": "green", "warn": "yellow", "bad": "red", "dim": "dim", "bold": "bold", "mark": "cyan", "": ""}
-_USES = (("weights", "#", "mark"), ("kv", "+", "good"), ("kv_idle", "-", "dim"), ("null", "=", "dim"))
+_USES = (("weights", "#", "mark"), ("kv", "+", "good"), ("kv_idle", "-", "dim"), ("null", "=", "dim"),
+         ("lent", "x", "dim"))  # fmt: skip
 """Bars: use of pages, its letter, its tone; what is free is a dot."""
 _MOST_BAR = 94  # columns; a longer one says no more
 _NAME_WIDTH, _MARK_WIDTH, _STATE_WIDTH = 8, 2, 15
@@ -90,7 +91,8 @@ def _host_lines(name: str, host: dict[str, Any]) -> list[Any]:
     memory = host["host_memory"]
     uses = {"weights": "weights", "paused": "paused_kv", "cached": "cached_kv"}
     held = ", ".join(f"{word} {_size(memory.get(use, 0))}" for word, use in uses.items())
-    legend = "  ".join(f"{letter} {use.replace('_', ' ')} {pages[use]}" for use, letter, _ in _USES)
+    shown = [use for use in _USES if use[0] != "lent" or pages[use[0]]]
+    legend = "  ".join(f"{letter} {use.replace('_', ' ')} {pages[use]}" for use, letter, _ in shown)
     total = _size(num * host["page_size"])
     return [
         _line(first),

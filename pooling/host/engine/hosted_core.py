@@ -189,6 +189,14 @@ class HostedEngineCore(EngineCoreProc):
             self._book.abort(request_id, time.time())
         super().abort_requests(request_ids)
 
+    def abort_all(self) -> None:
+        """End all requests, running or waiting, and tell their clients."""
+        self.drain_batches()
+        now_s = time.time()
+        for request_id in self.scheduler.requests:
+            self._book.abort(request_id, now_s)
+        self._send_abort_outputs(self.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED))
+
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
         if request_type == EngineCoreRequestType.UTILITY and request[2] not in _NEED_NO_WEIGHTS and self.is_away():
             self.deferred.append((request_type, request))

@@ -113,6 +113,10 @@ class CpuDevice:
             _check(_libc.madvise(address, nbytes, _MADV_DONTNEED), "madvise")
         _check(_libc.mprotect(address, nbytes, _PROT_NONE), "mprotect")
 
+    def release_unused(self) -> int:
+        """Nothing: what is unmapped has gone back to the kernel."""
+        return 0
+
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """Set every byte of a mapped range."""
         ctypes.memset(address, byte, nbytes)

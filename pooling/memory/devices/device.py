@@ -52,6 +52,9 @@ class Device(Protocol):
     def unmap(self, address: int, nbytes: int) -> None:
         """Take the memory away: any later access faults instead of reading stale bytes."""
 
+    def release_unused(self) -> int:
+        """Give memory that is behind no page, and was kept for the next, back to whoever has it; returns its bytes."""
+
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """Set every byte of a mapped range to `byte`."""
 

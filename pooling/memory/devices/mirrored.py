@@ -53,6 +53,11 @@ class MirroredDevice:
         self._device.unmap(address, nbytes)
         self._repeat("unmap", (address, nbytes))
 
+    def release_unused(self) -> int:
+        """Give unused memory back on every rank; returns the first rank's bytes."""
+        self._repeat("release_unused", ())
+        return self._device.release_unused()
+
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """Set every byte on every rank."""
         self._device.fill(address, nbytes, byte)
@@ -121,6 +126,9 @@ class Mirror:
 
     def _unmap(self, theirs: int, nbytes: int) -> None:
         self.device.unmap(self.address(theirs), nbytes)
+
+    def _release_unused(self) -> None:
+        self.device.release_unused()
 
     def _fill(self, theirs: int, nbytes: int, byte: int) -> None:
         self.device.fill(self.address(theirs), nbytes, byte)

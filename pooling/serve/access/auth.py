@@ -22,6 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 POOL_PREFIX = "/v1/pool"
 """Everything below this path is the pool's admin API."""
 
+SLEEP_PATHS = frozenset({"/sleep", "/wake_up", "/is_sleeping"})
+"""What the pool answers of one model, also below ``/models/<name>``, where vLLM's routes of development are on."""
+
 OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/ping", "/pool"})
 """Probes, and the status page, which asks for the admin key itself: answered without a key."""
 
@@ -90,6 +93,11 @@ def scope_below(scope: Scope, prefix: str) -> Scope:
     return {**scope, **moved}
 
 
+def is_sleep_path(path: str) -> bool:
+    """Tell whether a route path is one of `SLEEP_PATHS`, or may be for a model that the path names."""
+    return path in SLEEP_PATHS or (path.startswith("/models/") and path.endswith(tuple(SLEEP_PATHS)))
+
+
 def touches_pool_api(path: str) -> bool:
     """Tell whether any reading of `path` names the admin API.
 
@@ -129,6 +137,7 @@ class ApiKeyAuth:
     | in `open_paths`       | nothing; the path must match exactly. `CLIENT_KEY` tells of a key   |
     | GET, ``/v1/pool``     | a view or admin key; without any configured, always refused with 403|
     | touches ``/v1/pool``  | an admin key; without any configured, always refused with 403       |
+    | `is_sleep_path`       | the same, with `guards_sleep`                                       |
     | any other             | an API, tenant or admin key, if API or tenant keys are configured   |
 
     It holds for every method. Preflights, which carry no key, are answered in front of it: see `port`.
@@ -144,6 +153,7 @@ class ApiKeyAuth:
         tenant_keys: Iterable[tuple[bytes, object]] = (),
         default_tenant: object = None,
         open_paths: Iterable[str] = OPEN_PATHS,
+        guards_sleep: bool = False,
     ) -> None:
         """`tenant_keys` are SHA-256 digests, each with what the request's scope then has at `TENANT_KEY`.
 
@@ -159,6 +169,7 @@ class ApiKeyAuth:
         self._user_digests = [*api_digests, *self._admin_digests, *(digest for digest, _ in tenants)]
         self._owners = [default_tenant] * (len(self._user_digests) - len(tenants)) + [owner for _, owner in tenants]
         self._open_paths = frozenset(open_paths)
+        self._guards_sleep = guards_sleep
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401 or 403 (on a websocket without that extension: close 1008)."""
@@ -171,7 +182,7 @@ class ApiKeyAuth:
             await send({"type": "websocket.close", "code": 1008, "reason": "invalid or missing key"})
 
     def _refusal(self, scope: Scope) -> Response | None:
-        if touches_pool_api(scope["path"]):
+        if touches_pool_api(scope["path"]) or (self._guards_sleep and is_sleep_path(route_path(scope))):
             return self._admin_refusal(scope)
         owner = self._default_tenant
         if not self._is_open:

@@ -13,6 +13,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tokenpool import settings
 from tokenpool.config import PoolConfig
 from tokenpool.serve.access.auth import OPEN_PATHS, TENANT_KEY, ApiKeyAuth, error_response, route_path
 from tokenpool.serve.access.tenants import TenantBook
@@ -29,6 +30,7 @@ def guarded(router: ASGIApp, config: PoolConfig, tenants: TenantBook | None) -> 
     readers = [(hashlib.sha256(key.encode()).digest(), _METRICS_READER) for key in config.metrics_key]
     options["tenant_keys"] = [*options.get("tenant_keys", ()), *readers]
     options |= {"admin_keys": config.admin_key, "view_keys": config.view_key}
+    options["guards_sleep"] = bool(settings.DEV_MODE.get())
     return ApiKeyAuth(_Guard(router), api_keys=config.api_key, **options)
 
 

@@ -19,6 +19,7 @@ from tokenpool.errors import HostError
 from tokenpool.metric_registry import metric
 from tokenpool.process.ending import HOST_END_S, KILL_S, within
 from tokenpool.process.keeper import Work, start_kept
+from tokenpool.serve.clustered.no_lending import NoLending
 from tokenpool.serve.clustered.seat_follower import SeatFollower
 from tokenpool.serve.pool.host_watch import HostWatch, follow_forecasts
 from tokenpool.serve.pool.models import Models, PoolModel
@@ -51,6 +52,8 @@ class RayHosts:
         """The last one."""
         self.loads: dict[str, Any] = {}
         """What hosts told last of their queues; an exception where none came."""
+        self.lending = NoLending()
+        """See Hosts."""
         self.on_stop: Callable[[], None] = lambda: None
         """Called when they have ended."""
         self._models = models

@@ -9,6 +9,7 @@ from tokenpool.config import ModelSpec
 from tokenpool.errors import ModelUnavailableError
 from tokenpool.serve.frontends.followed_hosts import FollowedHosts
 from tokenpool.serve.pool.pool import Pool
+from tokenpool.wire.budget import BudgetOrder, BudgetState
 from tokenpool.wire.control import limit_of
 
 
@@ -29,6 +30,25 @@ class FollowedOperator:
     async def remove_model(self, name: str, drain_s: float) -> None:
         """See Operator; returns when no frontend knows it any more."""
         await self._ask("remove_model", name, drain_s, timeout_s=drain_s + limit_of("remove_model"))
+
+    async def budget(self, order: BudgetOrder) -> BudgetState:
+        """See Operator."""
+        limit_s = None if order.is_question else limit_of("set_budget")
+        state: BudgetState = await self._ask("budget", order, timeout_s=limit_s)
+        return state
+
+    async def sleep(self, name: str, level: int, mode: str) -> None:
+        """See Operator."""
+        await self._ask("sleep", name, level, mode)
+
+    async def wake(self, name: str) -> None:
+        """See Operator."""
+        await self._ask("wake", name)
+
+    async def asleep(self) -> dict[str, int]:
+        """See Operator."""
+        levels: dict[str, int] = await self._ask("asleep")
+        return levels
 
     async def state(self) -> dict[str, Any]:
         """See Operator; with the frontends that are there."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections import Counter
 from http import HTTPStatus
@@ -25,6 +24,8 @@ from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, Mode
 from tokenpool.metric_registry import LabelledGauge, metric
 from tokenpool.serve.access.auth import CLIENT_KEY, TENANT_KEY, error_response
 from tokenpool.serve.gateway.host_metrics import merged
+from tokenpool.serve.gateway.json_body import TooLongError, json_body, too_long
+from tokenpool.serve.gateway.lending import is_sleeping, set_budget, show_budget, sleep, wake_up
 from tokenpool.serve.gateway.model_app import ModelApp
 from tokenpool.serve.gateway.model_choice import unknown_model, usable
 from tokenpool.serve.gateway.status.status_page import status_page
@@ -33,7 +34,6 @@ from tokenpool.serve.launch.added_models import check_added
 from tokenpool.units import parse_seconds
 
 _REFUSED = metric("refused_requests").make()
-_MAX_MODEL_BYTES = 64 << 10
 _MODELS = LabelledGauge("models")
 _MODEL_FAILED = LabelledGauge("model_failed")
 
@@ -56,11 +56,17 @@ def build_outer_app() -> Starlette:
         Route("/v1/pool/trace", pool_trace, methods=get),
         Route("/v1/pool/tenants", pool_tenants, methods=get),
         Route("/v1/pool/decisions", pool_decisions, methods=get),
+        Route("/v1/pool/budget", show_budget, methods=get),
+        Route("/v1/pool/budget", set_budget, methods=["POST"]),
         Route("/v1/pool/check", pool_check, methods=["POST"]),
         Route("/v1/pool/models", add_model, methods=["POST"]),
         Route("/v1/pool/models/{name:path}", remove_model, methods=["DELETE"]),
+        Route("/sleep", sleep, methods=["POST"]),
+        Route("/wake_up", wake_up, methods=["POST"]),
+        Route("/is_sleeping", is_sleeping, methods=get),
     ]
-    return Starlette(routes=routes, exception_handlers={PoolError: _pool_error, HTTPException: _http_error})
+    handlers = {PoolError: _pool_error, TooLongError: too_long, HTTPException: _http_error}
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 async def health(request: Request) -> Response:
@@ -181,27 +187,11 @@ async def pool_check(request: Request) -> Response:
 
 async def add_model(request: Request) -> Response:
     """Load one more model; the body is an entry of the pool file's `models`, and `admin_models` must let it in."""
-    if (text := await _short_body(request)) is None:
-        message = f"The request body is larger than the {_MAX_MODEL_BYTES} bytes of a model's entry."
-        return error_response(413, "RequestTooLargeError", message)
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the body is no JSON: {error}") from error
+    body = await json_body(request, "a model's entry")
     spec = PoolConfig.from_dict({"models": [body]}, source="request").models[0]
     check_added(spec, request.app.state.pool.config)
     added = await request.app.state.operator.add_model(spec)
     return JSONResponse({"name": spec.name, **added}, status_code=201)
-
-
-async def _short_body(request: Request) -> bytes | None:
-    """The body; None, with the rest unread, if it is larger than any entry of a model."""
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_MODEL_BYTES:
-            return None
-    return body
 
 
 async def remove_model(request: Request) -> Response:

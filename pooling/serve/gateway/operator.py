@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from tokenpool.config import ModelSpec
+from tokenpool.wire.budget import BudgetOrder, BudgetState
 
 
 class Operator(Protocol):
@@ -24,6 +25,28 @@ class Operator(Protocol):
         What waits for a model that is `failed` ends at once. Raises KeyError for an unknown name; PoolError, with the
         model `failed`, when it cannot be unloaded, which is tried again then.
         """
+        ...
+
+    async def budget(self, order: BudgetOrder) -> BudgetState:
+        """Change how much of the device and of host memory the pool uses, or ask; returns what holds from now on.
+
+        Raises PoolError, with the budget as it was, when it cannot be. A host that is restarted keeps it.
+        """
+        ...
+
+    async def sleep(self, name: str, level: int, mode: str) -> None:
+        """Let a model leave the device and take no turns; its requests wait, and their KV is kept.
+
+        With `mode` "wait" its running requests end first, with "abort" all are ended. Raises PoolError.
+        """
+        ...
+
+    async def wake(self, name: str) -> None:
+        """Let a model that sleeps take turns again; raises PoolError."""
+        ...
+
+    async def asleep(self) -> dict[str, int]:
+        """Models that sleep, with the level."""
         ...
 
     async def state(self) -> dict[str, Any]:

@@ -16,13 +16,15 @@ from types import MappingProxyType
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tokenpool.serve.access.auth import POOL_PREFIX, TENANT_KEY, route_path
+from tokenpool import settings
+from tokenpool.serve.access.auth import POOL_PREFIX, SLEEP_PATHS, TENANT_KEY, route_path
 from tokenpool.serve.access.entry import Access, Asked
 from tokenpool.serve.access.refused import RefusedError, bad_request
 from tokenpool.serve.access.sequences import count_sequences
 from tokenpool.serve.access.tenant_line import TenantLine
 from tokenpool.serve.access.tenants import Account, TenantBook
 from tokenpool.serve.client.suspects import SUSPECTS
+from tokenpool.serve.gateway.lending import SLEEP_MODEL_KEY
 from tokenpool.serve.gateway.model_app import ModelApp, call_app
 from tokenpool.serve.gateway.model_choice import ModelChoice
 from tokenpool.serve.http.body_budget import Body, BodyBudget
@@ -56,6 +58,7 @@ class ModelRouter:
     def __init__(self, outer: ASGIApp, *, max_request_bytes: int, tenants: TenantBook | None = None) -> None:
         self.outer_paths: set[str] = set(OUTER_PATHS)
         self.outer_prefixes: tuple[str, ...] = OUTER_PREFIXES
+        self._sleep_paths = SLEEP_PATHS if settings.DEV_MODE.get() else frozenset()
         self._outer = outer
         self._bodies = BodyBudget(max_request_bytes)
         self._models: dict[str, ModelApp] = {}
@@ -122,6 +125,9 @@ class ModelRouter:
             body, app_receive = read, replay(read, receive, content_type)
         model = model or await choice.by_request(path, scope, headers, body)
         note.model = model.name
+        if route_path(scope) in self._sleep_paths:
+            await self._outer({**scope, SLEEP_MODEL_KEY: model.name}, app_receive, send)
+            return
         for key in {key for ending, key in _LOAD_ADAPTER.items() if path.endswith(ending)}:
             choice.refuse_adapter(model, key, adapter_name(body, key))
         sequences = count_sequences(body) if account is not None else 1

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from tokenpool.process.keeper import Work
 from tokenpool.serve.pool.host_watch import HostWatch
 from tokenpool.serve.pool.models import PoolModel
+from tokenpool.wire.budget import BudgetOrder, BudgetState
 
 
 class Hosts(Protocol):
@@ -43,8 +44,34 @@ class Hosts(Protocol):
         ...
 
 
+class HostLending(Protocol):
+    """Memory that is lent and models that sleep; all raise ConfigError where the hosts cannot do that."""
+
+    @property
+    def asleep(self) -> Mapping[str, int]:
+        """Models that sleep, with the level."""
+        ...
+
+    async def set_budget(self, order: BudgetOrder) -> BudgetState:
+        """Change the memory budget, or ask for it; see Operator."""
+        ...
+
+    async def sleep(self, name: str, level: int, mode: str) -> None:
+        """Put a model to sleep; see Operator."""
+        ...
+
+    async def wake(self, name: str) -> None:
+        """Let it take turns again; see Operator."""
+        ...
+
+
 class ManagedHosts(Hosts, Protocol):
     """Hosts that this process manages."""
+
+    @property
+    def lending(self) -> HostLending:
+        """What they have lent."""
+        ...
 
     @property
     def is_there(self) -> bool:

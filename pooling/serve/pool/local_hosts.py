@@ -21,6 +21,7 @@ from tokenpool.serve.client.host_process import HostProcess
 from tokenpool.serve.client.model_client import ModelClient, first_config
 from tokenpool.serve.launch.launch_plan import host_config
 from tokenpool.serve.pool.host_watch import HostWatch, follow_forecasts
+from tokenpool.serve.pool.local_lending import LocalLending
 from tokenpool.serve.pool.model_clients import Client
 from tokenpool.serve.pool.models import Models, PoolModel
 from tokenpool.wire.trace import chrome_trace
@@ -65,6 +66,8 @@ class LocalHosts:
         self._load_in = load
         self._template = template
         self._config = host_config(config, [model.plan for model in models.values()])
+        self.lending = LocalLending(models, lambda: self.process)
+        """See Hosts."""
         self.count_requests: Callable[[], Awaitable[Mapping[str, int]]] = self._count_here
         """How many accepted requests each model has that are not finished."""
         self.watch = HostWatch(
@@ -129,7 +132,7 @@ class LocalHosts:
             _HOST_RESTARTS.inc()
         async with self._models.changing:
             first = await first_config([model.plan for model in self._models.values()])
-            self.process = await HostProcess.start(self._config, first, template=self._template)
+            self.process = await HostProcess.start(self.lending.config(self._config), first, template=self._template)
 
     def _host_died(self, *, blame: bool = True) -> None:
         self._models.lose_host(self._host.name, blame=blame)
@@ -173,11 +176,12 @@ class LocalHosts:
 
     async def retry(self, model: PoolModel) -> None:
         """See Hosts."""
-        if self.process is not None and not self.process.ended:
+        if self.process is not None and not self.process.ended and not self.lending.is_parked:
             await self._load(model)
 
     async def _load(self, model: PoolModel) -> None:
         """Load a model, which is `failed` if that cannot be done; raises HostError when the host ends."""
+        await self.lending.until_unparked()
         async with self._models.changing:
             began_s = time.monotonic()
             if self._models.get(model.name) is not model or (model.is_leaving and model.client is None):
@@ -208,6 +212,7 @@ class LocalHosts:
         host = self._host
         try:
             client = await self._load_in(model, host)
+            await self.lending.put_back(model.name)
         except CapacityError as error:
             if self._movable or not error.holders:
                 raise
@@ -220,6 +225,7 @@ class LocalHosts:
     async def remove(self, model: PoolModel) -> None:
         """See Hosts; a host that ends meanwhile has it no more."""
         deadline = time.monotonic() + _UNLOAD_LIMIT_S
+        self.lending.asleep.pop(model.name, None)
         while self.process is not None and not self.process.ended:
             try:
                 await self.process.call("remove_model", model.name)

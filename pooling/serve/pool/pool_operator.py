@@ -19,6 +19,7 @@ from tokenpool.serve.launch.pool_file import follow_pool_file
 from tokenpool.serve.pool.hosts import ManagedHosts
 from tokenpool.serve.pool.models import reason_of
 from tokenpool.serve.pool.pool import Pool
+from tokenpool.wire.budget import BudgetOrder, BudgetState
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,22 @@ class PoolOperator:
                         await self._pool.hosts.retry(model)
                 except PoolError as error:  # the host ended, or its removal failed again: it is seen to
                     logger.debug("no success model=%s: %s", model.name, error)
+
+    async def budget(self, order: BudgetOrder) -> BudgetState:
+        """See Operator."""
+        return await self._pool.hosts.lending.set_budget(order)
+
+    async def sleep(self, name: str, level: int, mode: str) -> None:
+        """See Operator."""
+        await self._pool.hosts.lending.sleep(name, level, mode)
+
+    async def wake(self, name: str) -> None:
+        """See Operator."""
+        await self._pool.hosts.lending.wake(name)
+
+    async def asleep(self) -> dict[str, int]:
+        """See Operator."""
+        return dict(self._pool.hosts.lending.asleep)
 
     async def state(self) -> dict[str, Any]:
         """See Operator."""

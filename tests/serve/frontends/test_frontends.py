@@ -64,6 +64,24 @@ def test_what_concerns_the_pool_is_the_same_at_both(server: PoolServerProcess) -
         assert load == {"server_load": 1, "models": {"qwen2": 1}}
 
 
+def test_the_budget_is_that_of_the_pool_whichever_is_asked(server: PoolServerProcess) -> None:
+    """One shrinks it, the other says so and takes it back; a host's refusals come through, too."""
+    with clients(server) as both:
+        asked = [(client, server.headers(server.admin_key)) for client in both]
+
+        def budget(index: int, order: Any = None) -> Any:
+            client, headers = asked[index]
+            how = {"json": order} if order else {}
+            return client.request("POST" if order else "GET", "/v1/pool/budget", headers=headers, **how)
+
+        first = budget(0).json()
+        least = {"device_memory": first["device_memory_least"]}
+        assert least["device_memory"] == budget(0, least).json()["device_memory"] == budget(1).json()["device_memory"]
+        assert complete(both[0])
+        assert 507 == budget(0, {"device_memory": 0}).status_code  # its weights are fixed
+        assert first["device_memory"] == budget(1, {"device_memory": first["device_memory"]}).json()["device_memory"]
+
+
 def _undated(answer: Any) -> Any:
     if isinstance(answer, dict):
         return {k: _undated(v) for k, v in answer.items() if k not in ("created", "id")}

@@ -9,6 +9,11 @@ own, which yields the cores to all others as if it were on another machine, does
     sink       it sends the same as in `hostile`, to a process that refuses all at once: what sending alone costs the
                polite tenant where sender and pool share the cores, as no sender from elsewhere does
     hostile    it sends its part of --inputs, --rate a second: the kinds of `bench.parts.hostile_inputs`, drawn by seed
+    ordinary   it sends streams of the same tenant, evenly spaced, as many a second as requests were answered (2xx) in
+               the round's `hostile`, with as many tokens as its tenants had of the engine there, on average: what a
+               neighbour costs who means well and uses as much of what the limits allow
+
+`hostile` takes its time, the others half of it.
 
     alive             1 if frontend and engine host are the same processes in the end, the polite tenant still gets all
                       its tokens, and the books of the memory agree once the pool is idle; else 0
@@ -28,6 +33,11 @@ own, which yields the cores to all others as if it were on another machine, does
     itl_p99_change_pct    by how much its p99 time between tokens is above that in `alone`
     itl_p99_again_pct     the same of `again`: the noise
     itl_p99_sink_pct      the same of `sink`
+    itl_p99_ordinary_pct  the same of `ordinary`
+    itl_p99_beyond_ordinary_pct   by how much it is in `hostile` above that in `ordinary`: what hostility adds
+    frontend_ms_per_input CPU milliseconds of the frontend in `hostile`, beyond those of `alone` in as long a time, for
+                          each hostile request
+    host_ms_per_input     the same of the engine host, which computes the tokens that are answered
     frontend_growth_mib   proportional set size of the frontend, its peak less what it was before the first round
     frontend_kept_mib     the same at the end
 
@@ -38,17 +48,16 @@ the metric remembers. `tracebacks` counts those in the server's log.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import multiprocessing
 import random
 import re
 import sys
-import urllib.request
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +65,31 @@ if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.parts import common, hostile_wire, sized_models
+from bench.parts.hostile_arms import (
+    KEYS,
+    OTHERS_LAST,
+    Attack,
+    Hostility,
+    Neighbour,
+    Nothing,
+    Played,
+    itl_ms_of,
+    order_of,
+    ttft_p99_ms_of,
+)  # fmt: skip
 from bench.parts.hostile_bodies import EMBED, MODEL
-from bench.parts.hostile_inputs import KINDS, Keys, make_scripts
+from bench.parts.hostile_inputs import KINDS
+from bench.parts.hostile_seen import Seen
 from bench.parts.hostile_wire import Tally
 from bench.tenant_fairness import arrivals, wait_until_ready, yielding_process
 from tokenpool.cli.bench import client as bench_client
 from tokenpool.cli.bench.client import BenchRequest, Outcome
 from tokenpool.tenant_config import hash_key
 
-KEYS = Keys(
-    odd="odd-key-0123456789", greedy="greedy-key-0123456789", view="view-key-0123456789", metrics="metrics-key-0123456"
-)
 POLITE, POLITE_KEY, ADMIN_KEY = "polite", "polite-key-0123456789", "hostile-admin-01234"
-ARMS = ("alone", "again", "sink", "hostile")
 _FORGETS_S = 62.0  # the longest lag of the last minute
 _SAMPLE_S = 5.0
 _DRAIN_S = 180.0
-_MOST_OPEN = 256
-_LAG = re.compile(r"^tokenpool:loop_lag_max_seconds(?:{[^}]*})? (\S+)$", re.MULTILINE)
-_STALLS = re.compile(r'^tokenpool:loop_stalls_total{[^}]*over_seconds="([^"]+)"[^}]*} (\S+)$', re.MULTILINE)
 _HELD = re.compile(r"event loop .* cpu_seconds=([0-9.]+)")
 
 
@@ -93,6 +108,10 @@ class Hostile:
     itl_p99_change_pct: float
     itl_p99_again_pct: float
     itl_p99_sink_pct: float
+    itl_p99_ordinary_pct: float
+    itl_p99_beyond_ordinary_pct: float
+    frontend_ms_per_input: float
+    host_ms_per_input: float
     frontend_growth_mib: float
     frontend_kept_mib: float
     tracebacks: int
@@ -108,38 +127,11 @@ class Hostile:
     """Answers to hostile requests by the class of their status; `closed`, `left` and `unanswered` are none."""
     hostile: Mapping[str, Any]
     """What the hostile requests got, by kind and status, and what was noted of single ones."""
+    ordinary: Sequence[Mapping[str, float]]
+    """What was sent in `ordinary`, by round: requests a second, tokens in and out of each, and refusals."""
     polite_problems: Sequence[str]
     log: Sequence[str]
     """Lines of the server's log that tell of a loop that stood still, or of an error."""
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What is looked at while the arms are played."""
-
-    port: int
-    pid: int
-    lag_s: float = 0.0
-    pss: int = 0
-    pss_peak: int = 0
-    stalls: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def look(self) -> dict[str, float]:
-        """Note the metrics and the memory of now; returns the counts of stalls."""
-        self.pss = common.memory_of([self.pid])["pss"]
-        self.pss_peak = max(self.pss_peak, self.pss)
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/metrics")
-        request.add_header("Authorization", f"Bearer {KEYS.metrics}")
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read().decode()
-        self.lag_s = max(self.lag_s, *(float(value) for value in _LAG.findall(text)))
-        return {over_s: float(value) for over_s, value in _STALLS.findall(text)}
-
-    def count(self, arm: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-        """Add the stalls between two looks to those of an arm."""
-        counted = self.stalls.setdefault(arm, {})
-        for over_s, value in after.items():
-            counted[over_s] = counted.get(over_s, 0.0) + value - before.get(over_s, 0.0)
 
 
 def run(
@@ -158,45 +150,50 @@ def run(
     logs: Path | None,
 ) -> Hostile:
     """Play all arms `rounds` times."""
-    played: dict[str, list[list[Outcome]]] = {arm: [] for arm in ARMS}
-    tally, duration_s = Tally(), max(5.0, inputs / rounds / rate)
+    lengths = (input_len, output_len)
     with common.scratch(logs) as (folder, log_folder, stack):
         server = _serve(folder, log_folder, weight_mib, dtype)
         stack.callback(server.close)
         wait_until_ready([server], start_limit_s)
         elsewhere = stack.enter_context(yielding_process())
-        sink_port = _start_sink(stack)
-        trace = _requests(random.Random(f"{seed} warm"), _FORGETS_S, polite_rate, (input_len, output_len))
-        asyncio.run(_play(server.port, trace, -1, _Attack(elsewhere, server.port, seed, range(0), rate, kinds)))
-        seen = _Seen(server.port, server.process.pid)
+        ports = {"sink": _start_sink(stack), "hostile": server.port}
+        trace = _requests(random.Random(f"{seed} warm"), _FORGETS_S, polite_rate, lengths)
+        asyncio.run(_play(server.port, trace, -1, elsewhere, Nothing()))
         before = _pids(server)
-        seen.look()
-        first_pss, log_path = seen.pss_peak, log_folder / "hostile.log"
-        begun = log_path.stat().st_size
+        seen = Seen(server.port, before, KEYS.metrics)
+        seen.begin()
+        log_path = log_folder / "hostile.log"
+        begun, played = log_path.stat().st_size, Played()
         for number in range(rounds):
-            for arm in ARMS[:: -1 if number % 2 else 1]:
-                trace = _requests(random.Random(f"{seed} {number}"), duration_s, polite_rate, (input_len, output_len))
-                target = {"sink": sink_port, "hostile": server.port}.get(arm)
-                part = range(inputs * number // rounds, inputs * (number + 1) // rounds) if target else range(0)
-                attack = _Attack(elsewhere, target or server.port, seed, part, rate, kinds)
-                outcomes, got = asyncio.run(_watched(server.port, trace, seed * 1000 + number, attack, seen, arm))
-                played[arm].append(outcomes)
-                if arm == "hostile":
-                    tally.add(got)
-                said = f", the other one {got.by_class()}" if part else ""
-                common.progress(
-                    f"round {number} {arm}: p99 between tokens {_itl_ms([outcomes])[99]:.1f} ms, "
-                    f"lag so far {1e3 * seen.lag_s:.0f} ms{said}"
+            part = range(inputs * number // rounds, inputs * (number + 1) // rounds)
+            for arm in order_of(number):
+                duration_s = max(5.0, inputs / rounds / rate) * (1.0 if arm == "hostile" else OTHERS_LAST)
+                trace = _requests(random.Random(f"{seed} {number}"), duration_s, polite_rate, lengths)
+                attack: Attack = Nothing()
+                if arm in ports:
+                    some = range(part.start, part.start + int(len(part) * OTHERS_LAST)) if arm == "sink" else part
+                    attack = Hostility(ports[arm], seed, some, rate, kinds)
+                elif arm == "ordinary":
+                    attack = Neighbour(server.port, seed * 1000 + number, duration_s, *played.neighbour)
+                used = _used(server)
+                outcomes, got = asyncio.run(
+                    _watched(server.port, trace, seed * 1000 + number, elsewhere, attack, seen, arm)
                 )
-        alive = _is_alive(server, before, (input_len, output_len))
+                played.add(arm, outcomes, got, duration_s, _used(server) - used)
+                common.progress(
+                    f"round {number} {arm}: p99 between tokens {itl_ms_of([outcomes])[99]:.1f} ms, "
+                    f"lag so far {1e3 * seen.lag_s:.0f} ms, sent {got.by_class()}"
+                )
+        alive = _is_alive(server, before, lengths)
         log = log_path.read_bytes()[begun:].decode(errors="replace")
-    return _result(played, tally, seen, first_pss, alive, log)
+    return _result(played, seen, alive, log)
 
 
-def _result(
-    played: Mapping[str, list[list[Outcome]]], tally: Tally, seen: _Seen, first_pss: int, alive: int, log: str
-) -> Hostile:
-    itl_ms = {arm: _itl_ms(runs) for arm, runs in played.items()}
+def _result(all_played: Played, seen: Seen, alive: int, log: str) -> Hostile:
+    played, tally = all_played.outcomes, all_played.hostile
+    itl_ms = {arm: itl_ms_of(runs) for arm, runs in played.items()}
+    change_pct = {arm: 100 * (times[99] / itl_ms["alone"][99] - 1) for arm, times in itl_ms.items()}
+    frontend_s, host_s = seen.cpu_beyond("hostile", "alone", 1 / OTHERS_LAST)
     outcomes = [outcome for runs in played.values() for run in runs for outcome in run]
     problems = [outcome.problem for outcome in outcomes if outcome.problem]
     told = [line for line in log.splitlines() if re.search(r"event loop|ERROR|Error:|CRITICAL", line)]
@@ -210,19 +207,24 @@ def _result(
         errors_5xx=tally.errors,
         unanswered=tally.unanswered,
         polite_errors=len(problems),
-        itl_p99_change_pct=100 * (itl_ms["hostile"][99] / itl_ms["alone"][99] - 1),
-        itl_p99_again_pct=100 * (itl_ms["again"][99] / itl_ms["alone"][99] - 1),
-        itl_p99_sink_pct=100 * (itl_ms["sink"][99] / itl_ms["alone"][99] - 1),
-        frontend_growth_mib=(seen.pss_peak - first_pss) / 2**20,
-        frontend_kept_mib=(seen.pss - first_pss) / 2**20,
+        itl_p99_change_pct=change_pct["hostile"],
+        itl_p99_again_pct=change_pct["again"],
+        itl_p99_sink_pct=change_pct["sink"],
+        itl_p99_ordinary_pct=change_pct["ordinary"],
+        itl_p99_beyond_ordinary_pct=100 * (itl_ms["hostile"][99] / itl_ms["ordinary"][99] - 1),
+        frontend_ms_per_input=1e3 * frontend_s / max(1, tally.num_sent),
+        host_ms_per_input=1e3 * host_s / max(1, tally.num_sent),
+        frontend_growth_mib=seen.growth_mib,
+        frontend_kept_mib=seen.kept_mib,
         tracebacks=log.count("Traceback (most recent call last)"),
         better=better | {"itl_p99_change_pct": "lower", "polite_errors": "lower"},
         itl_ms={arm: {f"p{percent}": value for percent, value in found.items()} for arm, found in itl_ms.items()},
-        ttft_p99_ms={arm: _ttft_p99_ms(runs) for arm, runs in played.items()},
-        per_round={arm: [_itl_ms([run])[99] for run in runs] for arm, runs in played.items()},
+        ttft_p99_ms={arm: ttft_p99_ms_of(runs) for arm, runs in played.items()},
+        per_round={arm: [itl_ms_of([run])[99] for run in runs] for arm, runs in played.items()},
         stalls=seen.stalls,
         by_class=tally.by_class(),
         hostile=hostile_wire.as_values(tally),
+        ordinary=all_played.ordinary,
         polite_problems=problems[:20],
         log=[line[:400] for line in told[:200]],
     )
@@ -263,29 +265,8 @@ def _requests(draw: random.Random, duration_s: float, rate: float, lengths: tupl
     return [BenchRequest(at, MODEL, *lengths, POLITE) for at in (0.0, *arrivals(draw, rate, duration_s))]
 
 
-@dataclass(frozen=True, slots=True)
-class _Attack:
-    """Hostile requests to a port, from a process of its own."""
-
-    elsewhere: Executor
-    port: int
-    seed: int
-    part: range
-    """Numbers of the inputs that are sent; none in the arms that send nothing."""
-    rate: float
-    kinds: Sequence[str]
-
-    def begin(self, part: range) -> Future[Tally]:
-        """Begin to send a part."""
-        return self.elsewhere.submit(_send, self.port, self.seed, part, self.rate, self.kinds)
-
-
-def _send(port: int, seed: int, part: range, rate: float, kinds: Sequence[str]) -> Tally:
-    return hostile_wire.play_all(port, make_scripts(seed, part, KEYS, kinds), rate, _MOST_OPEN)
-
-
 async def _watched(
-    port: int, trace: list[BenchRequest], seed: int, attack: _Attack, seen: _Seen, arm: str
+    port: int, trace: list[BenchRequest], seed: int, elsewhere: Executor, attack: Attack, seen: Seen, arm: str
 ) -> tuple[list[Outcome], Tally]:
     """Play one arm and look at the server all the while."""
     before = await asyncio.to_thread(seen.look)
@@ -297,7 +278,7 @@ async def _watched(
 
     sampling = asyncio.create_task(sample())
     try:
-        return await _play(port, trace, seed, attack)
+        return await _play(port, trace, seed, elsewhere, attack)
     finally:
         sampling.cancel()
         with suppress(asyncio.CancelledError):
@@ -305,15 +286,26 @@ async def _watched(
         seen.count(arm, before, await asyncio.to_thread(seen.look))
 
 
-async def _play(port: int, trace: list[BenchRequest], seed: int, attack: _Attack) -> tuple[list[Outcome], Tally]:
+async def _play(
+    port: int, trace: list[BenchRequest], seed: int, elsewhere: Executor, attack: Attack
+) -> tuple[list[Outcome], Tally]:
     """Send the polite tenant's requests beside an attack; wait until all is over."""
     url = f"http://127.0.0.1:{port}"
-    await asyncio.wrap_future(attack.begin(range(0)))  # its process is up
-    sent = asyncio.wrap_future(attack.begin(attack.part))
+    await asyncio.wrap_future(elsewhere.submit(Nothing()))  # its process is up
+    sent = asyncio.wrap_future(elsewhere.submit(attack))
     outcomes = await bench_client.replay(url, trace, seed=seed, drain_s=_DRAIN_S, keys={POLITE: POLITE_KEY})
     tally = await sent
     await bench_client.wait_until_idle(url, _DRAIN_S, KEYS.metrics)
     return outcomes, tally
+
+
+def _used(server: common.Server) -> Counter[str]:
+    """Tokens of the engine that the tenants beside the polite one have had so far."""
+    used: Counter[str] = Counter()
+    for name, told in server.get("/v1/pool/tenants", key=KEYS.view, limit_s=60.0).items():
+        for usage in told["usage"].values() if name != POLITE else ():
+            used.update(usage)
+    return used
 
 
 def _start_sink(stack: ExitStack) -> int:
@@ -344,18 +336,6 @@ def _is_alive(server: common.Server, before: tuple[int, int], lengths: tuple[int
     return 0
 
 
-def _itl_ms(runs: Sequence[Sequence[Outcome]]) -> dict[int, float]:
-    """Percentiles of the times between tokens; a stream that failed tells what it has."""
-    times = [outcome.token_times_s for outcomes in runs for outcome in outcomes]
-    gaps = [1e3 * (late - early) for each in times for early, late in itertools.pairwise(each)]
-    return {percent: common.percentile(gaps, percent) for percent in (50, 90, 99)}
-
-
-def _ttft_p99_ms(runs: Sequence[Sequence[Outcome]]) -> float:
-    times = [outcome.ttft_s() for outcomes in runs for outcome in outcomes]
-    return 1e3 * common.percentile([seconds for seconds in times if seconds is not None], 99)
-
-
 def main() -> None:
     """Read the flags, run, report."""
     parser = common.parser(__doc__)
@@ -379,7 +359,8 @@ def main() -> None:
         "unanswered",
         "polite_errors",
     ]
-    keys += ["itl_p99_change_pct", "itl_p99_again_pct", "itl_p99_sink_pct", "frontend_growth_mib", "tracebacks"]
+    keys += [f"itl_p99_{arm}_pct" for arm in ("change", "again", "sink", "ordinary", "beyond_ordinary")]
+    keys += ["frontend_ms_per_input", "host_ms_per_input", "frontend_growth_mib", "frontend_kept_mib", "tracebacks"]
     common.report("hostile", run, parser.parse_args(), keys)
 
 

@@ -4,7 +4,7 @@
 heads      too many headers, too long ones, malformed lines, garbage, wrong framing, requests in one piece
 slow       heads and bodies that trickle, are half sent and left, or whose answers nobody reads
 keys       no key, wrong keys and keys of other purposes, for every route, by every method and spelling of a path
-bodies     of `hostile_bodies`, with a tenant's key
+bodies     of `hostile_bodies` and `hostile_waits`, with a tenant's key
 floods     small requests of a tenant that is above its limits
 """
 
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from bench.parts import hostile_bodies as bodies
+from bench.parts import hostile_waits as waits
 from bench.parts.hostile_bodies import COMPLETIONS, EMBED, GENERATE, MODEL, Draw, completion, good_body
 from bench.parts.hostile_wire import Script
 
@@ -358,6 +359,7 @@ KINDS: dict[str, tuple[int, Kind]] = {
         )
     },
     **{name: (2, _with_body(name, make, False)) for name, make in bodies.ODD.items()},
+    **{make.__name__: (1, _with_body(make.__name__, make, False)) for make in (waits.long_texts, waits.slow_grammars)},
     **{name: (4, _with_body(name, make, True)) for name, make in bodies.GREEDY.items()},
 }  # fmt: skip
 """How often each kind comes, and what draws one."""
@@ -372,3 +374,11 @@ def make_scripts(seed: int, numbers: range, keys: Keys, kinds: Sequence[str] = (
         name = draw.choices(names, weights)[0]
         script = KINDS[name][1](draw, keys)
         yield replace(script, kind=name)
+
+
+def make_ordinary(seed: int, count: int, keys: Keys, input_len: int, output_len: int) -> Iterator[Script]:
+    """Streams of random prompts of so many tokens, of the tenant that sends the odd bodies, as they should be."""
+    for number in range(count):
+        prompt = random.Random(f"{seed} ordinary {number}").choices(range(3, 500), k=input_len)
+        body = completion(prompt=prompt, max_tokens=output_len, ignore_eos=True, stream=True, temperature=0)
+        yield Script("ordinary", [(0, request(COMPLETIONS, json.dumps(body).encode(), keys.odd))], ALL)

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of models that are gone."""
+"""Memory of models, and of bodies, that are gone."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+
+from tokenpool.process import heap
+from tokenpool.process.heap import HeapTrimmer
 
 pytestmark = pytest.mark.cpu
 
@@ -52,3 +57,64 @@ def test_nothing_to_let_go_without_the_multiprocess_mode() -> None:
     code = "from tokenpool.process.heap import release_metrics; release_metrics()"
 
     subprocess.run([sys.executable, "-c", code], env=env, check=True)
+
+
+_TRIM = """
+import ctypes, os
+from tokenpool.process.heap import trim_heap
+
+def resident_mib():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+size, blocks = 64 << 10, []
+for _ in range(2000):
+    blocks.append(libc.malloc(size))
+    ctypes.memset(blocks[-1], 1, size)
+kept = blocks[9::10]  # between what is freed
+for block in set(blocks) - set(kept):
+    libc.free(block)
+before_mib = resident_mib()
+done = trim_heap()
+print(done, hasattr(libc, "malloc_trim"), before_mib - resident_mib())
+assert all(ctypes.string_at(block, size) == bytes([1]) * size for block in kept)
+"""
+
+
+def test_a_trimmed_heap_is_given_back() -> None:
+    """What was freed between pieces that are in use leaves the process, and these keep their bytes."""
+    told = subprocess.run([sys.executable, "-c", _TRIM], check=True, capture_output=True, text=True).stdout.split()
+    assert told[0] == told[1], "it is done where the C library can"
+    assert told[0] == "False" or float(told[2]) > 60
+
+
+def test_the_heap_is_trimmed_once_after_much_was_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the loop; not for a little, again for what comes later, and an error of it harms nobody."""
+    monkeypatch.setattr(heap, "_WAIT_S", 0.01)
+    threads: list[int] = []
+
+    def trim() -> None:
+        threads.append(threading.get_ident())
+        raise OSError
+
+    async def until(count: int) -> None:
+        async with asyncio.timeout(60):
+            while len(threads) < count or trimmer._is_due:
+                await asyncio.sleep(0.005)
+
+    async def main() -> None:
+        trimmer.freed(heap._WORTH_BYTES - 1)
+        await asyncio.sleep(0.05)
+        assert not threads
+        for _ in range(100):
+            trimmer.freed(1000)
+        await until(1)
+        trimmer.freed(heap._WORTH_BYTES)
+        await until(2)
+        await asyncio.sleep(0.05)
+
+    trimmer = HeapTrimmer(trim)
+    asyncio.run(main())
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads

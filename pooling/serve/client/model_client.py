@@ -32,6 +32,7 @@ from tokenpool.serve.access.tenant_meter import meter
 from tokenpool.serve.client.body_validation import stop_at_first_faults
 from tokenpool.serve.client.engine_client import PoolEngineClient
 from tokenpool.serve.client.host_process import HostProcess
+from tokenpool.serve.client.long_texts import bound_texts
 from tokenpool.serve.client.structured_check import check_structured_outputs
 from tokenpool.serve.client.text_lanes import use_lanes
 from tokenpool.serve.client.token_answers import bound_token_answers
@@ -107,6 +108,7 @@ class ModelClient:
             meter(engine)
             check_structured_outputs(engine)
             use_lanes(engine.renderer)
+            bound_texts(engine.renderer)
             client = cls(plan, core, engine, state)
             if endpoint is not None:
                 observed.otlp_traces_endpoint = endpoint

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
+from tokenpool.process.heap import HeapTrimmer
 from tokenpool.serve.access.auth import error_response
 from tokenpool.serve.access.refused import RefusedError
 from tokenpool.serve.access.tenants import Account
@@ -32,6 +33,7 @@ class BodyBudget:
         self.num_bytes = 0
         """Of all bodies that are there."""
         self._being_read: Counter[str] = Counter()  # by tenant
+        self._trimmer = HeapTrimmer()
 
     @contextmanager
     def body(self) -> Iterator[Body]:
@@ -41,6 +43,7 @@ class BodyBudget:
             yield body
         finally:
             self.num_bytes -= body.num_bytes
+            self._trimmer.freed(body.num_bytes)
 
     @contextmanager
     def reading(self, scope: Scope, account: Account | None, model: str) -> Iterator[None]:

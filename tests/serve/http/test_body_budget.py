@@ -7,15 +7,17 @@ import asyncio
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, PlainTextResponse
 
 from tests.serve.access.test_tenants import settle, tenant
 from tests.serve.gateway.test_router import CHAT, chunk, make_scope
+from tokenpool.process.heap import HeapTrimmer
 from tokenpool.serve.access.auth import TENANT_KEY
 from tokenpool.serve.access.tenants import TenantBook
 from tokenpool.serve.gateway.model_app import ModelApp
 from tokenpool.serve.gateway.router import ModelRouter
-from tokenpool.serve.http.body_budget import LARGEST_BODIES
+from tokenpool.serve.http.body_budget import LARGEST_BODIES, BodyBudget
 
 pytestmark = pytest.mark.cpu
 
@@ -142,3 +144,20 @@ def test_a_tenant_has_as_many_bodies_on_the_way_as_requests(method):
         assert 200 == await (await Client(pool, "a", method).whole()).status()
 
     asyncio.run(main())
+
+
+def test_the_heap_is_trimmed_after_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a request, not before, it is told how large its body was."""
+    freed: list[int] = []
+    monkeypatch.setattr(HeapTrimmer, "freed", lambda self, num_bytes: freed.append(num_bytes))
+
+    async def main() -> None:
+        async def receive() -> Any:
+            return chunk(b"x" * 500)
+
+        with BodyBudget(LIMIT).body() as body:
+            await body.read(Headers({}), receive)
+            assert not freed
+
+    asyncio.run(main())
+    assert freed == [500]

@@ -32,10 +32,10 @@ from tokenpool.serve.access.tenant_meter import meter
 from tokenpool.serve.client.body_validation import stop_at_first_faults
 from tokenpool.serve.client.engine_client import PoolEngineClient
 from tokenpool.serve.client.host_process import HostProcess
-from tokenpool.serve.client.long_texts import bound_texts
 from tokenpool.serve.client.structured_check import check_structured_outputs
 from tokenpool.serve.client.text_lanes import use_lanes
-from tokenpool.serve.client.token_answers import bound_token_answers
+from tokenpool.serve.client.token_bounds import bound_texts, bound_token_answers
+from tokenpool.serve.client.token_texts import remember_tokens
 from tokenpool.serve.client.tracing import RequestTracer, provider_for, trace_requests
 from tokenpool.serve.http.port import drop_port_parts, without_port_flags
 from tokenpool.serve.launch.model_plan import ModelPlan, first_line
@@ -109,6 +109,7 @@ class ModelClient:
             check_structured_outputs(engine)
             use_lanes(engine.renderer)
             bound_texts(engine.renderer)
+            remember_tokens(engine.renderer.tokenizer)
             client = cls(plan, core, engine, state)
             if endpoint is not None:
                 observed.otlp_traces_endpoint = endpoint

@@ -26,9 +26,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from tokenpool.serve.access.tenant_call import current_tenant
+from tokenpool.serve.access.tenant_call import CURRENT_CALL, current_tenant
 from tokenpool.serve.client.check_worker import CHECK_LIMIT_S, ChecksBusyError, CheckWorker
 from tokenpool.serve.client.grammar_bounds import grammar_problem
+from tokenpool.serve.client.sampling_bounds import refuse_long_lists, refuse_many_logprobs
 from tokenpool.serve.client.sendable import refuse_unsendable
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
@@ -91,18 +92,30 @@ class SpecJudge:
 
 
 class _CheckedInputProcessor(InputProcessor):
-    """Leaves out vLLM's validation of marked constraints; holds unmarked ones, of streamed input, to the bounds."""
+    """Leaves out vLLM's validation of marked constraints; holds unmarked ones, of streamed input, to the bounds.
+
+    The bounds of `sampling_bounds` hold for all.
+    """
 
     unchecked: InputProcessor
     """The same without a config of structured outputs, by which vLLM knows that there is nothing to validate."""
 
     def _validate_params(self, params: Any, *args: Any) -> Any:
+        if isinstance(params, SamplingParams):
+            refuse_long_lists(params)
         constraint = getattr(params, "structured_outputs", None)
         if isinstance(constraint, CheckedOutputs):
             return self.unchecked._validate_params(params, *args)
         if constraint is not None and (problem := grammar_problem(vars(constraint))):
             raise VLLMValidationError(problem, parameter="structured_outputs")
         return super()._validate_params(params, *args)
+
+    def process_inputs(self, *args: Any, **options: Any) -> EngineCoreRequest:
+        """As vLLM's; raises VLLMValidationError for a tenant's request that the bound on log probabilities refuses."""
+        request = super().process_inputs(*args, **options)
+        if (call := CURRENT_CALL.get()) is not None:
+            refuse_many_logprobs(request, call.sequences)
+        return request
 
 
 class _CheckedLLM(AsyncLLM):

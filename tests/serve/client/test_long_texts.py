@@ -13,8 +13,8 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.params import TokenizeParams
 
-from tokenpool.serve.client import long_texts
-from tokenpool.serve.client.long_texts import bound_texts, count_up_to
+from tokenpool.serve.client import token_bounds
+from tokenpool.serve.client.token_bounds import bound_texts, count_up_to
 
 pytestmark = pytest.mark.vllm
 
@@ -33,9 +33,9 @@ class Words:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bounds of the tests: they need no megabytes."""
-    monkeypatch.setattr(long_texts, "LONG", 100)
-    monkeypatch.setattr(long_texts, "MAX_LISTED", 400)
-    monkeypatch.setattr(long_texts, "_PIECE_CHARS", 64)
+    monkeypatch.setattr(token_bounds, "LONG", 100)
+    monkeypatch.setattr(token_bounds, "MAX_LISTED", 400)
+    monkeypatch.setattr(token_bounds, "_PIECE_CHARS", 64)
 
 
 def tokenize(tokenizer: Words, text: str, **params: Any) -> int:

@@ -12,8 +12,8 @@ from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
 from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.exceptions import VLLMValidationError
 
-from tokenpool.serve.client import token_answers
-from tokenpool.serve.client.token_answers import bound_token_answers
+from tokenpool.serve.client import token_bounds
+from tokenpool.serve.client.token_bounds import bound_token_answers
 
 pytestmark = pytest.mark.vllm
 
@@ -27,7 +27,7 @@ def tokenize(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> Any:
     async def preprocess(*args: Any, **options: Any) -> list[Any]:
         return [{"type": "token", "prompt_token_ids": [5] * num_tokens}]
 
-    monkeypatch.setattr(token_answers, "MAX_LISTED", 10)
+    monkeypatch.setattr(token_bounds, "MAX_LISTED", 10)
     serving = ServingTokenization.__new__(ServingTokenization)
     serving._check_model, serving._maybe_get_adapters = nothing, lambda request: None  # type: ignore[assignment]
     serving.online_renderer, serving.request_logger = SimpleNamespace(preprocess_completion=preprocess), None

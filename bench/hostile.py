@@ -302,7 +302,7 @@ async def _play(
 def _used(server: common.Server) -> Counter[str]:
     """Tokens of the engine that the tenants beside the polite one have had so far."""
     used: Counter[str] = Counter()
-    for name, told in server.get("/v1/pool/tenants", key=KEYS.view, limit_s=60.0).items():
+    for name, told in server.get("/v1/pool/tenants", key=KEYS.view, limit_s=60.0)["tenants"].items():
         for usage in told["usage"].values() if name != POLITE else ():
             used.update(usage)
     return used

@@ -13,7 +13,7 @@ own, which yields the cores to all others as if it were on another machine, does
                the round's `hostile`, with as many tokens as its tenants had of the engine there, on average: what a
                neighbour costs who means well and uses as much of what the limits allow
 
-`hostile` takes its time, the others half of it.
+`hostile` takes its time, the others a third of it.
 
     alive             1 if frontend and engine host are the same processes in the end, the polite tenant still gets all
                       its tokens, and the books of the memory agree once the pool is idle; else 0

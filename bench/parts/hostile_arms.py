@@ -15,7 +15,7 @@ from bench.parts.hostile_wire import Tally
 from tokenpool.cli.bench.client import Outcome
 
 ARMS = ("alone", "again", "sink", "hostile", "ordinary")
-OTHERS_LAST = 0.5
+OTHERS_LAST = 1 / 3
 """Of the time of `hostile`."""
 KEYS = Keys(
     odd="odd-key-0123456789", greedy="greedy-key-0123456789", view="view-key-0123456789", metrics="metrics-key-0123456"

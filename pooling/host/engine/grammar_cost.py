@@ -2,7 +2,8 @@
 """Bounds the time that a request's grammar takes out of the steps of all requests of a host.
 
 A grammar that compiles at once may need seconds for each token: `((.{1,20}){1,20}){1,20}` for its fortieth, more for
-each one after. No look at its text finds all of these, so what it uses is measured, and its own request ends.
+each one after. No look at its text finds all of these, so what it uses is measured, and its own request ends. Many such
+requests share what one may use, so that they cannot hold up the others in turn.
 
 A request that ends because of its grammar says so: its client is told that, and not of an error of the server.
 """
@@ -19,21 +20,44 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
-FREE_S = 1.0
+SURE_S = 0.05
 """CPU seconds that a grammar may use over its request's life, beside those of its tokens."""
+FREE_S = 1.0
+"""CPU seconds that all grammars of a host may use beyond that: they are had anew at the rate `FREE_PART`."""
+FREE_PART = 0.02
 TOKEN_S = 0.002
 """And for each token. Grammars of people use a twentieth of it or less."""
 
 _T = TypeVar("_T")
 
 
+class Allowance:
+    """What the grammars of a host may use beyond what each has for sure; for the thread that steps."""
+
+    def __init__(self) -> None:
+        self._left_s, self._seen_s = FREE_S, time.monotonic()
+
+    def take(self, seconds: float) -> float:
+        """Take so much, or what is left; returns what was taken."""
+        now_s = time.monotonic()
+        self._left_s = min(FREE_S, self._left_s + FREE_PART * (now_s - self._seen_s))
+        self._seen_s = now_s
+        taken_s = min(seconds, self._left_s)
+        self._left_s -= taken_s
+        return taken_s
+
+
+_OF_HOST = Allowance()
+
+
 class MeteredGrammar(StructuredOutputGrammar):
     """A request's grammar; once it has used its time it computes nothing more, and accepts no token."""
 
-    def __init__(self, grammar: StructuredOutputGrammar, request: Request) -> None:
+    def __init__(self, grammar: StructuredOutputGrammar, request: Request, allowance: Allowance = _OF_HOST) -> None:
         self._grammar = grammar
         self._request = request
-        self._left_s = FREE_S
+        self._allowance = allowance
+        self._left_s = SURE_S
 
     @property
     def is_spent(self) -> bool:
@@ -68,6 +92,8 @@ class MeteredGrammar(StructuredOutputGrammar):
             return call(*args)
         finally:
             self._left_s -= time.thread_time() - began_s
+            if self._left_s < 0:
+                self._left_s += self._allowance.take(-self._left_s)
 
     def rollback(self, num_tokens: int) -> None:
         """As the grammar does."""

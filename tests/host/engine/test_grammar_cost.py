@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
 from tokenpool.host.engine import grammar_cost
-from tokenpool.host.engine.grammar_cost import MeteredGrammar
+from tokenpool.host.engine.grammar_cost import Allowance, MeteredGrammar
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
 pytestmark = pytest.mark.vllm
@@ -59,7 +59,7 @@ def test_one_that_grows_with_each_token_ends() -> None:
 @pytest.mark.parametrize("regex", ["[a-z]{1,600}", "(a|b)*", '\\{"a": "[^"]*"\\}|a*'])
 def test_one_of_people_is_never_spent(regex: str) -> None:
     request = asking()
-    metered = MeteredGrammar(grammar(regex), request)
+    metered = MeteredGrammar(grammar(regex), request, allowance(0.0))
     assert drive(metered, 600) == 600
     assert not metered.is_spent and request.stop_reason is None
 
@@ -85,25 +85,50 @@ class Slow:
         return False
 
 
-@given(st.lists(st.floats(0, 0.5), min_size=1, max_size=8), st.integers(1, 300))
-def test_what_it_may_use_grows_with_its_tokens_alone(costs: list[float], steps: int) -> None:
+def allowance(left_s: float) -> Allowance:
+    """One of which so much is left, and that gets nothing back."""
+    made = Allowance()
+    made.take(grammar_cost.FREE_S - left_s)
+    return made
+
+
+@given(st.lists(st.floats(0, 0.5), min_size=1, max_size=8), st.integers(1, 300), st.floats(0, 1))
+def test_what_it_may_use_grows_with_its_tokens_alone(costs: list[float], steps: int, free_s: float) -> None:
     """Whatever its calls cost: at most one call is begun beyond the time that its tokens have earned, and none before
     is refused."""
     clock = [0.0]
     slow = Slow(clock, costs)
     mask = torch.zeros((1, 1), dtype=torch.int32)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar_cost, "FREE_PART", 0.0)
         patch.setattr(grammar_cost.time, "thread_time", lambda: clock[0])
-        metered = MeteredGrammar(slow, asking())  # type: ignore[arg-type]
+        metered = MeteredGrammar(slow, asking(), allowance(free_s))  # type: ignore[arg-type]
         accepted = 0
         for _ in range(steps):
             metered.fill_bitmask(mask, 0)
             if not metered.accept_tokens("r", [1]):
                 break
             accepted += 1
-    earned = grammar_cost.FREE_S + grammar_cost.TOKEN_S * (accepted + (accepted < steps))
+    earned = grammar_cost.SURE_S + free_s + grammar_cost.TOKEN_S * (accepted + (accepted < steps))
     assert clock[0] <= earned + max(costs) + 1e-6
     assert accepted == steps or clock[0] > earned - 1e-6
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 2)), min_size=1, max_size=50))
+def test_many_slow_grammars_share_what_one_may_use(asked: list[tuple[float, float]]) -> None:
+    """Never more than what is there at the begin and comes back with time, and all of it when it is asked for."""
+    now_s, taken_s = 0.0, 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar_cost.time, "monotonic", lambda: now_s)
+        shared = Allowance()
+        for wait_s, seconds in asked:
+            now_s += wait_s
+            got_s = shared.take(seconds)
+            taken_s += got_s
+            assert 0 <= got_s <= seconds
+            assert taken_s <= grammar_cost.FREE_S + grammar_cost.FREE_PART * now_s + 1e-9
+        now_s += grammar_cost.FREE_S / grammar_cost.FREE_PART
+        assert shared.take(grammar_cost.FREE_S) == pytest.approx(grammar_cost.FREE_S)
 
 
 def test_a_token_that_it_refuses_is_named_as_the_reason() -> None:

@@ -237,7 +237,7 @@ async def _stop_host(server: common.Server, load: _Load) -> None:
         await asyncio.sleep(0.5)
         now = await asyncio.to_thread(server.get, "/v1/pool/state", key=ADMIN_KEY, limit_s=30.0)
         if now["host_pid"] != before["host_pid"] and all(
-            now["models"][name]["state"] == "resident" for name in server.models
+            now["models"][name]["state"] == "ready" for name in server.models
         ):
             load.is_away = False
             return

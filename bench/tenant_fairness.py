@@ -165,7 +165,7 @@ def wait_until_ready(servers: Sequence[common.Server], limit_s: float) -> None:
             if server.process.poll() is not None:
                 raise RuntimeError(f"the server ended, see {server.log}")
             with contextlib.suppress(OSError):  # 503 while it loads
-                server.get("/ready")
+                server.get("/ready?all=1")
                 break
             if time.monotonic() > end_s:
                 raise TimeoutError(f"not ready after {limit_s:g} s, see {server.log}")

@@ -17,10 +17,11 @@ Every refusal is a ConfigError of one line that names the key and the fix. Impor
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import yaml
 
@@ -113,6 +114,17 @@ class ModelSpec(Section):
     """Larger is more important to a turn policy that looks at it; 0 = all models are equal."""
     admission: Annotated[tuple[tuple[str, Any], ...], ChangesOf(Admission)] = ()
     """Settings of the pool's `admission` that differ for this model, such as `{max_waiting: 8}`."""
+    load: Annotated[Text, one_of("auto", "start", "on_demand")] | None = None
+    """When it is built: with the pool's `start`, or `on_demand`, by its first request, which waits for that; `auto` =
+    `start`. None = as the pool's `load` says."""
+    unload_after_s: Annotated[Seconds, above(0, "must be above 0, such as 10m")] | None = None
+    """Without a request for so long, nothing of it stays built, and the next request has it loaded again; none = as
+    the pool's `unload_after` says."""
+    keep: Annotated[Text, one_of("device", "host")] | None = None
+    """What never leaves once it is loaded: its weights on the `device`, or their copy in memory of the `host`. The
+    model is never unloaded then. None = it comes and goes."""
+    load_timeout_s: Annotated[Seconds, at_least(1, "must be 1s or more, such as 30m")] | None = None
+    """Longest wait of a request until the model is loaded, 1 s or more; none = the pool's `load_timeout`."""
     replicas: Annotated[Count, at_least(1)] | None = None
     """Hosts of a cluster that serve it, at least; none = as `cluster.replicas` says."""
     max_replicas: Annotated[Count, at_least(1)] | None = None
@@ -126,6 +138,19 @@ class ModelSpec(Section):
         needs_slo = dict(self.admission).get("on_miss") == "reject"
         problem = "reject needs to know when tokens are due: give the model an slo"
         check_setting(self.slo is not None or not needs_slo, "admission.on_miss", problem)
+
+
+class Loading(NamedTuple):
+    """When a model is loaded and unloaded, the pool's settings included."""
+
+    at_start: bool
+    """With the pool, not by its first request."""
+    unload_after_s: float
+    """Seconds without a request; inf = never."""
+    keep: str | None
+    """`device` or `host`: what never leaves."""
+    timeout_s: float
+    """How long a request waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +233,13 @@ class PoolConfig(Section):
     more, and more than a step of the longest prompt takes."""
     load_timeout_s: Annotated[Seconds, at_least(1, "must be 1s or more, such as 30m")] = 1800.0
     """The same for loading, from one sign of progress to the next: `warming up` of a large model shows none for
-    minutes."""
+    minutes. Requests wait as long for a model that is loaded, unless it says otherwise."""
+    load: Annotated[Text, one_of("auto", "start", "on_demand")] = "auto"
+    """When models are built that do not say so themselves: `start`, `on_demand`, or `auto` = `start`."""
+    unload_after_s: Annotated[Seconds, above(0, "must be above 0, such as 10m")] | None = None
+    """Without a request for so long, a model is unloaded that says nothing else; none = it stays."""
+    max_loaded: Annotated[Count, at_least(1)] | None = None
+    """Models that are loaded at a time; for one more, the one is unloaded that has been idle longest. None = all."""
     host_template: Switch = True
     """Whether engine hosts are forked from a process that has imported vLLM and is kept for that: one that died is back
     without the seconds of the imports."""
@@ -225,9 +256,13 @@ class PoolConfig(Section):
             problem = f"{model.name!r} is the name of models[{first}] already: give each model its own"
             check_setting(first == i, f"models[{i}].name", problem)
         if self.device_memory is not None:
-            pages, floors = self.device_memory // self.page_size, self.kv_floor_pages * len(self.models)
+            most = min(self.max_loaded or len(self.models), len(self.models))
+            pages, floors = self.device_memory // self.page_size, self.kv_floor_pages * most
             problem = f"{units.format_bytes(self.device_memory)} is {pages} pages, the models need "
             problem += f"{show(floors)}: raise it, or lower page_size or kv_floor_pages"
+            problem += (
+                ", or max_loaded" if most > 1 and any(not self.loading_of(m).at_start for m in self.models) else ""
+            )
             check_setting(pages >= floors, "device_memory", problem)
         keys = {setting: getattr(self, setting) for setting in ("api_key", "admin_key", "view_key", "metrics_key")}
         check_access(keys)
@@ -235,10 +270,37 @@ class PoolConfig(Section):
         check_setting(not self.metrics_key or bool(self.api_key or self.tenants), "metrics_key", problem)
         check_tenants(self.tenants, seen, sum(keys.values(), ()))
         check_replicas(self.cluster, self.models)
+        staying = sum(rule.at_start or rule.keep is not None for rule in map(self.loading_of, self.models))
+        problem = (
+            f"is less than the {show(staying)} models that are loaded at the start, or kept: raise it, or let them "
+        )
+        problem += "load on_demand"
+        check_setting(self.max_loaded is None or staying <= self.max_loaded, "max_loaded", problem)
 
     def admission_of(self, spec: ModelSpec) -> Admission:
         """The pool's admission settings with the model's own in their place."""
         return replace(self.admission, **dict(spec.admission))
+
+    def loading_of(self, spec: ModelSpec) -> Loading:
+        """When a model is loaded and unloaded."""
+        unload_after_s = spec.unload_after_s or self.unload_after_s or math.inf
+        return Loading(
+            at_start=(spec.load or self.load) != "on_demand",
+            unload_after_s=math.inf if spec.keep else unload_after_s,
+            keep=spec.keep,
+            timeout_s=spec.load_timeout_s or self.load_timeout_s,
+        )
+
+    def refuse_demand(self, where: str) -> None:
+        """Refuse settings by which models are loaded by their requests, or unloaded; raises ConfigError."""
+        rules = {spec.name: self.loading_of(spec) for spec in self.models}
+        found = {
+            "load: on_demand": any(not rule.at_start for rule in rules.values()),
+            "unload_after": any(rule.unload_after_s < math.inf for rule in rules.values()),
+            "max_loaded": self.max_loaded is not None,
+        }
+        for setting in (setting for setting, is_given in found.items() if is_given):
+            raise ConfigError(f"there is none {where}, where all models stay loaded: remove it", key=setting)
 
     @classmethod
     def from_dict(cls, data: object, source: str = "pool.yaml") -> PoolConfig:

@@ -72,7 +72,7 @@ _LIST = (
     Metric(
         "tokenpool:model_state",
         "gauge",
-        "1 for where the weights are: cold, fetching, warm, loading, resident.",
+        "1 for where the weights are: on disk, reading, in host memory, copying, on device.",
         ("model_name", "state"),
     ),
     Metric(
@@ -148,6 +148,10 @@ _LIST = (
     ),
     Metric("tokenpool:tenant_held_requests", "gauge", "Sequences of a tenant held in front of the engine.", _TENANT),
     Metric("tokenpool:models", "gauge", "Models by their state in /v1/models.", ("state",)),
+    Metric("tokenpool:demand_loads", "counter", "Loads of models that requests waited for, tried or done."),
+    Metric(
+        "tokenpool:unloads", "counter", "Models that were unloaded because nobody used them, or others were wanted."
+    ),
     Metric("tokenpool:model_failed", "gauge", "1 while a model cannot be loaded or served, else 0.", _MODEL),
     Metric(
         "tokenpool:task_failures",

@@ -57,7 +57,9 @@ class PooledLLM(Mapping[str, LLM]):
             raise ConfigError(
                 "is 0, which keeps engines in this process: unset it", key="VLLM_ENABLE_V1_MULTIPROCESSING"
             )
-        config, plans = plan_pool(_config(models, settings))
+        asked = _config(models, settings)
+        asked.refuse_demand("in PooledLLM")
+        config, plans = plan_pool(asked)
         self._llms: dict[str, LLM] = {}
         self._closing = False
         self._host_ended = threading.Event()

@@ -14,7 +14,7 @@ _INF = math.inf
 _OVERDUE, _URGENT, _REST, _GIVEN_UP = -1e9, 0.0, 1e9, 2e9
 """Offsets of the tiers in a rank: further apart than any slack or wait."""
 _OVERDUE_BELOW = -5e8
-_OUT = (Residency.WARM, Residency.COLD)
+_OUT = (Residency.IN_HOST, Residency.ON_DISK)
 _SELECT_EVERY_S = 0.1
 """Age at which the choice of who is given up is made anew."""
 _SELECT_CALM_S, _CALM_FRAC = 0.5, 0.5
@@ -117,7 +117,7 @@ class Slack:
             calm = needed_s < _CALM_FRAC * self._horizon_s
             self._select_at_s = now_s + (_SELECT_CALM_S if calm else _SELECT_EVERY_S)
         ranked = self._ranked(pool.models, now_s)
-        ready = [item for item in ranked if item.view.residency is Residency.RESIDENT]
+        ready = [item for item in ranked if item.view.residency is Residency.ON_DEVICE]
         out = next((item for item in ranked if item.view.residency in _OUT), None)
         run = self._choose(pool, ranked, ready, out)
         if run.view.model != pool.current:
@@ -129,7 +129,7 @@ class Slack:
             prefetch, copy_s = out.view.model, out.view.ready_in_s
             self._copied_s[prefetch] = copy_s
             self._next_copy_s = now_s + copy_s * max(1 / self._copy_frac, pool.copy_drag / self._overhead_frac)
-        makes_room = prefetch is not None or run.view.residency is not Residency.RESIDENT
+        makes_room = prefetch is not None or run.view.residency is not Residency.ON_DEVICE
         evict = spare.view.model if spare is not None and makes_room else None
         hold_s = self._hold_s(pool, ranked, run) if prefetch is None else 0.0
         return Decision(run.view.model, _phase(run.view, now_s), prefetch, evict, hold_s)
@@ -201,7 +201,7 @@ class Slack:
         return _EASE * min(other.slack_s, self._horizon_s) if _REST <= other.rank < _GIVEN_UP - 1e8 else 0.0
 
     def _comes_by_prefetch(self, pool: PoolView, ranked: list[_Ranked], out: _Ranked) -> bool:
-        if any(item.view.residency is Residency.LOADING for item in ranked):
+        if any(item.view.residency is Residency.COPYING for item in ranked):
             return True
         # The host may refuse every prefetch, for want of pages: nobody waits for that for ever.
         return pool.can_prefetch and _OVERDUE - out.rank < 2 * self._max_wait_s

@@ -77,8 +77,8 @@ class Server:
         except OSError:  # also urllib's errors
             return False
         # A pool lists models while they load, with their state; plain vLLM listens once its model is loaded.
-        resident = {card["id"] for card in cards if card.get("pool", {}).get("state", "resident") == "resident"}
-        return resident >= self.models
+        ready = {card["id"] for card in cards if card.get("pool", {}).get("state", "ready") == "ready"}
+        return ready >= self.models
 
     def tree(self) -> list[psutil.Process]:
         """The process and all that descend from it; empty when it ended."""

@@ -167,7 +167,7 @@ class Rig:
         return first
 
     def is_resident(self, model: str) -> bool:
-        return self.host.weights.state(model) is WeightState.RESIDENT
+        return self.host.weights.state(model) is WeightState.ON_DEVICE
 
     def moved(self) -> dict[str, int]:
         """Bytes copied so far by kind; those of `SwitchPlan` have its names."""

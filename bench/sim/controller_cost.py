@@ -152,7 +152,7 @@ class Fleet:
 def _hosted(done_s: float, slower: float) -> HostedReport:
     requests = int(done_s / 0.1)
     load = {
-        "state": "resident", "running": 1, "waiting": 0, "requests": requests, "finished": requests,
+        "state": "on device", "running": 1, "waiting": 0, "requests": requests, "finished": requests,
         "prompt_tokens": 690 * requests, "tokens": 295 * requests, "tokens_on_time": int(295 * requests / slower),
         "step_seconds": done_s, "costs": {"coefficients": asdict(_COSTS)},
     }  # fmt: skip

@@ -63,7 +63,7 @@ class SharedSlack:
         decision = self._inner.decide(pool._replace(models=models))
         if self._shares:
             self._earn(pool)
-            resident = [view.model for view in models if view.residency is Residency.RESIDENT]
+            resident = [view.model for view in models if view.residency is Residency.ON_DEVICE]
             behind = max(resident, key=self._credit_s.__getitem__, default=decision.run)
             if self._credit_s[behind] > _MIN_CREDIT_S and self._credit_s[decision.run] <= 0:
                 decision = decision._replace(run=behind)

@@ -11,8 +11,8 @@ WINDOW = "$__rate_interval"
 MODELS = 'model_name=~"$model",instance=~"$instance"'
 HOST = 'instance=~"$instance"'
 WAITING = MODELS + ',state="waiting"'
-ON_DEVICE = MODELS + ',state="resident"'
-SERVED = HOST + ',state="resident"'
+ON_DEVICE = MODELS + ',state="on device"'
+SERVED = HOST + ',state="ready"'
 UNAVAILABLE = HOST + ',state="unavailable"'
 
 
@@ -68,7 +68,7 @@ OVERVIEW = (
           ((f"sum ({ours('tokens_on_time', MODELS, WINDOW)})", ""),), "stat", 4, 4),
     Panel("Waiting requests", "Requests in the engines that do not run.", "short",
           ((f"sum ({ours('queue_requests', WAITING)})", ""),), "stat", 4, 4),
-    Panel("Models resident", "Models that take requests, wherever their weights are.", "short",
+    Panel("Models ready", "Models that take requests, wherever their weights are.", "short",
           ((f"sum ({ours('models', SERVED)})", ""),), "stat", 4, 4),
     Panel("Models unavailable", "Models whose host is dead or being restarted.", "short",
           ((f"sum ({ours('models', UNAVAILABLE)}) or vector(0)", ""),), "stat", 4, 4,

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from tokenpool.serve.pool.http_loop import check_http
 
     apply_all()
-    config, plans = plan_pool(pool)
+    config, plans = plan_pool(pool, thorough=True)
     check_http(plans[0].args, config)
     print(describe_plan(config, plans))
     return 0

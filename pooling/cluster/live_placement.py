@@ -279,7 +279,7 @@ def _seat(name: str, hosted: HostedReport | None, rates: Rates, is_leaving: bool
     load = hosted.load if hosted else {}
     return CapacitySeat(
         name,
-        Residency.RESIDENT if load.get("state") == "resident" else Residency.WARM,
+        Residency.ON_DEVICE if load.get("state") == Residency.ON_DEVICE else Residency.IN_HOST,
         is_coming=hosted is None,
         is_leaving=is_leaving,
         num_running=load.get("running", 0),

@@ -99,7 +99,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
         if server.poll() is not None:
             raise SystemExit(f"the server ended with status {server.returncode}")
         try:
-            _get(port, "/ready")
+            _get(port, "/ready?all=1")
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
             continue

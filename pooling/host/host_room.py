@@ -57,24 +57,24 @@ class HostRoom:
         self._counters = counters
         self._evict = evict
         """Takes a model's weights off the device."""
-        self._cold_since: dict[str, float] = {}  # models with work whose weights are on disk only
+        self._on_disk_since: dict[str, float] = {}  # models with work whose weights are on disk only
         self._kept_until: dict[str, float] = {}  # busy models whose copy was read; inf until they have had a turn
         self._num_given_up: Counter[str] = Counter()  # how often in a row a busy model's KV was given up
         host.make_room = self._make_room
 
     # -- reading from disk ---------------------------------------------------------------------------
 
-    def next_fetches(self, cold: Iterable[str]) -> Iterable[str]:
-        """Of `cold` models with work, those whose weights can be read now, with the room made; longest wait first.
+    def next_fetches(self, on_disk: Iterable[str]) -> Iterable[str]:
+        """Of the models `on_disk` with work, those that can be read now, with the room made; longest wait first.
 
         One that finds no room keeps those behind it from taking it.
         """
         now_s = time.monotonic()
-        names = set(cold)
-        self._cold_since = {name: since for name, since in self._cold_since.items() if name in names}
+        names = set(on_disk)
+        self._on_disk_since = {name: since for name, since in self._on_disk_since.items() if name in names}
         for name in sorted(names):
-            self._cold_since.setdefault(name, now_s)
-        for name in sorted(self._cold_since, key=lambda name: self._cold_since[name]):
+            self._on_disk_since.setdefault(name, now_s)
+        for name in sorted(self._on_disk_since, key=lambda name: self._on_disk_since[name]):
             if not self._make_room_for(name, now_s):
                 return
             yield name
@@ -109,7 +109,7 @@ class HostRoom:
     def forget(self, name: str) -> None:
         """The model is gone."""
         self._num_given_up.pop(name, None)
-        self._cold_since.pop(name, None)
+        self._on_disk_since.pop(name, None)
         self._kept_until.pop(name, None)
 
     def _patience_s(self, name: str) -> float:
@@ -118,16 +118,16 @@ class HostRoom:
         return _TURNS_PER_READ * self._copies.predict(CopyKind.FROM_DISK, self._weights.bytes_of(name))
 
     def _make_room_for(self, name: str, now_s: float) -> bool:
-        """Make room for the copy of a cold model; busy ones must go if it has waited long enough.
+        """Make room for the copy of a model on disk; busy ones must go if it has waited long enough.
 
         Where KV of paused requests is in the way of weights without which it is of no use, it is computed again.
         """
-        waited = now_s - self._cold_since[name] >= self._patience_s(name)
+        waited = now_s - self._on_disk_since[name] >= self._patience_s(name)
         missing = self._weights.bytes_of(name) - self._host.free_bytes
         if missing <= 0 or self._give_up(missing, busy_resident=waited):
             return True
-        cold = [name, *(other for other in self._cold_since if other != name and self.may_give_up_kv(other))]
-        paused = {other: self._host.held(other, HostUse.PAUSED_KV) for other in cold}
+        on_disk = [name, *(other for other in self._on_disk_since if other != name and self.may_give_up_kv(other))]
+        paused = {other: self._host.held(other, HostUse.PAUSED_KV) for other in on_disk}
         if self._bytes_of(self._droppable(busy_resident=waited)) + sum(paused.values()) < missing:
             return False
         for other in (other for other, nbytes in paused.items() if nbytes):
@@ -155,7 +155,7 @@ class HostRoom:
         for name, _ in droppable:
             if self._host.free_bytes >= goal:
                 break
-            if self._weights.state(name) is WeightState.RESIDENT:
+            if self._weights.state(name) is WeightState.ON_DEVICE:
                 self._models[name].core.drain_batches()
                 self._evict(name)
             self._weights.drop_host(name)
@@ -169,8 +169,13 @@ class HostRoom:
         """Models whose copies may go, and their bytes: idle ones, those off the device first, then busy ones."""
         now_s, found = time.monotonic(), []
         for age, (name, view) in enumerate(self._weights.snapshot().items()):  # least recently used first
-            resident = view.state is WeightState.RESIDENT
-            if name in self.staying or not view.droppable or not (resident or view.state is WeightState.WARM):
+            resident = view.state is WeightState.ON_DEVICE
+            if (
+                name in self.staying
+                or self._models[name].spec.keep
+                or not view.droppable
+                or not (resident or view.state is WeightState.IN_HOST)
+            ):
                 continue
             busy = self._is_busy(name)
             if busy and (self._kept_until.get(name, 0.0) > now_s or (resident and not busy_resident)):

@@ -71,6 +71,11 @@ class HostedModel:
         return True
 
     @property
+    def stays_on_device(self) -> bool:
+        """Whether its weights never leave the device once they are there."""
+        return self.spec.keep == "device"
+
+    @property
     def name(self) -> str:
         """The model's name in the pool."""
         return self.spec.name

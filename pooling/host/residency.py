@@ -51,16 +51,16 @@ class ResidencyManager:
 
     def is_ready(self, hosted: HostedModel) -> bool:
         """Whether the model can step now."""
-        return self._state(hosted.name) is WeightState.RESIDENT and not self._swapper.is_out(hosted.name)
+        return self._state(hosted.name) is WeightState.ON_DEVICE and not self._swapper.is_out(hosted.name)
 
     def is_kv_out(self, hosted: HostedModel) -> bool:
         """Whether KV of paused requests lies in host memory."""
         return self._swapper.is_out(hosted.name)
 
     def residency(self, hosted: HostedModel) -> Residency:
-        """Where the weights are, in the policy's words; FETCHING is COLD."""
+        """Where the weights are, in the policy's words; READING is ON_DISK."""
         state = self._state(hosted.name)
-        return Residency.COLD if state is WeightState.FETCHING else Residency(state.value)
+        return Residency.ON_DISK if state is WeightState.READING else Residency(state.value)
 
     def weight_bytes(self, hosted: HostedModel) -> int:
         """Bytes of the weights that move; 0 for a model whose weights stay."""
@@ -69,11 +69,11 @@ class ResidencyManager:
     def ready_in_s(self, hosted: HostedModel) -> float:
         """Predicted seconds until the model could step if it were brought in now; 0 when it is ready."""
         seconds, state = 0.0, self._state(hosted.name)
-        if state is not WeightState.RESIDENT:
+        if state is not WeightState.ON_DEVICE:
             nbytes = self._weights.bytes_of(hosted.name)
             if not self.can_come(hosted):
                 seconds += self.copies.predict(CopyKind.FROM_DISK, nbytes)
-            job = self._weights.job(hosted.name) if state is WeightState.LOADING else None
+            job = self._weights.job(hosted.name) if state is WeightState.COPYING else None
             seconds += self.copies.predict(CopyKind.TO_DEVICE, nbytes - (job.progress if job else 0))
         if self._swapper.is_out(hosted.name):
             seconds += self.copies.predict(CopyKind.TO_DEVICE, self._swapper.bytes_out(hosted))
@@ -81,7 +81,7 @@ class ResidencyManager:
 
     def can_prefetch(self) -> bool:
         """Whether the side thread is free for another model's weights; reads from disk are another's business."""
-        return not any(self._state(name) is WeightState.LOADING for name in self._job_started)
+        return not any(self._state(name) is WeightState.COPYING for name in self._job_started)
 
     def busy(self) -> bool:
         """Whether a copy is under way whose end the loop should look at."""
@@ -96,13 +96,13 @@ class ResidencyManager:
         self.room.changed()
 
     def _state(self, name: str) -> WeightState:
-        return self._weights.state(name) if name in self._weights else WeightState.RESIDENT
+        return self._weights.state(name) if name in self._weights else WeightState.ON_DEVICE
 
     # -- bringing in ---------------------------------------------------------------------------------
 
     def can_come(self, hosted: HostedModel) -> bool:
         """Whether `bring_in` may be called: the weights are in host memory or on the device."""
-        return self._state(hosted.name) not in (WeightState.COLD, WeightState.FETCHING)
+        return self._state(hosted.name) not in (WeightState.ON_DISK, WeightState.READING)
 
     def bring_in(self, hosted: HostedModel) -> None:
         """Make the model, which can come, ready and wait for it.
@@ -128,7 +128,7 @@ class ResidencyManager:
         plan = self._start_load(hosted)
         if self._swapper.is_out(hosted.name):
             self._kv_in(hosted)
-        if self._state(hosted.name) is WeightState.LOADING:
+        if self._state(hosted.name) is WeightState.COPYING:
             job = self._weights.job(hosted.name)
             if job is None or not job.wait(_JOB_LIMIT_S):
                 self._job_started.pop(hosted.name, None)
@@ -143,7 +143,7 @@ class ResidencyManager:
 
         `spare` is the busy model that goes first if idle ones are not enough.
         """
-        if not self.can_prefetch() or self._state(hosted.name) is not WeightState.WARM:
+        if not self.can_prefetch() or self._state(hosted.name) is not WeightState.IN_HOST:
             return False
         keep = frozenset({beside.name} if beside else ())
         attempt = (hosted.name, keep, self.room.version)
@@ -162,9 +162,9 @@ class ResidencyManager:
         return True
 
     def fetch(self, waiting: Iterable[HostedModel]) -> None:
-        """Start to read the weights of those of `waiting`, which have work, that are cold, as far as memory allows."""
-        cold = [hosted.name for hosted in waiting if self._state(hosted.name) is WeightState.COLD]
-        for name in self.room.host.next_fetches(cold):
+        """Start to read the weights of those of `waiting`, which have work, that are on disk, as memory allows."""
+        on_disk = [hosted.name for hosted in waiting if self._state(hosted.name) is WeightState.ON_DISK]
+        for name in self.room.host.next_fetches(on_disk):
             self._weights.load_host(name)
             self._job_started[name] = time.time()
 
@@ -184,14 +184,14 @@ class ResidencyManager:
     def _start_load(
         self, hosted: HostedModel, *, keep: frozenset[str] = frozenset(), spare: str | None = None, wait: bool = True
     ) -> SwitchPlan:
-        """Get weights into LOADING or beyond, with room for the KV that must come back."""
+        """Get weights into COPYING or beyond, with room for the KV that must come back."""
         name = hosted.name
         if self._swapper.is_out(name):
             # Blocks come back packed by the worst slab's measure and may need one slab more than they had.
             while self._swapper.slabs_needed(hosted) > self.room.most_slabs_for(name) and hosted.core.preempt_newest():
                 logger.info("request preempted, its KV does not fit any more model=%s", name)
         plan = self.room.make_room(hosted, keep=keep, spare=spare, wait=wait)
-        if self._state(name) is WeightState.WARM:
+        if self._state(name) is WeightState.IN_HOST:
             self._weights.map(name)
             self._weights.copy(name)
             self._job_started[name] = time.time()
@@ -200,7 +200,7 @@ class ResidencyManager:
 
     def _finish_job(self, name: str) -> None:
         start = self._job_started.pop(name, time.time())
-        job, was_loading = self._weights.job(name), self._weights.state(name) is WeightState.LOADING
+        job, was_loading = self._weights.job(name), self._weights.state(name) is WeightState.COPYING
         if job is None:  # cancelled meanwhile
             return
         try:

@@ -126,8 +126,9 @@ class RoomMaker:
         name = hosted.name
         return (
             name != self.current
+            and not hosted.stays_on_device
             and name in self._weights
-            and self._weights.state(name) is WeightState.RESIDENT
+            and self._weights.state(name) is WeightState.ON_DEVICE
             and not hosted.core.scheduler.requests  # not has_unfinished_requests: it is False while steps are drained
         )
 
@@ -142,7 +143,7 @@ class RoomMaker:
         """
         name, allocator = hosted.name, self._allocator
         missing_bytes = pages = 0
-        if name in self._weights and self._weights.state(name) is WeightState.WARM:
+        if name in self._weights and self._weights.state(name) is WeightState.IN_HOST:
             missing_bytes, pages = self._weights.bytes_of(name), self._weights.pages_of(name)
         slabs = kv_bytes = 0
         if self._swapper.is_out(name):
@@ -240,7 +241,7 @@ class RoomMaker:
     def _is_gone(self, candidate: Candidate) -> bool:
         """Whether it went with another since it was chosen: a drained step may end requests, and their KV was idle."""
         if candidate.kind is EvictionKind.WEIGHTS:
-            return self._weights.state(candidate.owner) not in (WeightState.RESIDENT, WeightState.LOADING)
+            return self._weights.state(candidate.owner) not in (WeightState.ON_DEVICE, WeightState.COPYING)
         return self._swapper.is_out(candidate.owner)
 
     def _preempt_one(self, spared: set[str]) -> bool:
@@ -281,7 +282,11 @@ class RoomMaker:
             used = promised > 0 and pool is not None and pool.num_slabs > pool.num_idle_slabs
             has_work = hosted.core.scheduler.has_unfinished_requests()
             p_reuse = self.reuse.need(name, time.time(), has_work=has_work, is_spare=name == spare)
-            if name in self._weights and self._weights.state(name) in (WeightState.RESIDENT, WeightState.LOADING):
+            is_here = name in self._weights and self._weights.state(name) in (
+                WeightState.ON_DEVICE,
+                WeightState.COPYING,
+            )
+            if is_here and not hosted.stays_on_device:
                 pages = self._weights.pages_of(name) + (0 if used else promised)
                 cost_s = self._copies.predict(CopyKind.TO_DEVICE, self._weights.bytes_of(name))
                 found.append(Candidate(EvictionKind.WEIGHTS, name, pages, cost_s, p_reuse))

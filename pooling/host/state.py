@@ -14,6 +14,7 @@ from tokenpool.host.pool_view import QueueStats, model_view, queue_stats
 from tokenpool.host.waiting import count_waits
 from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import PageUse
+from tokenpool.memory.states import WeightState
 from tokenpool.policy.admission import first_token_in_s
 from tokenpool.policy.cost_model import CopyKind
 from tokenpool.policy.latency import RecentLatencies
@@ -66,8 +67,8 @@ def _latency(recent: RecentLatencies) -> dict[str, float] | None:
 
 
 def weight_state(host: EngineHost, hosted: HostedModel) -> str:
-    """Where the weights are: cold, fetching, warm, loading or resident."""
-    return host.weights.state(hosted.name).value if hosted.name in host.weights else "resident"
+    """Where the weights are, by the words of `WeightState`."""
+    return host.weights.state(hosted.name).value if hosted.name in host.weights else WeightState.ON_DEVICE.value
 
 
 def kv_state(host: EngineHost, hosted: HostedModel) -> str:

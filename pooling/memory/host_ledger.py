@@ -14,7 +14,7 @@ class HostUse(StrEnum):
     """What host memory is used for."""
 
     WEIGHTS = "weights"
-    """Permanent copies of weights, dropped only when their model goes cold."""
+    """Permanent copies of weights, dropped only when only the disk has their model."""
     PAUSED_KV = "paused_kv"
     """KV blocks of requests whose model is away; needed until the requests end."""
     CACHED_KV = "cached_kv"

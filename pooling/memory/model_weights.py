@@ -40,8 +40,8 @@ class ModelWeights:
     range: WeightRange
     reload: Reload | None
     host: torch.Tensor | None
-    """The host copy, flat uint8; None while COLD and FETCHING."""
-    state: WeightState = WeightState.WARM
+    """The host copy, flat uint8; None while ON_DISK and READING."""
+    state: WeightState = WeightState.IN_HOST
     proof: ReloadProof | None = None
     """What a trial of `reload` has shown; None = not tried yet."""
     job: CopyJob | None = None
@@ -68,13 +68,13 @@ class ModelWeights:
 
     def check(self, held_bytes: int) -> None:
         """Raise AssertionError unless pages, host copy and `held_bytes` of the host ledger fit the state."""
-        mapped = self.state in (WeightState.LOADING, WeightState.RESIDENT)
+        mapped = self.state in (WeightState.COPYING, WeightState.ON_DEVICE)
         assert bool(self.range.pages) == (mapped and self.nbytes > 0), f"{self.owner!r} is {self.state}, wrong pages"
-        has_copy = self.state not in (WeightState.COLD, WeightState.FETCHING)
+        has_copy = self.state not in (WeightState.ON_DISK, WeightState.READING)
         assert (self.host is not None) == has_copy, f"{self.owner!r} is {self.state}, wrong host copy"
-        trial = self.state is WeightState.WARM and self.job is not None
-        copies = int(self.state is not WeightState.COLD) + int(trial)
+        trial = self.state is WeightState.IN_HOST and self.job is not None
+        copies = int(self.state is not WeightState.ON_DISK) + int(trial)
         expected = copies * self.nbytes + (self.proof.kept_bytes if self.proof else 0)
         assert held_bytes == expected, f"{self.owner!r} is {self.state}, holds {held_bytes} bytes on the host"
-        if not trial and self.state is not WeightState.FETCHING:  # else the tensors are being read into
+        if not trial and self.state is not WeightState.READING:  # else the tensors are being read into
             self.range.check()

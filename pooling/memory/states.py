@@ -9,15 +9,15 @@ from enum import StrEnum
 class WeightState(StrEnum):
     """Where a model's weights are."""
 
-    COLD = "cold"
-    """On disk only."""
-    FETCHING = "fetching"
+    ON_DISK = "on disk"
+    """Nowhere else than in the checkpoint."""
+    READING = "reading"
     """Being read from disk into host memory."""
-    WARM = "warm"
-    """In host memory."""
-    LOADING = "loading"
+    IN_HOST = "in host memory"
+    """A copy is there, and nothing on the device."""
+    COPYING = "copying"
     """Pages are mapped on the device and being filled from host memory."""
-    RESIDENT = "resident"
+    ON_DEVICE = "on device"
     """On the device; the host copy stays."""
 
 
@@ -35,11 +35,11 @@ class KVState(StrEnum):
 
 
 TRANSITIONS: dict[StrEnum, frozenset[StrEnum]] = {
-    WeightState.COLD: frozenset({WeightState.FETCHING}),
-    WeightState.FETCHING: frozenset({WeightState.WARM, WeightState.COLD}),
-    WeightState.WARM: frozenset({WeightState.LOADING, WeightState.COLD}),
-    WeightState.LOADING: frozenset({WeightState.RESIDENT, WeightState.WARM}),
-    WeightState.RESIDENT: frozenset({WeightState.WARM}),
+    WeightState.ON_DISK: frozenset({WeightState.READING}),
+    WeightState.READING: frozenset({WeightState.IN_HOST, WeightState.ON_DISK}),
+    WeightState.IN_HOST: frozenset({WeightState.COPYING, WeightState.ON_DISK}),
+    WeightState.COPYING: frozenset({WeightState.ON_DEVICE, WeightState.IN_HOST}),
+    WeightState.ON_DEVICE: frozenset({WeightState.IN_HOST}),
     KVState.IN: frozenset({KVState.LEAVING}),
     KVState.LEAVING: frozenset({KVState.OUT}),
     KVState.OUT: frozenset({KVState.RETURNING}),

@@ -44,7 +44,7 @@ class ReloadProof:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that stay in host memory while the model is cold."""
+        """Bytes that stay in host memory while the weights are on disk."""
         return sum(kept.numel() for kept in self.kept.values())
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Movable weights: each model's tensors live in one fixed address range whose pages come and go.
 
-    COLD ──load_host──► FETCHING ──finish──► WARM ──map──► LOADING ──copy, finish──► RESIDENT
-      ▲                     │                │  ▲             │                          │
-      └──────drop_host──────┴────────────────┘  └────evict────┴──────────evict───────────┘
+    ON_DISK ──load_host──► READING ──finish──► IN_HOST ──map──► COPYING ──copy, finish──► ON_DEVICE
+       ▲                      │                 │  ▲               │                         │
+       └───────drop_host──────┴─────────────────┘  └─────evict─────┴──────────evict──────────┘
 
 The host copy is permanent and the only truth: weights do not change, so eviction unmaps pages and copies nothing.
 The range stays reserved as long as the engine lives, so no tensor is touched after adoption, except while a
@@ -85,7 +85,7 @@ class WeightStore:
         advance: Advance = lambda nbytes: None,
         give_up: Callable[[], None] | None = None,
     ) -> ModelWeights:
-        """Move `tensors` into a range of their own; they are RESIDENT afterwards, at addresses that stay.
+        """Move `tensors` into a range of their own; they are ON_DEVICE afterwards, at addresses that stay.
 
         `reload` reads the checkpoint again, see `Reload`; without it the host copy is never dropped. With
         `verify_reload` it is tried at once, on this thread: that reads the checkpoint once more and takes no memory.
@@ -106,13 +106,13 @@ class WeightStore:
             undo.callback(place.release)
             host = self.device.host_buffer(layout.nbytes)
             layout.copy_to(host, advance)
-            entry = ModelWeights(owner, layout, place, reload, host, WeightState.RESIDENT)
+            entry = ModelWeights(owner, layout, place, reload, host, WeightState.ON_DEVICE)
             if verify_reload and reload is not None:
                 try:
                     proof = try_reload(layout, host, layout.bytes_of, lambda: reload(advance), advance)
                 finally:
                     layout.fill_from(host, advance)  # for others who look at the loader's memory, or a failure
-                with suppress(CapacityError):  # no room for what a cold model keeps: then it is not cold for now
+                with suppress(CapacityError):  # no room for what stays of a model on disk: then it is not there for now
                     self._accept(entry, proof)
             if give_up is None:
                 undo.callback(layout.restore, layout.save())
@@ -145,18 +145,18 @@ class WeightStore:
     # -- host to device ------------------------------------------------------------------------------
 
     def map(self, owner: str) -> None:
-        """Put free pages under `owner`'s range: WARM → LOADING; a trial of its reload is given up for it.
+        """Put free pages under `owner`'s range: IN_HOST → COPYING; a trial of its reload is given up for it.
 
-        Raises CapacityError if too few pages are free and SwitchError if the device refuses; then it stays WARM.
+        Raises CapacityError if too few pages are free and SwitchError if the device refuses; then it stays IN_HOST.
         """
-        entry = self._in_state(owner, WeightState.WARM)
+        entry = self._in_state(owner, WeightState.IN_HOST)
         self._drop_job(entry)
         entry.range.map()
-        self._become(entry, WeightState.LOADING)
+        self._become(entry, WeightState.COPYING)
 
     def copy(self, owner: str) -> CopyJob:
         """Start to copy the weights into the mapped range, on the side thread; `finish` when the job is done."""
-        entry = self._in_state(owner, WeightState.LOADING)
+        entry = self._in_state(owner, WeightState.COPYING)
         host = entry.host
         assert entry.job is None and host is not None, f"{owner!r} is being copied already"
 
@@ -167,66 +167,66 @@ class WeightStore:
         return entry.job
 
     def finish(self, owner: str) -> None:
-        """Take over what a job that is done has achieved: LOADING → RESIDENT, FETCHING → WARM.
+        """Take over what a job that is done has achieved: COPYING → ON_DEVICE, READING → IN_HOST.
 
-        Raises SwitchError if it failed or was cancelled: LOADING stays, for `evict` or another `copy`; FETCHING
-        becomes COLD again.
+        Raises SwitchError if it failed or was cancelled: COPYING stays, for `evict` or another `copy`; READING
+        becomes ON_DISK again.
         """
         entry = self._models[owner]
         job, entry.job = entry.job, None
         assert job is not None and job.done(), f"{owner!r} has no job that is done"
-        if entry.state is WeightState.FETCHING:
+        if entry.state is WeightState.READING:
             self._finish_fetch(entry, job)
-        elif entry.state is WeightState.WARM:
+        elif entry.state is WeightState.IN_HOST:
             self._finish_trial(entry, job)
         elif job.succeeded:
             entry.loads += 1
-            self._become(entry, WeightState.RESIDENT)
+            self._become(entry, WeightState.ON_DEVICE)
         else:
             raise SwitchError(owner, "copy", job.problem) from job.error
 
     def evict(self, owner: str) -> None:
-        """Take the pages away: RESIDENT or LOADING → WARM; a copy in flight is cancelled, within one chunk.
+        """Take the pages away: ON_DEVICE or COPYING → IN_HOST; a copy in flight is cancelled, within one chunk.
 
         Nothing is copied. Raises SwitchError with `poison` if the bytes on the device are not those of the host
         copy any more, that is if a tensor was adopted that changes; the weights stay resident then.
         """
-        entry = self._in_state(owner, WeightState.RESIDENT, WeightState.LOADING)
+        entry = self._in_state(owner, WeightState.ON_DEVICE, WeightState.COPYING)
         self._drop_job(entry)
-        if self.poison and entry.state is WeightState.RESIDENT:
+        if self.poison and entry.state is WeightState.ON_DEVICE:
             self.verify(owner)
         entry.range.unmap()
-        self._become(entry, WeightState.WARM)
+        self._become(entry, WeightState.IN_HOST)
 
     def verify(self, owner: str) -> None:
         """Raise SwitchError unless the resident bytes are those of the host copy; reads all of them, for tests."""
-        entry = self._in_state(owner, WeightState.RESIDENT)
+        entry = self._in_state(owner, WeightState.ON_DEVICE)
         assert entry.host is not None
         entry.range.check_bytes(entry.host)
 
     # -- host copy and checkpoint --------------------------------------------------------------------
 
     def prove_reload(self, owner: str) -> CopyJob:
-        """Try `reload` on the side thread while `owner` is WARM; needs its bytes in host memory once more.
+        """Try `reload` on the side thread while `owner` is IN_HOST; needs its bytes in host memory once more.
 
         `finish` takes the result over; `map` gives the trial up. Raises CapacityError.
         """
-        entry = self._in_state(owner, WeightState.WARM)
+        entry = self._in_state(owner, WeightState.IN_HOST)
         assert entry.reload is not None and entry.job is None, f"{owner!r} cannot be tried now"
         self._take_for_trial(entry)
         entry.job = self.fetcher.submit(f"try {owner}", entry.nbytes, self._trial(entry))
         return entry.job
 
     def drop_host(self, owner: str) -> None:
-        """Give the host copy up: WARM → COLD, or stop reading it: FETCHING → COLD.
+        """Give the host copy up: IN_HOST → ON_DISK, or stop reading it: READING → ON_DISK.
 
         The first time, unless it was tried before, reads the checkpoint once on this thread, to prove that it gives
-        the same bytes. Raises SwitchError if it does not, or cannot be read: such a model stays WARM for good. Raises
+        the same bytes. Raises SwitchError if it does not, or cannot be read: such a model stays IN_HOST. Raises
         CapacityError if the trial finds no room.
         """
-        entry = self._in_state(owner, WeightState.WARM, WeightState.FETCHING)
+        entry = self._in_state(owner, WeightState.IN_HOST, WeightState.READING)
         self._drop_job(entry)
-        if entry.state is WeightState.COLD:
+        if entry.state is WeightState.ON_DISK:
             return
         if entry.reload is not None and entry.proof is None:
             self._take_for_trial(entry)
@@ -238,16 +238,16 @@ class WeightStore:
             raise SwitchError(owner, "drop", f"the weights must stay in host memory, {reason}")
         entry.host = None
         self.host.give(owner, HostUse.WEIGHTS, entry.nbytes)
-        self._become(entry, WeightState.COLD)
+        self._become(entry, WeightState.ON_DISK)
 
     def load_host(self, owner: str) -> CopyJob:
-        """Start to read the checkpoint into a new host copy, on the side thread: COLD → FETCHING.
+        """Start to read the checkpoint into a new host copy, on the side thread: ON_DISK → READING.
 
         `finish` when the job is done. Raises CapacityError when host memory does not suffice.
         """
-        entry = self._in_state(owner, WeightState.COLD)
+        entry = self._in_state(owner, WeightState.ON_DISK)
         self.host.take(owner, HostUse.WEIGHTS, entry.nbytes)
-        self._become(entry, WeightState.FETCHING)
+        self._become(entry, WeightState.READING)
 
         def work(job: CopyJob) -> torch.Tensor:
             assert entry.proof is not None
@@ -344,10 +344,10 @@ class WeightStore:
     def _finish_fetch(self, entry: ModelWeights, job: CopyJob) -> None:
         if job.succeeded:
             entry.host = job.result
-            self._become(entry, WeightState.WARM)
+            self._become(entry, WeightState.IN_HOST)
             return
         self.host.give(entry.owner, HostUse.WEIGHTS, entry.nbytes)
-        self._become(entry, WeightState.COLD)
+        self._become(entry, WeightState.ON_DISK)
         raise SwitchError(entry.owner, "fetch", job.problem) from job.error
 
     def _drop_job(self, entry: ModelWeights) -> None:
@@ -357,10 +357,10 @@ class WeightStore:
             return
         job.cancel()
         job.wait()
-        if entry.state is not WeightState.LOADING:  # of a fetch or of a trial: the buffer goes
+        if entry.state is not WeightState.COPYING:  # of a fetch or of a trial: the buffer goes
             self.host.give(entry.owner, HostUse.WEIGHTS, entry.nbytes)
-        if entry.state is WeightState.FETCHING:
-            self._become(entry, WeightState.COLD)
+        if entry.state is WeightState.READING:
+            self._become(entry, WeightState.ON_DISK)
 
     def _give_host_memory(self, owner: str) -> None:
         self.host.give(owner, HostUse.WEIGHTS, self.host.held(owner, HostUse.WEIGHTS))

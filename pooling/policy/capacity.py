@@ -4,7 +4,7 @@
     policy.decide(CapacityView(now_s, hosts, models))  ->  [CapacityDecision(...), ...]
 
 Pure: values and a time in, decisions out; the cluster's controller and the simulator run the same object. A *seat* is
-one model on one host. Its weights are in the memory of that host (warm), or on the device as well (resident).
+one model on one host. Its weights are in the memory of that host, or on the device as well.
 Imports neither vllm nor ray.
 """
 
@@ -134,7 +134,7 @@ class CapacitySeat:
     """One model on one host; rates and shares are over the window of seats."""
 
     model: str
-    residency: Residency = Residency.WARM
+    residency: Residency = Residency.IN_HOST
     is_coming: bool = False
     """Its weights are on the way to the host's memory; it serves nothing yet, but its room is taken."""
     is_leaving: bool = False

@@ -67,7 +67,7 @@ def _with_seat(host: CapacityHost, model: CapacityModel, copy_bytes: int) -> Cap
         raise ValueError(f"{model.model} has {model.weight_bytes} bytes, not {copy_bytes}")
     return replace(
         host,
-        seats=(*host.seats, CapacitySeat(model.model, Residency.COLD, is_coming=True)),
+        seats=(*host.seats, CapacitySeat(model.model, Residency.ON_DISK, is_coming=True)),
         free_host_bytes=host.free_host_bytes - model.weight_bytes,
         num_copies=host.num_copies + 1,
         since_move_s=0.0,
@@ -84,7 +84,7 @@ def finish(view: CapacityView) -> CapacityView:
             continue
         freed = sum([sizes.get(seat.model, 0) for seat in host.seats if seat.is_leaving])
         seats = tuple(
-            replace(seat, is_coming=False, residency=Residency.WARM if seat.is_coming else seat.residency)
+            replace(seat, is_coming=False, residency=Residency.IN_HOST if seat.is_coming else seat.residency)
             for seat in host.seats
             if not seat.is_leaving
         )

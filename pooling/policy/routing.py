@@ -15,7 +15,7 @@ _LEAD = 4
 weights it has: waiting behind them takes about as long as the prefill or the copy that is saved."""
 _MARGIN = 1.5
 """Predicted times to a first token may be wrong by such a factor."""
-_RANK = {None: 0, Residency.RESIDENT: 0, Residency.LOADING: 1, Residency.WARM: 2, Residency.COLD: 3}
+_RANK = {None: 0, Residency.ON_DEVICE: 0, Residency.COPYING: 1, Residency.IN_HOST: 2, Residency.ON_DISK: 3}
 
 
 class HostQueue(NamedTuple):

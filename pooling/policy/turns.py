@@ -25,13 +25,13 @@ _INF = math.inf
 class Residency(StrEnum):
     """Where a model's weights are."""
 
-    COLD = "cold"
+    ON_DISK = "on disk"
     """On disk only."""
-    LOADING = "loading"
+    COPYING = "copying"
     """Being copied to the device now."""
-    WARM = "warm"
+    IN_HOST = "in host memory"
     """In host memory."""
-    RESIDENT = "resident"
+    ON_DEVICE = "on device"
     """On the device."""
 
 
@@ -71,7 +71,7 @@ class ModelView(NamedTuple):
     """Seconds from arrival in which the first token is due; inf without an SLO."""
     tpot_s: float = _INF
     """Seconds in which each further token is due; inf without an SLO."""
-    residency: Residency = Residency.RESIDENT
+    residency: Residency = Residency.ON_DEVICE
     """Where the weights are."""
     kv_out: bool = False
     """Whether KV of paused requests lies in host memory and must come back before they decode."""

@@ -17,6 +17,7 @@ from tokenpool.process.template import Template
 from tokenpool.serve.client.host_process import begin_template
 from tokenpool.serve.launch.launch_plan import plan_pool
 from tokenpool.serve.launch.model_plan import ModelPlan
+from tokenpool.serve.pool.demand import Demand
 from tokenpool.serve.pool.http_loop import run
 from tokenpool.serve.pool.local_hosts import LocalHosts
 from tokenpool.serve.pool.pool import Pool
@@ -50,7 +51,7 @@ def local_pool(
 ) -> Pool[LocalHosts]:
     """A pool on one host of this machine, which this process answers for."""
     pool = Pool(config, plans, outer, partial(LocalHosts, config, template=template))
-    outer.state.operator = PoolOperator(pool)
+    outer.state.operator = PoolOperator(pool, demand=Demand(pool.models, pool.hosts, config.max_loaded))
     return pool
 
 

@@ -109,7 +109,7 @@ class SimDevice:
         seat = self.seat(model)
         if seat.costs.weight_bytes > self.memory.free_bytes:
             raise MemoryError(f"{model} does not fit on the device beside what is there")
-        seat.residency = Residency.RESIDENT
+        seat.residency = Residency.ON_DEVICE
         self.memory.free_bytes -= seat.costs.weight_bytes
 
     def fail(self) -> list[Timeline]:
@@ -145,7 +145,7 @@ class SimDevice:
         if self._pending is not None:
             (seat, phase), self._pending = self._pending, None
             self.memory.settle(now_s)
-            if seat.has_work and seat.residency is Residency.RESIDENT and not seat.kv_out_bytes:
+            if seat.has_work and seat.residency is Residency.ON_DEVICE and not seat.kv_out_bytes:
                 self._step(seat, phase, now_s, 0.0)
                 return
         self._next(now_s)
@@ -215,7 +215,7 @@ class SimDevice:
 
     def _bring_in(self, seat: Seat, now_s: float) -> float:
         """Start what is missing for a step; returns when it will be there."""
-        if seat.residency is Residency.RESIDENT and not seat.kv_out_bytes:
+        if seat.residency is Residency.ON_DEVICE and not seat.kv_out_bytes:
             return now_s
         keep = frozenset((seat.name,))
         try:
@@ -229,7 +229,7 @@ class SimDevice:
             return self.memory.load(seat, now_s, self._need(now_s), keep=keep)
 
     def _prefetch(self, seat: Seat, run: Seat, evict: str | None, now_s: float) -> None:
-        if seat.residency is not Residency.WARM or not self.spec.can_prefetch:
+        if seat.residency is not Residency.IN_HOST or not self.spec.can_prefetch:
             return
         keep = frozenset((seat.name, run.name))
         ready_s = self.memory.try_load(seat, now_s, self._need(now_s), keep=keep, spare=evict)

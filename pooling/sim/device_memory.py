@@ -41,11 +41,11 @@ class DeviceMemory:
 
     def ready_in_s(self, seat: Seat, now_s: float) -> float:
         """Seconds until the model could step if it were brought in now."""
-        if seat.residency is Residency.RESIDENT:
+        if seat.residency is Residency.ON_DEVICE:
             if not seat.kv_out_bytes:
                 return 0.0
             return seat.kv_out_bytes / self._link_bytes_per_s
-        if seat.residency is Residency.LOADING:
+        if seat.residency is Residency.COPYING:
             return max(0.0, seat.ready_at_s - now_s)
         nbytes = seat.costs.weight_bytes + seat.kv_out_bytes
         return max(0.0, self.link_free_s - now_s) + self.spec.switch_s + nbytes / self._link_bytes_per_s
@@ -64,7 +64,7 @@ class DeviceMemory:
         self._now_s = now_s
         for seat in list(self._loading):
             if seat.ready_at_s <= now_s:
-                seat.residency = Residency.RESIDENT
+                seat.residency = Residency.ON_DEVICE
                 self._loading.remove(seat)
 
     def load(self, seat: Seat, now_s: float, need: Need, *, keep: frozenset[str]) -> float:
@@ -84,9 +84,9 @@ class DeviceMemory:
     ) -> float | None:
         """As `load`; None, and nothing is changed, if others that may leave are too few."""
         kv_bytes = seat.kv_out_bytes
-        if seat.residency is Residency.LOADING and not kv_bytes:
+        if seat.residency is Residency.COPYING and not kv_bytes:
             return seat.ready_at_s
-        weights = seat.costs.weight_bytes if seat.residency is Residency.WARM else 0
+        weights = seat.costs.weight_bytes if seat.residency is Residency.IN_HOST else 0
         if weights and not self._make_place(need, keep, spare):
             return None
         if not self.make_room(weights + kv_bytes, need, keep=keep, spare=spare):
@@ -105,7 +105,7 @@ class DeviceMemory:
         self.weights_in_bytes += weights
         self.kv_in_bytes += kv_bytes
         if weights:
-            seat.residency = Residency.LOADING
+            seat.residency = Residency.COPYING
             self._loading.append(seat)
         return seat.ready_at_s
 
@@ -137,7 +137,7 @@ class DeviceMemory:
 
     def forget(self, seat: Seat) -> None:
         """The model is unloaded; it must have no request. Weights on their way go when they have come."""
-        if seat.residency is Residency.RESIDENT:
+        if seat.residency is Residency.ON_DEVICE:
             self._evict(seat)
 
     def make_room(self, nbytes: float, need: Need, *, keep: frozenset[str], spare: str | None = None) -> bool:
@@ -160,10 +160,10 @@ class DeviceMemory:
         """Keep to the number of resident models."""
         if self._max_resident is None:
             return True
-        held = [s for s in self._seats.values() if s.residency in (Residency.RESIDENT, Residency.LOADING)]
+        held = [s for s in self._seats.values() if s.residency in (Residency.ON_DEVICE, Residency.COPYING)]
         if len(held) < self._max_resident:
             return True
-        victims = [s for s in held if s.name not in keep and s.residency is Residency.RESIDENT]
+        victims = [s for s in held if s.name not in keep and s.residency is Residency.ON_DEVICE]
         if not victims:
             return False
         self._evict(min(victims, key=lambda s: (need(s, None), s.name != spare, s.last_used_s, s.index)))
@@ -171,7 +171,7 @@ class DeviceMemory:
 
     def _evict(self, seat: Seat) -> None:
         self.free_bytes += seat.costs.weight_bytes
-        seat.residency = Residency.WARM
+        seat.residency = Residency.IN_HOST
         self.evictions += 1
         if self.spec.weights_go_out:
             gone_s = self.spec.switch_s + self.out_s(seat.costs.weight_bytes)
@@ -183,7 +183,7 @@ class DeviceMemory:
             if name in keep:
                 continue
             p = need(seat, spare)
-            if seat.residency is Residency.RESIDENT:
+            if seat.residency is Residency.ON_DEVICE:
                 pages = int(seat.costs.weight_bytes // DEFAULT_PAGE_SIZE)
                 cost_s = seat.costs.weight_bytes / self._link_bytes_per_s
                 found.append(Candidate(EvictionKind.WEIGHTS, name, pages, cost_s, p))

@@ -240,7 +240,7 @@ class LivePool(Cluster):
             seats.append(
                 CapacitySeat(
                     model,
-                    Residency.COLD if seat.is_coming else at.residency if at else Residency.WARM,
+                    Residency.ON_DISK if seat.is_coming else at.residency if at else Residency.IN_HOST,
                     seat.is_coming,
                     seat.is_leaving,
                     at.num_decoding if at else 0,

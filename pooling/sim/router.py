@@ -78,5 +78,5 @@ def _view(device: SimDevice, request: Timeline) -> HostView:
     else:
         more_load += costs.step(1, request.context_len) / tpot_s
         more_link_load = max(0, held_bytes + costs.weight_bytes - capacity) / per_link_s - link_load
-    is_resident = seat.residency is not Residency.WARM
+    is_resident = seat.residency is not Residency.IN_HOST
     return HostView(device.index, load, link_load, more_load, more_link_load, seat.has_work, is_resident)

@@ -36,7 +36,7 @@ class Seat:
         """Requests that came with their KV, which is still in host memory."""
         self.admitted: list[Timeline] = []
         """Requests whose prefill is in the step that runs."""
-        self.residency = Residency.WARM
+        self.residency = Residency.IN_HOST
         self.ready_at_s = 0.0
         """While loading: when the weights, and the KV that comes with them, are in."""
         self.kv_bytes = 0.0

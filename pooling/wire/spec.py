@@ -52,3 +52,5 @@ class HostedModelSpec:
     weight_bytes: int = 0
     """Size of the checkpoint, reserved before loading; the larger of this and what was loaded is accounted."""
     log_stats: bool = True
+    keep: str | None = None
+    """What of the weights never leaves: those on the `device`, or the copy on the `host`."""

@@ -34,7 +34,7 @@ _OWN_FLAGS = {
     "pool": ("--device-memory", "256MiB", "--page-size", "1MiB"),
 }
 # Plain vLLM listens once its model is loaded; a pool is healthy while it loads.
-_READY_PATHS = {"plain": "/health", "pool": "/ready"}
+_READY_PATHS = {"plain": "/health", "pool": "/ready?all=1"}
 _START_LIMIT_S = 480.0
 _STOP_LIMIT_S = 60.0
 _CALL_LIMIT_S = 120.0

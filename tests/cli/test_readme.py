@@ -68,7 +68,7 @@ def test_every_command_of_try_it_works(tmp_path: Path) -> None:
     lines = printed.splitlines()
     assert lines.count("ok") == 2, "of doctor and validate"
     assert any(re.match(r"all +\d+ +0 ", line) for line in lines), "bench serve: none failed"
-    assert any(re.match(r"gemma3 +resident", line) for line in lines), "top"
+    assert any(re.match(r"gemma3 +on device", line) for line in lines), "top"
     assert any(line.startswith('tokenpool:turns_total{model_name="qwen2"}') for line in lines)
     assert json.loads((REPOSITORY / "build/demo/trace.json").read_text())["traceEvents"]
     assert any(re.match(r"slack +1 ", line) for line in lines), "plan"

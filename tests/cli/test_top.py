@@ -93,7 +93,7 @@ def test_a_frame_fits_80_by_24_and_is_plain(state: dict[str, Any]) -> None:
     assert "tokenpool  ready  4 models  round_robin" in lines[0]
     for name in MODELS:
         assert 1 == sum(line.startswith(name) for line in lines)
-    assert any(re.match(r"gemma3 +>resident", line) for line in lines)
+    assert any(re.match(r"gemma3 +>on device", line) for line in lines)
     (bar,) = (line for line in lines if line.startswith("pages "))
     assert 74 == len(bar) - len("pages ")
     assert state["host"]["num_free_pages"] > 0

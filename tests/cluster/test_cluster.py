@@ -144,7 +144,7 @@ def test_a_scrape_holds_the_metrics_of_each_host(server, undisturbed):
     hosts = set(controller(server)["hosts"])
     for name in ("ledger_ok", "page_size_bytes", "pages", "steps", "switches"):
         assert {sample.labels.get("host") for sample in seen[f"tokenpool:{name}"]} == hosts
-    assert [sample.labels for sample in seen["tokenpool:models"] if sample.value] == [{"state": "resident"}]
+    assert [sample.labels for sample in seen["tokenpool:models"] if sample.value] == [{"state": "ready"}]
 
 
 def test_streams_go_on_when_a_host_process_is_killed(server, undisturbed):

@@ -40,7 +40,7 @@ def loaded(
     """What a host says of a model whose totals grew at these rates for `second` seconds."""
     tokens = int(tokens_per_s * second)
     load = {
-        "state": "resident", "running": requests, "waiting": 0, "tokens": tokens,
+        "state": "on device", "running": requests, "waiting": 0, "tokens": tokens,
         "tokens_on_time": int(tokens * (1 - late_frac)), "step_seconds": busy_frac * second,
         "requests": tokens // 100, "prompt_tokens": tokens // 2, "finished": tokens // 100,
         "costs": {"coefficients": {

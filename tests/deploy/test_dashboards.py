@@ -167,7 +167,7 @@ HEALTHY = [
     series("0+6x60", "tokenpool:switch_wait_seconds_total"),
     series("30x60", "tokenpool:queue_requests", model_name="a", state="waiting"),
     series("0+1x60", "tokenpool:refused_requests_total", model_name="a", status="429"),
-    series("3x60", "tokenpool:models", state="resident"),
+    series("3x60", "tokenpool:models", state="ready"),
     series("0x60", "tokenpool:models", state="unavailable"),
     series("0x60", "tokenpool:model_failed", model_name="a"),
     series("2x60", "tokenpool:host_restarts_total"),

@@ -98,9 +98,9 @@ def copies_throw_each_other_out() -> Any:
                 return True
             if owner in (name, current, *self.staying) or not view.droppable:
                 continue
-            if view.state is WeightState.RESIDENT and not self._is_busy(owner):
+            if view.state is WeightState.ON_DEVICE and not self._is_busy(owner):
                 self._evict(owner)
-            if self._weights.state(owner) is WeightState.WARM:
+            if self._weights.state(owner) is WeightState.IN_HOST:
                 self._weights.drop_host(owner)
         return self._weights.bytes_of(name) <= self._host.free_bytes
 

@@ -173,14 +173,14 @@ class PoolServerProcess:
         return state
 
     def wait_until_ready(self, limit_s: float = WAIT_LIMIT_S) -> None:
-        """Poll /ready until it says 200; raises with the end of the log when the server ends or is too slow."""
+        """Poll /ready until no model is on its way; raises with the end of the log if the server ends or is slow."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
             if not self.running:
                 status = self.process.returncode if self.process else None
                 raise AssertionError(f"the server ended with status {status}{self._tail()}")
             try:
-                if httpx.get(f"{self.base_url}/ready", timeout=5).status_code == 200:
+                if httpx.get(f"{self.base_url}/ready?all=1", timeout=5).status_code == 200:
                     return
             except httpx.TransportError:
                 pass  # it does not listen yet

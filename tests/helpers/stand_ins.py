@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.responses import JSONResponse, StreamingResponse
 
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, HostError
@@ -89,11 +91,11 @@ class StandInClient:
     """A model's client; requests are names in `waiting`."""
 
     num_seats = 1
-    app: Any = None
     queue = staticmethod(EngineQueue)
 
-    def __init__(self, plan: ModelPlan) -> None:
+    def __init__(self, plan: ModelPlan, world: Any = None) -> None:
         self.plan = plan
+        self.world = world
         self.core = self
         self.added = {"build_s": 0.0}
         self.on_fault: Callable[[str], None] = lambda fault: None
@@ -104,16 +106,36 @@ class StandInClient:
     @classmethod
     async def start(cls, plan: ModelPlan, host: StandInHost) -> StandInClient:
         await host.load(plan.spec.name)
-        return cls(plan)
+        return cls(plan, host.world)
 
     async def join(self, host: StandInHost) -> None:
         await host.load(self.plan.spec.name)
+
+    async def app(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request with its id and the model, once the model is in a host for a moment without a break."""
+        asked = json.loads((await receive())["body"])
+        name = self.plan.spec.name
+        self.waiting.append(asked["id"])
+        try:
+            for _ in range(asked.get("steps", 2)):
+                await asyncio.sleep(0.001)
+                assert not self.closed, f"a client of {name} was closed that had a request"
+                while name not in self.world.host.models or self.world.host.ended:
+                    await asyncio.sleep(0.001)
+            stream = asked.get("stream", False)
+            response = StreamingResponse(_events(asked["id"]), media_type="text/event-stream") if stream else None
+            await (response or JSONResponse({"id": asked["id"], "model": name}))(scope, receive, send)
+        finally:
+            if asked["id"] in self.waiting:
+                self.waiting.remove(asked["id"])
 
     @property
     def num_unfinished(self) -> int:
         return len(self.waiting)
 
     def lost(self, host: str, *, blame: bool = True) -> None: ...
+
+    def rest(self, is_resting: bool) -> None: ...
 
     async def drain(self, limit_s: float) -> bool:
         return not self.waiting
@@ -127,6 +149,11 @@ class StandInClient:
 
     async def close(self) -> None:
         self.closed = True
+
+
+async def _events(request_id: str) -> AsyncIterator[bytes]:
+    yield b"data: " + request_id.encode() + b"\n\n"
+    yield b"data: [DONE]\n\n"
 
 
 class World:
@@ -174,11 +201,11 @@ class World:
         return self.host
 
 
-def plan_of(name: str) -> ModelPlan:
+def plan_of(name: str, **settings: Any) -> ModelPlan:
     """A plan that nobody builds."""
     args = Namespace(tensor_parallel_size=1, lora_modules=None, default_mm_loras=None, served_model_name=None)
     checked: Any = SimpleNamespace()
-    return ModelPlan(ModelSpec(name=name, model="/none"), args, 0, checked)
+    return ModelPlan(ModelSpec(name=name, model="/none", **settings), args, 0, checked)
 
 
 def models_of(*names: str) -> Models:
@@ -193,9 +220,17 @@ def models_of(*names: str) -> Models:
 
 @asynccontextmanager
 async def stand_in_pool(
-    patch: pytest.MonkeyPatch, folder: Path, names: Sequence[str] = ("a", "b", "c")
+    patch: pytest.MonkeyPatch,
+    folder: Path,
+    names: Sequence[str] = ("a", "b", "c"),
+    *,
+    of_models: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[World]:
-    """A pool of these models that was not started; it is stopped at the end."""
+    """A pool of these models that was not started; it is stopped at the end.
+
+    `of_models` are settings of each model, `settings` those of the pool.
+    """
     world = World()
     patch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
     patch.setattr(keeper, "RESTART_WAITS_S", (0.02,))
@@ -204,9 +239,10 @@ async def stand_in_pool(
     patch.setattr(local_hosts, "_SILENT_END_LIMIT_S", 0.02)
     patch.setattr(local_hosts, "HostProcess", SimpleNamespace(start=world.start_host))
     patch.setattr(local_hosts, "ModelClient", StandInClient)
-    plans = [plan_of(name) for name in names]
+    plans = [plan_of(name, **(of_models or {})) for name in names]
     models = tuple(plan.spec for plan in plans)
-    config = PoolConfig(models=models, device_memory=1 << 30, host_memory=1 << 30, shutdown_timeout_s=0.2)
+    settings = {"device_memory": 1 << 30, "host_memory": 1 << 30, "shutdown_timeout_s": 0.2} | settings
+    config = PoolConfig(models=models, **settings)
     outer = build_outer_app()
     world.pool = local_pool(config, plans, None, outer)
     world.operator = outer.state.operator

@@ -112,7 +112,7 @@ def test_the_weights_of_both_are_read_again_from_their_checkpoints(pool, cases, 
         pool.run_once()
     store.evict(name)
     store.drop_host(name)
-    assert store.state(name) == "cold"
+    assert store.state(name) == "on disk"
     assert pool.host.host_ledger.held(name, "weights") < store.bytes_of(name) / 4
     assert store.load_host(name).wait(LIMIT_S)
     store.finish(name)

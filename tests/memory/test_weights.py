@@ -22,7 +22,7 @@ from tokenpool.memory.weight_layout import ALIGN_BYTES, WeightLayout
 
 pytestmark = pytest.mark.cpu
 
-WARM, LOADING, RESIDENT = WeightState.WARM, WeightState.LOADING, WeightState.RESIDENT
+WARM, LOADING, RESIDENT = WeightState.IN_HOST, WeightState.COPYING, WeightState.ON_DEVICE
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from tokenpool.memory.states import WeightState
 
 pytestmark = pytest.mark.cpu
 
-COLD, FETCHING, WARM = WeightState.COLD, WeightState.FETCHING, WeightState.WARM
-LOADING, RESIDENT = WeightState.LOADING, WeightState.RESIDENT
+COLD, FETCHING, WARM = WeightState.ON_DISK, WeightState.READING, WeightState.IN_HOST
+LOADING, RESIDENT = WeightState.COPYING, WeightState.ON_DEVICE
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_cannot_be_read_is_no_failure_of_the_model(rig):
 
 
 def test_without_reload_a_host_copy_is_never_dropped(rig):
-    """A model that nobody can read again stays warm."""
+    """A model that nobody can read again stays in host memory."""
     rig.store.adopt("a", parts())
     rig.store.evict("a")
     with pytest.raises(SwitchError, match="no way to read them again"):
@@ -166,7 +166,7 @@ def test_a_changed_checkpoint_is_noticed(rig):
     assert values == bytes_of(tensors)
 
 
-def test_fetching_can_be_stopped_and_begun_again(rig):
+def test_reading_can_be_stopped_and_begun_again(rig):
     """drop_host while the checkpoint is read ends at the next tensor; the model is cold, its tensors are in place."""
     tensors = parts()
     values, checkpoint = bytes_of(tensors), Checkpoint(tensors)
@@ -287,7 +287,7 @@ def test_an_adoption_that_fails_after_its_proof_puts_the_bytes_back(rig):
     rig.assert_empty()
 
 
-def test_fetching_without_room_stays_cold():
+def test_reading_without_room_stays_on_disk():
     """CapacityError, and another try when there is room."""
     rig = Rig(host_bytes=14 * PAGE)
     tensors = parts()

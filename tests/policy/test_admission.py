@@ -33,7 +33,7 @@ def pool(*views: ModelView) -> PoolView:
 def test_an_empty_pool_admits_at_the_price_of_the_prefill():
     """Nothing else waits: the wait is bringing the model in and its own prefill."""
     assert Admit(0.5) == AdmissionPolicy().decide(IDLE, 500, pool(), COST)
-    out = IDLE._replace(residency=Residency.WARM, ready_in_s=0.4, prefill_s=0.1, num_waiting=1)
+    out = IDLE._replace(residency=Residency.IN_HOST, ready_in_s=0.4, prefill_s=0.1, num_waiting=1)
     assert pytest.approx(1.0) == first_token_in_s(out, 500, pool(out), COST)
 
 

@@ -15,7 +15,7 @@ from tokenpool.scheduler_plugins.slack import Slack
 
 pytestmark = pytest.mark.cpu
 
-WARM = dict(residency=Residency.WARM, ready_in_s=0.5)
+WARM = dict(residency=Residency.IN_HOST, ready_in_s=0.5)
 
 
 def running(name: str, index: int, next_due_s: float = math.inf, **fields: object) -> ModelView:
@@ -132,7 +132,7 @@ def test_slack_never_waits_for_weights_that_can_be_prefetched():
     a, b, c = running("a", 0, 2.0), running("b", 1, 1.0, **WARM), running("c", 2, 9.0)
     decision = policy.decide(pool(0.0, "a", a, b, c))
     assert ("a", "b", "c") == (decision.run, decision.prefetch, decision.evict)
-    loading = b._replace(residency=Residency.LOADING)
+    loading = b._replace(residency=Residency.COPYING)
     decision = policy.decide(pool(0.1, "a", a, loading, c, prefetch=False))
     assert ("a", None) == (decision.run, decision.prefetch)
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.cpu
 
 HOSTS = ("h0", "h1", "h2", "h3")
 PREFIXES = [bytes([n % 256, n >> 8]) * 8 for n in range(400)]
-RESIDENT, LOADING, WARM, COLD = Residency.RESIDENT, Residency.LOADING, Residency.WARM, Residency.COLD
+RESIDENT, LOADING, WARM, COLD = Residency.ON_DEVICE, Residency.COPYING, Residency.IN_HOST, Residency.ON_DISK
 
 
 def _idle(hosts=HOSTS):

@@ -58,4 +58,4 @@ def test_options_reach_the_policy():
 
 def test_residency_reads_like_text():
     """Values go into metrics and state as they are."""
-    assert ["cold", "loading", "warm", "resident"] == [str(residency) for residency in Residency]
+    assert ["on disk", "copying", "in host memory", "on device"] == [str(residency) for residency in Residency]

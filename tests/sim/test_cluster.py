@@ -126,7 +126,7 @@ def test_every_token_is_accounted_for(variant, seed):
     assert sum(request.output_len for request in traffic.requests) == result.num_tokens == result.num_tokens_delivered
     device = c.devices[0]
     assert not device.active
-    held = sum(seat.costs.weight_bytes for seat in device.seats.values() if seat.residency is not Residency.WARM)
+    held = sum(seat.costs.weight_bytes for seat in device.seats.values() if seat.residency is not Residency.IN_HOST)
     assert spec.memory_bytes - held == pytest.approx(device.memory.free_bytes)
     for seat in device.seats.values():
         assert (0.0, 0.0, [], [], 0) == (seat.kv_bytes, seat.kv_out_bytes, seat.running, seat.paused, len(seat.waiting))

@@ -37,7 +37,7 @@ def test_loads_come_one_after_the_other():
     assert [1.0, 2.0] == ready
     assert 0.5 == device.ready_in_s(seats["a"], 0.5)
     device.settle(1.0)
-    assert (Residency.RESIDENT, Residency.LOADING) == (seats["a"].residency, seats["b"].residency)
+    assert (Residency.ON_DEVICE, Residency.COPYING) == (seats["a"].residency, seats["b"].residency)
     assert 2 * GIB == device.free_bytes
 
 
@@ -64,7 +64,7 @@ def test_what_cannot_be_had_changes_nothing():
     free = device.free_bytes
 
     assert device.try_load(seats["b"], 1.0, idle, keep=frozenset("ab")) is None
-    assert (free, Residency.WARM) == (device.free_bytes, seats["b"].residency)
+    assert (free, Residency.IN_HOST) == (device.free_bytes, seats["b"].residency)
     with pytest.raises(MemoryError, match="b does not fit"):
         device.load(seats["b"], 1.0, idle, keep=frozenset("ab"))
 
@@ -76,5 +76,5 @@ def test_the_number_of_resident_models_is_kept():
         device.settle(time_s)
         device.load(seats[name], time_s, lambda seat, spare: 0.9 if seat.name == "a" else 0.1, keep=frozenset(name))
 
-    assert Residency.WARM is seats["b"].residency
+    assert Residency.IN_HOST is seats["b"].residency
     assert 1 == device.evictions

@@ -130,7 +130,7 @@ env:
 ports:
   - {name: http, containerPort: {{ .Values.port }}}
 startupProbe:
-  httpGet: {path: /live, port: http}
+  httpGet: {path: {{ ternary "/ready?all=1" "/live" .Values.probes.untilLoaded | quote }}, port: http}
   {{- toYaml .Values.probes.startup | nindent 2 }}
   timeoutSeconds: 5
 readinessProbe:

@@ -11,6 +11,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from tokenpool.memory.states import WeightState
+from tokenpool.model_life import Life
+
 _TONES = {"good": "green", "warn": "yellow", "bad": "red", "dim": "dim", "bold": "bold", "mark": "cyan", "": ""}
 _USES = (("weights", "#", "mark"), ("kv", "+", "good"), ("kv_idle", "-", "dim"), ("null", "=", "dim"),
          ("lent", "x", "dim"))  # fmt: skip
@@ -27,7 +30,7 @@ def frame(view: dict[str, Any], height: int | None = None) -> Group:
     for name, host in view["hosts"].items():
         lines += _host_lines(name if len(view["hosts"]) > 1 else "device", host)
     lines += [_line((f"{name} does not answer: {error}", "bad")) for name, error in view["errors"].items()]
-    failed = [model for model in view["models"] if model["state"] == "failed"]
+    failed = [model for model in view["models"] if model["state"] == Life.FAILED]
     lines += [_line((f"{model['name']} failed: {model['reason']}", "bad")) for model in failed]
     models = sorted(view["models"], key=_importance)
     room = len(models) if height is None else max(1, height - len(lines) - 2)  # a gap, and the heads of the columns
@@ -48,7 +51,7 @@ def _line(*parts: str | tuple[str, str]) -> Text:
 
 def _importance(model: dict[str, Any]) -> tuple[bool, float, float]:
     """Models that load or failed first, then busy ones, in the order of the pool among equals."""
-    is_well = model["loading"] is None and model["state"] != "failed"
+    is_well = model["loading"] is None and model["state"] != Life.FAILED
     return (is_well, -(model["running"] + model["waiting"]), -model["goodput_tokens_per_s"])
 
 
@@ -62,7 +65,7 @@ def _status(view: dict[str, Any]) -> list[Text]:
         word, tone = f"loading, {progress['done']} of {progress['total']} models ready", "warn"
     else:
         word, tone = ("ready", "good") if view["ready"] else ("not ready", "bad")
-        if failed := sum(model["state"] == "failed" for model in view["models"]):
+        if failed := sum(model["state"] == Life.FAILED for model in view["models"]):
             word, tone = f"{word}, {failed} failed", "bad"
     parts = [f"  {num} models" if num != 1 else "  1 model"]
     hosts = list(view["hosts"].values())
@@ -168,14 +171,16 @@ def _cells(model: dict[str, Any]) -> list[Text]:
 def _state(model: dict[str, Any]) -> tuple[str, str]:
     if model["loading"]:
         return model["loading"]["phase"], "warn"
-    if model["state"] == "draining":
+    if model["state"] == Life.DRAINING:
         return f"drains {model['inflight']}", "warn"
-    if model["state"] != "resident":
+    if model["state"] == Life.COLD:
+        return model["state"], ""
+    if model["state"] != Life.READY:
         return model["state"], "bad"
-    word = "/".join(model["weights"]) or "resident"
+    word = "/".join(model["weights"]) or model["state"]
     if model["kv"] == "out":
         word += " KV out"
-    return word, "good" if "resident" in model["weights"] else ""
+    return word, "good" if WeightState.ON_DEVICE in model["weights"] else ""
 
 
 def _latency(latency: dict[str, float] | None) -> str:

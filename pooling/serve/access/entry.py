@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a request may come in: asked once per request, when its key, tenant and model are known.
 
-In this order: is the model there; did the tenant's requests kill hosts; do the tenant's limits leave room; does the
-model's queue; and then the request waits for its turn in the line before the model. Imports no vLLM.
+In this order: may anybody wait for the model; did the tenant's requests kill hosts; do the tenant's limits leave room;
+does the model's queue; then the request waits until the model is loaded, and for its turn in the line before it.
+Imports no vLLM.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tokenpool.serve.access.admission import Gate, Ticket, waits_for_tokens
 from tokenpool.serve.access.blamed_tenants import REASON
+from tokenpool.serve.access.held_stream import HeldStream
+from tokenpool.serve.access.holding import Held
 from tokenpool.serve.access.refused import RefusedError
 from tokenpool.serve.access.tenant_call import CURRENT_CALL, Call
 from tokenpool.serve.access.tenants import Account
@@ -25,20 +28,15 @@ _TRY_AGAIN_LATER = 1013
 """Close code of a websocket to a model that is not there."""
 
 
-class Entered(Protocol):
+class Entered(Held, Protocol):
     """The model that a request is for."""
 
-    name: str
     gate: Gate
     inflight: int
 
     @property
-    def is_resident(self) -> bool:
-        """Whether it takes requests."""
-        ...
-
-    def refusal(self) -> Response:
-        """The answer while it does not."""
+    def goes_on(self) -> bool:
+        """Whether what came in while it was ready goes on."""
         ...
 
 
@@ -52,11 +50,18 @@ class Asked:
     num_body_bytes: int
     sequences: int
     """Prompts times n."""
+    is_stream: bool = False
+    """Whether the answer is a stream of events; only known while the model is not ready."""
 
     @property
     def can_wait(self) -> bool:
         """Whether it is held in the line; what a websocket asks the engine for waits when it comes."""
         return self.scope["type"] == "http" and self.scope["method"] == "POST"
+
+    @property
+    def may_hold(self) -> bool:
+        """Whether it waits for a model that is not loaded: what only looks does not."""
+        return self.can_wait or self.scope["type"] == "websocket"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +69,8 @@ class Entry:
     """A request that has come in."""
 
     ticket: Ticket
-    call: Call | None
-    """On its tenant's account; None in a pool without tenants."""
-
-    def dressed(self, send: Send) -> Send:
-        """`send` with the tenant's limits in the head of the answer."""
-        call = self.call
-        if call is None:
-            return send
-
-        async def dress(message: Message) -> None:
-            call.dress(message)
-            await send(message)
-
-        return dress
+    send: Send
+    """Sends the answer."""
 
 
 class Access:
@@ -89,21 +82,23 @@ class Access:
 
     @asynccontextmanager
     async def enter(
-        self, model: Entered, account: Account | None, asked: Asked, receive: Receive
+        self, model: Entered, account: Account | None, asked: Asked, receive: Receive, send: Send
     ) -> AsyncIterator[Entry | None]:
-        """Have a request in for as long as the block runs; None if its client has gone away while it waited.
+        """Have a request in for as long as the block runs; None if it was answered or its client has gone away while it
+        waited.
 
         Raises RefusedError when it may not come in.
         """
-        if not model.is_resident:
+        if not model.is_ready and not (model.holds and asked.may_hold):
             raise RefusedError(model.refusal(), close_code=_TRY_AGAIN_LATER)
         with account.exclusive() if account is not None else nullcontext():
             ticket, call = self._take_in(model, account, asked)
+        stream = HeldStream(_dressed(send, call), asked.path)
         try:
-            if call is None or await _hold(model, call, asked, receive):
+            if await _wait(model, call, asked, receive, stream):
                 token = CURRENT_CALL.set(call)
                 try:
-                    yield Entry(ticket, call)
+                    yield Entry(ticket, stream)
                 finally:
                     CURRENT_CALL.reset(token)
             else:
@@ -130,7 +125,39 @@ class Access:
         return ticket, account.begin(asked.scope, model.name, asked.num_body_bytes, asked.sequences)
 
 
-async def _hold(model: Entered, call: Call, asked: Asked, receive: Receive) -> bool:
+def _dressed(send: Send, call: Call | None) -> Send:
+    """`send` with the tenant's limits in the head of the answer."""
+    if call is None:
+        return send
+
+    async def dress(message: Message) -> None:
+        call.dress(message)
+        await send(message)
+
+    return dress
+
+
+async def _wait(model: Entered, call: Call | None, asked: Asked, receive: Receive, stream: HeldStream) -> bool:
+    """Wait until the model is loaded, and for the call's turn; False if the client was answered or has gone."""
+    listen = receive if asked.can_wait else None
+    try:
+        if not model.is_ready and not await model.hold.wait(model, listen, stream if asked.is_stream else None):
+            return False
+        if call is None:
+            return True
+        if not await _in_line(model, call, asked, receive):
+            return False
+        if not model.goes_on:
+            raise RefusedError(model.refusal())
+        return True
+    except RefusedError as refused:
+        if not stream.has_begun:
+            raise RefusedError(refused.response, close_code=_TRY_AGAIN_LATER) from refused
+        await stream.refuse(refused.response, asked.scope, receive)
+        return False
+
+
+async def _in_line(model: Entered, call: Call, asked: Asked, receive: Receive) -> bool:
     """Wait for the call's turn; False if its client has gone away meanwhile."""
     line = model.gate.line
     if line is None:
@@ -144,6 +171,4 @@ async def _hold(model: Entered, call: Call, asked: Asked, receive: Receive) -> b
         is_there = await enter(call, receive)
     finally:
         model.inflight -= 1
-    if is_there and not model.is_resident:
-        raise RefusedError(model.refusal())
     return is_there

@@ -166,6 +166,9 @@ class ModelClient:
                 begun += 1
         return EngineQueue(begun, waiting_tokens)
 
+    def rest(self, is_resting: bool) -> None:
+        """See Client: nothing new comes, as the router sees to."""
+
     async def drain(self, limit_s: float) -> bool:
         """Wait until nothing is unfinished, at most `limit_s`; returns whether that came about."""
         deadline = time.monotonic() + limit_s

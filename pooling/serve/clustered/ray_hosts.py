@@ -17,6 +17,7 @@ from tokenpool.cluster.session import Session
 from tokenpool.cluster.values import ClusterView, Deployment
 from tokenpool.errors import HostError
 from tokenpool.metric_registry import metric
+from tokenpool.model_life import Life
 from tokenpool.process.ending import HOST_END_S, KILL_S, within
 from tokenpool.process.keeper import Work, start_kept
 from tokenpool.serve.clustered.no_lending import NoLending
@@ -72,6 +73,11 @@ class RayHosts:
     def is_there(self) -> bool:
         """See Hosts; a host that is away comes back."""
         return True
+
+    @property
+    def is_alive(self) -> bool:
+        """See Hosts."""
+        return self.view is not None and bool(self.view.hosts.keys() - self.view.overdue)
 
     @property
     def has_started(self) -> bool:
@@ -204,14 +210,14 @@ class RayHosts:
     def show(self, follower: SeatFollower) -> None:
         """Let the router know whether a model takes requests."""
         model = self._models.get(follower.plan.spec.name)
-        if model is None or model.app.state == "draining":
+        if model is None or model.app.state == Life.DRAINING:
             return
         if follower.is_served:
             model.answer_with(follower.client)
             model.served()
         elif follower.error is not None and model.error is None:
             model.fail(follower.error, tried_by="the controller")
-        elif model.app.state == "resident":
+        elif model.app.state == Life.READY:
             model.suspend()
 
     # -- models --------------------------------------------------------------------------------------

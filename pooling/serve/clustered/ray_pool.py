@@ -26,6 +26,7 @@ def plan_cluster(config: PoolConfig, num_hosts: int) -> tuple[PoolConfig, list[M
 
     With `weights: fixed` all models must fit on all hosts together, else on each: a host may get any of them.
     """
+    config.refuse_demand("on a cluster")
     for key in ("device_memory", "host_memory"):
         if getattr(config, key) is None:
             raise ConfigError("auto is not there for a cluster: give the size that each host may use", key=key)

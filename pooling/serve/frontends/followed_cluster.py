@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenpool.cluster.values import ModelView, SeatState, SeatView
 from tokenpool.errors import PoolError
+from tokenpool.model_life import Life
 from tokenpool.policy.capacity import Role
 from tokenpool.process.keeper import Work
 from tokenpool.serve.clustered.cluster_model import ClusterModel, EndpointMaker
@@ -105,7 +106,7 @@ class ClusterEngines:
 
     def has(self, name: str, standing: ModelStanding) -> bool:
         """See Engines."""
-        return standing.state != "resident" or (name in self._followers and self._followers[name].is_served)
+        return standing.state != Life.READY or (name in self._followers and self._followers[name].is_served)
 
     def follow_hosts(self, view: SupervisorView) -> None:
         """Nothing: each model follows its hosts."""

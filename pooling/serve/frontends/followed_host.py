@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from tokenpool.model_life import Life
 from tokenpool.process.keeper import Work
 from tokenpool.serve.client.engine_client import PoolEngineClient
 from tokenpool.serve.client.host_calls import call_beside
@@ -51,7 +52,8 @@ class HostEngines:
     def __init__(self, hosts: FollowedHosts) -> None:
         self._hosts = hosts
         self._host: _Host | None = None
-        self._joined: dict[str, int] = {}  # pid of the host by model
+        self._joined: dict[str, tuple[int, int]] = {}  # by model: pid of the host, and which load of it
+        self._births: dict[str, int] = {}  # which load the client is for
         self._num_endpoints = 0
 
     def call(self) -> Call | None:
@@ -64,8 +66,8 @@ class HostEngines:
 
     def has(self, name: str, standing: ModelStanding) -> bool:
         """See Engines."""
-        is_there = self._joined.get(name) == standing.host_pid
-        return standing.state == "draining" or not standing.host_pid or is_there
+        is_there = self._joined.get(name) == (standing.host_pid, standing.birth)
+        return standing.state == Life.DRAINING or not standing.host_pid or is_there
 
     def follow_hosts(self, view: SupervisorView) -> None:
         """See Engines."""
@@ -81,8 +83,11 @@ class HostEngines:
 
     def follow(self, model: PoolModel, standing: ModelStanding, view: SupervisorView) -> None:
         """See Engines."""
-        is_here = self._joined.get(model.name) == standing.host_pid != 0
-        if standing.host_pid and not is_here and self._host is not None:
+        is_here = standing.host_pid != 0 and self._joined.get(model.name) == (standing.host_pid, standing.birth)
+        is_old = model.client is not None and self._births.get(model.name) != standing.birth
+        if is_old and standing.state != Life.DRAINING:
+            self._hosts.begin(model.name, self._hosts.chill(model))
+        elif standing.host_pid and not is_here and self._host is not None:
             self._hosts.begin(model.name, self._join(model, standing))
         self._hosts.take_state(model, standing, is_here)
 
@@ -110,16 +115,18 @@ class HostEngines:
             if model.client is None:
                 core.close()
             raise
+        self._births[model.name] = standing.birth
         model.answer_with(client)
         if host.ended:
             client.lost(host.name)
             return
-        self._joined[model.name] = host.pid
-        await self._hosts.ask_as_this("joined", model.name, host.pid)
+        self._joined[model.name] = host.pid, standing.birth
+        await self._hosts.ask_as_this("joined", model.name, host.pid, standing.birth)
 
     async def close(self, model: PoolModel) -> None:
         """See Engines."""
         self._joined.pop(model.name, None)
+        self._births.pop(model.name, None)
         if model.client is not None:
             await model.client.close()
 

@@ -17,11 +17,19 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 from tokenpool.errors import PoolError
+from tokenpool.model_life import Life
 from tokenpool.process.ending import let_finish
 from tokenpool.process.keeper import Work, start_kept
 from tokenpool.process.metric_files import forget_models
 from tokenpool.serve.client.host_calls import call_beside
-from tokenpool.serve.frontends.frontend_view import FrontendSettings, ModelStanding, SupervisorView, sendable
+from tokenpool.serve.frontends.frontend_view import (
+    FrontendSettings,
+    ModelStanding,
+    ModelUse,
+    SupervisorView,
+    sendable,
+)
+from tokenpool.serve.frontends.told_uses import use_of
 from tokenpool.serve.pool.host_watch import Call, HostWatch, follow_forecasts
 from tokenpool.serve.pool.models import Models, PoolModel
 
@@ -29,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 0.2
 """Between two attempts."""
+_FINISH_LOOK_S = 0.02
+_USES_PERIOD_S = 0.25
 
 
 class Engines(Protocol):
@@ -90,6 +100,11 @@ class FollowedHosts:
     # -- life ----------------------------------------------------------------------------------------
 
     @property
+    def is_alive(self) -> bool:
+        """See Hosts; by the supervisor."""
+        return self.view is not None and self.view.is_alive
+
+    @property
     def has_started(self) -> bool:
         """See Hosts; by the supervisor."""
         return self.view is not None and self.view.has_started
@@ -105,6 +120,7 @@ class FollowedHosts:
         """Follow the supervisor, and return once all its models are ready here."""
         works = {
             "following the supervisor": self._follow,
+            "telling what waits": self._tell_uses,
             "asking for forecasts": lambda: follow_forecasts(self.models.apps, self.engines.call),
             **self.engines.works(),
             **self.early_works,
@@ -170,14 +186,19 @@ class FollowedHosts:
     def take_state(self, model: PoolModel, standing: ModelStanding, is_here: bool) -> None:
         """Let the router show the model as it stands; `is_here` = it takes requests from this frontend."""
         app = model.app
-        if standing.state == "draining" and app.state != "draining":
-            app.state = "draining"
-            self.begin(model.name, self._drain(model, standing), anew=True)
-        elif standing.state == "resident" and is_here:
+        was, app.is_resting = (app.state, app.is_resting), standing.is_resting
+        if standing.state == Life.DRAINING:
+            if was != (Life.DRAINING, standing.is_resting):
+                app.show(Life.DRAINING)
+                drain = self._rest(model) if standing.is_resting else self._drain(model, standing)
+                self.begin(model.name, drain, anew=True)
+        elif standing.state == Life.READY and is_here:
+            if app.state == Life.COLD:
+                app.show(Life.LOADING)
             model.served()
-        elif standing.state != "draining":
-            app.state = "loading" if standing.state == "resident" else standing.state
+        else:
             app.retry_after_s, app.reason = 5.0, standing.reason
+            app.show(Life.LOADING if standing.state == Life.READY else standing.state)
             if standing.is_given_up:
                 model.fail_requests()
 
@@ -217,6 +238,36 @@ class FollowedHosts:
         if model.client is not None:
             await let_finish(model.client, standing.drain_s)
         await self.ask_as_this("drained", model.name)
+
+    async def _rest(self, model: PoolModel) -> None:
+        """Let it finish what it has, which may take any time, and say so, unless that is called off."""
+        while model.client is not None and not model.has_finished:
+            await asyncio.sleep(_FINISH_LOOK_S)
+            if not model.app.is_resting:
+                return
+        await self.ask_as_this("drained", model.name)
+
+    async def chill(self, model: PoolModel) -> None:
+        """Close what this frontend has of a model whose engine is gone."""
+        series = self.models.series_of(model)
+        await self.engines.close(model)
+        model.client = None
+        model.app.answer_with_nothing()
+        await asyncio.to_thread(forget_models, series)
+
+    async def _tell_uses(self) -> None:
+        """Tell the supervisor what waits for models, at once, and who uses them, now and then."""
+        told: dict[str, ModelUse] = {}
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_USES_PERIOD_S):
+                    await self.models.wanted.wait()
+            self.models.wanted.clear()
+            uses = {model.name: use_of(model) for model in self.models.values()}
+            changed = {name: use for name, use in uses.items() if use != told.get(name, ModelUse())}
+            if changed:
+                await self.ask_as_this("uses", changed)
+            told = uses
 
     async def _forget(self, model: PoolModel) -> None:
         series = self.models.remove(model.name)

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tokenpool.cluster.values import ModelView
 from tokenpool.config import PoolConfig
 from tokenpool.errors import PoolError
+from tokenpool.model_life import Life
 from tokenpool.policy.capacity import Role
-from tokenpool.serve.gateway.model_app import ModelState
 from tokenpool.serve.launch.model_plan import ModelPlan
 
 
@@ -44,6 +46,21 @@ class FrontendSettings:
         return os.path.join(self.folder, "limits")
 
 
+class ModelUse(NamedTuple):
+    """What one frontend has of a model; times on the monotonic clock, which is the same for all processes."""
+
+    num_held: int = 0
+    """Requests that wait for it to be loaded."""
+    due_s: float = math.inf
+    """When the most urgent of them is due."""
+    since_s: float = math.inf
+    """Since when the first of them waits."""
+    inflight: int = 0
+    """Calls into its app."""
+    last_used_s: float = 0.0
+    """When the last one began or ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class HostAddress:
     """Where a host answers calls."""
@@ -60,7 +77,7 @@ class ModelStanding:
     """One model, as the supervisor sees it."""
 
     plan: ModelPlan
-    state: ModelState
+    state: Life
     drain_s: float
     """While it drains: how long its requests may take."""
     host_pid: int = 0
@@ -71,6 +88,10 @@ class ModelStanding:
     """Whether nobody will load it any more: what waits for it ends with the reason."""
     version: int = 0
     """In a cluster: the revision of the pool that set it."""
+    is_resting: bool = False
+    """While it drains: whether it gets cold then."""
+    birth: int = 0
+    """Another one for each time that it was loaded after it was cold; 0 while nothing of it is built."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +121,8 @@ class SupervisorView:
     models: dict[str, ModelStanding]
     frontend_pids: dict[int, int]
     """Frontends that are there, by index."""
+    is_alive: bool = True
+    """Whether a host is there and its pulse is not overdue."""
     cluster: ClusterSeats | None = None
     """With hosts on a cluster; `host` is None then."""
 

@@ -30,9 +30,10 @@ from tokenpool.serve.access.tenants import with_default
 from tokenpool.serve.client.host_calls import call_beside
 from tokenpool.serve.frontends.frontend_process import FrontendProcess
 from tokenpool.serve.frontends.frontend_reports import merged_reports, state_of_all, used_only
-from tokenpool.serve.frontends.frontend_view import FrontendSettings, SupervisorView
+from tokenpool.serve.frontends.frontend_view import FrontendSettings, ModelUse, SupervisorView
 from tokenpool.serve.frontends.sayings import Sayings
 from tokenpool.serve.frontends.shared_hosts import SharedHosts
+from tokenpool.serve.frontends.told_uses import ToldUses
 from tokenpool.serve.pool.hosts import ManagedHosts
 from tokenpool.serve.pool.pool import Pool
 from tokenpool.serve.pool.pool_operator import PoolOperator
@@ -40,7 +41,8 @@ from tokenpool.wire.control import ControlServer
 
 logger = logging.getLogger(__name__)
 
-_LOOK_S = 0.02
+_LOOK_S, _LOOK_MODEL_S = 0.02, 5e-5
+"""Between two looks at what frontends are to see, and what each model adds."""
 _WATCH_LIMIT_S = 10.0
 _REPORT_PERIOD_S = 1.0
 _REPORT_LIMIT_S = 5.0
@@ -79,6 +81,7 @@ class Frontends:
         self.processes: dict[int, FrontendProcess] = {}
         """By index; one that is gone is not among them."""
         self.num_restarts = 0
+        self._uses = ToldUses(pool.models)
         self._followed: dict[int, int] = {}  # the version of the view that each has done what is to be done for
         self._reports: dict[int, dict[str, Any]] = {}  # the last of each, by pid
         self._past: list[dict[str, Any]] = []  # of those that are gone
@@ -111,7 +114,7 @@ class Frontends:
         told: list[Callable[..., Any]] = [of_operator.trace, of_operator.host_metrics, of_operator.decisions]
         told += [of_operator.budget, of_operator.sleep, of_operator.wake, of_operator.asleep]
         told += [of_operator.check, of_operator.add_model, of_operator.remove_model, self.state, self.report]
-        return [self.view, self.joined, self.drained, self.failed, *told, *self._hosts.calls()]
+        return [self.view, self.joined, self.drained, self.failed, self.uses, *told, *self._hosts.calls()]
 
     async def stop(self) -> None:
         """Let the frontends finish, then end the rest."""
@@ -149,6 +152,7 @@ class Frontends:
     async def _died(self, index: int, pid: int) -> None:
         self.processes.pop(index, None)
         self._sayings.forget(index, pid)
+        self._uses.forget(pid)
         self.num_restarts += 1
         _FRONTEND_RESTARTS.inc()
         if report := self._reports.pop(pid, None):
@@ -182,6 +186,11 @@ class Frontends:
     async def drained(self, index: int, pid: int, model: str) -> None:
         """A frontend has no more requests of a model that is being removed."""
         await self._sayings.say("drained", pid, model)
+
+    async def uses(self, index: int, pid: int, uses: dict[str, ModelUse]) -> None:
+        """What a frontend has of models, as far as that has changed."""
+        if pid in self._sayings.up.values():
+            self._uses.tell(pid, uses)
 
     async def failed(self, index: int, pid: int, model: str, error: PoolError) -> None:
         """A frontend could not join a model; it will try again."""
@@ -237,7 +246,7 @@ class Frontends:
     async def _publish(self) -> None:
         """Show frontends what changes; models change their state in many places."""
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_LOOK_S + _LOOK_MODEL_S * len(self._pool.models))
             await self._show_view()
 
     async def _show_view(self) -> None:

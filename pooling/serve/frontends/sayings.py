@@ -55,15 +55,19 @@ class Sayings:
 
         def is_done() -> bool:
             unless()
-            pids = self.up.values()
-            is_complete = self.has_started or len(pids) == self._num_frontends
-            return is_complete and all((what, pid, model, where) in self._said for pid in pids)
+            return self.have_all_said(what, model, *where)
 
         while not is_done():
             async with self.news:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.5):
                         await self.news.wait()
+
+    def have_all_said(self, what: str, model: str, *where: Any) -> bool:
+        """Whether all frontends have said it."""
+        pids = self.up.values()
+        is_complete = self.has_started or len(pids) == self._num_frontends
+        return is_complete and all((what, pid, model, where) in self._said for pid in pids)
 
     def why_failed(self, model: str) -> str:
         """What a frontend said last that could not join the model; empty if none did."""

@@ -102,7 +102,7 @@ class SharedCluster:
             if name in self._models
         }
         seats = ClusterSeats(view.models, view.hosts, view.roles, view.overdue) if view else ClusterSeats({}, {}, {})
-        return SupervisorView(version, None, 0, True, has_started, standings, dict(pids), seats)
+        return SupervisorView(version, None, 0, True, has_started, standings, dict(pids), self._hosts.is_alive, seats)
 
     async def detach(self, index: int) -> None:
         """See SharedHosts; a host that does not answer is gone, or soon will be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,12 +22,16 @@ from tokenpool.serve.frontends.frontend_view import HostAddress, SupervisorView
 from tokenpool.serve.frontends.frontends import Frontends
 from tokenpool.serve.frontends.sayings import Sayings
 from tokenpool.serve.frontends.shared_hosts import JOIN_LIMIT_S, SharedClients, standing_of
+from tokenpool.serve.frontends.told_uses import ToldHold
 from tokenpool.serve.launch.model_plan import ModelPlan
+from tokenpool.serve.pool.demand import Demand
 from tokenpool.serve.pool.local_hosts import LocalHosts
 from tokenpool.serve.pool.models import Models, PoolModel
 from tokenpool.serve.pool.pool import Pool
 from tokenpool.serve.pool.pool_operator import PoolOperator
 from tokenpool.wire.addresses import EngineAddresses
+
+_births = itertools.count(1)
 
 
 class HostClients(SharedClients):
@@ -36,6 +41,8 @@ class HostClients(SharedClients):
         super().__init__(plan, sayings)
         self.host_pid = 0
         """The host process that has the model; 0 without one."""
+        self.birth = next(_births)
+        """Which of all loads of cold models this one is."""
         self.was_blamed = True
         """Whether the requests that the last dead host had may have killed it."""
         self.has_served = False
@@ -45,7 +52,7 @@ class HostClients(SharedClients):
         """Load the model in the host and wait until all frontends are there; raises PoolError."""
         name = self.plan.spec.name
         self.added = await load_model(host, self.plan, EngineAddresses((), ()))
-        self._sayings.unsay(name, host.pid)
+        self._sayings.unsay(name, host.pid, self.birth)
         self.host_pid = host.pid
         try:
             await self._until_all_joined(host, name)
@@ -65,7 +72,7 @@ class HostClients(SharedClients):
 
         try:
             async with asyncio.timeout(JOIN_LIMIT_S):
-                await self._sayings.all_say("joined", name, host.pid, unless=go_on)
+                await self._sayings.all_say("joined", name, host.pid, self.birth, unless=go_on)
                 self.has_served = True
         except TimeoutError:
             said = self._sayings.why_failed(name)
@@ -91,11 +98,14 @@ class SharedHost:
             address = HostAddress(host.name, host.pid, host.control_path, host.key)
         clients = {name: _clients_of(model) for name, model in self._models.items()}
         standings = {
-            name: standing_of(model, host_pid=shared.host_pid if (shared := clients[name]) else 0)
+            name: standing_of(model, host_pid=shared.host_pid, birth=shared.birth)
+            if (shared := clients[name])
+            else standing_of(model)
             for name, model in self._models.items()
         }
         blamed = all(shared.was_blamed for shared in clients.values() if shared)
-        return SupervisorView(version, address, self._hosts.num_restarts, blamed, has_started, standings, dict(pids))
+        restarts, is_alive = self._hosts.num_restarts, self._hosts.is_alive
+        return SupervisorView(version, address, restarts, blamed, has_started, standings, dict(pids), is_alive)
 
     async def detach(self, index: int) -> None:
         """See SharedHosts; a host that is gone has none of its requests either."""
@@ -137,8 +147,10 @@ def host_frontends(
     """Several frontends, which answer at `sock`, of a pool on one host of this machine."""
     sayings = Sayings(config.frontends)
     load = partial(load_for_all, sayings)
-    pool = Pool(config, plans, Starlette(), lambda models: LocalHosts(config, models, load, template))
+    make_hosts = partial(LocalHosts, config, load=load, template=template)
+    pool = Pool(config, plans, Starlette(), make_hosts, make_hold=ToldHold)
     shared = SharedHost(pool.hosts, pool.models, sayings)
-    frontends = Frontends(pool, PoolOperator(pool), shared, sayings, sock)
+    operator = PoolOperator(pool, demand=Demand(pool.models, pool.hosts, config.max_loaded))
+    frontends = Frontends(pool, operator, shared, sayings, sock)
     pool.hosts.count_requests = frontends.count_requests
     return frontends

@@ -24,7 +24,6 @@ class SharedClients:
     """A model's clients in all frontends, as one. See `Client`."""
 
     app: Any = None
-    num_unfinished = 0
     num_seats = 1  # nothing goes through this process's gates
 
     def __init__(self, plan: ModelPlan, sayings: Sayings) -> None:
@@ -33,10 +32,21 @@ class SharedClients:
         self.drain_s = 0.0
         """How long the requests of a model that is being removed may take."""
         self._sayings = sayings
+        self._is_resting = False
+
+    @property
+    def num_unfinished(self) -> int:
+        """See Client: not 0 while the model rests and a frontend has not said that it has finished."""
+        return int(self._is_resting and not self._sayings.have_all_said("drained", self.plan.spec.name))
 
     def queue(self) -> EngineQueue:
         """See Client."""
         return EngineQueue()
+
+    def rest(self, is_resting: bool) -> None:
+        """See Client: frontends see it, and say when they have finished."""
+        self._is_resting = is_resting
+        self._sayings.unsay(self.plan.spec.name)
 
     async def drain(self, limit_s: float) -> bool:
         """Let all frontends finish, or abort after `limit_s`, what they have."""
@@ -82,9 +92,12 @@ class SharedHosts(Protocol):
         ...
 
 
-def standing_of(model: PoolModel, *, host_pid: int = 0, version: int = 0) -> ModelStanding:
+def standing_of(model: PoolModel, *, host_pid: int = 0, version: int = 0, birth: int = 0) -> ModelStanding:
     """A model, as frontends are told of it."""
     drain_s = model.client.drain_s if isinstance(model.client, SharedClients) else 0.0
     given_up = model.is_given_up or (model.is_leaving and model.error is not None)
     app = model.app
-    return ModelStanding(model.plan_to_send, app.state, drain_s, host_pid, app.reason, given_up, version)
+    resting = app.is_resting
+    return ModelStanding(
+        model.plan_to_send, app.state, drain_s, host_pid, app.reason, given_up, version, is_resting=resting, birth=birth
+    )

@@ -22,6 +22,7 @@ import tokenpool
 from tokenpool.config import PoolConfig
 from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, ModelUnavailableError, PoolError
 from tokenpool.metric_registry import LabelledGauge, metric
+from tokenpool.model_life import Life
 from tokenpool.serve.access.auth import CLIENT_KEY, TENANT_KEY, error_response
 from tokenpool.serve.gateway.host_metrics import merged
 from tokenpool.serve.gateway.json_body import TooLongError, json_body, too_long
@@ -75,10 +76,19 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """200 when a model can be served and all others are or have failed, else 503; with a key, each model's state."""
-    is_ready = request.app.state.pool.ready
+    """200 when requests may be sent, else 503; with a key, each model's state.
+
+    `?model=NAME` asks whether that model is ready, `?all=1` whether no model is on its way.
+    """
+    pool, models, asked = request.app.state.pool, _models_of(request), request.query_params
+    is_ready = pool.settled if asked.get("all", "0") not in ("", "0", "false") else pool.ready
+    if (name := asked.get("model")) is not None:
+        models = [model for model in models if name in model.aliases()]
+        if not models and request.scope.get(CLIENT_KEY):
+            return unknown_model(name, _models_of(request)).response
+        is_ready = is_ready and bool(models) and models[0].is_ready
     if request.scope.get(CLIENT_KEY):
-        body: dict[str, Any] = {model.name: model.state for model in _models_of(request)}
+        body: dict[str, Any] = {model.name: model.state for model in models}
     else:
         body = {"ready": is_ready}
     return JSONResponse(body, status_code=200 if is_ready else 503)
@@ -102,7 +112,7 @@ async def metrics(request: Request) -> Response:
         for status, count in model.gate.take_refused().items():
             _REFUSED.labels(name, str(status)).inc(count)
     _MODELS.replace(Counter((model.state,) for model in pool.router.models.values()))
-    _MODEL_FAILED.replace({(name,): float(m.state == "failed") for name, m in pool.router.models.items()})
+    _MODEL_FAILED.replace({(name,): float(m.state == Life.FAILED) for name, m in pool.router.models.items()})
     if pool.tenants is not None:
         show_tenants(pool.tenants, pool.router.models)
     text = await asyncio.to_thread(merged, get_prometheus_registry(), await request.app.state.operator.host_metrics())

@@ -91,7 +91,7 @@ class ModelChoice:
         matches = [(model.match(scope), model) for model in self._models]
         best = max((match.value for match, _ in matches), default=Match.FULL.value)
         if best < Match.FULL.value:
-            return _first_resident([model for match, model in matches if match.value == best])
+            return _first_ready([model for match, model in matches if match.value == best])
         if response_id and self._models:
             message = f"Response with id '{response_id[:_MAX_SHOWN]}' not found."
             raise not_found(message, "response_id", kind="invalid_request_error")  # as vLLM's Responses API has it
@@ -122,7 +122,7 @@ class ModelChoice:
     def _any(self) -> ModelApp:
         if not self._models:
             raise self._needed()
-        return _first_resident(self._models)
+        return _first_ready(self._models)
 
     def _unknown(self, name: str) -> RefusedError:
         if self._account is not None:
@@ -135,5 +135,5 @@ class ModelChoice:
         return bad_request(f"This request must say which `model` it is for. {_names(self._models)}", "model")
 
 
-def _first_resident(models: Collection[ModelApp]) -> ModelApp:
-    return min(models, key=lambda model: model.state != "resident")
+def _first_ready(models: Collection[ModelApp]) -> ModelApp:
+    return min(models, key=lambda model: not model.is_ready)

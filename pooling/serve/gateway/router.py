@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tokenpool import settings
 from tokenpool.serve.access.auth import POOL_PREFIX, SLEEP_PATHS, TENANT_KEY, route_path
 from tokenpool.serve.access.entry import Access, Asked
+from tokenpool.serve.access.held_stream import asks_for_stream
 from tokenpool.serve.access.refused import RefusedError, bad_request
 from tokenpool.serve.access.sequences import count_sequences
 from tokenpool.serve.access.tenant_line import TenantLine
@@ -47,7 +48,7 @@ class ModelRouter:
     """ASGI app: pool-level paths go to `outer`, all others to the app of the model they name.
 
         router = ModelRouter(outer, max_request_bytes=64 << 20)
-        router.add(ModelApp("org/a", build_app(...), state="resident"))
+        router.add(ModelApp("org/a", build_app(...), state=Life.READY))
         app = ApiKeyAuth(router, api_keys=..., admin_keys=...)
 
     The model is named by, in this order: the path prefix ``/models/<name>/``, the body's `model` (JSON or
@@ -80,7 +81,9 @@ class ModelRouter:
 
     def remove(self, name: str) -> ModelApp:
         """Stop to route to model `name` and return it; its calls in flight go on. Raises KeyError."""
-        return self._models.pop(name)
+        model = self._models.pop(name)
+        model.hold.refuse(model.refusal)
+        return model
 
     async def let_through(self, limit_s: float) -> None:
         """Wait until no tenant's request is held before an engine, at most `limit_s`; for a shutdown."""
@@ -131,11 +134,12 @@ class ModelRouter:
         for key in {key for ending, key in _LOAD_ADAPTER.items() if path.endswith(ending)}:
             choice.refuse_adapter(model, key, adapter_name(body, key))
         sequences = count_sequences(body) if account is not None else 1
-        asked = Asked(scope, path, len(body), sequences)
+        is_stream = not model.is_ready and asks_for_stream(path, body)
+        asked = Asked(scope, path, len(body), sequences, is_stream)
         del body  # from here on the app alone decides how long it lives
-        async with self._access.enter(model, account, asked, receive) as entry:
+        async with self._access.enter(model, account, asked, receive, send) as entry:
             if entry is not None:
-                await call_app(model, entry.ticket, scope, app_receive, entry.dressed(send))
+                await call_app(model, entry.ticket, scope, app_receive, entry.send)
 
 
 def _has_body(scope: Scope, headers: Headers) -> bool:

@@ -8,7 +8,7 @@ import difflib
 import json
 from argparse import SUPPRESS, Action, Namespace
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import NoReturn
 
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -63,19 +63,25 @@ def changed_flags(args: Namespace) -> list[str]:
     return list(changed.values())
 
 
+@lru_cache(maxsize=64)
+def _parsed(words: tuple[str, ...]) -> Namespace:
+    """What the parser makes of words without a model; a pool file of a thousand models has few of them."""
+    return _serve_parser().parse_args(list(words))
+
+
 def parse_serve_flags(words: Sequence[str]) -> Namespace:
     """Parse the words after `vllm serve`; raises ConfigError of one line that names the flag.
 
     What is returned shares no object with any other result: vLLM changes some of it in place.
     """
-    parser = _serve_parser()
     # The parser takes an unknown flag's value for a positional and names the wrong word: look first.
     words = spell_out(words)
     try:
-        # The defaults are made once per process: without a copy, one model's flags would be written into all.
-        args = copy.deepcopy(parser.parse_args(_with_json_lists(words)))
-        if args.model_tag is not None:
-            args.model = args.model_tag
+        # What is parsed is kept, and its defaults in any case: without a copy, one model's flags were written into all.
+        model, words = (words[:1], words[1:]) if words and not words[0].startswith("-") else ([], words)
+        args = copy.deepcopy(_parsed(tuple(_with_json_lists(words))))
+        if model:
+            args.model = args.model_tag = model[0]
         validate_parsed_serve_args(args)
     except ConfigError:
         raise

@@ -55,9 +55,9 @@ def plan_model(spec: ModelSpec, for_tenants: bool = False) -> ModelPlan:
             if flag in given:
                 raise ConfigError(f"is a setting of the pool: give {key} for the whole pool", key=flag)
         check_words(spec.name, given)
-        if "--served-model-name" not in given:
-            words += ["--served-model-name", spec.name]
         args = parse_serve_flags(words)
+        if "--served-model-name" not in given:
+            args.served_model_name = [spec.name]
         weight_bytes = checkpoint_bytes(path)
         if args.load_format in _WEIGHT_FORMATS and path.is_dir() and not weight_bytes:
             raise ConfigError(f"{path} has no weights", key="model")
@@ -94,11 +94,12 @@ def plan_added(spec: ModelSpec, others: Sequence[ModelPlan], for_tenants: bool =
 
 
 def plan_pool(
-    config: PoolConfig, on_first: Callable[[VllmConfig], None] | None = None
+    config: PoolConfig, on_first: Callable[[VllmConfig], None] | None = None, *, thorough: bool = False
 ) -> tuple[PoolConfig, list[ModelPlan]]:
     """Plan every model and the budget; returns the config with `device_memory` set.
 
-    `on_first` is given the engine config of the first model before the others are planned.
+    `on_first` is given the engine config of the first model before the others are planned. That of a model that is
+    loaded on demand is made when it is loaded, unless the plan is to be `thorough`.
     """
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
         raise PoolError(f"device {current_platform.device_name} is not supported: install tokenpool[cpu] or [cuda]")
@@ -111,9 +112,10 @@ def plan_pool(
     for plan in plans:
         share_port_flags(plan, plans[0])
         check_start(plan.spec.name, plan.args)
-        plan.checked = plan.engine_config()
-        if on_first is not None and plan is plans[0]:
-            on_first(plan.checked)
+        if thorough or plan is plans[0] or config.loading_of(plan.spec).at_start:
+            plan.checked = plan.engine_config()
+            if on_first is not None and plan is plans[0]:
+                on_first(plan.checked)
     if config.device_memory is None:
         config = replace(config, device_memory=_auto_device_memory(config, plans))
     elif current_platform.is_cpu() and CPU_KV_BYTES.get():
@@ -121,7 +123,10 @@ def plan_pool(
     if config.host_memory is None:
         config = replace(config, host_memory=_share_of_memory(_AUTO_HOST_FRACTION))
     if config.weights == "auto":
-        config = replace(config, weights="fixed" if _pages_together(config, plans) <= _pages(config) else "movable")
+        config = replace(
+            config,
+            weights="fixed" if _pages_together(config, _together(config, plans)) <= _pages(config) else "movable",
+        )
     if config.scheduling.policy == "auto":
         policy = "slack" if config.weights == "movable" else "round_robin"
         config = replace(config, scheduling=replace(config.scheduling, policy=policy))
@@ -203,6 +208,12 @@ def _pages(config: PoolConfig) -> int:
     return config.device_memory // config.page_size
 
 
+def _together(config: PoolConfig, plans: list[ModelPlan]) -> list[ModelPlan]:
+    """Those that may be loaded at the same time, if `max_loaded` says how many: the largest ones."""
+    by_size = sorted(plans, key=lambda plan: (config.loading_of(plan.spec).at_start, plan.weight_bytes), reverse=True)
+    return by_size[: config.max_loaded]
+
+
 def _pages_together(config: PoolConfig, plans: list[ModelPlan]) -> int:
     return needed_pages((plan.weight_bytes for plan in plans), config.page_size, config.kv_floor_pages)
 
@@ -210,11 +221,15 @@ def _pages_together(config: PoolConfig, plans: list[ModelPlan]) -> int:
 def _check_budget(config: PoolConfig, plans: list[ModelPlan]) -> None:
     assert config.device_memory is not None and config.host_memory is not None
     if config.weights == "fixed":
-        needed, what = _pages_together(config, plans), f"the weights of {format_count(len(plans), 'model')}"
+        together = _together(config, plans)
+        needed, what = _pages_together(config, together), f"the weights of {format_count(len(together), 'model')}"
         fix = "raise it, lower page_size, serve fewer models, or let weights move (weights: movable)"
     else:
         largest = max(plans, key=lambda plan: plan.weight_bytes)
-        needed, what = _pages_together(config, [largest]), f"the weights of model {largest.spec.name!r}"
+        kept = [plan for plan in plans if plan.spec.keep == "device"]
+        together = kept if largest in kept else [*kept, largest]
+        needed, what = _pages_together(config, together), f"the weights of model {largest.spec.name!r}"
+        what += f" beside {format_count(len(kept), 'model')} kept on the device" if kept else ""
         fix = "raise it, or lower page_size"
         if largest.weight_bytes > config.host_memory:
             raise ConfigError(

@@ -75,6 +75,7 @@ class ModelPlan:
             slo=self.spec.slo,
             priority=self.spec.priority,
             weight_bytes=self.weight_bytes,
+            keep=self.spec.keep,
             log_stats=not self.args.disable_log_stats if log_stats is None else log_stats,
         )
 

@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from tokenpool.metric_registry import metric
+from tokenpool.model_life import Life
 from tokenpool.process.guard import HostGuard
 from tokenpool.serve.access.admission import FORECAST_PERIOD_S
 from tokenpool.serve.gateway.model_app import ModelApp
@@ -22,8 +23,17 @@ logger = logging.getLogger(__name__)
 
 Call = Callable[[str], Awaitable[Any]]
 
-_LOADING = ("loading", "unavailable")
+_LOADING = (Life.LOADING, Life.UNAVAILABLE)
 """States of models that are being loaded, the second by a host that comes back."""
+_SHARES = {
+    "starting host": 5,
+    "planning": 10,
+    "building engine": 20,
+    "loading weights": 40,
+    "warming up": 75,
+    "connecting": 95,
+}
+"""Percent of a load that is behind a model in each phase; one that waits has none."""
 _PERIOD_S = 0.25
 _DRAIN_LOG_PERIOD_S = 2.0
 _PATIENCE_S, _PATIENCE_WHILE_BUILDING_S = 5.0, 0.2
@@ -72,7 +82,12 @@ class HostWatch:
         loading = {name: self._loading(name) for name in self._waiting()}
         if not loading:
             return None
-        return {"done": len(self._models) - len(loading), "total": len(self._models), "loading": loading}
+        total = self._num_wanted()
+        return {"done": total - len(loading), "total": total, "loading": loading}
+
+    def share(self, name: str) -> str:
+        """How far the loading of a model has come, roughly, by its phase: `40 %`."""
+        return f"{_SHARES.get(self._phase(name), 0)} %"
 
     def _loading(self, name: str) -> dict[str, Any]:
         elapsed_s = round(time.monotonic() - self._began_s[name], 3) if name in self._began_s else 0.0
@@ -88,6 +103,9 @@ class HostWatch:
             return "starting host"
         built = self._logged.get(name) not in (None, "planning", "starting host", "waiting")
         return "connecting" if built else "planning"
+
+    def _num_wanted(self) -> int:
+        return sum(model.state != Life.COLD for model in self._models.values())
 
     def _waiting(self) -> list[str]:
         hushed = self._hushed[1]
@@ -119,12 +137,13 @@ class HostWatch:
         if phase == "waiting":
             return
         since = self._began_s.setdefault(name, time.monotonic())
-        done = len(self._models) - len(self._waiting())
+        total = self._num_wanted()
+        done = total - len(self._waiting())
         logger.info("loading model=%s phase=%s seconds=%.1f done=%d of=%d", name, phase.replace(" ", "_"),
-                    time.monotonic() - since, done, len(self._models))  # fmt: skip
+                    time.monotonic() - since, done, total)  # fmt: skip
 
     def _log_draining(self) -> None:
-        drained = [n for n, model in self._models.items() if self.stopping or model.state == "draining"]
+        drained = [n for n, model in self._models.items() if self.stopping or model.state == Life.DRAINING]
         left = {name: count for name in drained if (count := self._models[name].inflight)}
         if not left or time.monotonic() - self._drain_logged_s < _DRAIN_LOG_PERIOD_S:
             return
@@ -152,18 +171,18 @@ class HostWatch:
             pass
         elif guard.is_overdue:
             for name, model in self._models.items():
-                if model.state == "resident":
-                    model.state, model.retry_after_s = "unavailable", 5.0
+                if model.state == Life.READY:
+                    model.state, model.retry_after_s = Life.UNAVAILABLE, 5.0
                     names.add(name)
         else:
             for model in (self._models[name] for name in names if name in self._models):
-                if model.state == "unavailable":
+                if model.state == Life.UNAVAILABLE:
                     self._restore(model.name)
             names = set()
         self._hushed = guard, names
 
     def _serve_again(self, name: str) -> None:
-        self._models[name].state = "resident"
+        self._models[name].state = Life.READY
 
     # -- state ---------------------------------------------------------------------------------------
 

@@ -19,6 +19,11 @@ class Hosts(Protocol):
     """Follows what they say of themselves."""
 
     @property
+    def is_alive(self) -> bool:
+        """Whether a host is there and its pulse is not overdue."""
+        ...
+
+    @property
     def has_started(self) -> bool:
         """Whether all models were loaded once, or could not be."""
         ...

@@ -72,7 +72,7 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     app = watch.around(with_port_flags(pool.app, args, outer))
     server = NoSignalServer(_uvicorn_config(app, args, config))
-    # The port answers while models load: /health is up, /ready and the models say 503.
+    # The port answers while models load: /health is up, /ready once a host is, and requests wait.
     serving = asyncio.create_task(_answer(server, pool, sock, args))
     starting = asyncio.create_task(pool.start())
     stopping = asyncio.create_task(stop.wait())

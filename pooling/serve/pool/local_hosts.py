@@ -14,6 +14,7 @@ from prometheus_client import multiprocess
 from tokenpool.config import PoolConfig
 from tokenpool.errors import CapacityError, HostError, ModelBusyError, ModelUnavailableError, PoolError
 from tokenpool.metric_registry import metric
+from tokenpool.model_life import Life
 from tokenpool.process.ending import HOST_END_S, KILL_S, within
 from tokenpool.process.keeper import Backoff, Work
 from tokenpool.process.template import Template
@@ -63,6 +64,7 @@ class LocalHosts:
         self.num_restarts = 0
         self._models = models
         self._movable = config.weights == "movable"
+        self._max_loaded = config.max_loaded
         self._load_in = load
         self._template = template
         self._config = host_config(config, [model.plan for model in models.values()])
@@ -83,6 +85,12 @@ class LocalHosts:
     def is_there(self) -> bool:
         """See Hosts."""
         return self.process is not None
+
+    @property
+    def is_alive(self) -> bool:
+        """See Hosts."""
+        host = self.process
+        return host is not None and not host.ended and (host.guard is None or not host.guard.is_overdue)
 
     @property
     def has_started(self) -> bool:
@@ -166,10 +174,24 @@ class LocalHosts:
     # -- models --------------------------------------------------------------------------------------
 
     async def _load_all(self) -> None:
-        """Load what is wanted into a new host, first what requests wait for; raises HostError when that ends."""
-        waiting = await self.count_requests()
-        for model in sorted(self._models.to_load(), key=lambda model: (model.host_deaths, -waiting.get(model.name, 0))):
+        """Load what is wanted into a new host, first what requests wait for; raises HostError when that ends.
+
+        Requests may begin to wait meanwhile, for models that are loaded on demand, too.
+        """
+        waiting, tried = await self.count_requests(), set[PoolModel]()
+
+        def last(model: PoolModel) -> tuple[int, float, int]:
+            return model.host_deaths, model.app.hold.due_s, -waiting.get(model.name, 0)
+
+        while left := [model for model in self._models.to_load() if model not in tried and self._may_load(model)]:
+            tried.add(model := min(left, key=last))
             await self._load(model)
+
+    def _may_load(self, model: PoolModel) -> bool:
+        """Whether it is loaded with the host: one that is loaded on demand, if there is room beside the others."""
+        if model.client is not None or not model.is_on_demand or self._max_loaded is None:
+            return True
+        return sum(m.client is not None or not m.is_on_demand for m in self._models.values()) < self._max_loaded
 
     async def _count_here(self) -> Mapping[str, int]:
         return {model.name: model.client.num_unfinished for model in self._models.values() if model.client is not None}
@@ -188,6 +210,8 @@ class LocalHosts:
                 return  # removed, or about to be, and nobody waits for it
             if self._host.pid == model.host_pid:
                 return  # somebody was faster
+            if model.app.state == Life.COLD:
+                return  # it was unloaded, or nobody waits for it any more
             try:
                 await self.add(model)
                 if not self._host.ended:

@@ -32,6 +32,10 @@ class Client(Protocol):
         """What waits and what runs."""
         ...
 
+    def rest(self, is_resting: bool) -> None:
+        """Its model finishes what it has and gets cold then, or that was called off; `num_unfinished` tells when."""
+        ...
+
     async def drain(self, limit_s: float) -> bool:
         """Wait until nothing is unfinished, at most `limit_s`; returns whether that came about."""
         ...

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models of a pool in one table, and how each fares: one that cannot be loaded is `failed`, the others serve.
 
-    loading ──► resident ◄──► unavailable      its host died, and comes back
+    loading ──► ready ◄──► unavailable      its host died, and comes back
        │            ▲
        ▼            │ an attempt succeeds
      failed ────────┘        tried again after 0.5 s at first and up to 30 s, and never for longer than it waits
@@ -16,15 +16,16 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-from tokenpool.config import PoolConfig
+from tokenpool.config import Loading, PoolConfig
 from tokenpool.errors import PoolError
+from tokenpool.model_life import Life
 from tokenpool.process.keeper import Backoff
 from tokenpool.serve.access.admission import Gate
-from tokenpool.serve.gateway.model_app import ModelApp
+from tokenpool.serve.access.holding import Hold
+from tokenpool.serve.gateway.model_app import ModelApp, no_app
 from tokenpool.serve.gateway.router import ModelRouter
 from tokenpool.serve.launch.model_plan import ModelPlan
 from tokenpool.serve.launch.names import names_of, series_names
@@ -45,6 +46,10 @@ class PoolModel:
     app: ModelApp
     client: Client | None = None
     """None before the first host has it."""
+    rule: Loading = Loading(at_start=True, unload_after_s=math.inf, keep=None, timeout_s=1800.0)
+    """When it is loaded and unloaded."""
+    is_on_demand: bool = False
+    """Whether it is loaded when requests wait for it: it is so, or was unloaded."""
     is_settled: bool = True
     """Whether a host that comes back is to load it: not while it is being added, for who adds it hears of a failure."""
     error: Exception | None = None
@@ -78,6 +83,32 @@ class PoolModel:
         """Whether nobody will load it any more, so that nothing may wait for it."""
         return self.host_deaths >= MAX_HOST_DEATHS or self.is_unwanted
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether it is loaded and has no request."""
+        return self.client is not None and not self.app.inflight and not self.client.num_unfinished
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has none, and nobody waits for it."""
+        return self.has_finished and not len(self.app.hold)
+
+    def wake(self) -> None:
+        """It is cold, or being unloaded, and is to be loaded."""
+        if self.app.state == Life.COLD:
+            self.app.move(Life.LOADING)
+
+    def get_cold(self) -> None:
+        """Nothing of it is built any more; if somebody waits for it, it is loaded again."""
+        self.client, self.host_pid, self.error, self.due_s, self.plan.checked = None, 0, None, math.inf, None
+        self.is_on_demand = True
+        self.app.answer_with_nothing()
+        self.app.is_resting, self.app.reason = False, ""
+        if not self.is_leaving:
+            self.app.move(Life.COLD)
+            if len(self.app.hold):
+                self.wake()
+
     def answer_with(self, client: Client) -> None:
         """Send its requests through `client`."""
         self.client = client
@@ -91,13 +122,13 @@ class PoolModel:
 
     def restore(self) -> None:
         """Its host answers: it is served, unless it leaves or its client died."""
-        if not self.is_leaving:
-            fault = self.client_fault
-            self.app.state, self.app.reason = ("failed", fault) if fault else ("resident", "")
+        if not self.is_leaving and not self.app.is_resting:
+            self._show(self.client_fault)
 
     def suspend(self) -> None:
         """No host takes its requests now; one will, unless it says otherwise."""
-        self.app.state, self.app.reason, self.app.retry_after_s = "unavailable", "", _RETRY_AFTER_S
+        self.app.move(Life.UNAVAILABLE)
+        self.app.reason, self.app.retry_after_s = "", _RETRY_AFTER_S
 
     def fail(self, error: Exception, *, took_s: float = 0.0, tried_by: str = "") -> None:
         """It could not be loaded, or removed, which took so long.
@@ -118,7 +149,7 @@ class PoolModel:
         error.__traceback__ = error.__cause__ = error.__context__ = None  # their frames hold what was half built
         self.app.reason, self.app.retry_after_s = reason_of(error), max(1.0, wait_s)  # 503s say it
         if not self.is_leaving:
-            self.app.state = "failed"
+            self.app.move(Life.FAILED)
 
     def fail_requests(self, reason: str = "") -> None:
         """End what was accepted for it, because it will not be loaded any more."""
@@ -134,21 +165,32 @@ class PoolModel:
     def note_client_fault(self, fault: str) -> None:
         """Its client in this process died; with an empty `fault` it is there again. Its engine is well."""
         self.client_fault = fault
-        if self.error is None and self.app.state in ("resident", "failed"):
-            self.app.state, self.app.reason = ("failed", fault) if fault else ("resident", "")
+        if self.error is None and self.app.state in (Life.READY, Life.FAILED):
+            self._show(fault)
+
+    def _show(self, fault: str) -> None:
+        self.app.move(Life.FAILED if fault else Life.READY)
+        self.app.reason = fault
 
 
 class Models(Mapping[str, PoolModel]):
     """All models by name, in the order they were added; the router has those that are in here."""
 
-    def __init__(self, config: PoolConfig, router: ModelRouter, num_parts: int = 1) -> None:
+    def __init__(
+        self, config: PoolConfig, router: ModelRouter, num_parts: int = 1, make_hold: Callable[[], Hold] = Hold
+    ) -> None:
         """`num_parts` frontends keep their part of each model's queue, this one of them."""
         self.changing = asyncio.Lock()
         """Held while a model is added or removed, or a host started: one at a time."""
         self._config = config
         self._router = router
         self._num_parts = num_parts
+        self._make_hold = make_hold
         self._models: dict[str, PoolModel] = {}
+        self.wanted = asyncio.Event()
+        """Set when a request begins to wait for a model."""
+        self.progress_of: Callable[[str], str] = lambda name: ""
+        """How far the loading of a model has come, in a few words."""
 
     @property
     def apps(self) -> Mapping[str, ModelApp]:
@@ -171,9 +213,15 @@ class Models(Mapping[str, PoolModel]):
         parts = (self._part(bound) for bound in (limits.max_waiting, limits.max_waiting_tokens))
         gate.limits = replace(limits, max_waiting=next(parts), max_waiting_tokens=next(parts))
         claimed = {name for name, _ in names_of(plan)}
-        app = ModelApp(plan.spec.name, _no_app, retry_after_s=_RETRY_AFTER_S, gate=gate, claimed=claimed)
+        app = ModelApp(plan.spec.name, no_app, retry_after_s=_RETRY_AFTER_S, gate=gate, claimed=claimed)
+        rule, app.hold = self._config.loading_of(plan.spec), self._make_hold()
+        app.hold.limit_s, app.hold.ttft_s = rule.timeout_s, plan.spec.slo.ttft_s if plan.spec.slo else math.inf
+        app.state = Life.LOADING if rule.at_start else Life.COLD
+        app.on_wanted, app.progress = self.wanted.set, lambda: self.progress_of(plan.spec.name)
         self._router.add(app)
-        model = self._models[plan.spec.name] = PoolModel(plan, app, is_settled=is_settled)
+        model = self._models[plan.spec.name] = PoolModel(
+            plan, app, rule=rule, is_on_demand=not rule.at_start, is_settled=is_settled
+        )
         return model
 
     def _part(self, bound: int | None) -> int | None:
@@ -182,9 +230,13 @@ class Models(Mapping[str, PoolModel]):
     def remove(self, name: str) -> set[str]:
         """Forget a model; returns the names that its series of metrics have. Raises KeyError."""
         model = self._models.pop(name)
-        names = series_names(model.app.aliases(), model.plan)
+        names = self.series_of(model)
         self._router.remove(name)
         return names
+
+    def series_of(self, model: PoolModel) -> set[str]:
+        """The names that a model's series of metrics have."""
+        return series_names(model.app.aliases(), model.plan)
 
     # -- what happens --------------------------------------------------------------------------------
 
@@ -192,7 +244,7 @@ class Models(Mapping[str, PoolModel]):
         """A host is gone, with `blame` perhaps because of its requests. Those that it had come back with the next."""
         for model in self.values():
             model.host_pid = 0
-            if model.app.state != "draining" and model.error is None:
+            if model.app.state not in (Life.DRAINING, Life.COLD) and model.error is None:
                 model.suspend()
             elif model.is_unwanted:
                 model.due_s = time.monotonic()  # it was on that host: nothing is left to be removed
@@ -202,9 +254,17 @@ class Models(Mapping[str, PoolModel]):
     # -- what is to be done --------------------------------------------------------------------------
 
     def to_load(self) -> list[PoolModel]:
-        """Those that a new host is to load, in that order: what its forerunners died of comes last."""
-        wanted = [model for model in self.values() if model.is_settled and not model.is_given_up]
-        return sorted(wanted, key=lambda model: model.host_deaths)
+        """Those that a new host is to load, in that order.
+
+        What its forerunners died of comes last, and before it first what requests wait for, the most urgent ones.
+        """
+        wanted = [m for m in self.values() if m.is_settled and not m.is_given_up and m.app.state != Life.COLD]
+        return sorted(wanted, key=lambda model: (model.host_deaths, model.app.hold.due_s))
+
+    def loaded(self) -> list[PoolModel]:
+        """Those of which something is built, least recently used first."""
+        built = [model for model in self.values() if model.client is not None]
+        return sorted(built, key=lambda model: model.app.last_used_s)
 
     def due(self) -> list[PoolModel]:
         """Those that are to be tried again now."""
@@ -224,17 +284,17 @@ class Models(Mapping[str, PoolModel]):
         return any(not model.host_deaths and model.error is None for model in self.values())
 
     @property
-    def ready(self) -> bool:
-        """Whether a model can be served, if there is any, and no other one is on its way."""
-        states = {model.app.state for model in self.values()}
-        return states <= {"resident", "failed"} and (not states or "resident" in states)
+    def have_failed(self) -> bool:
+        """Whether there are models, and all of them have failed."""
+        return {model.app.state for model in self.values()} == {Life.FAILED}
+
+    @property
+    def settled(self) -> bool:
+        """Whether no model is on its way."""
+        return {model.app.state for model in self.values()} <= {Life.READY, Life.COLD, Life.FAILED}
 
 
 def reason_of(error: BaseException) -> str:
     """What an exception says, in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, PoolError) and text else f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-async def _no_app(scope: Any, receive: Any, send: Any) -> None:
-    raise AssertionError("a model that is not resident takes no requests")

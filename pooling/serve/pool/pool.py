@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 from starlette.applications import Starlette
+from starlette.responses import Response
 
 from tokenpool.config import PoolConfig
 from tokenpool.process.ending import let_finish, within
 from tokenpool.process.keeper import Work, start_kept
+from tokenpool.serve.access.auth import error_response
 from tokenpool.serve.access.guard import guarded
+from tokenpool.serve.access.holding import Hold
 from tokenpool.serve.access.shared_limits import SharedLimits
 from tokenpool.serve.access.tenants import TenantBook
 from tokenpool.serve.gateway.router import ModelRouter
@@ -39,19 +42,22 @@ class Pool(Generic[HostsT_co]):
         *,
         frontend: int | None = None,
         limits: SharedLimits | None = None,
+        make_hold: Callable[[], Hold] = Hold,
     ) -> None:
         """`outer` answers for the whole pool and finds this object in its state.
 
         With several frontends this one has the index `frontend`, and `limits` is where all keep tenants' limits.
+        `make_hold` makes the place where requests wait for a model.
         """
         self.config = config
         self.tenants = TenantBook.of(config, limits, frontend or 0)
         self.router = ModelRouter(outer, max_request_bytes=config.max_request_bytes, tenants=self.tenants)
         self.app = guarded(self.router, config, self.tenants)
-        self.models = Models(config, self.router, 1 if frontend is None else config.frontends)
+        self.models = Models(config, self.router, 1 if frontend is None else config.frontends, make_hold)
         for plan in plans:
             self.models.add(plan)
         self.hosts = make_hosts(self.models)
+        self.models.progress_of = self.hosts.watch.share
         self.works: dict[str, Work] = {}
         """What goes on beside the requests from the start on, by name, with what the hosts have to do."""
         self.stopping = False
@@ -61,8 +67,13 @@ class Pool(Generic[HostsT_co]):
 
     @property
     def ready(self) -> bool:
-        """True when all models but the failed ones can be served, and the pool is not shutting down."""
-        return not self.stopping and self.hosts.has_started and self.models.ready
+        """Whether it wants requests: a host is alive, some model serves or holds them, and it is not shutting down."""
+        return not self.stopping and self.hosts.is_alive and not self.models.have_failed
+
+    @property
+    def settled(self) -> bool:
+        """Whether it is ready and no model is on its way: each is ready, cold or failed."""
+        return self.ready and self.hosts.has_started and self.models.settled
 
     def inflight(self) -> dict[str, int]:
         """Requests in flight here, per model."""
@@ -93,6 +104,8 @@ class Pool(Generic[HostsT_co]):
         self.announce_stop()
         for task in self._tasks:
             task.cancel()
+        for model in self.models.values():
+            model.app.hold.close(_stopping)
         deadline = time.monotonic() + self.config.shutdown_timeout_s
         await self.router.let_through(self.config.shutdown_timeout_s)
         clients = {model.name: model.client for model in self.models.values() if model.client is not None}
@@ -108,3 +121,8 @@ class Pool(Generic[HostsT_co]):
         """Take no more changes, and be not ready any more."""
         self.stopping = self.hosts.watch.stopping = True
         self.hosts.freeze()
+
+
+def _stopping() -> Response:
+    message = "The server stops, and no model is loaded any more; retry after 5 s."
+    return error_response(503, "ServiceUnavailableError", message, None, {"retry-after": "5"})

@@ -11,11 +11,13 @@ from typing import Any
 
 from tokenpool.config import ModelSpec
 from tokenpool.errors import ConfigError, HostError, ModelUnavailableError, PoolError
+from tokenpool.model_life import Life
 from tokenpool.process.ending import let_finish
 from tokenpool.process.metric_files import forget_models
 from tokenpool.serve.launch.launch_plan import plan_added
 from tokenpool.serve.launch.names import check_names, names_of
 from tokenpool.serve.launch.pool_file import follow_pool_file
+from tokenpool.serve.pool.demand import Demand
 from tokenpool.serve.pool.hosts import ManagedHosts
 from tokenpool.serve.pool.models import reason_of
 from tokenpool.serve.pool.pool import Pool
@@ -30,8 +32,11 @@ _STOPPING_RETRY_S = 30.0
 class PoolOperator:
     """See `Operator`."""
 
-    def __init__(self, pool: Pool[ManagedHosts], pool_file: str | None = None) -> None:
-        """`pool_file` is followed: models that come and go there come and go here."""
+    def __init__(self, pool: Pool[ManagedHosts], pool_file: str | None = None, demand: Demand | None = None) -> None:
+        """`pool_file` is followed: models that come and go there come and go here. `demand` loads models on demand."""
+        self._demand = demand
+        if demand is not None:
+            pool.works["loading on demand"] = demand.run
         self._pool = pool
         self._models = pool.models
         pool.works["trying failed models"] = self._try_failed
@@ -52,10 +57,17 @@ class PoolOperator:
                 raise ConfigError(f"model {spec.name!r} is in the pool already: choose another name", key="name")
             taken = {name: owner for model in models for name, owner in names_of(model.plan)}
             check_names([plan], taken | {alias: f"model {m.name!r}" for m in models for alias in m.app.aliases()})
+            if self._demand is not None:
+                await self._demand.make_room_for_added(self._pool.config.loading_of(spec))
             model = self._models.add(plan, is_settled=False)
             try:
-                await self._pool.hosts.add(model)
-            except BaseException:
+                if model.is_on_demand:
+                    await asyncio.to_thread(plan.engine_config)
+                else:
+                    await self._pool.hosts.add(model)
+            except BaseException as error:
+                model.app.reason = reason_of(error)
+                model.app.show(Life.FAILED)
                 self._models.remove(spec.name)
                 raise
             model.is_settled = True
@@ -67,7 +79,8 @@ class PoolOperator:
         model = self._models[name]
         if model.is_leaving:
             raise ModelUnavailableError(f"model {name!r} is being removed already", retry_after_s=5.0)
-        model.is_leaving, model.app.state = True, "draining"
+        model.is_leaving, model.app.is_resting = True, False
+        model.app.move(Life.DRAINING)
         try:
             if model.error is not None:
                 model.fail_requests()
@@ -94,7 +107,9 @@ class PoolOperator:
             await asyncio.sleep(_LOOK_S)
             for model in self._models.due():
                 try:
-                    if model.is_unwanted:
+                    if model.is_on_demand and model.client is None and not model.is_unwanted:
+                        model.get_cold()
+                    elif model.is_unwanted:
                         await self.remove_model(model.name, 0.0)
                     else:
                         await self._pool.hosts.retry(model)
@@ -126,6 +141,7 @@ class PoolOperator:
                 "state": model.app.state,
                 "reason": model.app.reason or None,
                 "inflight": model.app.inflight,
+                "held": len(model.app.hold),
                 "model": model.plan.spec.model,
                 **hosts.report_on(model),
             }

@@ -44,7 +44,7 @@ class Locality:
 
 def _has(device: SimDevice, model: str) -> bool:
     seat = device.seats.get(model)
-    return seat is not None and (seat.has_work or seat.residency is not Residency.WARM)
+    return seat is not None and (seat.has_work or seat.residency is not Residency.IN_HOST)
 
 
 class FewestRequests:

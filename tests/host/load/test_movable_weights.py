@@ -121,7 +121,7 @@ def test_weights_taken_at_random_steps_are_brought_back_by_the_host(cases, refer
 
         def each_step(step: int) -> None:
             name = rng.choice(names)
-            if rng.random() < 0.2 and store.state(name) == "resident":
+            if rng.random() < 0.2 and store.state(name) == "on device":
                 store.evict(name)
                 evictions.append(name)
 
@@ -146,7 +146,7 @@ def test_streams_go_on_after_the_host_copy_was_read_again(cases, reference, name
         def cold_and_back(_: str) -> None:
             store.evict(name)
             store.drop_host(name)
-            assert ("cold", True) == (store.state(name), store.snapshot()[name].droppable)
+            assert ("on disk", True) == (store.state(name), store.snapshot()[name].droppable)
             assert host.held(name, "weights") < store.bytes_of(name) / 4
             assert store.load_host(name).wait(LIMIT_S)
             store.finish(name)

@@ -60,7 +60,7 @@ def test_streams_are_those_of_plain_vllm_under_switches(cases, reference):
 
         def each_step(step: int) -> None:
             name = SCHEMES[step % len(SCHEMES)]
-            if step % 3 == 0 and store.state(name) == "resident":
+            if step % 3 == 0 and store.state(name) == "on device":
                 store.evict(name)
                 evicted.add(name)
 

@@ -57,7 +57,7 @@ class SlowApp:
 def slow_router(settings: Admission, slo: SLO | None = None) -> tuple[ModelRouter, ModelApp, SlowApp]:
     """A router whose model `a` answers slowly; `b` answers at once."""
     router, app = make_router("b"), SlowApp()
-    model = ModelApp("a", app, "resident", gate=Gate.of("a", settings, slo))
+    model = ModelApp("a", app, "ready", gate=Gate.of("a", settings, slo))
     router.add(model)
     return router, model, app
 

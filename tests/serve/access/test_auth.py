@@ -197,7 +197,7 @@ def test_only_the_plain_spelling_reaches_the_pool_api(path: str) -> None:
     """The router hands no disguised admin path to any app, not even with an admin key or without auth."""
     router = ModelRouter(make_app("outer"), max_request_bytes=1000)
     for name in ("a", "org/b"):
-        router.add(ModelApp(name, make_app(name), "resident"))
+        router.add(ModelApp(name, make_app(name), "ready"))
     plain = path == "/v1/pool" or path.startswith("/v1/pool/")
 
     assert (200 if plain else 404) == status(router, path)

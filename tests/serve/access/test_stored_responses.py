@@ -63,7 +63,7 @@ def test_a_response_is_found_by_who_made_it(num_models):
     async def main() -> None:
         pool = Pool(tenant("a"), tenant("b"), engine=responses_app())
         if num_models == 2:
-            pool.router.add(ModelApp("b", responses_app(), "resident"))
+            pool.router.add(ModelApp("b", responses_app(), "ready"))
         for name in ("a", "b"):
             body = {"request_id": "resp_1", "input": f"of {name}", "model": "a"}
             assert 200 == (await ask(pool, name, "POST", "/v1/responses", **body))[0]

@@ -89,7 +89,7 @@ class Pool:
         self.book = TenantBook(tenants)
         self.router = ModelRouter(PlainTextResponse("outer"), max_request_bytes=1 << 20, tenants=self.book)
         gate = Gate.of("a", settings or Admission(), None)
-        self.model = ModelApp("a", self.engine, "resident", gate=gate)
+        self.model = ModelApp("a", self.engine, "ready", gate=gate)
         self.router.add(self.model)
 
     async def send(self, tenant: str, path: str = CHAT, **body: Any) -> httpx.Response:
@@ -225,8 +225,8 @@ def test_a_model_that_a_tenant_may_not_use_is_as_none(path):
 
     async def main() -> None:
         pool = Pool(tenant("a", models=("b*",)))
-        pool.router.add(ModelApp("b1", pool.engine, "resident"))
-        pool.router.add(ModelApp("c", pool.engine, "resident"))
+        pool.router.add(ModelApp("b1", pool.engine, "ready"))
+        pool.router.add(ModelApp("c", pool.engine, "ready"))
         hidden, absent = [await pool.send("a", path.format(name), model=name) for name in ("c", "d")]
         assert (404, 404) == (hidden.status_code, absent.status_code)
         assert hidden.text.replace("`c`", "`d`") == absent.text
@@ -242,7 +242,7 @@ def test_the_only_model_that_a_tenant_may_use_needs_no_name():
 
     async def main() -> None:
         pool = Pool(tenant("a", models=("a",)), tenant("b"))
-        pool.router.add(ModelApp("other", pool.engine, "resident"))
+        pool.router.add(ModelApp("other", pool.engine, "ready"))
         answers = [await pool.send(name, model=None, quick=True) for name in ("a", "b")]
         assert [200, 400] == [answer.status_code for answer in answers]
 

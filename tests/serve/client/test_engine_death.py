@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model whose client of its engine died in the frontend is begun anew, and never called resident meanwhile."""
+"""A model whose client of its engine died in the frontend is begun anew, and never called ready meanwhile."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_models_list(client: openai.OpenAI) -> None:
     cards = client.models.list().data
 
     assert ["llama", LORA_NAME, "qwen2", "gemma3", "embed"] == [card.id for card in cards]
-    assert [{"state": "resident"}] * 5 == [card.model_dump()["pool"] for card in cards]
+    assert [{"state": "ready"}] * 5 == [card.model_dump()["pool"] for card in cards]
     for card in cards:
         assert client.models.retrieve(card.id).id == card.id
     assert cards[1].model_dump()["parent"] == "llama"
@@ -404,4 +404,4 @@ def test_version_and_ready(pool_server: PoolServerProcess) -> None:
 
     assert {"version", "tokenpool"} == set(version)
     assert re.fullmatch(r"\d+\.\d+.*", version["version"])
-    assert dict.fromkeys(POOL_MODELS, "resident") == pool_server.request("GET", "/ready").json()
+    assert dict.fromkeys(POOL_MODELS, "ready") == pool_server.request("GET", "/ready").json()

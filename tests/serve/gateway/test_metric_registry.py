@@ -48,7 +48,7 @@ def test_a_healthy_pool_says_so(pool_server):
     """The books agree and every model is resident."""
     values = {(name, *labels.values()): value for _, _, name, labels, value in scraped(pool_server)}
     assert values["tokenpool:ledger_ok",] == 1
-    assert values["tokenpool:models", "resident"] == len(pool_server.pool["models"])
+    assert values["tokenpool:models", "ready"] == len(pool_server.pool["models"])
 
 
 def test_vllm_metrics_of_the_dashboards_are_exported(pool_server):

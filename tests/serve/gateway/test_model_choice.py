@@ -31,7 +31,7 @@ def make_routed(name: str, *routes: tuple[str, str]) -> ModelApp:
         return JSONResponse({"app": name})
 
     app = Starlette(routes=[Route(path, told, methods=[method]) for method, path in routes])
-    return ModelApp(name, app, "resident")
+    return ModelApp(name, app, "ready")
 
 
 @pytest.mark.parametrize(

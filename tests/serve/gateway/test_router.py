@@ -50,7 +50,7 @@ def make_app(name: str) -> Starlette:
 def make_router(*names: str, max_request_bytes: int = LIMIT) -> ModelRouter:
     router = ModelRouter(make_app("outer"), max_request_bytes=max_request_bytes)
     for name in names:
-        router.add(ModelApp(name, make_app(name), "resident"))
+        router.add(ModelApp(name, make_app(name), "ready"))
     return router
 
 
@@ -61,7 +61,7 @@ def two() -> ModelRouter:
 def serve_raw(app: Any) -> tuple[ModelRouter, ModelApp]:
     """Return a router whose only model, `a`, is this ASGI callable."""
     router = make_router()
-    router.add(model := ModelApp("a", app, "resident"))
+    router.add(model := ModelApp("a", app, "ready"))
     return router, model
 
 
@@ -162,7 +162,7 @@ def test_json_is_read_as_vllm_reads_it(body: bytes) -> None:
     + [b'{"x": ' + b"[" * 100, b'{"model": "\xff"}', b"\x00", b" "],
 )
 def test_unreadable_bodies_go_to_an_app(body: bytes) -> None:
-    """A body no model can be read from reaches a resident app whole: vLLM's own validation refuses it."""
+    """A body no model can be read from reaches an app that is ready whole: vLLM's own validation refuses it."""
     router = two()
     seen = post(router, content=body).json()
 
@@ -337,7 +337,7 @@ def test_models_come_and_go() -> None:
     ("retry_after_s", "header"),
     [(0.0, "1"), (1.2, "2"), (30.0, "30"), (float("inf"), "3600"), (float("nan"), "1")],
 )
-def test_a_model_that_is_not_resident_is_retried_later(state: Any, retry_after_s: float, header: str) -> None:
+def test_a_model_that_is_not_ready_is_retried_later(state: Any, retry_after_s: float, header: str) -> None:
     """A model that cannot serve now answers 503, its state and whole seconds to wait; others go on."""
     router = two()
     router.models["a"].state = state
@@ -446,7 +446,7 @@ def test_inflight_counts_the_whole_call() -> None:
 
 
 @pytest.mark.parametrize("before", [[], answer(500)[:1], [{"type": "http.response.debug", "info": {}}]])
-@pytest.mark.parametrize("state", ["resident", "unavailable"])
+@pytest.mark.parametrize("state", ["ready", "unavailable"])
 def test_an_app_that_raises_before_it_answers_gives_503(before: list[Any], state: Any) -> None:
     """A crash before the response started is answered 503 with Retry-After, and not raised to the server."""
 
@@ -466,7 +466,7 @@ def test_an_app_that_raises_before_it_answers_gives_503(before: list[Any], state
 
 @pytest.mark.parametrize(
     ("status", "state", "expected"),
-    [(500, "unavailable", 503), (500, "resident", 500), (500, "draining", 500), (400, "unavailable", 400)]
+    [(500, "unavailable", 503), (500, "ready", 500), (500, "draining", 500), (400, "unavailable", 400)]
     + [(200, "unavailable", 200), (501, "unavailable", 501)],
 )
 @pytest.mark.parametrize("reraise", [False, True])

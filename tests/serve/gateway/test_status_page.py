@@ -137,7 +137,7 @@ def test_the_board_shows_the_servers_figures(board: Page, pool_server: PoolServe
     assert "ready" == board.text("#link-text")
     assert "4 of 4" in board.text("#figures")
     for name in ("llama", "qwen2", "gemma3", "embed"):
-        assert f"{name} resident 0 0" in board.run(row(name))
+        assert f"{name} on device 0 0" in board.run(row(name))
     assert f"{state['models']['qwen2']['kv_pages']}" in board.run(row("qwen2"))
     assert "no slo" in board.run(row("llama"))
     assert "%" in board.run(row("qwen2"))

@@ -69,7 +69,7 @@ class Pool:
             PlainTextResponse("outer"), max_request_bytes=LIMIT, tenants=self.book if tenants else None
         )
         self.may_answer = asyncio.Event()
-        self.router.add(ModelApp("a", self.app, "resident"))
+        self.router.add(ModelApp("a", self.app, "ready"))
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         await self.may_answer.wait()

@@ -53,7 +53,7 @@ def make_port(*names: str, flags: tuple[str, ...] = ANY) -> Any:
     router = ModelRouter(build_outer_app(), max_request_bytes=100)
     for name in names:
         app = Starlette(routes=[Route("/{rest:path}", answer, methods=["GET", "POST"])])
-        router.add(ModelApp(name, app, "resident"))
+        router.add(ModelApp(name, app, "ready"))
     auth = ApiKeyAuth(router, api_keys=("k",), admin_keys=())
     return with_cors(auth, parse_serve_flags(["org/a", *flags]))
 

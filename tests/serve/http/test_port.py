@@ -59,7 +59,7 @@ async def answer(request: Request) -> JSONResponse:
 def make_model(name: str) -> ModelApp:
     app = Starlette(routes=[Route("/v1/completions", answer, methods=["POST"]), Route("/where", answer)])
     app.state.name = name
-    return ModelApp(name, app, "resident")
+    return ModelApp(name, app, "ready")
 
 
 def port(*flags: str, names: tuple[str, ...] = ("a", "b"), api_keys: Any = ("client-key-0123456789",),
@@ -189,10 +189,10 @@ def test_pool_paths_that_there_are_not_have_vllms_shape():
     [
         ({}, {}, {"ready": True}),
         ({}, {"authorization": "Bearer wrong"}, {"ready": True}),
-        ({}, KEY, {"a": "resident", "b": "resident"}),
-        ({}, ADMIN, {"a": "resident", "b": "resident"}),
-        ({"api_keys": ()}, {}, {"a": "resident", "b": "resident"}),
-        ({"tenants": [NARROW]}, TENANT, {"b": "resident"}),
+        ({}, KEY, {"a": "ready", "b": "ready"}),
+        ({}, ADMIN, {"a": "ready", "b": "ready"}),
+        ({"api_keys": ()}, {}, {"a": "ready", "b": "ready"}),
+        ({"tenants": [NARROW]}, TENANT, {"b": "ready"}),
         ({"tenants": [NARROW]}, {}, {"ready": True}),
     ],
 )

@@ -60,7 +60,7 @@ def test_the_others_serve(tiny_models: TinyModels, tmp_path: Path, frontends: in
         "admin_key": "test-admin-key-0123",
     }
     with PoolServerProcess(pool, flags=["--frontends", str(frontends)]) as server:
-        assert states(server) == {"bad": "failed", "good": "resident", "gone": "resident"}
+        assert states(server) == {"bad": "failed", "good": "ready", "gone": "ready"}
         assert [status(server, name) for name in paths] == [503, 200, 200]
         refused = server.request("POST", "/v1/completions", json={"model": "bad", "prompt": "x"})
         card = server.request("GET", "/v1/models/bad").json()
@@ -76,12 +76,12 @@ def test_the_others_serve(tiny_models: TinyModels, tmp_path: Path, frontends: in
         os.kill(server.host_pid, signal.SIGKILL)
         assert call.result() == alone
         server.wait_until_ready(120)
-        poll(lambda: states(server), until={"bad": "failed", "good": "resident", "gone": "failed"}.__eq__)
+        poll(lambda: states(server), until={"bad": "failed", "good": "ready", "gone": "failed"}.__eq__)
         restarts = server.state()["host_restarts"]
         assert server.admin("DELETE", "/models/gone").status_code == 200
 
         next(bad.glob("*.safetensors")).write_bytes(weights)
-        poll(lambda: states(server), until={"bad": "resident", "good": "resident"}.__eq__)
+        poll(lambda: states(server), until={"bad": "ready", "good": "ready"}.__eq__)
         spec = {"name": "gone", "model": str(tiny_models.path("qwen2")), "args": TINY_ARGS}
         assert server.admin("POST", "/models", spec).status_code == 201
         assert [status(server, name) for name in paths] == [200, 200, 200]

@@ -104,13 +104,13 @@ def test_what_hosts_tell_decides_where_requests_go(tmp_path: Path) -> None:
                 return next(name for name in engines if core.load(name) > before[name])
 
             assert await goes_to("a") == "h0/x"  # nothing is known
-            model.learn({"h0": told("warm", 1.0), "h1": told("resident", 1.0)})
+            model.learn({"h0": told("in host memory", 1.0), "h1": told("on device", 1.0)})
             assert [await goes_to(name) for name in "bcd"] == ["h1/y"] * 3
-            model.learn({"h0": told("warm", 1.0), "h1": HostError("no answer")})
+            model.learn({"h0": told("in host memory", 1.0), "h1": HostError("no answer")})
             assert await goes_to("e") == "h1/y"
-            model.learn({"h0": told("warm", 1.0), "h1": told("resident", 39.9)})
+            model.learn({"h0": told("in host memory", 1.0), "h1": told("on device", 39.9)})
             assert [await goes_to(name) for name in "fg"] == ["h1/y", "h0/x"]  # 1.5 times 40.4 s are above a minute
-            model.learn({"h0": told("warm", 1.0), "h1": told("resident", 1.0)})
+            model.learn({"h0": told("in host memory", 1.0), "h1": told("on device", 1.0)})
             patch.setattr(request_route, "_TOLD_LIFE_S", -1.0)
             assert await goes_to("h") == "h0/x"
         finally:

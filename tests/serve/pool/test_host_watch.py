@@ -59,7 +59,7 @@ def test_phases_come_from_the_host_and_from_what_is_before_and_after_it() -> Non
     """Without a host it starts; then the first model is planned, built as the host says, connected; others wait."""
 
     async def scenario() -> None:
-        models, host = apps(a="loading", b="loading", c="resident"), Host()
+        models, host = apps(a="loading", b="loading", c="ready"), Host()
         nobody = watching(models, None)
         await nobody._look()
         told = nobody.progress()
@@ -76,10 +76,10 @@ def test_phases_come_from_the_host_and_from_what_is_before_and_after_it() -> Non
         host.building = None
         await watch._look()
         assert {"a": "connecting", "b": "waiting"} == phases(watch.progress())
-        models["a"].state = "resident"
+        models["a"].state = "ready"
         await watch._look()
         assert {"b": "planning"} == phases(watch.progress())
-        models["b"].state = "resident"
+        models["b"].state = "ready"
         assert watch.progress() is None
 
     asyncio.run(scenario())
@@ -96,7 +96,7 @@ def test_a_busy_host_is_asked_once_and_its_last_state_is_told(monkeypatch: pytes
 
     async def scenario() -> None:
         host = Host()
-        watch = watching(apps(a="resident"), host)
+        watch = watching(apps(a="ready"), host)
         assert await watch.state() is None
         assert await watch.state() is None
         assert 1 == host.asked
@@ -119,7 +119,7 @@ def test_a_free_host_is_asked_by_everybody() -> None:
     async def scenario() -> None:
         host = Host()
         host.free.set()
-        watch = watching(apps(a="resident"), host)
+        watch = watching(apps(a="ready"), host)
         answers = await asyncio.gather(watch.state(), watch.state(), watch.state())
         assert [1, 2, 3] == sorted(answer["switches"] for answer in answers if answer)
         assert {0.0} == {answer["age_s"] for answer in answers if answer}
@@ -164,27 +164,27 @@ def test_loading_and_draining_are_logged_once_per_change(caplog: pytest.LogCaptu
 
 
 def test_models_are_off_while_the_pulse_of_their_host_is_overdue() -> None:
-    """They are unavailable and not being loaded meanwhile, and resident again with the pulse; others stay."""
+    """They are unavailable and not being loaded meanwhile, and ready again with the pulse; others stay."""
 
     async def scenario() -> None:
-        models, host, guard = apps(a="resident", b="draining", c="loading"), Host(), Guard(is_overdue=True)
+        models, host, guard = apps(a="ready", b="draining", c="loading"), Host(), Guard(is_overdue=True)
         watch = HostWatch(models, lambda: host.call, lambda: guard)  # type: ignore[arg-type, return-value]
         await watch._look()
         assert ["unavailable", "draining", "loading"] == [model.state for model in models.values()]
         assert {"c"} == set((watch.progress() or {})["loading"])
         guard.is_overdue = False
         await watch._look()
-        assert ["resident", "draining", "loading"] == [model.state for model in models.values()]
+        assert ["ready", "draining", "loading"] == [model.state for model in models.values()]
 
     asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("is_new", [False, True])
 def test_models_of_a_host_that_died_overdue_come_up_with_the_next_one_only(is_new: bool) -> None:
-    """Neither the dead host's guard nor that of a host that has not loaded them yet makes them resident."""
+    """Neither the dead host's guard nor that of a host that has not loaded them yet makes them ready."""
 
     async def scenario() -> None:
-        models, guards = apps(a="resident"), [Guard(is_overdue=True)]
+        models, guards = apps(a="ready"), [Guard(is_overdue=True)]
         watch = HostWatch(models, lambda: None, lambda: guards[-1])  # type: ignore[arg-type, return-value]
         await watch._look()
         if is_new:
@@ -203,7 +203,7 @@ def test_a_state_that_is_known_is_told_without_asking_a_host_that_is_overdue() -
     """Nobody waits for a host that hangs: the last state is there, with its age."""
 
     async def scenario() -> None:
-        models, host, guard = apps(a="resident"), Host(), Guard(is_overdue=False)
+        models, host, guard = apps(a="ready"), Host(), Guard(is_overdue=False)
         watch = HostWatch(models, lambda: host.call, lambda: guard)  # type: ignore[arg-type, return-value]
         host.free.set()
         await watch.state()

@@ -32,7 +32,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Test], Non
     return lambda test: asyncio.run(with_pool(test))
 
 
-ALL_SERVE = {"a": "resident", "b": "resident", "c": "resident"}
+ALL_SERVE = {"a": "ready", "b": "ready", "c": "ready"}
 A_FAILED = ALL_SERVE | {"a": "failed"}
 
 
@@ -221,10 +221,10 @@ def test_a_model_can_be_removed_while_it_loads(run) -> None:
         starting = asyncio.create_task(w.pool.start())
         await w.until(lambda: "b" in w.loads)
         removals = [asyncio.create_task(w.operator.remove_model(name, 0.0)) for name in "bc"]
-        await w.until(lambda: w.states == {"a": "resident", "b": "draining", "c": "draining"})
+        await w.until(lambda: w.states == {"a": "ready", "b": "draining", "c": "draining"})
         w.gates["b"].set()
         await asyncio.gather(starting, *removals)
-        assert w.states == {"a": "resident"} and w.host.models == ["a"] and "c" not in w.loads
+        assert w.states == {"a": "ready"} and w.host.models == ["a"] and "c" not in w.loads
 
     run(test)
 
@@ -241,7 +241,7 @@ def test_a_model_can_be_removed_while_there_is_no_host(run) -> None:
         await w.until(lambda: w.states.get("c") in ("draining", None))
         w.hold.set()
         await removing
-        await w.until(lambda: w.states == {"a": "resident", "b": "resident"})
+        await w.until(lambda: w.states == {"a": "ready", "b": "ready"})
         assert w.host.models == ["a", "b"]
 
     run(test)
@@ -294,7 +294,7 @@ def test_a_client_that_died_is_no_resident_model(run) -> None:
         w.client("a").on_fault("the client died")
         assert w.states == A_FAILED and w.pool.ready
         w.host.die()
-        await w.until(lambda: len(w.hosts) == 2 and w.states["c"] == "resident")
+        await w.until(lambda: len(w.hosts) == 2 and w.states["c"] == "ready")
         assert w.states == A_FAILED and w.pool.models["a"].app.reason == "the client died"
         w.client("a").on_fault("")
         assert w.states == ALL_SERVE
@@ -368,10 +368,10 @@ def test_a_model_that_no_host_of_a_cluster_takes_is_failed() -> None:
             plan=models["a"].plan, is_served=False, error=HostError("host-0: no file"), client=None
         )
         hosts.show(follower)
-        assert (app.state, app.reason, models.ready) == ("failed", "host-0: no file", False)
+        assert (app.state, app.reason, models.settled) == ("failed", "host-0: no file", False)
         follower.is_served, follower.error, follower.client = True, None, StandInClient(models["a"].plan)
         hosts.show(follower)
-        assert (app.state, app.reason, models.ready) == ("resident", "", True)
+        assert (app.state, app.reason, models.settled) == ("ready", "", True)
         follower.is_served = False
         hosts.show(follower)
         assert app.state == "unavailable"
@@ -391,6 +391,6 @@ def test_a_client_that_died_while_its_host_was_silent_is_not_served_when_that_an
         model.restore()
         assert ("failed", "its client died") == (model.app.state, model.app.reason)
         model.note_client_fault("")
-        assert ("resident", "") == (model.app.state, model.app.reason)
+        assert ("ready", "") == (model.app.state, model.app.reason)
 
     asyncio.run(test())

@@ -74,7 +74,7 @@ def samples(server: PoolServerProcess) -> dict[str, float]:
 def away(server: PoolServerProcess) -> str:
     """A model whose weights are not on the device."""
     models = server.wait_until_idle()["host"]["models"]
-    return next(name for name, model in models.items() if model["state"] == "warm")
+    return next(name for name, model in models.items() if model["state"] == "in host memory")
 
 
 def test_all_streams_of_models_that_do_not_fit_are_answered(server: PoolServerProcess) -> None:
@@ -88,7 +88,7 @@ def test_all_streams_of_models_that_do_not_fit_are_answered(server: PoolServerPr
     assert host["residency"]["switches"] > 0
     assert host["copied_bytes"]["weights_to_device"] > sum(model["weight_bytes"] for model in host["models"].values())
     assert 0 == host["copied_bytes"]["weights_to_host"]
-    assert state["ready"] and {"resident"} == {model["state"] for model in state["models"].values()}
+    assert state["ready"] and {"ready"} == {model["state"] for model in state["models"].values()}
 
 
 def test_the_state_says_where_everything_is(server: PoolServerProcess) -> None:
@@ -100,14 +100,14 @@ def test_the_state_says_where_everything_is(server: PoolServerProcess) -> None:
     assert host["movable_weights"] is True
     assert PAGES == host["num_pages"] == host["num_free_pages"] + sum(sum(pages.values()) for pages in held.values())
     for name, model in host["models"].items():
-        assert model["state"] in ("warm", "resident")
-        assert (model["state"] == "resident") == (model["weight_pages"] > 0)
+        assert model["state"] in ("in host memory", "on device")
+        assert (model["state"] == "on device") == (model["weight_pages"] > 0)
         assert held["weights"].get(name, 0) == model["weight_pages"]
         assert 0 < model["weight_bytes"] <= model["host_bytes"]["weights"]  # and what a checkpoint does not hold
         assert model["kv"] in ("in", "out")
         assert model["costs"]["step_s"] > 0
-        assert (model["costs"]["ready_in_s"] > 0) == (model["state"] == "warm" or model["kv"] == "out")
-    assert any(model["state"] == "warm" for model in host["models"].values())
+        assert (model["costs"]["ready_in_s"] > 0) == (model["state"] == "in host memory" or model["kv"] == "out")
+    assert any(model["state"] == "in host memory" for model in host["models"].values())
     assert any(model["costs"]["errors"] for model in host["models"].values())
     assert host["copy_costs"]["errors"]["to_device"] >= 0
     assert {"token": 1.0, "request": 1.0} == {
@@ -154,7 +154,7 @@ def test_the_metrics_tell_of_switches(server: PoolServerProcess) -> None:
     for kind, nbytes in host["copied_bytes"].items():
         assert nbytes == seen[f'tokenpool:copied_bytes_total{{kind="{kind}"}}']
     for name, model in host["models"].items():
-        for state in ("cold", "fetching", "warm", "loading", "resident"):
+        for state in ("on disk", "reading", "in host memory", "copying", "on device"):
             sample = f'tokenpool:model_state{{model_name="{name}",state="{state}"}}'
             assert float(state == model["state"]) == seen[sample]
         weights = f'tokenpool:host_memory_bytes{{model_name="{name}",use="weights"}}'
@@ -206,7 +206,7 @@ def test_a_model_that_is_off_the_device_is_removed_and_added(
         if other != name:
             complete(server, other)
     name = away(server)
-    text = complete(server, name) if server.model_state(name)["state"] != "warm" else text
+    text = complete(server, name) if server.model_state(name)["state"] != "in host memory" else text
     removed = server.admin("DELETE", f"/models/{name}")
     assert (200, True) == (removed.status_code, removed.json()["removed"])
     host = server.wait_until_idle()["host"]

@@ -94,10 +94,11 @@ function stateOf(row) {
     return { word: waits ? "waits to load" : row.loading.phase, tone: waits ? "open" : "warn", detail: waits ? "" : seconds(row.loading.elapsed_s) };
   }
   if (row.pool === "draining") return { word: "draining", tone: "warn", detail: `${row.inflight} left` };
-  if (row.pool !== "resident") return { word: row.pool, tone: row.pool === "loading" ? "warn" : "bad", detail: row.reason };
+  if (row.pool === "cold") return { word: "cold", tone: "open", detail: "" };
+  if (row.pool !== "ready") return { word: row.pool, tone: row.pool === "loading" ? "warn" : "bad", detail: row.reason };
   const kinds = [...new Set(row.weights)];
-  const word = kinds.length > 1 ? kinds.map((k) => `${row.weights.filter((w) => w === k).length} ${k}`).join(", ") : kinds[0] ?? "resident";
-  const tone = kinds.includes("resident") ? "good" : kinds.some((k) => k === "loading" || k === "fetching") ? "warn" : "open";
+  const word = kinds.length > 1 ? kinds.map((k) => `${row.weights.filter((w) => w === k).length} ${k}`).join(", ") : kinds[0] ?? "ready";
+  const tone = kinds.includes("on device") ? "good" : kinds.some((k) => k === "copying" || k === "reading") ? "warn" : "open";
   return { word, tone, detail: row.kvOut ? "KV out" : "" };
 }
 

@@ -168,7 +168,7 @@ function showFigures(hosts, rows) {
   const budget = sum(pages.map((h) => h.host_memory?.budget_bytes ?? 0)), left = sum(pages.map((h) => h.host_memory?.free_bytes ?? 0));
   const used = (part, whole) => (whole ? 1 - part / whole : null);
   figures([
-    ["Models ready", rows.filter((r) => r.pool === "resident").length, `of ${rows.length}`],
+    ["Models ready", rows.filter((r) => r.pool === "ready").length, `of ${rows.length}`],
     ["Goodput", rate(sum(rows.map((r) => r.goodput))), "tok/s", "on time, last 10 s"],
     ["On time", percent(attainment), "", withSlo.length || !rows.some((r) => r.known) ? "of tokens, last minute" : "no model has an slo"],
     ["Requests", sum(rows.map((r) => r.running)), "running", `${sum(rows.map((r) => r.waiting))} waiting`],

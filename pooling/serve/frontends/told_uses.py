@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What frontends have of models, as their supervisor knows it: who waits for one, and who uses it."""
+
+from __future__ import annotations
+
+import math
+
+from tokenpool.serve.access.holding import Hold
+from tokenpool.serve.frontends.frontend_view import ModelUse
+from tokenpool.serve.pool.models import Models, PoolModel
+
+
+class ToldHold(Hold):
+    """The requests that wait in all frontends."""
+
+    def __init__(self) -> None:
+        Hold.__init__(self)
+        self.told: dict[int, ModelUse] = {}
+        """By pid of the frontend."""
+
+    def __len__(self) -> int:
+        """See Hold."""
+        return sum(use.num_held for use in self.told.values())
+
+    @property
+    def due_s(self) -> float:
+        """See Hold."""
+        return min((use.due_s for use in self.told.values()), default=math.inf)
+
+    @property
+    def since_s(self) -> float:
+        """See Hold."""
+        return min((use.since_s for use in self.told.values()), default=math.inf)
+
+
+class ToldUses:
+    """Keeps what frontends tell with the models."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+
+    def tell(self, pid: int, uses: dict[str, ModelUse]) -> None:
+        """A frontend tells what it has of some models; of the others it has what it had."""
+        for name, use in uses.items():
+            if (model := self._models.get(name)) is None or not isinstance(model.app.hold, ToldHold):
+                continue
+            model.app.hold.told[pid] = use
+            model.app.last_used_s = max(model.app.last_used_s, use.last_used_s)
+            self._count(model, model.app.hold)
+
+    def forget(self, pid: int) -> None:
+        """A frontend is gone."""
+        for model in self._models.values():
+            if isinstance(model.app.hold, ToldHold) and model.app.hold.told.pop(pid, None) is not None:
+                self._count(model, model.app.hold)
+
+    def _count(self, model: PoolModel, hold: ToldHold) -> None:
+        model.app.inflight = sum(use.inflight for use in hold.told.values())
+        if len(hold):
+            model.app.want()
+
+
+def use_of(model: PoolModel) -> ModelUse:
+    """What this frontend has of a model."""
+    app, client = model.app, model.client
+    inflight = app.inflight + (client.num_unfinished if client is not None else 0)
+    return ModelUse(len(app.hold), app.hold.due_s, app.hold.since_s, inflight, app.last_used_s)

@@ -139,6 +139,15 @@ def test_probes_ask_open_routes(manifests):
     assert {probe["path"] for probe in probes.values()} <= OPEN_PATHS
 
 
+def test_a_rollout_can_wait_for_the_models(helm):
+    """With `probes.untilLoaded` a new pod is started when no model is on its way."""
+    (server,) = (
+        c for component, _, c in containers(render("--set", "probes.untilLoaded=true")) if component == "server"
+    )
+    assert server["startupProbe"]["httpGet"]["path"] == "/ready?all=1"
+    assert server["readinessProbe"]["httpGet"]["path"] == "/ready"
+
+
 def test_the_pool_file_is_read_by_our_own_loader(manifests, tmp_path, monkeypatch):
     """It holds every model, and keys as references only; in a cluster one host per worker pod."""
     config = load(manifests, tmp_path, monkeypatch)

@@ -239,6 +239,7 @@ async def stand_in_pool(
     patch.setattr(local_hosts, "_SILENT_END_LIMIT_S", 0.02)
     patch.setattr(local_hosts, "HostProcess", SimpleNamespace(start=world.start_host))
     patch.setattr(local_hosts, "ModelClient", StandInClient)
+    patch.setattr(ModelPlan, "engine_config", lambda plan: SimpleNamespace())
     plans = [plan_of(name, **(of_models or {})) for name in names]
     models = tuple(plan.spec for plan in plans)
     settings = {"device_memory": 1 << 30, "host_memory": 1 << 30, "shutdown_timeout_s": 0.2} | settings

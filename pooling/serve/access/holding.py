@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive
@@ -147,7 +147,7 @@ class Hold:
         self, waiter: _Waiter, gone: asyncio.Task[None] | None, model: Held, stream: HeldStream | None
     ) -> bool:
         """Wait until the waiter is let in; False if its client has gone. Raises RefusedError."""
-        ends = {waiter.news} if gone is None else {waiter.news, gone}
+        ends: set[asyncio.Future[Any]] = {waiter.news} if gone is None else {waiter.news, gone}
         while True:
             left_s = waiter.until_s - time.monotonic()
             if left_s <= 0:

@@ -137,7 +137,8 @@ class ModelClient:
 
     async def _build_app(self) -> None:
         tasks = await self.engine.get_supported_tasks()
-        self.app = app = build_app(without_port_flags(self.plan.args), tasks, self.engine.model_config)
+        flags = without_port_flags(self.plan.args)
+        self.app = app = await asyncio.to_thread(build_app, flags, tasks, self.engine.model_config)
         drop_port_parts(app)
         stop_at_first_faults(app)
         await init_app_state(self.engine, app.state, self.plan.args, tasks)

@@ -123,7 +123,8 @@ class ClusterEngines:
 
     async def _make(self, model: PoolModel, standing: ModelStanding) -> None:
         tell, index = self._hosts.ask_as_this, self._hosts.settings.index
-        follower = FrontendModel(standing.plan, standing.version, tell, self._endpoints, self._show, client_index=index)
+        plan = self._hosts.plan_of(model.name, standing)
+        follower = FrontendModel(plan, standing.version, tell, self._endpoints, self._show, client_index=index)
         follower.on_fault = model.note_client_fault
         await follower.prepare()
         self._followers[model.name] = follower

@@ -30,6 +30,7 @@ from tokenpool.serve.frontends.frontend_view import (
     sendable,
 )
 from tokenpool.serve.frontends.told_uses import use_of
+from tokenpool.serve.launch.model_plan import ModelPlan
 from tokenpool.serve.pool.host_watch import Call, HostWatch, follow_forecasts
 from tokenpool.serve.pool.models import Models, PoolModel
 
@@ -180,8 +181,12 @@ class FollowedHosts:
         for name in self.models.keys() - view.models.keys():
             self.begin(name, self._forget(self.models[name]))
         for name, standing in view.models.items():
-            model = self.models.get(name) or self.models.add(standing.plan)
+            model = self.models.get(name) or self.models.add(self.plan_of(name, standing))
             self.engines.follow(model, standing, view)
+
+    def plan_of(self, name: str, standing: ModelStanding) -> ModelPlan:
+        """The plan of a model that stands so."""
+        return standing.plan or next(plan for plan in self.settings.plans if plan.spec.name == name)
 
     def take_state(self, model: PoolModel, standing: ModelStanding, is_here: bool) -> None:
         """Let the router show the model as it stands; `is_here` = it takes requests from this frontend."""

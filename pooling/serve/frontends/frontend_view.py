@@ -76,7 +76,8 @@ class HostAddress:
 class ModelStanding:
     """One model, as the supervisor sees it."""
 
-    plan: ModelPlan
+    plan: ModelPlan | None
+    """None = the one of its name in the settings: a large catalogue is not sent with each view."""
     state: Life
     drain_s: float
     """While it drains: how long its requests may take."""

@@ -74,6 +74,8 @@ class Frontends:
         self._sock = sock
         self._sockets = tempfile.mkdtemp(prefix="tokenpool-")  # mode 0700: only this user reaches them
         config, plans = pool.config, [model.plan_to_send for model in pool.models.values()]
+        for model in pool.models.values():
+            model.is_told = True
         self._settings = FrontendSettings(0, config, plans, self._sockets, secrets.token_bytes(32), address)
         self._limits: SharedLimits | None = None
         if config.tenants:

@@ -97,7 +97,7 @@ def standing_of(model: PoolModel, *, host_pid: int = 0, version: int = 0, birth:
     drain_s = model.client.drain_s if isinstance(model.client, SharedClients) else 0.0
     given_up = model.is_given_up or (model.is_leaving and model.error is not None)
     app = model.app
-    resting = app.is_resting
+    resting, plan = app.is_resting, None if model.is_told else model.plan_to_send
     return ModelStanding(
-        model.plan_to_send, app.state, drain_s, host_pid, app.reason, given_up, version, is_resting=resting, birth=birth
+        plan, app.state, drain_s, host_pid, app.reason, given_up, version, is_resting=resting, birth=birth
     )

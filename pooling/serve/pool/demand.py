@@ -18,7 +18,7 @@ from tokenpool.metric_registry import metric
 from tokenpool.model_life import Life
 from tokenpool.process.ending import within
 from tokenpool.process.metric_files import forget_models
-from tokenpool.serve.pool.hosts import ManagedHosts
+from tokenpool.serve.pool.local_hosts import LocalHosts
 from tokenpool.serve.pool.models import Models, PoolModel
 
 logger = logging.getLogger(__name__)
@@ -34,10 +34,11 @@ _LOADS, _UNLOADS = metric("demand_loads").make(), metric("unloads").make()
 class Demand:
     """What is loaded of a pool; lives on its event loop."""
 
-    def __init__(self, models: Models, hosts: ManagedHosts, max_loaded: int | None) -> None:
+    def __init__(self, models: Models, hosts: LocalHosts, max_loaded: int | None) -> None:
         self._models = models
         self._hosts = hosts
         self._max_loaded = max_loaded
+        hosts.make_room = self.give_way
 
     async def run(self) -> None:
         """Look when a request begins to wait, and now and then, until cancelled."""
@@ -61,8 +62,11 @@ class Demand:
         wanted = [model for model in self._models.to_load() if model.client is None and len(model.app.hold)]
         wanted = [model for model in wanted if model.app.state in _TO_LOAD]
         if wanted and await self.make_room(wanted[0]):
-            _LOADS.inc()
-            await self._hosts.retry(wanted[0])
+            try:
+                await self._hosts.retry(wanted[0])
+                _LOADS.inc(wanted[0].client is not None)
+            except PoolError as error:  # the host ended: the next one loads what is waited for
+                logger.debug("no success model=%s: %s", wanted[0].name, error)
 
     def _forget_unwanted(self) -> None:
         """Those for which nobody waits any more are cold again before anything of them is built."""
@@ -113,10 +117,15 @@ class Demand:
         loaded = self._models.loaded()
         if not rule.at_start or self._max_loaded is None or len(loaded) < self._max_loaded:
             return
-        for model in loaded:
+        if not await self.give_way():
+            raise CapacityError(f"max_loaded is {self._max_loaded}, and what is loaded is kept or in use")
+
+    async def give_way(self) -> bool:
+        """Unload the one that has been idle for longest; returns whether there is one. The caller holds `changing`."""
+        for model in self._models.loaded():
             if self._may_go(model) and model.is_idle and await self._unload(model):
-                return
-        raise CapacityError(f"max_loaded is {self._max_loaded}, and all that are loaded are kept or in use")
+                return True
+        return False
 
     async def _unload(self, model: PoolModel) -> bool:
         if self._models.get(model.name) is not model or model.is_leaving or (client := model.client) is None:

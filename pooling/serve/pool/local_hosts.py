@@ -41,6 +41,10 @@ Loader = Callable[[PoolModel, HostProcess], Awaitable[Client]]
 """Loads a model in a host and returns what its requests go through, the same with each host; raises PoolError."""
 
 
+async def _no_room() -> bool:
+    return False
+
+
 async def load_here(model: PoolModel, host: HostProcess) -> Client:
     """Load a model whose requests go through this process."""
     if (client := model.client) is None:
@@ -72,6 +76,8 @@ class LocalHosts:
         """See Hosts."""
         self.count_requests: Callable[[], Awaitable[Mapping[str, int]]] = self._count_here
         """How many accepted requests each model has that are not finished."""
+        self.make_room: Callable[[], Awaitable[bool]] = _no_room
+        """Unloads a model that nobody uses, with `changing` held; returns whether there was one."""
         self.watch = HostWatch(
             models.apps,
             lambda: self.process.call if self.process else None,
@@ -212,13 +218,11 @@ class LocalHosts:
                 return  # somebody was faster
             if model.app.state == Life.COLD:
                 return  # it was unloaded, or nobody waits for it any more
-            try:
-                await self.add(model)
-                if not self._host.ended:
-                    return
-                error: Exception = HostError("the engine host ended")
-            except Exception as caught:  # of vLLM's making, too: it is the model's failure, unless the host ended
-                error = caught
+            error = await self._try_to_add(model)
+            while isinstance(error, CapacityError) and await self.make_room():
+                error = await self._try_to_add(model)
+            if error is None:
+                return
             if await self._ends_soon(_SILENT_END_LIMIT_S if isinstance(error, HostError) else _END_LIMIT_S):
                 model.note_host_death()
                 if model.is_given_up:
@@ -230,6 +234,13 @@ class LocalHosts:
             model.fail(error, took_s=time.monotonic() - began_s)
             if model.is_leaving:
                 model.fail_requests()
+
+    async def _try_to_add(self, model: PoolModel) -> Exception | None:
+        try:
+            await self.add(model)
+        except Exception as caught:  # of vLLM's making, too: it is the model's failure, unless the host ended
+            return caught
+        return HostError("the engine host ended") if self._host.ended else None
 
     async def add(self, model: PoolModel) -> None:
         """See Hosts."""

@@ -62,6 +62,8 @@ class PoolModel:
     """The host process that has it, or had it last; 0 without one of this machine."""
     client_fault: str = ""
     """Why its client in this process is not there; empty while it is."""
+    is_told: bool = False
+    """Whether several frontends, if there are, have its plan from the start on."""
     is_leaving: bool = False
     """Whether somebody waits for its removal."""
     is_unwanted: bool = False

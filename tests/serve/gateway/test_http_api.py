@@ -405,3 +405,13 @@ def test_version_and_ready(pool_server: PoolServerProcess) -> None:
     assert {"version", "tokenpool"} == set(version)
     assert re.fullmatch(r"\d+\.\d+.*", version["version"])
     assert dict.fromkeys(POOL_MODELS, "ready") == pool_server.request("GET", "/ready").json()
+
+
+def test_ready_of_one_model_and_of_all(pool_server: PoolServerProcess) -> None:
+    """`?model=` asks for one model, whom a client without a key cannot find out about; `?all=1` for all of them."""
+    one = pool_server.request("GET", "/ready?model=qwen2")
+    assert (200, {"qwen2": "ready"}) == (one.status_code, one.json())
+    assert 404 == pool_server.request("GET", "/ready?model=nobody").status_code
+    assert 200 == pool_server.request("GET", "/ready?all=1").status_code
+    asked = [httpx.get(f"{pool_server.base_url}/ready?model={name}") for name in ("qwen2", "nobody")]
+    assert [(200, {"ready": True}), (503, {"ready": False})] == [(one.status_code, one.json()) for one in asked]

@@ -30,8 +30,10 @@ ON_DEMAND = {"load": "on_demand"}
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run a test on an event loop of its own, with a pool of the models a, b and c, which are loaded on demand."""
     from tests.helpers.stand_ins import stand_in_pool
+    from tokenpool.process.keeper import Backoff
     from tokenpool.serve.pool import demand
 
+    monkeypatch.setattr(Backoff, "next_s", lambda self: 0.01)
     monkeypatch.setattr(demand, "LOOK_S", 0.002)
     monkeypatch.setattr(demand, "PATIENCE_S", 0.02)
 

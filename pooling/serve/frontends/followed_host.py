@@ -84,7 +84,7 @@ class HostEngines:
     def follow(self, model: PoolModel, standing: ModelStanding, view: SupervisorView) -> None:
         """See Engines."""
         is_here = standing.host_pid != 0 and self._joined.get(model.name) == (standing.host_pid, standing.birth)
-        is_old = model.client is not None and self._births.get(model.name) != standing.birth
+        is_old = model.client is not None and self._births.get(model.name, 0) != standing.birth
         if is_old and standing.state != Life.DRAINING:
             self._hosts.begin(model.name, self._hosts.chill(model))
         elif standing.host_pid and not is_here and self._host is not None:

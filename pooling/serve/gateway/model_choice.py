@@ -14,6 +14,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from tokenpool.errors import show
+from tokenpool.model_life import Life
 from tokenpool.serve.access.auth import scope_below, touches_pool_api
 from tokenpool.serve.access.refused import RefusedError, bad_request, not_found
 from tokenpool.serve.access.tenants import Account
@@ -122,7 +123,9 @@ class ModelChoice:
     def _any(self) -> ModelApp:
         if not self._models:
             raise self._needed()
-        return _first_ready(self._models)
+        if (model := _first_ready(self._models)).state == Life.COLD:
+            raise self._needed()  # none is loaded for what any could answer
+        return model
 
     def _unknown(self, name: str) -> RefusedError:
         if self._account is not None:

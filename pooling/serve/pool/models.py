@@ -292,8 +292,9 @@ class Models(Mapping[str, PoolModel]):
 
     @property
     def settled(self) -> bool:
-        """Whether no model is on its way."""
-        return {model.app.state for model in self.values()} <= {Life.READY, Life.COLD, Life.FAILED}
+        """Whether no model is on its way, and not all have failed."""
+        states = {model.app.state for model in self.values()}
+        return states <= {Life.READY, Life.COLD, Life.FAILED} and not self.have_failed
 
 
 def reason_of(error: BaseException) -> str:

@@ -332,7 +332,7 @@ def test_models_come_and_go() -> None:
         router.remove("b")
 
 
-@pytest.mark.parametrize("state", ["loading", "draining", "unavailable", "failed"])
+@pytest.mark.parametrize("state", ["draining", "unavailable", "failed"])
 @pytest.mark.parametrize(
     ("retry_after_s", "header"),
     [(0.0, "1"), (1.2, "2"), (30.0, "30"), (float("inf"), "3600"), (float("nan"), "1")],

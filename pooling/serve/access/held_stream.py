@@ -7,8 +7,9 @@ of streams that have begun. Imports no vLLM.
 
 from __future__ import annotations
 
-import json
+from typing import Any
 
+import msgspec
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -22,15 +23,21 @@ _HEAD: Message = {
 }
 
 
+class _StreamField(msgspec.Struct):
+    stream: Any = None
+
+
+_DECODE = msgspec.json.Decoder(_StreamField).decode
+
+
 def asks_for_stream(path: str, body: bytes) -> bool:
     """Whether the answer is a stream of events; reads the whole body."""
     if not path.endswith(_PATHS) or b'"stream"' not in body:
         return False
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
+        return _DECODE(body).stream is True
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return False
-    return isinstance(fields, dict) and fields.get("stream") is True
 
 
 class HeldStream:

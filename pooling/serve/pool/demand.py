@@ -27,6 +27,7 @@ LOOK_S = 0.1
 PATIENCE_S = 5.0
 """So long a request waits for a model that is to be idle before one is asked to finish."""
 _CLOSE_S = 3.0
+_FINISH_LIMIT_S, _FINISH_LOOK_S = 5.0, 0.01
 _TO_LOAD = (Life.LOADING, Life.UNAVAILABLE)
 _LOADS, _UNLOADS = metric("demand_loads").make(), metric("unloads").make()
 
@@ -73,8 +74,7 @@ class Demand:
         if self._models.changing.locked():
             return  # something is being built, perhaps one of them
         for model in self._models.values():
-            is_wanted = model.client is not None or not model.is_on_demand or len(model.app.hold)
-            if model.app.state in _TO_LOAD and not is_wanted:
+            if model.app.state in _TO_LOAD and not model.is_wanted:
                 model.app.move(Life.COLD)
 
     def _may_go(self, model: PoolModel) -> bool:
@@ -87,7 +87,7 @@ class Demand:
             return True
         for model in loaded:
             if self._may_go(model) and model.is_idle:
-                return await self.unload(model)
+                return await self.unload(model) and len(self._models.loaded()) < self._max_loaded
         if any(model.app.is_resting for model in loaded) or time.monotonic() - wanted.app.hold.since_s < PATIENCE_S:
             return False
         busy = [model for model in loaded if self._may_go(model)]
@@ -122,10 +122,16 @@ class Demand:
 
     async def give_way(self) -> bool:
         """Unload the one that has been idle for longest; returns whether there is one. The caller holds `changing`."""
-        for model in self._models.loaded():
-            if self._may_go(model) and model.is_idle and await self._unload(model):
-                return True
-        return False
+        idle = [model for model in self._models.loaded() if self._may_go(model) and model.is_idle]
+        if not idle:
+            return False
+        self._rest(idle[0])
+        deadline_s = time.monotonic() + _FINISH_LIMIT_S
+        while (
+            not idle[0].has_finished and time.monotonic() < deadline_s
+        ):  # several frontends say so one after the other
+            await asyncio.sleep(_FINISH_LOOK_S)
+        return await self._unload(idle[0])
 
     async def _unload(self, model: PoolModel) -> bool:
         if self._models.get(model.name) is not model or model.is_leaving or (client := model.client) is None:

@@ -86,6 +86,13 @@ class PoolModel:
         return self.host_deaths >= MAX_HOST_DEATHS or self.is_unwanted
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether it is to be loaded: by itself, or for those who use it or wait for it."""
+        if self.client is not None or not self.is_on_demand:
+            return self.app.state != Life.COLD
+        return self.app.state in (Life.LOADING, Life.UNAVAILABLE) and len(self.app.hold) > 0
+
+    @property
     def has_finished(self) -> bool:
         """Whether it is loaded and has no request."""
         return self.client is not None and not self.app.inflight and not self.client.num_unfinished
@@ -260,7 +267,7 @@ class Models(Mapping[str, PoolModel]):
 
         What its forerunners died of comes last, and before it first what requests wait for, the most urgent ones.
         """
-        wanted = [m for m in self.values() if m.is_settled and not m.is_given_up and m.app.state != Life.COLD]
+        wanted = [m for m in self.values() if m.is_settled and not m.is_given_up and m.is_wanted]
         return sorted(wanted, key=lambda model: (model.host_deaths, model.app.hold.due_s))
 
     def loaded(self) -> list[PoolModel]:

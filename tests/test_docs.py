@@ -17,6 +17,7 @@ from deploy.reference.__main__ import generated
 from deploy.reference.keys import SECTIONS
 from tokenpool.config import PoolConfig
 from tokenpool.metric_registry import METRICS
+from tokenpool.model_life import Life
 from tokenpool.sections import keys_of
 
 pytestmark = pytest.mark.cpu
@@ -33,6 +34,12 @@ CODE = [
 ]
 RESULTS = ROOT / "bench/results"
 MOST_LINES = 200
+
+
+def test_each_state_of_a_models_life_is_told() -> None:
+    """docs/routes.md has a row for each state of the table, and no other one."""
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \|$", (DOCS / "routes.md").read_text(), re.MULTILINE)
+    assert [*map(str, Life)] == [row for row in rows if row in {*map(str, Life)} | {"resident"}]
 
 
 def prose(path: Path) -> str:

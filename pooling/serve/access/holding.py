@@ -125,23 +125,25 @@ class Hold:
         due_s = min(self.ttft_s, self.limit_s)
         waiter = _Waiter(now_s + due_s, now_s + self.limit_s, loop.create_future())
         self._waiters[waiter] = None
-        gone = asyncio.create_task(_disconnect(receive)) if receive is not None else None
         try:
-            while not model.is_ready:
+            while not model.is_ready:  # nothing is awaited after that, or the model might leave before it is used
                 if not model.may_come:
                     raise RefusedError(model.refusal())
                 if waiter.news.done():
                     waiter.news = loop.create_future()
                 model.want()
-                if not await self._news(waiter, gone, model, stream):
-                    return False
+                gone = asyncio.create_task(_disconnect(receive)) if receive is not None else None
+                try:
+                    if not await self._news(waiter, gone, model, stream):
+                        return False
+                finally:
+                    if gone is not None:
+                        gone.cancel()
+                        with contextlib.suppress(asyncio.CancelledError):
+                            await gone
             return True
         finally:
             del self._waiters[waiter]
-            if gone is not None:
-                gone.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await gone
 
     async def _news(
         self, waiter: _Waiter, gone: asyncio.Task[None] | None, model: Held, stream: HeldStream | None

@@ -225,10 +225,10 @@ def test_a_model_can_be_added_cold(run, monkeypatch: pytest.MonkeyPatch) -> None
 
     checked: list[str] = []
     monkeypatch.setattr(pool_operator, "plan_added", lambda spec, *_: plan_of(spec.name, **ON_DEMAND))
-    monkeypatch.setattr(ModelPlan, "engine_config", lambda self: checked.append(self.spec.name))
 
     async def test(w: World) -> None:
         await w.pool.start()
+        monkeypatch.setattr(ModelPlan, "engine_config", lambda self: checked.append(self.spec.name))
         await w.operator.add_model(plan_of("d", **ON_DEMAND).spec)
         assert w.states["d"] == "cold" and checked == ["d"] and w.loads == []
         assert await Asked(w, "d").status() == 200

@@ -59,6 +59,8 @@ class HostWatch:
         self._guard = guard
         self._restore = restore or self._serve_again
         self._hushed: tuple[HostGuard | None, set[str]] = (None, set())  # whose host was overdue, and its models
+        self.is_overdue = False
+        """Whether the host's pulse is, and models were taken off for it."""
         self.stopping = False
         """Whether all models are being drained."""
         self._build: dict[str, Any] | None = None
@@ -180,6 +182,7 @@ class HostWatch:
                     self._restore(model.name)
             names = set()
         self._hushed = guard, names
+        self.is_overdue = guard.is_overdue and not guard.is_over
 
     def _serve_again(self, name: str) -> None:
         self._models[name].state = Life.READY

@@ -95,8 +95,7 @@ class LocalHosts:
     @property
     def is_alive(self) -> bool:
         """See Hosts."""
-        host = self.process
-        return host is not None and not host.ended and (host.guard is None or not host.guard.is_overdue)
+        return self.process is not None and not self.process.ended and not self.watch.is_overdue
 
     @property
     def has_started(self) -> bool:

@@ -54,7 +54,7 @@ def make_pool(*names: str) -> tuple[TestClient, Operator]:
     outer.state.operator = operator
     router = ModelRouter(outer, max_request_bytes=1 << 20)
     for name in names:
-        router.add(ModelApp(name, make_app(name), "resident"))
+        router.add(ModelApp(name, make_app(name), "ready"))
     models = [{"name": name, "model": "org/a"} for name in names]
     keys = {f"{kind}_key": f"{prefix}-key-0123456789" for kind, prefix in
             (("api", "client"), ("view", "view"), ("admin", "admin"))}  # fmt: skip

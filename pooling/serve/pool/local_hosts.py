@@ -217,6 +217,8 @@ class LocalHosts:
                 return  # somebody was faster
             if model.app.state == Life.COLD:
                 return  # it was unloaded, or nobody waits for it any more
+            if self._host.ended:
+                raise HostError("the engine host ended")  # before this model had a part in it
             error = await self._try_to_add(model)
             while isinstance(error, CapacityError) and await self.make_room():
                 error = await self._try_to_add(model)

@@ -189,9 +189,7 @@ def make_tiny_model(kind: str, directory: Path | str, *, seed: int | None = None
             model = random_model(KINDS[kind](), seed)
         else:
             made_by, tokens = more.auto_class, len(more.tokens)
-            model = random_model(
-                KINDS[kind](), seed, auto_class=made_by, num_media_tokens=tokens, factors=more.factors
-            )
+            model = random_model(KINDS[kind](), seed, auto_class=made_by, num_media_tokens=tokens, factors=more.factors)
         model.save_pretrained(target)
         if more is not None:
             _finish(target, more)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,8 +58,8 @@ class Kind:
     """The kind of `tokenpool.demo.tiny_models` that this is; the fields above are not used then."""
     media: str | None = None
     """What its prompts hold beside text, as `tests.helpers.inputs.media.prompt_with` names it."""
-    group: str | None = None
-    """Table in the page; by default what the task says."""
+    scheme: str | None = None
+    """How its weights are quantised; see `quantise`."""
 
 
 def pooling(config: str, task: str, auto: str, more: Mapping[str, Any] | None = None, **fields: Any) -> Kind:
@@ -74,7 +75,18 @@ def make(kind: Kind, name: str, directory: Path, seed: int) -> Path:
 
         return make_tiny_model(kind.demo, directory)
     marker = {"format": 1, "kind": name, "seed": seed, "fields": repr(kind)}
-    write_once(directory, marker, lambda target: _write(kind, target, seed))
+
+    def write(target: Path) -> None:
+        if kind.scheme is None:
+            _write(kind, target, seed)
+            return
+        from tests.models.quantise import quantise
+
+        with tempfile.TemporaryDirectory() as base:
+            _write(kind, Path(base), seed)
+            quantise(Path(base), target, kind.scheme)
+
+    write_once(directory, marker, write)
     return directory
 
 

@@ -99,9 +99,6 @@ def _in_turn(pooled: Any, case: Case) -> Iterator[RequestSpec]:
 
 
 def _prepare() -> None:
-    from vllm.model_executor.models import registry
-
-    registry._run_in_subprocess = lambda inspect: inspect()
     import tests.helpers.pooled
     import tests.host.test_switching
 

@@ -26,10 +26,9 @@ from tests.models import page
 from tests.models.forks import ROOT, run_pieces
 from tests.models.kind import Kind
 from tests.models.table import KINDS
-from tests.models.verdict import FEW_TOKENS, compare, distinct_tokens
+from tests.models.verdict import compare, distinct_tokens
 
 FOLDER = ROOT / "build" / "models"
-RESULTS = ROOT / "bench" / "results" / "models_cpu.json"
 COMPANION = "llama"
 """Shares a pool with a kind that is tried alone."""
 NUM_REQUESTS, NUM_TOKENS = 4, 40
@@ -118,7 +117,12 @@ def groups_of(tried: Iterable[Tried]) -> list[list[Tried]]:
     groups: list[list[Tried]] = []
     for one in ordered:
         last = groups[-1] if groups else []
-        if last and len(last) < GROUP and last[0].page == one.page and one.pages(one.page) <= 2 * last[0].pages(one.page):
+        if (
+            last
+            and len(last) < GROUP
+            and last[0].page == one.page
+            and one.pages(one.page) <= 2 * last[0].pages(one.page)
+        ):
             last.append(one)
         else:
             groups.append([one])
@@ -186,7 +190,7 @@ def _note(entries: dict[str, Answer], group: list[Tried], answer: Answer) -> Non
 
 
 def _alone(entries: dict[str, Answer], tried: dict[str, Tried], folder: Path) -> None:
-    """Compare those that differ request by request: batches are not the same in a pool, and some kinds depend on them."""
+    """Compare those that differ request by request: a pool has other batches, and some kinds depend on them."""
     differ = [one for name, one in tried.items() if name in entries and entries[name].get("same") is False]
     if not differ:
         return
@@ -196,25 +200,15 @@ def _alone(entries: dict[str, Answer], tried: dict[str, Tried], folder: Path) ->
     pools = run_pools(groups, folder / "pools-alone", alone=True)
     for (one, answer), (single, _), pool in zip(ran, groups, pools, strict=True):
         own = compare(one.results, answer["results"])
-        noise = {"plain_alone": own.equal + own.close, "plain_noise": own.largest, "in_batch": entries[one.case.name]["equal"]}
+        noise = {
+            "plain_alone": own.equal + own.close,
+            "plain_noise": own.largest,
+            "in_batch": entries[one.case.name]["equal"],
+        }
         if own.same and own.equal == own.total:
             continue  # plain vLLM gives the same alone and in a batch: the difference is the pool's
         _note(entries, [single], pool)
         entries[one.case.name] |= {**noise, "alone": True}
-
-
-def summary(entries: Iterable[Answer]) -> str:
-    """The last line of a run."""
-    listed = list(entries)
-    counts = {
-        "kinds": len(listed),
-        "plain": sum(bool(e.get("plain")) for e in listed),
-        "pooled": sum(bool(e.get("pooled")) for e in listed),
-        "equal": sum(bool(e.get("same")) for e in listed),
-        "refused": sum(bool(e.get("plain")) and not e.get("pooled") for e in listed),
-        "collapsed": sum((e.get("distinct") or FEW_TOKENS) < FEW_TOKENS for e in listed),
-    }
-    return "result: " + " ".join(f"{key}={value}" for key, value in counts.items())
 
 
 def main() -> None:
@@ -240,10 +234,10 @@ def main() -> None:
     entries = {name: json.loads((kept / f"{name}.json").read_text()) for name in names if _is_kept(kept, name)}
     for entry in entries.values():
         del entry["fields"]
-    page.write(RESULTS, entries)
+    page.write(entries)
     if left:
         print(f"not run yet: {', '.join(left)}")
-    print(summary(entries.values()))
+    print(page.summary(entries))
 
 
 def _is_kept(folder: Path, name: str) -> bool:
@@ -255,7 +249,9 @@ def _in_a_word(entry: Answer) -> str:
     if entry.get("pooled"):
         how = " one by one" if entry["alone"] else ""
         evicted = f"{entry['weight_evictions']} and {entry['kv_evictions']} evictions"
-        return f"{entry['equal']}+{entry['close']} of {entry['total']} equal{how}, {evicted}, {entry['distinct']} tokens"
+        return (
+            f"{entry['equal']}+{entry['close']} of {entry['total']} equal{how}, {evicted}, {entry['distinct']} tokens"
+        )
     return f"{'plain only' if entry.get('plain') else 'not in plain vLLM'}: {entry.get('why')}"
 
 

@@ -192,13 +192,13 @@ def make_tiny_model(kind: str, directory: Path | str, *, seed: int | None = None
             model = random_model(KINDS[kind](), seed, auto_class=made_by, num_media_tokens=tokens, factors=more.factors)
         model.save_pretrained(target)
         if more is not None:
-            _finish(target, more)
+            add_processing(target, more)
 
     write_once(directory, marker, write)
     return directory
 
 
-def _finish(target: Path, more: Processing) -> None:
+def add_processing(target: Path, more: Processing) -> None:
     """Add what the processor of a multimodal model needs, and give weights the names that vLLM knows."""
     for name, content in more.files.items():
         (target / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -27,6 +27,8 @@ def run_pieces(
 
     The answer has `error` where the piece failed, ended its process or took longer than `limit_s`.
     """
+    if not pieces:
+        return {}
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "pieces.json"
     file.write_text(json.dumps(list(pieces)))

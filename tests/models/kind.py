@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenpool.demo.tiny_files import MAX_POSITION, VOCAB_SIZE, write_once
+from tokenpool.demo.tiny_multimodal import Processing
 
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -57,7 +58,11 @@ class Kind:
     demo: str | None = None
     """The kind of `tokenpool.demo.tiny_models` that this is; the fields above are not used then."""
     media: str | None = None
-    """What its prompts hold beside text, as `tests.helpers.inputs.media.prompt_with` names it."""
+    """What its prompts hold beside text: modality and tokens that stand for it, as `media.prompt_with` reads them."""
+    processing: Processing | None = None
+    """What a kind that sees or hears has beside its config; it names the class that makes the model."""
+    tokenizer: Mapping[str, str] = field(default_factory=dict)
+    """Names under which processors look for special tokens."""
     scheme: str | None = None
     """How its weights are quantised; see `quantise`."""
 
@@ -94,12 +99,20 @@ def _write(kind: Kind, target: Path, seed: int) -> None:
     import transformers
 
     from tokenpool.demo.tiny_files import make_tokenizer
-    from tokenpool.demo.tiny_models import random_model
+    from tokenpool.demo.tiny_models import add_processing, random_model
 
     fields = {key: value for key, value in COMMON.items() if key not in kind.without} | dict(kind.more)
     config = getattr(transformers, f"{kind.config}Config")(**fields)
-    make_tokenizer().save_pretrained(target)
-    random_model(config, seed, auto_class=kind.auto, factors=kind.factors).save_pretrained(target)
+    more = kind.processing
+    tokens = make_tokenizer(more)
+    if kind.tokenizer:
+        tokens._set_model_specific_special_tokens(dict(kind.tokenizer))
+    tokens.save_pretrained(target)
+    auto, media = (more.auto_class, len(more.tokens)) if more else (kind.auto, 0)
+    model = random_model(config, seed, auto_class=auto, num_media_tokens=media, factors=kind.factors)
+    model.save_pretrained(target)
+    if more is not None:
+        add_processing(target, more)
     if kind.renamed:
         _rename(target / "model.safetensors", kind.renamed)
     if kind.after or kind.architecture:

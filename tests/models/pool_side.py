@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tests.helpers.plain import Case, RequestSpec
@@ -27,7 +28,8 @@ def _work(piece: dict[str, Any]) -> dict[str, Any]:
     pooled.host._turns._policy = RandomTurns(piece["seed"])
     evictions, kv_evictions = _count_evictions(pooled)
     cases = [case_of(fields) for fields in piece["cases"]]
-    refused = {case.name: problem for case in cases if (problem := _refusal(pooled, case))}
+    planned: dict[str, int] = {}
+    refused = {case.name: problem for case in cases if (problem := _refusal(pooled, case, planned))}
     served = [case for case in cases if case.name not in refused]
     if piece["alone"]:
         waiting = [_in_turn(pooled, case) for case in served]
@@ -47,7 +49,9 @@ def _work(piece: dict[str, Any]) -> dict[str, Any]:
                 "weight_evictions": evictions[case.name],
                 "kv_evictions": kv_evictions[case.name],
                 "pages": pooled.host.weights.pages_of(case.name),
+                "held_bytes": pooled.host.weights.bytes_of(case.name) + pooled.host.weights.fixed.of(case.name),
                 "fixed_bytes": pooled.host.weights.fixed.of(case.name),
+                "planned_bytes": planned[case.name],
                 "results": {key: asdict(result) for key, result in pooled.results(case.name).items()},
             }
             for case in served
@@ -74,14 +78,17 @@ def _count_evictions(pooled: Any) -> tuple[Counter[str], Counter[str]]:
     return weights, kv
 
 
-def _refusal(pooled: Any, case: Case) -> str | None:
-    """Add a model as a server would; returns why it is refused."""
+def _refusal(pooled: Any, case: Case, planned: dict[str, int]) -> str | None:
+    """Add a model as a server would, which plans its bytes; returns why it is refused."""
     from tests.helpers.pooled import make_spec
     from tokenpool.errors import PoolError
+    from tokenpool.serve.launch.checkpoint import checkpoint_bytes
     from tokenpool.serve.launch.poolability import check_config
+    from tokenpool.serve.launch.weight_sizes import device_bytes
 
     try:
-        spec = make_spec(case)
+        spec, folder = make_spec(case), Path(case.model)
+        planned[case.name] = device_bytes(checkpoint_bytes(folder), folder, spec.vllm_config)
         check_config(case.name, spec.vllm_config)
         pooled.host.add_model(spec)
     except PoolError as error:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from tests.models.kind import Kind
+from tests.models.media import MEDIA
 from tests.models.others import POOLING, STATES
 from tests.models.quantised import QUANTISED
 from tests.models.text import TEXT
@@ -11,6 +12,7 @@ from tests.models.text import TEXT
 SECTIONS: dict[str, dict[str, Kind]] = {
     "Text": TEXT,
     "Layers that keep a state": STATES,
+    "Images and sounds": MEDIA,
     "Vectors and scores": POOLING,
     "Quantised weights": QUANTISED,
 }

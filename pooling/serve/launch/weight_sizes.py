@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model's weights take on the device, as far as it can be told before they are loaded.
 
-A checkpoint has its tensors in its own dtype, and no tables of positions, which vLLM computes: with YaRN they are as long
-as the stretched context, and of a small model they can be most of what it holds.
+A checkpoint has its tensors in its own dtype, and no tables of positions, which vLLM computes: with YaRN they are as
+long as the stretched context, and can be most of what a small model holds.
 """
 
 from __future__ import annotations

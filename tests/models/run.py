@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kinds of model a pool serves exactly: plain vLLM and a pool that is short of memory, for each kind.
 
-    python -m tests.models.run [--kinds a,b] [--seconds 900] [--again]
+    python -m tests.models.run [--kinds a,b] [--seconds 900] [--again] [--features]
 
 Makes a tiny checkpoint with random weights of each kind, runs requests in plain vLLM and in a pool where weights and KV
 come and go, and compares tokens and logprobs. What ran is kept, kind by kind: a run goes on where one was stopped.
@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.helpers.cases import mixed
 from tests.helpers.plain import Case
-from tests.models import page
+from tests.models import features, page
 from tests.models.forks import ROOT, run_pieces
 from tests.models.kind import Kind
 from tests.models.table import KINDS
@@ -147,13 +147,13 @@ def try_kinds(names: Sequence[str], folder: Path) -> dict[str, Answer]:
     companion = tried[COMPANION]
     mine = [one for name, one in tried.items() if name in entries]
     groups = [g if len(g) > 1 else [*g, _beside(companion, g[0])] for g in groups_of(mine)]
-    _pool(entries, groups, folder, companion)
+    _pool(entries, groups, folder)
     _alone(entries, tried, folder)
     return entries
 
 
 def _beside(companion: Tried, one: Tried) -> Tried:
-    return replace(companion, case=replace(companion.case, name="beside")) if one.case.name == COMPANION else companion
+    return replace(companion, case=_twin(companion.case)) if one.case.name == COMPANION else companion
 
 
 def _plain_entry(answer: Answer) -> Answer:
@@ -162,12 +162,12 @@ def _plain_entry(answer: Answer) -> Answer:
     return {"plain": True, **answer["facts"], "distinct": distinct_tokens(answer["results"])}
 
 
-def _pool(entries: dict[str, Answer], groups: list[list[Tried]], folder: Path, companion: Tried) -> None:
+def _pool(entries: dict[str, Answer], groups: list[list[Tried]], folder: Path) -> None:
     """Run the groups, and the members of one that failed alone; note in the entries what came of it."""
     again: list[list[Tried]] = []
     for group, answer in zip(groups, run_pools(groups, folder / "pools"), strict=True):
         if "error" in answer and len(group) > 2:
-            again += [[one, _beside(companion, one)] for one in group]
+            again += [[one, replace(one, case=_twin(one.case))] for one in group]
         else:
             _note(entries, group, answer)
     if again:
@@ -211,11 +211,37 @@ def _alone(entries: dict[str, Answer], tried: dict[str, Tried], folder: Path) ->
         entries[one.case.name] |= {**noise, "alone": True}
 
 
+def try_features(entries: dict[str, Answer], folder: Path) -> None:
+    """Try variants of kinds that are equal; note in the entries what came of them."""
+    wanted: dict[str, tuple[str, str]] = {}
+    cases: list[Case] = []
+    for name, entry in entries.items():
+        entry["with"] = {}
+        base = case_of(name, KINDS[name], folder / "checkpoints")
+        for feature, case in features.variants(name, KINDS[name], entry, base, folder / "checkpoints").items():
+            wanted[case.name] = name, feature
+            cases.append(case)
+    answers = run_plain(cases, folder / "plain")
+    made: dict[str, Answer] = {name: _plain_entry(answer) for name, answer in answers.items()}
+    tried = [Tried(case, answers[case.name]["facts"], answers[case.name]["results"])
+             for case in cases if made[case.name]["plain"]]  # fmt: skip
+    if tried:
+        _pool(made, [g if len(g) > 1 else [*g, replace(g[0], case=_twin(g[0].case))] for g in groups_of(tried)], folder)
+    for variant, (name, feature) in wanted.items():
+        kept = ("plain", "pooled", "same", "equal", "total", "largest", "why")
+        entries[name]["with"][feature] = {key: made[variant][key] for key in kept if key in made[variant]}
+
+
+def _twin(case: Case) -> Case:
+    return replace(case, name=f"beside-{case.name}")
+
+
 def main() -> None:
     """Read the flags, run what is left to run, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", help="names, with commas between them (default: all)")
     parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after this time")
+    parser.add_argument("--features", action="store_true", help="try adapters and n-grams with what is equal too")
     parser.add_argument("--again", action="store_true", help="run what has a result too")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for checkpoints, logs and results")
     args = parser.parse_args()
@@ -231,6 +257,8 @@ def main() -> None:
         for name, entry in try_kinds(now, args.folder).items():
             (kept / f"{name}.json").write_text(json.dumps(entry | {"fields": repr(KINDS[name])}))
             print(f"{name}: {_in_a_word(entry)}", flush=True)
+    if args.features:
+        _run_features([name for name in names if _is_kept(kept, name)], kept, args, begun_s + args.seconds)
     entries = {name: json.loads((kept / f"{name}.json").read_text()) for name in names if _is_kept(kept, name)}
     for entry in entries.values():
         del entry["fields"]
@@ -238,6 +266,20 @@ def main() -> None:
     if left:
         print(f"not run yet: {', '.join(left)}")
     print(page.summary(entries))
+
+
+def _run_features(names: Sequence[str], kept: Path, args: argparse.Namespace, end_s: float) -> None:
+    entries = {name: json.loads((kept / f"{name}.json").read_text()) for name in names}
+    left = [name for name in names if entries[name].get("pooled") and (args.again or "with" not in entries[name])]
+    while left and time.monotonic() < end_s:
+        now, left = left[:BATCH], left[BATCH:]
+        chosen = {name: entries[name] for name in now}
+        try_features(chosen, args.folder)
+        for name, entry in chosen.items():
+            (kept / f"{name}.json").write_text(json.dumps(entry))
+            print(f"{name}: {json.dumps(entry['with'])}", flush=True)
+    if left:
+        print(f"features not tried yet: {', '.join(left)}")
 
 
 def _is_kept(folder: Path, name: str) -> bool:

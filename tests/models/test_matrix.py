@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of models is that of its results; a difference between pool and plain vLLM is seen, and nothing hides one."""
+"""The page of models is that of its results; a difference between pool and plain vLLM is seen and nothing hides it."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ def random_model(
             output.weight[:NUM_SPECIAL_TOKENS] = 0
             # Where head and embeddings are one, the tokens that stand for media need their rows.
             output.weight[VOCAB_SIZE + (num_media_tokens if config.tie_word_embeddings else 0) :] = 0
-        _sharpen(model, gemma=config.model_type == "gemma3_text", factors=factors)
+        _sharpen(model, gemma=config.model_type.startswith(("gemma", "vaultgemma")), factors=factors)
     return model
 
 

@@ -79,7 +79,7 @@ def make(kind: Kind, name: str, directory: Path, seed: int) -> Path:
         from tokenpool.demo.tiny_models import make_tiny_model
 
         return make_tiny_model(kind.demo, directory)
-    marker = {"format": 1, "kind": name, "seed": seed, "fields": repr(kind)}
+    marker = {"format": 2, "kind": name, "seed": seed, "fields": repr(kind)}
 
     def write(target: Path) -> None:
         if kind.scheme is None:

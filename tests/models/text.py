@@ -47,7 +47,10 @@ DENSE = {
     "apertus": Kind("Apertus"),
     "arcee": Kind("Arcee"),
     "bitnet": Kind("BitNet"),
-    "bloom": Kind("Bloom", {"n_layer": 2, "n_head": 4, "hidden_size": 128}, without=_NO_HEAD_DIM),
+    "bloom": Kind(
+        "Bloom", {"n_layer": 2, "n_head": 4, "hidden_size": 128, "tie_word_embeddings": True}, without=_NO_HEAD_DIM,
+        factors={"dense_4h_to_h.weight": 8.0, "self_attention.dense.weight": 8.0},
+    ),
     "cohere": Kind("Cohere", {"logit_scale": 1.0}),
     "cohere2": Kind("Cohere2", {"logit_scale": 1.0, "sliding_window": 64, "layer_types": [SLIDING, FULL]}),
     "cwm": Kind("Cwm", {"sliding_window": 64, "layer_types": [SLIDING, FULL]}),
@@ -58,7 +61,7 @@ DENSE = {
     "gemma": Kind("Gemma", {"tie_word_embeddings": True}),
     "gemma2": Kind(
         "Gemma2", {"tie_word_embeddings": True, "sliding_window": 64, "query_pre_attn_scalar": 32},
-        factors={"post_attention_layernorm.weight": 4.0, "post_feedforward_layernorm.weight": 4.0},
+        factors={"q_proj.weight": 4.0},
     ),
     "gemma3n": Kind(
         "Gemma3nText",
@@ -79,8 +82,14 @@ DENSE = {
     ),
     "glm": Kind("Glm"),
     "glm4": Kind("Glm4"),
-    "gpt2": Kind("GPT2", {"n_positions": 2048, "tie_word_embeddings": True}, without=_NO_HEAD_DIM),
-    "gpt_bigcode": Kind("GPTBigCode", {"n_positions": 2048, "tie_word_embeddings": True}, without=_NO_HEAD_DIM),
+    "gpt2": Kind(
+        "GPT2", {"n_positions": 2048, "tie_word_embeddings": True}, without=_NO_HEAD_DIM,
+        factors={"c_proj.weight": 8.0},
+    ),
+    "gpt_bigcode": Kind(
+        "GPTBigCode", {"n_positions": 2048, "tie_word_embeddings": True}, without=("head_dim", "num_key_value_heads"),
+        factors={"c_proj.weight": 8.0},
+    ),
     "gpt_neox": Kind("GPTNeoX", without=_NO_HEAD_DIM),
     "gptj": Kind("GPTJ", {"rotary_dim": 16, "n_positions": 2048}, without=_NO_HEAD_DIM),
     "granite": Kind("Granite", _MULTIPLIERS),
@@ -94,14 +103,14 @@ DENSE = {
     "ministral3": Kind("Ministral3"),
     "mistral": Kind("Mistral", {"sliding_window": 64}),
     "modernbert_decoder": Kind("ModernBertDecoder", {"local_attention": 64}, without=_NO_HEAD_DIM),
-    "nanochat": Kind("NanoChat"),
+    "nanochat": Kind("NanoChat", factors={"q_proj.weight": 4.0}),
     "nemotron": Kind("Nemotron"),
     "olmo": Kind("Olmo"),
     "olmo2": Kind("Olmo2"),
     "olmo3": Kind("Olmo3", {"sliding_window": 64, "layer_types": [SLIDING, FULL]}),
     "opt": Kind("OPT", {"ffn_dim": 256, "word_embed_proj_dim": 128, "init_std": 0.12}, without=_NO_HEAD_DIM),
     "persimmon": Kind("Persimmon", without=_NO_HEAD_DIM),
-    "phi": Kind("Phi", without=_NO_HEAD_DIM),
+    "phi": Kind("Phi", without=_NO_HEAD_DIM, factors={"q_proj.weight": 4.0}),
     "phi3": Kind("Phi3", without=_NO_HEAD_DIM),
     "seed_oss": Kind("SeedOss"),
     "smollm3": Kind("SmolLM3"),
@@ -109,6 +118,7 @@ DENSE = {
     "starcoder2": Kind("Starcoder2", {"sliding_window": None}),
     "vaultgemma": Kind(
         "VaultGemma", {"tie_word_embeddings": True, "sliding_window": 64, "query_pre_attn_scalar": 32},
+        factors={"down_proj.weight": 8.0, "o_proj.weight": 8.0},
     ),
 }  # fmt: skip
 

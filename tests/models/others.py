@@ -67,30 +67,37 @@ _BERT: dict[str, Any] = {"max_position_embeddings": 512, "pad_token_id": 0}
 _MODERN: dict[str, Any] = {"cls_token_id": 0, "sep_token_id": 1, "local_attention": 64, "global_attn_every_n_layers": 2,
                            "reference_compile": False}  # fmt: skip
 
+_NO_GROUPS = ("head_dim", "num_key_value_heads")
+
+
+def _encoder(config: str, task: str, auto: str, more: dict[str, Any] | None = None) -> Kind:
+    return pooling(config, task, auto, more, without=_NO_GROUPS)
+
+
 POOLING = {
-    "bert": pooling("Bert", "embed", _EMBED, _BERT),
-    "roberta": pooling("Roberta", "embed", _EMBED, _ROBERTA),
-    "xlm_roberta": pooling("XLMRoberta", "embed", _EMBED, _ROBERTA),
-    "modernbert": pooling("ModernBert", "embed", _EMBED, _MODERN),
+    "bert": _encoder("Bert", "embed", _EMBED, _BERT),
+    "roberta": _encoder("Roberta", "embed", _EMBED, _ROBERTA),
+    "xlm_roberta": _encoder("XLMRoberta", "embed", _EMBED, _ROBERTA),
+    "modernbert": _encoder("ModernBert", "embed", _EMBED, _MODERN),
     "eurobert": pooling("EuroBert", "embed", _EMBED, {"mask_token_id": 2}),
-    "gte": pooling("Gte", "embed", _EMBED),
-    "nomic_bert": pooling("NomicBert", "embed", _EMBED),
+    "gte": _encoder("Gte", "embed", _EMBED),
+    "nomic_bert": _encoder("NomicBert", "embed", _EMBED),
     "qwen3_embed": Kind("embed", demo="embed", task="embed", args={"runner": "pooling"}),
     "llama_embed": pooling("Llama", "embed", _EMBED),
     "mistral_embed": pooling("Mistral", "embed", _EMBED),
     "qwen2_embed": pooling("Qwen2", "embed", _EMBED),
     "gemma3_embed": pooling("Gemma3Text", "embed", _EMBED, {"use_bidirectional_attention": True, "sliding_window": 64}),
-    "bert_seqcls": pooling("Bert", "classify", _SCORE, {**_BERT, **_LABELS}),
-    "roberta_seqcls": pooling("Roberta", "classify", _SCORE, {**_ROBERTA, **_LABELS}),
-    "xlmr_seqcls": pooling("XLMRoberta", "classify", _SCORE, {**_ROBERTA, **_ONE_LABEL}),
-    "modernbert_seqcls": pooling("ModernBert", "classify", _SCORE, {**_MODERN, **_LABELS}),
-    "gpt2_seqcls": pooling("GPT2", "classify", _SCORE, {"n_positions": 2048, **_LABELS}, without=("head_dim",)),
+    "bert_seqcls": _encoder("Bert", "classify", _SCORE, {**_BERT, **_LABELS}),
+    "roberta_seqcls": _encoder("Roberta", "classify", _SCORE, {**_ROBERTA, **_LABELS}),
+    "xlmr_seqcls": _encoder("XLMRoberta", "classify", _SCORE, {**_ROBERTA, **_ONE_LABEL}),
+    "modernbert_seqcls": _encoder("ModernBert", "classify", _SCORE, {**_MODERN, **_LABELS}),
+    "gpt2_seqcls": pooling("GPT2", "classify", _SCORE, {"n_positions": 2048, **_LABELS}, without=_NO_GROUPS),
     "llama_seqcls": pooling("Llama", "classify", _SCORE, _LABELS),
     "qwen2_seqcls": pooling("Qwen2", "classify", _SCORE, _LABELS),
     "qwen3_seqcls": pooling("Qwen3", "classify", _SCORE, _ONE_LABEL),
     "gemma_seqcls": pooling("Gemma2", "classify", _SCORE, {**_LABELS, "sliding_window": 64}),
-    "bert_tokcls": pooling("Bert", "token_classify", "AutoModelForTokenClassification", {**_BERT, **_LABELS}),
-    "modernbert_tokcls": pooling("ModernBert", "token_classify", "AutoModelForTokenClassification",
+    "bert_tokcls": _encoder("Bert", "token_classify", "AutoModelForTokenClassification", {**_BERT, **_LABELS}),
+    "modernbert_tokcls": _encoder("ModernBert", "token_classify", "AutoModelForTokenClassification",
                                  {**_MODERN, **_LABELS}),
-    "roberta_tokcls": pooling("Roberta", "token_classify", "AutoModelForTokenClassification", {**_ROBERTA, **_LABELS}),
+    "roberta_tokcls": _encoder("Roberta", "token_classify", "AutoModelForTokenClassification", {**_ROBERTA, **_LABELS}),
 }  # fmt: skip

@@ -39,7 +39,7 @@ def _work(piece: dict[str, Any]) -> dict[str, Any]:
 
 
 def _facts(llm: Any) -> dict[str, Any]:
-    """The class, what it can do, and the bytes of its weights and of a KV block of all layers."""
+    """The class, what it can do, and the bytes of its weights, of a block and of the longest request."""
     from vllm.model_executor.models.interfaces import supports_lora
 
     config, core = llm.llm_engine.vllm_config, llm.llm_engine.engine_core.engine_core
@@ -48,6 +48,10 @@ def _facts(llm: Any) -> dict[str, Any]:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     kv = core.scheduler.kv_cache_config
     kv_bytes = sum(tensor.size for tensor in kv.kv_cache_tensors)
+    block_bytes = kv_bytes // kv.num_blocks if kv.num_blocks else 0
+    blocks = sum(
+        -(-config.model_config.max_model_len // group.kv_cache_spec.block_size) for group in kv.kv_cache_groups
+    )
     return {
         "class": type(model).__name__,
         "lora": bool(supports_lora(model)),
@@ -56,7 +60,8 @@ def _facts(llm: Any) -> dict[str, Any]:
         "quantised": config.model_config.quantization,
         "inner_state": bool(config.model_config.has_inner_state),
         "weight_bytes": sum(storages.values()),
-        "block_bytes": kv_bytes // kv.num_blocks if kv.num_blocks else 0,
+        "block_bytes": block_bytes,
+        "request_bytes": blocks * block_bytes,
     }
 
 

@@ -29,8 +29,6 @@ from tests.models.table import KINDS
 from tests.models.verdict import compare, distinct_tokens
 
 FOLDER = ROOT / "build" / "models"
-COMPANION = "llama"
-"""Shares a pool with a kind that is tried alone."""
 NUM_REQUESTS, NUM_TOKENS = 4, 40
 BATCH, GROUP = 24, 6
 PLAIN_LIMIT_S, POOL_LIMIT_S = 90.0, 240.0
@@ -58,6 +56,10 @@ class Tried:
     def pages(self, page_size: int) -> int:
         """Pages of its weights."""
         return -(-self.facts["weight_bytes"] // page_size)
+
+    def pages_to_serve(self, page_size: int) -> int:
+        """Pages of its weights and of the KV of one request, with one for what lies across two."""
+        return self.pages(page_size) + -(-self.facts["request_bytes"] // page_size) + 1
 
 
 def make_all(names: Sequence[str], folder: Path) -> dict[str, str]:
@@ -92,7 +94,7 @@ def run_pools(groups: Sequence[Sequence[Tried]], folder: Path, *, alone: bool = 
     pieces = []
     for index, group in enumerate(groups):
         page_size = max(tried.page for tried in group)
-        pages = max(tried.pages(page_size) for tried in group) + 5 + len(group)
+        pages = max(tried.pages_to_serve(page_size) for tried in group) + 1 + len(group)
         pieces.append(
             {
                 "name": f"group-{index}",
@@ -131,29 +133,26 @@ def groups_of(tried: Iterable[Tried]) -> list[list[Tried]]:
 
 def try_kinds(names: Sequence[str], folder: Path) -> dict[str, Answer]:
     """Make, run and compare some kinds; returns the entry of each."""
-    failed = make_all([*names, COMPANION], folder / "checkpoints")
+    failed = make_all(names, folder / "checkpoints")
     entries: dict[str, Answer] = {name: {"made": name not in failed} for name in names}
-    for name in set(failed) & set(names):
-        entries[name]["why"] = failed[name]
-    names_made = [name for name in dict.fromkeys([*names, COMPANION]) if name not in failed]
-    cases = {name: case_of(name, KINDS[name], folder / "checkpoints") for name in names_made}
+    for name, problem in failed.items():
+        entries[name]["why"] = problem
+    cases = {name: case_of(name, KINDS[name], folder / "checkpoints") for name in names if name not in failed}
     answers = run_plain(cases.values(), folder / "plain")
     tried = {}
     for name, answer in answers.items():
         if "error" not in answer:
             tried[name] = Tried(cases[name], answer["facts"], answer["results"])
-        if name in entries:
-            entries[name] |= _plain_entry(answer)
-    companion = tried[COMPANION]
-    mine = [one for name, one in tried.items() if name in entries]
-    groups = [g if len(g) > 1 else [*g, _beside(companion, g[0])] for g in groups_of(mine)]
+        entries[name] |= _plain_entry(answer)
+    groups = [g if len(g) > 1 else [*g, *_twins(g[0])] for g in groups_of(tried.values())]
     _pool(entries, groups, folder)
     _alone(entries, tried, folder)
     return entries
 
 
-def _beside(companion: Tried, one: Tried) -> Tried:
-    return replace(companion, case=_twin(companion.case)) if one.case.name == COMPANION else companion
+def _twins(one: Tried) -> list[Tried]:
+    """Two more of a kind, that it has to share a device with."""
+    return [replace(one, case=replace(one.case, name=f"{one.case.name}-{number}")) for number in (2, 3)]
 
 
 def _plain_entry(answer: Answer) -> Answer:
@@ -166,8 +165,8 @@ def _pool(entries: dict[str, Answer], groups: list[list[Tried]], folder: Path) -
     """Run the groups, and the members of one that failed alone; note in the entries what came of it."""
     again: list[list[Tried]] = []
     for group, answer in zip(groups, run_pools(groups, folder / "pools"), strict=True):
-        if "error" in answer and len(group) > 2:
-            again += [[one, replace(one, case=_twin(one.case))] for one in group]
+        if "error" in answer and group[1].case.name in entries:
+            again += [[one, *_twins(one)] for one in group]
         else:
             _note(entries, group, answer)
     if again:
@@ -196,7 +195,7 @@ def _alone(entries: dict[str, Answer], tried: dict[str, Tried], folder: Path) ->
         return
     answers = run_plain([one.case for one in differ], folder / "plain-alone", alone=True)
     ran = [(one, answers[one.case.name]) for one in differ if "error" not in answers[one.case.name]]
-    groups = [[replace(one, results=a["results"]), _beside(tried[COMPANION], one)] for one, a in ran]
+    groups = [[replace(one, results=a["results"]), *_twins(one)] for one, a in ran]
     pools = run_pools(groups, folder / "pools-alone", alone=True)
     for (one, answer), (single, _), pool in zip(ran, groups, pools, strict=True):
         own = compare(one.results, answer["results"])
@@ -226,14 +225,10 @@ def try_features(entries: dict[str, Answer], folder: Path) -> None:
     tried = [Tried(case, answers[case.name]["facts"], answers[case.name]["results"])
              for case in cases if made[case.name]["plain"]]  # fmt: skip
     if tried:
-        _pool(made, [g if len(g) > 1 else [*g, replace(g[0], case=_twin(g[0].case))] for g in groups_of(tried)], folder)
+        _pool(made, [g if len(g) > 1 else [*g, *_twins(g[0])] for g in groups_of(tried)], folder)
     for variant, (name, feature) in wanted.items():
         kept = ("plain", "pooled", "same", "equal", "total", "largest", "why")
         entries[name]["with"][feature] = {key: made[variant][key] for key in kept if key in made[variant]}
-
-
-def _twin(case: Case) -> Case:
-    return replace(case, name=f"beside-{case.name}")
 
 
 def main() -> None:
@@ -283,8 +278,12 @@ def _run_features(names: Sequence[str], kept: Path, args: argparse.Namespace, en
 
 
 def _is_kept(folder: Path, name: str) -> bool:
+    """Whether a kind has run as it is in the table; where nothing left the device, that proves nothing."""
     file = folder / f"{name}.json"
-    return file.exists() and json.loads(file.read_text())["fields"] == repr(KINDS[name])
+    if not file.exists():
+        return False
+    entry = json.loads(file.read_text())
+    return entry["fields"] == repr(KINDS[name]) and entry.get("weight_evictions") != 0
 
 
 def _in_a_word(entry: Answer) -> str:

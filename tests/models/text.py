@@ -37,6 +37,8 @@ _DEEPSEEK: dict[str, Any] = {**MLA, **_ROUTED, "n_shared_experts": 1, "first_k_d
 _DEEPSEEK |= {"topk_group": 1}
 _BLOCK16 = {"block_size": 16}
 _NO_HEAD_DIM = ("head_dim",)
+_NO_GROUPS = ("head_dim", "num_key_value_heads")
+"""Of those that have a key and a value for each head: vLLM believes any config that has the field."""
 
 DEMO = {
     name: Kind(name, demo=name, args=_BLOCK16 if name == "deepseek_v2" else {})
@@ -48,7 +50,7 @@ DENSE = {
     "arcee": Kind("Arcee"),
     "bitnet": Kind("BitNet"),
     "bloom": Kind(
-        "Bloom", {"n_layer": 2, "n_head": 4, "hidden_size": 128, "tie_word_embeddings": True}, without=_NO_HEAD_DIM,
+        "Bloom", {"n_layer": 2, "n_head": 4, "hidden_size": 128, "tie_word_embeddings": True}, without=_NO_GROUPS,
         factors={"dense_4h_to_h.weight": 8.0, "self_attention.dense.weight": 8.0},
     ),
     "cohere": Kind("Cohere", {"logit_scale": 1.0}),
@@ -83,15 +85,15 @@ DENSE = {
     "glm": Kind("Glm"),
     "glm4": Kind("Glm4"),
     "gpt2": Kind(
-        "GPT2", {"n_positions": 2048, "tie_word_embeddings": True}, without=_NO_HEAD_DIM,
+        "GPT2", {"n_positions": 2048, "tie_word_embeddings": True}, without=_NO_GROUPS,
         factors={"c_proj.weight": 8.0},
     ),
     "gpt_bigcode": Kind(
-        "GPTBigCode", {"n_positions": 2048, "tie_word_embeddings": True}, without=("head_dim", "num_key_value_heads"),
+        "GPTBigCode", {"n_positions": 2048, "tie_word_embeddings": True}, without=_NO_GROUPS,
         factors={"c_proj.weight": 8.0},
     ),
-    "gpt_neox": Kind("GPTNeoX", without=_NO_HEAD_DIM),
-    "gptj": Kind("GPTJ", {"rotary_dim": 16, "n_positions": 2048}, without=_NO_HEAD_DIM),
+    "gpt_neox": Kind("GPTNeoX", without=_NO_GROUPS),
+    "gptj": Kind("GPTJ", {"rotary_dim": 16, "n_positions": 2048}, without=_NO_GROUPS),
     "granite": Kind("Granite", _MULTIPLIERS),
     "granite_swa": Kind("GraniteSWA", {**_MULTIPLIERS, "sliding_window": 64, "layer_types": [SLIDING, FULL]}),
     "helium": Kind("Helium"),
@@ -102,14 +104,14 @@ DENSE = {
     "ministral": Kind("Ministral", {"sliding_window": 64, "layer_types": [SLIDING, FULL]}),
     "ministral3": Kind("Ministral3"),
     "mistral": Kind("Mistral", {"sliding_window": 64}),
-    "modernbert_decoder": Kind("ModernBertDecoder", {"local_attention": 64}, without=_NO_HEAD_DIM),
+    "modernbert_decoder": Kind("ModernBertDecoder", {"local_attention": 64}, without=_NO_GROUPS),
     "nanochat": Kind("NanoChat", factors={"q_proj.weight": 4.0}),
     "nemotron": Kind("Nemotron"),
     "olmo": Kind("Olmo"),
     "olmo2": Kind("Olmo2"),
     "olmo3": Kind("Olmo3", {"sliding_window": 64, "layer_types": [SLIDING, FULL]}),
-    "opt": Kind("OPT", {"ffn_dim": 256, "word_embed_proj_dim": 128, "init_std": 0.12}, without=_NO_HEAD_DIM),
-    "persimmon": Kind("Persimmon", without=_NO_HEAD_DIM),
+    "opt": Kind("OPT", {"ffn_dim": 256, "word_embed_proj_dim": 128, "init_std": 0.12}, without=_NO_GROUPS),
+    "persimmon": Kind("Persimmon", without=_NO_GROUPS),
     "phi": Kind("Phi", without=_NO_HEAD_DIM, factors={"q_proj.weight": 4.0}),
     "phi3": Kind("Phi3", without=_NO_HEAD_DIM),
     "seed_oss": Kind("SeedOss"),
@@ -123,12 +125,12 @@ DENSE = {
 }  # fmt: skip
 
 EXPERTS = {
-    "afmoe": Kind("Afmoe", {**_FEW_EXPERTS, "num_dense_layers": 1, "sliding_window": 64,
+    "afmoe": Kind("Afmoe", {**_FEW_EXPERTS, "score_func": "sigmoid", "num_dense_layers": 1, "sliding_window": 64,
                             "layer_types": [SLIDING, FULL]}),
     "axk1": Kind("AXK1", _DEEPSEEK, args=_BLOCK16),
     "cohere2_moe": Kind("Cohere2Moe", {**_FEW_EXPERTS, "logit_scale": 1.0, "sliding_window": 64,
                                        "layer_types": [SLIDING, FULL]}),
-    "deepseek_v3": Kind("DeepseekV3", {**_DEEPSEEK, "q_lora_rank": 64}, args=_BLOCK16),
+    "deepseek_v3": Kind("DeepseekV3", {**_DEEPSEEK, "q_lora_rank": 64, "topk_method": "noaux_tc"}, args=_BLOCK16),
     "dots1": Kind("Dots1", {**_ROUTED, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
                             "topk_group": 1}),
     "ernie4_5_moe": Kind("Ernie4_5_Moe", {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64,
@@ -147,8 +149,9 @@ EXPERTS = {
     "granitemoeshared": Kind("GraniteMoeShared", {**_LOCAL, **_MULTIPLIERS, "shared_intermediate_size": 64}),
     "granite_micro": Kind("GraniteMoeHybrid", {"layer_types": ["attention", "attention"], "num_local_experts": 0,
                                                "shared_intermediate_size": 256, "position_embedding_type": "rope"}),
-    "hunyuan_v1_moe": Kind("HunYuanMoEV1", {"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 64}),
-    "hy_v3": Kind("HYV3", {**_FEW_EXPERTS, "num_shared_experts": 1, "first_k_dense_replace": 1}),
+    "hunyuan_v1_moe": Kind("HunYuanMoEV1", {"num_experts": 4, "moe_topk": 2, "moe_intermediate_size": 256}),
+    "hy_v3": Kind("HYV3", {**_FEW_EXPERTS, "num_shared_experts": 1, "first_k_dense_replace": 1,
+                         "expert_hidden_dim": 64}),
     "laguna": Kind("Laguna", {**_FEW_EXPERTS, "sliding_window": 64, "layer_types": [SLIDING, FULL],
                               "shared_expert_intermediate_size": 64}),
     "llama4": Kind("Llama4Text", {**_LOCAL, "num_experts_per_tok": 1, "intermediate_size_mlp": 256,

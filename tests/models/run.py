@@ -247,6 +247,7 @@ def main() -> None:
     kept = args.folder / "entries"
     kept.mkdir(parents=True, exist_ok=True)
     left = [name for name in names if args.again or not _is_kept(kept, name)]
+    left.sort(key=lambda name: (kept / f"{name}.json").exists())  # first what has not run at all
     while left and time.monotonic() - begun_s < args.seconds:
         now, left = left[:BATCH], left[BATCH:]
         for name, entry in try_kinds(now, args.folder).items():

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -28,7 +28,8 @@ _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 def device_bytes(file_bytes: int, folder: Path, config: VllmConfig) -> int:
     """Bytes of a model's weights on the device, of whose files in `folder` it has `file_bytes`; 0 if these are unknown.
 
-    A lower bound: some kinds have further buffers. Of a quantised checkpoint the files' own dtypes count.
+    An estimate: some kinds have further buffers, or tie weights that their files have twice. Of a quantised checkpoint
+    the files' own dtypes count.
     """
     if not file_bytes:
         return 0
@@ -61,13 +62,12 @@ def table_bytes(config: VllmConfig) -> int:
     text = model.hf_text_config
     size = getattr(text, "qk_rope_head_dim", None) or model.get_head_size()
     longest = getattr(text, "max_position_embeddings", None)
-    if not longest:
+    if not longest or model.using_transformers_backend():  # whose models compute positions as they go
         return 0
     total = 0
     try:
-        # Of its own, so that no engine of this process is given a table without bytes.
         with (
-            patch.object(rotary_embedding, "_ROPE_DICT", {}),
+            _own_tables(),
             set_current_vllm_config(config),
             set_default_torch_dtype(model.dtype),
             torch.device("meta"),
@@ -78,6 +78,19 @@ def table_bytes(config: VllmConfig) -> int:
     except Exception:  # whatever vLLM says to parameters that it does not use for this model
         logger.debug("the tables of positions of %s are not known", model.model, exc_info=True)
     return total
+
+
+@contextmanager
+def _own_tables() -> Iterator[None]:
+    """What vLLM keeps of tables is as before afterwards, so that no engine is given one without bytes."""
+    tables = rotary_embedding._ROPE_DICT
+    kept = dict(tables)
+    tables.clear()
+    try:
+        yield
+    finally:
+        tables.clear()
+        tables.update(kept)
 
 
 def _rope_parameters(text: Any) -> Iterator[Mapping[str, Any]]:

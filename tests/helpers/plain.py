@@ -162,7 +162,7 @@ def prepare(*, plain_gemm: bool) -> None:
     from vllm.model_executor.models import registry
 
     if plain_gemm:
-        _use_plain_gemm()
+        use_plain_gemm()
     # Inspecting an architecture in a further process costs 10 s each; it protects only CUDA initialisation.
     registry._run_in_subprocess = lambda inspect: inspect()
     _register_kernels_once()
@@ -202,7 +202,7 @@ def _mend_drafted_sampling() -> None:
     rejection_sampler.expand_batch_to_tokens = expand
 
 
-def _use_plain_gemm() -> None:
+def use_plain_gemm() -> None:
     """Let every linear layer loaded from here on use the kernel that takes its weight as a plain tensor."""
     import torch
     from vllm import _custom_ops as ops

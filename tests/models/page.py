@@ -126,6 +126,7 @@ def _features(entry: Mapping[str, Any]) -> list[str]:
     names = {"lora": "LoRA", "prefix_cache": "prefix cache", "multimodal": "media"}
     found = [word for key, word in names.items() if entry.get(key)]
     found += [str(entry["quantised"])] if entry.get("quantised") else []
+    found += ["**fixed weights too**"] if entry.get("fixed", {}).get("same") else []
     return found + [f"**{word}**" for word, verdict in entry.get("with", {}).items() if verdict.get("same")]
 
 

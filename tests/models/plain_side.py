@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from typing import Any
 
-from tests.helpers.plain import ENGINE_ARGS, Case, RequestSpec, Result, generate, prepare
+from tests.helpers.plain import ENGINE_ARGS, Case, RequestSpec, Result, generate, prepare, use_plain_gemm
 from tests.models.forks import serve_pieces
 
 
@@ -26,6 +26,8 @@ def _tuples(request: RequestSpec) -> RequestSpec:
 def _work(piece: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
+    if piece["plain_gemm"]:
+        use_plain_gemm()
     case = case_of(piece["case"])
     llm = LLM(case.model, **ENGINE_ARGS | case.engine_args)
     facts = _facts(llm)
@@ -66,7 +68,7 @@ def _facts(llm: Any) -> dict[str, Any]:
 
 
 def _prepare() -> None:
-    prepare(plain_gemm=True)
+    prepare(plain_gemm=False)
     from vllm import LLM
 
     assert LLM

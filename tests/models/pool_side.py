@@ -23,7 +23,12 @@ def _work(piece: dict[str, Any]) -> dict[str, Any]:
 
     device, page = CpuDevice(keeps_bytes=True), piece["page"]
     pooled = PooledModels(
-        piece["pages"] * page, page, device=device, poison=True, movable_weights=True, host_memory=HOST_MEMORY
+        piece["pages"] * page,
+        page,
+        device=device,
+        poison=True,
+        movable_weights=piece["movable"],
+        host_memory=HOST_MEMORY,
     )
     pooled.host._turns._policy = RandomTurns(piece["seed"])
     evictions, kv_evictions = _count_evictions(pooled)
@@ -48,15 +53,22 @@ def _work(piece: dict[str, Any]) -> dict[str, Any]:
             case.name: {
                 "weight_evictions": evictions[case.name],
                 "kv_evictions": kv_evictions[case.name],
-                "pages": pooled.host.weights.pages_of(case.name),
-                "held_bytes": pooled.host.weights.bytes_of(case.name) + pooled.host.weights.fixed.of(case.name),
-                "fixed_bytes": pooled.host.weights.fixed.of(case.name),
+                **_sizes(pooled, case.name),
                 "planned_bytes": planned[case.name],
                 "results": {key: asdict(result) for key, result in pooled.results(case.name).items()},
             }
             for case in served
         },
     }
+
+
+def _sizes(pooled: Any, name: str) -> dict[str, int]:
+    """What a model's weights have on the device; nothing is known of fixed ones beside their pages."""
+    store = pooled.host.weights
+    if name not in store:
+        return {}
+    fixed = store.fixed.of(name)
+    return {"pages": store.pages_of(name), "held_bytes": store.bytes_of(name) + fixed, "fixed_bytes": fixed}
 
 
 def _count_evictions(pooled: Any) -> tuple[Counter[str], Counter[str]]:

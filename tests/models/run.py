@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kinds of model a pool serves exactly: plain vLLM and a pool that is short of memory, for each kind.
 
-    python -m tests.models.run [--kinds a,b] [--seconds 900] [--again] [--features]
+    python -m tests.models.run [--kinds a,b] [--seconds 900] [--again] [--features] [--fixed]
 
 Makes a tiny checkpoint with random weights of each kind, runs requests in plain vLLM and in a pool where weights and KV
 come and go, and compares tokens and logprobs. What ran is kept, kind by kind: a run goes on where one was stopped.
@@ -25,6 +25,7 @@ from tests.helpers.plain import Case
 from tests.models import features, page
 from tests.models.forks import ROOT, run_pieces
 from tests.models.kind import Kind
+from tests.models.quantised import QUANTISED
 from tests.models.table import KINDS
 from tests.models.verdict import compare, distinct_tokens
 
@@ -83,18 +84,26 @@ def case_of(name: str, kind: Kind, folder: Path) -> Case:
     return Case(name, str(folder / name), {"max_model_len": 512, **kind.args}, made)
 
 
-def run_plain(cases: Iterable[Case], folder: Path, *, alone: bool = False) -> dict[str, Answer]:
-    """Each case in plain vLLM; `alone`: its requests one after the other, none from a prefix cache."""
-    pieces = [{"name": case.name, "case": _fields(case, alone), "alone": alone} for case in cases]
+def run_plain(cases: Iterable[Case], folder: Path, *, alone: bool = False, movable: bool = True) -> dict[str, Answer]:
+    """Each case in plain vLLM; `alone`: its requests one after the other, none from a prefix cache.
+
+    Its linear layers have the kernels of weights that are `movable`.
+    """
+    common = {"alone": alone, "plain_gemm": movable}
+    pieces = [{"name": case.name, "case": _fields(case, alone), **common} for case in cases]
     return run_pieces("tests.models.plain_side", pieces, folder, PLAIN_LIMIT_S, VLLM_PLUGINS="")
 
 
-def run_pools(groups: Sequence[Sequence[Tried]], folder: Path, *, alone: bool = False) -> list[Answer]:
-    """Each group in a pool of its own."""
+def run_pools(
+    groups: Sequence[Sequence[Tried]], folder: Path, *, alone: bool = False, movable: bool = True
+) -> list[Answer]:
+    """Each group in a pool of its own; one with fixed weights has memory for them all."""
     pieces = []
     for index, group in enumerate(groups):
         page_size = max(tried.page for tried in group)
         pages = max(tried.pages_to_serve(page_size) for tried in group) + 1 + len(group)
+        if not movable:
+            pages += 2 * sum(tried.pages(page_size) for tried in group)
         pieces.append(
             {
                 "name": f"group-{index}",
@@ -103,6 +112,7 @@ def run_pools(groups: Sequence[Sequence[Tried]], folder: Path, *, alone: bool = 
                 "pages": pages,
                 "seed": index,
                 "alone": alone,
+                "movable": movable,
             }
         )
     return list(run_pieces("tests.models.pool_side", pieces, folder, POOL_LIMIT_S).values())
@@ -231,12 +241,28 @@ def try_features(entries: dict[str, Answer], folder: Path) -> None:
         entries[name]["with"][feature] = {key: made[variant][key] for key in kept if key in made[variant]}
 
 
+def try_fixed(names: Sequence[str], folder: Path) -> dict[str, Answer]:
+    """Kinds in a pool whose weights stay: equal to plain vLLM with its own kernels, which pack weights anew."""
+    cases = [case_of(name, KINDS[name], folder / "checkpoints") for name in names]
+    answers = run_plain(cases, folder / "plain-fixed", movable=False)
+    ran = [
+        Tried(c, answers[c.name]["facts"], answers[c.name]["results"]) for c in cases if "error" not in answers[c.name]
+    ]
+    entries: dict[str, Answer] = {one.case.name: {} for one in ran}
+    groups = groups_of(ran)
+    for group, answer in zip(groups, run_pools(groups, folder / "pools-fixed", movable=False), strict=True):
+        _note(entries, group, answer)
+    kept = ("pooled", "same", "equal", "total", "largest", "why")
+    return {name: {key: entry[key] for key in kept if key in entry} for name, entry in entries.items()}
+
+
 def main() -> None:
     """Read the flags, run what is left to run, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", help="names, with commas between them (default: all)")
     parser.add_argument("--seconds", type=float, default=3600, help="begin nothing after this time")
     parser.add_argument("--features", action="store_true", help="try adapters and n-grams with what is equal too")
+    parser.add_argument("--fixed", action="store_true", help="try quantised kinds with weights that stay too")
     parser.add_argument("--again", action="store_true", help="run what has a result too")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for checkpoints, logs and results")
     args = parser.parse_args()
@@ -255,6 +281,11 @@ def main() -> None:
             print(f"{name}: {_in_a_word(entry)}", flush=True)
     if args.features:
         _run_features([name for name in names if _is_kept(kept, name)], kept, args, begun_s + args.seconds)
+    if args.fixed:
+        chosen = [name for name in names if KINDS[name] in QUANTISED.values() and _is_kept(kept, name)]
+        for name, fixed in try_fixed([n for n in chosen if _kept(kept, n).get("pooled")], args.folder).items():
+            (kept / f"{name}.json").write_text(json.dumps(_kept(kept, name) | {"fixed": fixed}))
+            print(f"{name} fixed: {json.dumps(fixed)}", flush=True)
     entries = {name: json.loads((kept / f"{name}.json").read_text()) for name in names if _is_kept(kept, name)}
     for entry in entries.values():
         del entry["fields"]
@@ -276,6 +307,11 @@ def _run_features(names: Sequence[str], kept: Path, args: argparse.Namespace, en
             print(f"{name}: {json.dumps(entry['with'])}", flush=True)
     if left:
         print(f"features not tried yet: {', '.join(left)}")
+
+
+def _kept(folder: Path, name: str) -> Answer:
+    entry: Answer = json.loads((folder / f"{name}.json").read_text())
+    return entry
 
 
 def _is_kept(folder: Path, name: str) -> bool:

@@ -31,7 +31,7 @@ from tests.models.verdict import compare, distinct_tokens
 
 FOLDER = ROOT / "build" / "models"
 NUM_REQUESTS, NUM_TOKENS = 4, 40
-BATCH, GROUP = 24, 6
+BATCH, GROUP = 16, 6
 PLAIN_LIMIT_S, POOL_LIMIT_S = 90.0, 240.0
 SMALL_PAGE = 256 << 10
 

@@ -14,10 +14,10 @@ import pytest
 from tests.models.run import try_kinds
 from tests.models.table import KINDS
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-FEW = ("gpt2", "gpt_oss", "olmo2", "glm4_moe_lite", "modernbert", "bert_seqcls", "qwen3_vl", "q_awq", "q_w4a16")
-"""Learned positions; sinks and long tables; vLLM's Transformers backend; latent KV; encoders; experts of images."""
+FEW = ("apertus", "falcon_alibi", "glm4_moe_lite", "granite_micro", "llama4", "zamba2")
+"""Biases by distance, latent KV, attention alone of a hybrid's class, chunked attention with experts, states."""
 
 
 @pytest.fixture(scope="module")

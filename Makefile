@@ -1,4 +1,4 @@
-# make demo | demo-files | test | test-all | test-api | test-fast | test-compat | test-deploy | dashboards | reference | lint:
+# make demo | demo-files | test | test-all | test-api | test-models | test-fast | test-compat | test-deploy | dashboards | reference | lint:
 # each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ COMPAT_VLLM = 0.29.0
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup demo demo-files test test-all test-api test-fast test-compat test-deploy dashboards lint ruff types clean
+.PHONY: setup demo demo-files test test-all test-api test-models test-fast test-compat test-deploy dashboards lint ruff types clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
@@ -104,6 +104,10 @@ test-all: setup
 # The same requests to plain vllm serve and to pools; what may differ is in docs/http.md.
 test-api: setup
 	OMP_NUM_THREADS=1 $(PY) -m tests.api.run
+
+# Each kind of model in plain vLLM and in a pool that is short of memory; writes docs/models.md.
+test-models: setup
+	OMP_NUM_THREADS=1 $(PY) -m tests.models.run $(MODELS_FLAGS)
 
 test-fast: setup
 	$(PY) -m pytest -m cpu

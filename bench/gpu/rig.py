@@ -71,11 +71,11 @@ def make_model(folder: Path, shape: str) -> Path:
     """
     from transformers import LlamaConfig
 
-    from tokenpool.demo import tiny_models
+    from tokenpool.demo import tiny_files
 
     fixed: dict[str, Any] = dict(tie_word_embeddings=False, max_position_embeddings=8192, torch_dtype="bfloat16")
     LlamaConfig(architectures=["LlamaForCausalLM"], **SHAPES[shape], **fixed).save_pretrained(folder)
-    tiny_models._tokenizer().save_pretrained(folder)
+    tiny_files.make_tokenizer().save_pretrained(folder)
     with (folder / "model.safetensors").open("wb") as file:
         file.truncate(weight_bytes(shape))
     return folder

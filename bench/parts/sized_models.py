@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenpool.demo import tiny_models
+from tokenpool.demo import tiny_files, tiny_models
 
 _HEAD_DIM = 64
 _MAX_POSITION = 2048
@@ -32,7 +32,7 @@ def shape(mib: float) -> dict[str, int]:
     num_layers = 2 if mib < 4 else 4 if mib < 32 else 8
     hidden = max(128, round(math.sqrt(num_weights / num_layers / 12) / 128) * 128)
     attention = 3 * hidden * hidden  # query and output are square, key and value half as wide
-    mlp = (num_weights - 2 * tiny_models.VOCAB_SIZE * hidden) / num_layers - attention
+    mlp = (num_weights - 2 * tiny_files.VOCAB_SIZE * hidden) / num_layers - attention
     return {
         "num_hidden_layers": num_layers,
         "hidden_size": hidden,
@@ -54,11 +54,9 @@ def make(folder: Path, mib: float, seed: int) -> None:
     from transformers import LlamaConfig
 
     fixed: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False}
-    config = LlamaConfig(
-        **shape(mib), **fixed, vocab_size=tiny_models.VOCAB_SIZE, max_position_embeddings=_MAX_POSITION
-    )
-    tiny_models._tokenizer().save_pretrained(folder)
-    tiny_models._random_model(config, seed).save_pretrained(folder)
+    config = LlamaConfig(**shape(mib), **fixed, vocab_size=tiny_files.VOCAB_SIZE, max_position_embeddings=_MAX_POSITION)
+    tiny_files.make_tokenizer().save_pretrained(folder)
+    tiny_models.random_model(config, seed).save_pretrained(folder)
 
 
 def make_all(folder: Path, mib_of: Mapping[str, float]) -> dict[str, Path]:

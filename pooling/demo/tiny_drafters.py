@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenpool.demo.tiny_models import NUM_SPECIAL_TOKENS, write_beside
+from tokenpool.demo.tiny_files import NUM_SPECIAL_TOKENS, write_beside
 
 if TYPE_CHECKING:
     import torch

@@ -14,51 +14,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tokenpool.demo import tiny_hybrids, tiny_multimodal
+from tokenpool.demo.tiny_files import (
+    FORMAT,
+    MAX_POSITION,
+    NUM_SPECIAL_TOKENS,
+    VOCAB_SIZE,
+    make_tokenizer,
+    write_beside,
+    write_once,
+)
 from tokenpool.demo.tiny_multimodal import Processing, processing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig
 
-VOCAB_SIZE = 512
-MAX_POSITION = 2048
 LORA_RANK = 8
 LORA_ALPHA = 16
-
-_MARKER = "tokenpool_tiny.json"
-_FORMAT = 2  # raise when a change of this file changes the bytes written: old directories are then made anew
-_SPECIAL_TOKENS = ("<s>", "</s>", "<unk>")
-NUM_SPECIAL_TOKENS = len(_SPECIAL_TOKENS)
-"""They have the lowest ids."""
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-# Enough distinct pairs for 512 - 256 - 3 merges.
-_CORPUS = """
-The quick brown fox jumps over the lazy dog, and the dog does not mind.
-Hello world, this is a small language model.
-A pool of machines serves many models at once: each request waits for its turn, each turn makes a few tokens.
-user: What is the weather like in the mountains today?
-assistant: It is cold, bright and windy; take a warm coat.
-system: You are a helpful assistant. Answer the question with short and simple words, then stop.
-When one model rests, its memory goes to another; when it wakes, the weights come back from the host.
-Numbers such as 1, 2, 3, 10, 42 and 100 appear here too, with a date like 2024 and a price like 19.99 dollars.
-def main(argument): return [value for value in range(argument) if value % 2 == 0]
-People write letters, read books, cook dinner, travel by train and tell their children stories about the sea.
-""".strip().splitlines()
 
 
 def _common(num_layers: int, num_kv_heads: int = 2) -> dict[str, Any]:
@@ -201,20 +180,25 @@ def make_tiny_model(kind: str, directory: Path | str, *, seed: int | None = None
     directory = Path(directory)
     if seed is None:
         seed = 1 + list(KINDS).index(kind)
-    marker = {"format": _FORMAT, "kind": kind, "seed": seed}
+    marker = {"format": FORMAT, "kind": kind, "seed": seed}
 
     def write(target: Path) -> None:
         more = processing(kind)
-        _tokenizer(more).save_pretrained(target)
-        _random_model(KINDS[kind](), seed, more).save_pretrained(target)
+        make_tokenizer(more).save_pretrained(target)
+        if more is None:
+            model = random_model(KINDS[kind](), seed)
+        else:
+            made_by, tokens = more.auto_class, len(more.tokens)
+            model = random_model(KINDS[kind](), seed, auto_class=made_by, num_media_tokens=tokens, factors=more.factors)
+        model.save_pretrained(target)
         if more is not None:
-            _finish(target, more)
+            add_processing(target, more)
 
-    _write_once(directory, marker, write)
+    write_once(directory, marker, write)
     return directory
 
 
-def _finish(target: Path, more: Processing) -> None:
+def add_processing(target: Path, more: Processing) -> None:
     """Add what the processor of a multimodal model needs, and give weights the names that vLLM knows."""
     for name, content in more.files.items():
         (target / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -256,12 +240,6 @@ def make_tiny_lora(base: Path, directory: Path, *, seed: int = 0) -> Path:
     return Path(directory)
 
 
-def write_beside(base: Path, directory: Path, what: dict[str, Any], write: Callable[[Path], None]) -> None:
-    """Let `write` fill a directory with something for the tiny model in `base`, as `make_tiny_model` fills one."""
-    marker = {"format": _FORMAT, **what, "base": json.loads((base / _MARKER).read_text())}
-    _write_once(directory, marker, write)
-
-
 def _lora_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     import torch
 
@@ -280,24 +258,37 @@ def _lora_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _random_model(config: PretrainedConfig, seed: int, more: Processing | None = None) -> Any:
+def random_model(
+    config: PretrainedConfig,
+    seed: int,
+    *,
+    auto_class: str = "AutoModelForCausalLM",
+    num_media_tokens: int = 0,
+    factors: Mapping[str, float] = MappingProxyType({}),
+) -> Any:
+    """A model of `config` in bfloat16 with weights drawn from `seed`, made by a class of transformers.
+
+    The last `num_media_tokens` entries stand for media. `factors` has by the end of a weight's name what it is
+    multiplied by.
+    """
     import torch
     import transformers
 
-    auto = getattr(transformers, more.auto_class if more else "AutoModelForCausalLM")
+    auto = getattr(transformers, auto_class)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = auto.from_config(config).to(torch.bfloat16)
-        # A zero row gives a special token the logit 0, far under the largest: greedy does not end early.
-        head = model.get_output_embeddings().weight
-        head[:NUM_SPECIAL_TOKENS] = 0
-        # Where head and embeddings are one, the tokens that stand for media need their rows.
-        head[VOCAB_SIZE + (len(more.tokens) if more and config.tie_word_embeddings else 0) :] = 0
-        _sharpen(model, gemma=config.model_type == "gemma3_text", factors=more.factors if more else {})
+        output = model.get_output_embeddings()
+        if output is not None:
+            # A zero row gives a special token the logit 0, far under the largest: greedy does not end early.
+            output.weight[:NUM_SPECIAL_TOKENS] = 0
+            # Where head and embeddings are one, the tokens that stand for media need their rows.
+            output.weight[VOCAB_SIZE + (num_media_tokens if config.tie_word_embeddings else 0) :] = 0
+        _sharpen(model, gemma=config.model_type.startswith(("gemma", "vaultgemma")), factors=factors)
     return model
 
 
-def _sharpen(model: Any, *, gemma: bool, factors: dict[str, float]) -> None:
+def _sharpen(model: Any, *, gemma: bool, factors: Mapping[str, float]) -> None:
     """Make the next token depend on the whole context, in the kinds whose norms flatten the wide weights.
 
     With unit query and key norms attention is nearly an average, and streams fall into short cycles. Gemma
@@ -314,67 +305,6 @@ def _sharpen(model: Any, *, gemma: bool, factors: dict[str, float]) -> None:
         for suffix, factor in factors.items():
             if name.endswith(suffix):
                 weight.mul_(factor)
-
-
-def _tokenizer(more: Processing | None = None) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer of exactly VOCAB_SIZE entries: every model token has a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(_SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(_CORPUS, trainer)
-    assert bpe.get_vocab_size() == VOCAB_SIZE, bpe.get_vocab_size()
-    bos, eos, unk = _SPECIAL_TOKENS
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=bos, eos_token=eos, unk_token=unk, model_max_length=MAX_POSITION
-    )
-    tokenizer.chat_template = _CHAT_TEMPLATE
-    if more is not None:
-        tokenizer.add_tokens(list(more.tokens), special_tokens=True)
-        tokenizer.chat_template = more.chat_template or _CHAT_TEMPLATE
-    return tokenizer
-
-
-def _write_once(directory: Path, marker: dict[str, Any], write: Callable[[Path], None]) -> None:
-    """Fill a sibling directory, then rename it into place; the marker tells what a directory holds."""
-    if _is_complete(directory, marker):
-        return
-    if directory.exists():
-        if any(directory.iterdir()) and not (directory / _MARKER).exists():
-            raise FileExistsError(f"{directory} holds other files; give an empty or a new directory")
-        shutil.rmtree(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(directory) as scratch:
-        write(scratch)
-        (scratch / _MARKER).write_text(json.dumps(marker) + "\n")
-        try:
-            os.rename(scratch, directory)
-        except OSError:
-            if not _is_complete(directory, marker):  # else another process was faster: same bytes
-                raise
-
-
-@contextmanager
-def _scratch(directory: Path) -> Iterator[Path]:
-    scratch = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        scratch.chmod(0o755)
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _is_complete(directory: Path, marker: dict[str, Any]) -> bool:
-    path = directory / _MARKER
-    return path.is_file() and json.loads(path.read_text()) == marker
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -119,12 +119,23 @@ class WeightStore:
             place.point_tensors_here()
             if give_up is not None:
                 give_up()
-            self.make_room(place.num_pages)
+            self._make_room_for(place)
             place.map()
             place.copy_in(host, self.chunk_bytes, advance)
             self._models[owner] = entry
             undo.pop_all()
         return entry
+
+    def _make_room_for(self, place: WeightRange) -> None:
+        try:
+            self.make_room(place.num_pages)
+        except CapacityError as error:
+            size = f"{place.num_pages} pages of {self.ledger.page_size} bytes"
+            raise CapacityError(
+                f"the weights of model {place.owner!r} take {size} on the device: {error}",
+                needed_pages=error.needed_pages,
+                free_pages=error.free_pages,
+            ) from error
 
     def remove(self, owner: str) -> None:
         """Give everything of `owner` back, in whatever state; its tensors must not be used any more."""

@@ -66,6 +66,8 @@ class RequestSpec:
     """
     media: tuple[str, int] | None = None
     """Kind of model and seed: `media.prompt_with` makes the prompt, of which `prompt_token_ids` is the text."""
+    task: str = "embed"
+    """What is asked of a pooling model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +147,7 @@ def run_plain(
 
 
 def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
-    from vllm.model_executor.models import registry
-
-    if plain_gemm == "1":
-        _use_plain_gemm()
-    # Inspecting an architecture in a further process costs 10 s each; it protects only CUDA initialisation.
-    registry._run_in_subprocess = lambda inspect: inspect()
-    _register_kernels_once()
-    _mend_drafted_sampling()
+    prepare(plain_gemm=plain_gemm == "1")
     results = {}
     for fields in json.loads(Path(cases_file).read_text()):
         requests = [RequestSpec(**request) for request in fields.pop("requests")]
@@ -160,6 +155,18 @@ def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
         results[case.name] = {key: asdict(result) for key, result in _run_case(case).items()}
         gc.collect()
     Path(results_file).write_text(json.dumps(results))
+
+
+def prepare(*, plain_gemm: bool) -> None:
+    """What is done to this process before its first engine; see `run_plain`."""
+    from vllm.model_executor.models import registry
+
+    if plain_gemm:
+        use_plain_gemm()
+    # Inspecting an architecture in a further process costs 10 s each; it protects only CUDA initialisation.
+    registry._run_in_subprocess = lambda inspect: inspect()
+    _register_kernels_once()
+    _mend_drafted_sampling()
 
 
 def _register_kernels_once() -> None:
@@ -195,7 +202,7 @@ def _mend_drafted_sampling() -> None:
     rejection_sampler.expand_batch_to_tokens = expand
 
 
-def _use_plain_gemm() -> None:
+def use_plain_gemm() -> None:
     """Let every linear layer loaded from here on use the kernel that takes its weight as a plain tensor."""
     import torch
     from vllm import _custom_ops as ops
@@ -231,7 +238,7 @@ def _run_case(case: Case) -> dict[str, Result]:
     llm = LLM(case.model, **ENGINE_ARGS | case.engine_args)
     loaded_s = time.monotonic()
     try:
-        results = _generate(llm, case)
+        results = generate(llm, case)
     finally:
         llm.llm_engine.engine_core.shutdown()
     finished_s = time.monotonic()
@@ -239,7 +246,7 @@ def _run_case(case: Case) -> dict[str, Result]:
     return results
 
 
-def _generate(llm: Any, case: Case) -> dict[str, Result]:
+def generate(llm: Any, case: Case) -> dict[str, Result]:
     """Step the engine here: `generate` drops the scheduler's requests, which count the preemptions."""
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
@@ -270,7 +277,7 @@ def _params(request: RequestSpec, *, pooling: bool) -> Any:
     from vllm import PoolingParams, SamplingParams
 
     if pooling:
-        return PoolingParams(task="embed")
+        return PoolingParams(task=request.task)
     return SamplingParams(
         max_tokens=request.max_tokens,
         temperature=request.temperature,

@@ -177,6 +177,22 @@ def test_adoption_asks_for_room_first(rig):
     rig.ledger.give("kv", PageUse.KV, ballast)
 
 
+def test_who_frees_too_few_pages_says_for_which_weights(rig):
+    """The model and the size of its weights, which its checkpoint may not tell."""
+
+    def make_room(pages: int) -> None:
+        raise CapacityError(f"{pages} more pages are needed: raise device_memory", needed_pages=pages, free_pages=0)
+
+    rig.store.make_room = make_room
+    problem = (
+        rf"the weights of model 'a' take 3 pages of {PAGE} bytes on the device: 3 more pages .* raise device_memory"
+    )
+    with pytest.raises(CapacityError, match=problem) as caught:
+        rig.store.adopt("a", big_tensors(3))
+    assert (3, 0) == (caught.value.needed_pages, caught.value.free_pages)
+    rig.assert_empty()
+
+
 def test_a_model_without_tensors_takes_nothing(rig):
     """No page, no byte, no range; all moves work."""
     rig.store.adopt("a", [torch.empty(0)], lambda advance: None, verify_reload=True)

@@ -16,7 +16,7 @@ import inspect
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,9 +34,15 @@ Output = tuple[str, bytes, bytes]
 class AdoptionCheck:
     """Runs the models of one runner, and remembers what their modules gave."""
 
-    def __init__(self, model_runner: Any, models: Sequence[torch.nn.Module]) -> None:
+    def __init__(
+        self, model_runner: Any, models: Sequence[torch.nn.Module], layers: Iterable[torch.nn.Module] = ()
+    ) -> None:
+        """`layers` are those that vLLM knows to need KV or states, which need not be modules of the models."""
         self._runner = model_runner
         self._models = models
+        modules = (module for model in models for module in model.modules())
+        found = (module for module in (*modules, *layers) if hasattr(module, "get_attn_backend"))
+        self._attention = {id(module): module for module in found}
         self._before: list[Output] = []
         self.seconds = 0.0
         """How long all runs took."""
@@ -69,13 +75,12 @@ class AdoptionCheck:
             stack.enter_context(_own_random_state())
             stack.enter_context(_uncompiled(self._models))
             stack.enter_context(torch.inference_mode())
+            for module in self._attention.values():
+                stack.enter_context(_standing_in(module))
             for module, path in self._paths():
-                if hasattr(module, "get_attn_backend"):
-                    handles = [module.register_forward_hook(_stand_in)]
-                else:
-                    handles = _record(module, path, outputs)
-                for handle in handles:
-                    stack.callback(handle.remove)
+                if id(module) not in self._attention:
+                    for handle in _record(module, path, outputs):
+                        stack.callback(handle.remove)
             _dummy_step(self._runner, self._models[0], outputs)
             for draft in self._models[1:]:
                 _draft_step(self._runner, draft, outputs)
@@ -124,10 +129,26 @@ def _record(module: torch.nn.Module, path: str, outputs: list[Output]) -> list[A
     return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
 
 
-def _stand_in(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-    """Take the place of what an attention layer gives."""
-    numbers = torch.randn(output.shape, generator=torch.Generator().manual_seed(_SEED))
-    return numbers.to(output.device, output.dtype)
+@contextmanager
+def _standing_in(module: torch.nn.Module) -> Iterator[None]:
+    """Numbers take the place of what an attention layer gives, to who calls its forward() too, as vLLM's backend for
+    models of transformers does, which a hook would not see.
+    """
+    forward, own = module.forward, module.__dict__.get("forward")
+
+    def stand_in(*args: Any, **kwargs: Any) -> torch.Tensor:
+        output = forward(*args, **kwargs)
+        numbers = torch.randn(output.shape, generator=torch.Generator().manual_seed(_SEED))
+        return numbers.to(output.device, output.dtype)
+
+    module.__dict__["forward"] = stand_in
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
 
 
 def _digest(output: Any) -> bytes:

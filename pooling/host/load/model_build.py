@@ -112,7 +112,8 @@ class ModelBuild:
         alone = self._config.parallel_config.world_size == 1
         reload = checkpoint_reload(models, self._config) if alone else None
         # A forward pass of a group needs all its ranks, and those of the others are in the midst of `adopt`.
-        check = AdoptionCheck(model_runner, models) if alone else None
+        layers = self._config.compilation_config.static_forward_context.values()
+        check = AdoptionCheck(model_runner, models, layers) if alone else None
         if check is not None:
             check.before()
             self.pause()

@@ -29,6 +29,7 @@ from tokenpool.serve.launch.poolability import check_flags, check_words
 from tokenpool.serve.launch.port_flags import settle_logging, share_port_flags
 from tokenpool.serve.launch.start_checks import check_start, draft_model_of
 from tokenpool.serve.launch.tls import check_tls
+from tokenpool.serve.launch.weight_sizes import device_bytes
 from tokenpool.settings import CPU_KV_BYTES
 from tokenpool.units import format_bytes, format_count
 from tokenpool.wire.spec import HostConfig
@@ -114,6 +115,7 @@ def plan_pool(
         check_start(plan.spec.name, plan.args)
         if thorough or plan is plans[0] or config.loading_of(plan.spec).at_start:
             plan.checked = plan.engine_config()
+            plan.weight_bytes = device_bytes(plan.weight_bytes, Path(os.path.expanduser(plan.spec.model)), plan.checked)
             if on_first is not None and plan is plans[0]:
                 on_first(plan.checked)
     if config.device_memory is None:

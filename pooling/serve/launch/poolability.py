@@ -45,23 +45,52 @@ def check_config(name: str, config: Any) -> None:
 
     Flags that ask for them are refused before; this is for what the model's own files ask for.
     """
-    parallel, model = config.parallel_config, config.model_config
-    refused = {
-        "a KV connector": config.kv_transfer_config is not None,
-        "an EC connector": config.ec_transfer_config is not None,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "tensor parallelism (on the CPU only yet)": parallel.tensor_parallel_size > 1 and not current_platform.is_cpu(),
-        "data parallelism": parallel.data_parallel_size > 1,
-        "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
-        "sleep mode, which the pool replaces": model.enable_sleep_mode,
-        "weight transfer (an eviction would lose it)": config.weight_transfer_config is not None,
-        "KV offloading": config.cache_config.kv_offloading_size is not None,
-    }
-    for feature, present in refused.items():
+    for present, feature, hint in _features(config):
         if present:
-            raise ModelRefusedError(name, feature, _OUTSIDE)
+            raise ModelRefusedError(name, feature, hint)
     if config.speculative_config is not None:
         _check_drafter(name, config)
+
+
+def _features(config: Any) -> list[tuple[bool, str, str]]:
+    """Whether a config has a feature, what of it is against a pool, and what serves instead."""
+    parallel, model = config.parallel_config, config.model_config
+    context = max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size)
+    return [
+        (
+            config.kv_transfer_config is not None,
+            "a KV connector, which would copy blocks that the pool may have moved",
+            "remove it: host_memory keeps KV, and the hosts of a cluster hand it over to one another",
+        ),
+        (
+            config.cache_config.kv_offloading_size is not None,
+            "KV offloading, which would copy blocks that the pool may have moved",
+            "remove it: host_memory of the pool keeps KV of all models",
+        ),
+        (config.ec_transfer_config is not None, "an EC connector, which was not tried in a pool", _OUTSIDE),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism, whose stages run several steps at once where the pool changes models between two",
+            "use --tensor-parallel-size",
+        ),
+        (
+            parallel.tensor_parallel_size > 1 and not current_platform.is_cpu(),
+            "tensor parallelism (on the CPU only yet)",
+            _OUTSIDE,
+        ),
+        (parallel.data_parallel_size > 1, "data parallelism", "let more hosts of a cluster serve the model"),
+        (context > 1, "context parallelism, which spreads the KV of a request over several devices", _OUTSIDE),
+        (
+            model.enable_sleep_mode,
+            "sleep mode, which the pool replaces: weights leave the device when others need it",
+            "remove --enable-sleep-mode",
+        ),
+        (
+            config.weight_transfer_config is not None,
+            "weight transfer, whose weights would be lost when the model leaves the device",
+            "load the new checkpoint as another model, or serve it with plain vLLM outside the pool",
+        ),
+    ]
 
 
 def _check_drafter(name: str, config: Any) -> None:

@@ -61,7 +61,14 @@ def wav(seed: int, seconds: float = 2.0) -> bytes:
 
 
 def prompt_with(kind: str, seed: int, text: list[int]) -> Any:
-    """A prompt for vLLM with what a model of that kind takes, drawn from the seed, and the tokens `text`."""
+    """A prompt for vLLM with what a model of that kind takes, drawn from the seed, and the tokens `text`.
+
+    `kind` is a tiny model's, or a modality with the tokens that stand for it, as image:512,513.
+    """
+    modality, _, tokens = kind.partition(":")
+    if tokens:
+        seen = {"image": image, "audio": lambda seed: (sound(seed), SAMPLE_RATE)}[modality](seed)
+        return {"prompt_token_ids": [*map(int, tokens.split(",")), *text], "multi_modal_data": {modality: seen}}
     if kind == "llava":
         return {"prompt_token_ids": [_LLAVA_IMAGE, *text], "multi_modal_data": {"image": image(seed)}}
     if kind == "qwen2_5_vl":

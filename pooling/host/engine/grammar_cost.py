@@ -3,7 +3,8 @@
 
 A grammar that compiles at once may need seconds for each token: `((.{1,20}){1,20}){1,20}` for its fortieth, more for
 each one after. No look at its text finds all of these, so what it uses is measured, and its own request ends. Many such
-requests share what one may use, so that they cannot hold up the others in turn.
+requests share what one may use, so that they cannot hold up the others in turn. With the vocabulary of a large model
+one bitmask may take a minute, so those that may be slow are made on a side thread, which nobody waits for then.
 
 A request that ends because of its grammar says so: its client is told that, and not of an error of the server.
 """
@@ -18,6 +19,7 @@ import torch
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
+from tokenpool.process.side_call import SideCallError, SideCalls
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
 SURE_S = 0.05
@@ -28,6 +30,10 @@ FREE_PART = 0.02
 TOKEN_S = 0.002
 """And for each token. Grammars of people use a twentieth of it or less."""
 
+SLOW_S = 0.005
+"""A grammar whose last bitmask took longer has the next made on a side thread; each takes little more than the last."""
+_MOST_LEFT = 4
+
 _T = TypeVar("_T")
 
 
@@ -37,17 +43,23 @@ class Allowance:
     def __init__(self) -> None:
         self._left_s, self._seen_s = FREE_S, time.monotonic()
 
-    def take(self, seconds: float) -> float:
-        """Take so much, or what is left; returns what was taken."""
+    @property
+    def left_s(self) -> float:
+        """What is left now."""
         now_s = time.monotonic()
         self._left_s = min(FREE_S, self._left_s + FREE_PART * (now_s - self._seen_s))
         self._seen_s = now_s
-        taken_s = min(seconds, self._left_s)
+        return self._left_s
+
+    def take(self, seconds: float) -> float:
+        """Take so much, or what is left; returns what was taken."""
+        taken_s = min(seconds, self.left_s)
         self._left_s -= taken_s
         return taken_s
 
 
 _OF_HOST = Allowance()
+_BITMASKS: SideCalls[None] = SideCalls("bitmask", _MOST_LEFT)
 
 
 class MeteredGrammar(StructuredOutputGrammar):
@@ -58,11 +70,9 @@ class MeteredGrammar(StructuredOutputGrammar):
         self._request = request
         self._allowance = allowance
         self._left_s = SURE_S
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether it has used its time."""
-        return self._left_s < 0
+        self._is_new, self._is_slow = True, False
+        self.is_spent = False
+        """Whether it has used its time; it is not touched any more then, for a side thread may still have it."""
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
         """As the grammar does; False ends the request.
@@ -81,23 +91,46 @@ class MeteredGrammar(StructuredOutputGrammar):
 
     def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
         """As the grammar does; allows all when it is spent: whatever comes, `accept_tokens` ends the request."""
+        if not self.is_spent:
+            if (self._is_new or self._is_slow) and not _BITMASKS.is_full:
+                self._fill_beside(bitmask, batch_index)
+            elif self._is_slow:  # as many are still being made as may: this one would be one more
+                self.is_spent = True
+            else:
+                self._metered(self._grammar.fill_bitmask, bitmask, batch_index)
         if self.is_spent:
             bitmask[batch_index].fill_(-1)
+
+    def _fill_beside(self, bitmask: torch.Tensor, batch_index: int) -> None:
+        own = bitmask[batch_index : batch_index + 1].clone()  # it may be written when the batch is long over
+        self._is_new = False
+        try:
+            limit_s = self._left_s + self._allowance.left_s
+            _, used_s = _BITMASKS.run(lambda: self._grammar.fill_bitmask(own, 0), limit_s)
+        except SideCallError as error:
+            self.is_spent, used_s = True, error.used_s
         else:
-            self._metered(self._grammar.fill_bitmask, bitmask, batch_index)
+            bitmask[batch_index].copy_(own[0])
+        self._used(used_s)
 
     def _metered(self, call: Callable[..., _T], *args: Any) -> _T:
         began_s = time.thread_time()
         try:
             return call(*args)
         finally:
-            self._left_s -= time.thread_time() - began_s
-            if self._left_s < 0:
-                self._left_s += self._allowance.take(-self._left_s)
+            self._used(time.thread_time() - began_s)
+
+    def _used(self, seconds: float) -> None:
+        self._is_slow = seconds > SLOW_S
+        self._left_s -= seconds
+        if self._left_s < 0:
+            self._left_s += self._allowance.take(-self._left_s)
+            self.is_spent = self.is_spent or self._left_s < 0
 
     def rollback(self, num_tokens: int) -> None:
         """As the grammar does."""
-        self._grammar.rollback(num_tokens)
+        if not self.is_spent:
+            self._grammar.rollback(num_tokens)
 
     def is_terminated(self) -> bool:
         """As the grammar says; not when it is spent, so that it is asked about the next token."""
@@ -105,4 +138,5 @@ class MeteredGrammar(StructuredOutputGrammar):
 
     def reset(self) -> None:
         """As the grammar does; what it has used stays used."""
-        self._grammar.reset()
+        if not self.is_spent:
+            self._grammar.reset()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
 from tokenpool.host.engine import grammar_cost
 from tokenpool.host.engine.grammar_cost import Allowance, MeteredGrammar
+from tokenpool.process.side_call import SideCalls
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
 pytestmark = pytest.mark.vllm
@@ -109,9 +112,63 @@ def test_what_it_may_use_grows_with_its_tokens_alone(costs: list[float], steps: 
             if not metered.accept_tokens("r", [1]):
                 break
             accepted += 1
-    earned = grammar_cost.SURE_S + free_s + grammar_cost.TOKEN_S * (accepted + (accepted < steps))
-    assert clock[0] <= earned + max(costs) + 1e-6
+    earned = grammar_cost.SURE_S + free_s + grammar_cost.TOKEN_S * accepted
+    last = grammar_cost.TOKEN_S if accepted < steps else 0.0
+    assert clock[0] <= earned + last + max(costs) + 1e-6
     assert accepted == steps or clock[0] > earned - 1e-6
+
+
+class Endless:
+    """A grammar whose bitmask takes seconds in one call that lets go of the interpreter, as one of C++ does."""
+
+    def __init__(self) -> None:
+        self.calls, self.rollbacks = 0, 0
+        self.is_done = threading.Event()
+
+    def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
+        self.calls += 1
+        hashlib.pbkdf2_hmac("sha256", b"some", b"salt", 3_000_000)
+        bitmask[batch_index].fill_(7)
+        self.is_done.set()
+
+    def rollback(self, num_tokens: int) -> None:
+        self.rollbacks += 1
+
+
+def test_a_bitmask_that_takes_seconds_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its grammar is spent when its time is over; what it writes in the end reaches no batch."""
+    monkeypatch.setattr(grammar_cost, "_BITMASKS", SideCalls("bitmask", 1))
+    endless, request = Endless(), asking()
+    metered = MeteredGrammar(endless, request, allowance(0.0))  # type: ignore[arg-type]
+    mask = torch.zeros((2, 8), dtype=torch.int32)
+    metered.fill_bitmask(mask, 1)
+    assert not endless.is_done.is_set() and metered.is_spent
+    metered.rollback(1)
+    for _ in range(100):  # tokens give it no time back
+        assert not metered.accept_tokens("r", [1])
+    assert request.stop_reason == GRAMMAR_FAILED and (endless.calls, endless.rollbacks) == (1, 0)
+
+    quick = MeteredGrammar(grammar("(a|b)*"), asking(), allowance(0.0))
+    assert drive(quick, 20) == 20, "what is new is served while as many go on as may"
+    quick._is_slow = True
+    quick.fill_bitmask(mask, 0)
+    assert quick.is_spent, "and what is slow is not"
+
+    assert endless.is_done.wait(60)
+    assert (mask == -1).all()
+
+
+def test_a_side_call_gives_its_result_or_its_own_error() -> None:
+    """A TimeoutError of the call is not taken for one of the wait."""
+    calls: SideCalls[int] = SideCalls("side", 1)
+    assert calls.run(lambda: 3, 1.0)[0] == 3
+
+    def fail() -> int:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        calls.run(fail, 1.0)
+    assert not calls.is_full
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 2)), min_size=1, max_size=50))

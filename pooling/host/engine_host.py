@@ -71,8 +71,7 @@ class EngineHost:
         apply_all()
         self.config = config
         self.ledger = PageLedger(config.device_memory // config.page_size, config.page_size)
-        device = device or make_device(config.page_size, config.cpu_link)
-        make_all_pages(device, self.ledger.num_pages)
+        device = make_all_pages(device or make_device(config.page_size, config.cpu_link), self.ledger.num_pages)
         num_ranks = config.tensor_parallel_size
         self.group = RankGroup(num_ranks, config.cpu_link) if num_ranks > 1 else None
         if self.group is not None:

@@ -41,7 +41,7 @@ class EngineGlobals:
     """
 
     def __init__(self) -> None:
-        self._slots = [
+        self._slots: list[ModuleAttribute | KernelChoices | BreakableGraphs] = [
             *(ModuleAttribute(importlib.import_module(module), name) for module, name in _SWITCHED),
             KernelChoices(),
             BreakableGraphs(),

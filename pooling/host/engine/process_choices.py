@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +35,9 @@ class KernelChoices:
     """Which kernels vLLM's IR operators take first, and whether torch sees them; a compiled model chooses otherwise."""
 
     def __init__(self) -> None:
-        try:
+        self._ir: Any = None
+        with suppress(ImportError):  # vLLM 0.29 on some platforms
             self._ir = importlib.import_module("vllm.ir.op")
-        except ImportError:  # vLLM 0.29 on some platforms
-            self._ir = types.SimpleNamespace()
         self._has_any = hasattr(self._ir, "IrOp") and hasattr(self._ir, "_ENABLE_TORCH_WRAP")
 
     def get(self) -> Any:

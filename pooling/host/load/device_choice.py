@@ -61,13 +61,13 @@ def give_back_loading_memory(device: Device) -> None:
         torch.cuda.empty_cache()
 
 
-def make_all_pages(device: Device, num_pages: int) -> None:
+def make_all_pages(device: Device, num_pages: int) -> Device:
     """At the start of a host: ask the GPU for all of its pages, so that a shortage is told now and not in a step.
 
-    Raises CapacityError.
+    Returns the device; raises CapacityError.
     """
     if not isinstance(device, CudaDevice):
-        return
+        return device
     try:
         device.make_pages(num_pages)
     except OSError as error:
@@ -79,6 +79,7 @@ def make_all_pages(device: Device, num_pages: int) -> None:
             needed_pages=num_pages,
             free_pages=made,
         ) from error
+    return device
 
 
 def release_device_memory(device: Device) -> None:

@@ -1,4 +1,4 @@
-# make demo | demo-files | test | test-all | test-api | test-models | test-fast | test-compat | test-deploy | dashboards | reference | lint:
+# make demo | demo-files | test | test-all | test-api | test-models | test-fast | test-compat | test-deploy | port | dashboards | reference | lint:
 # each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
@@ -79,6 +79,11 @@ $(VENV)/.ready-deploy: $(VENV)/.ready-$(EXTRA)
 
 test-deploy: setup $(VENV)/.ready-deploy $(if $(HELM_BIN),,$(TOOLS)/helm) $(TOOLS)/promtool
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/deploy
+
+# What another version of vLLM changes for patches/ and for our imports: make port VLLM=0.33.0
+.PHONY: port
+port: setup
+	@$(PY) -m deploy.port "$(VLLM)"
 
 dashboards: setup
 	$(PY) -m deploy.dashboards

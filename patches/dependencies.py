@@ -259,4 +259,44 @@ PATCHES = (
         reason="tells the draft model whose weights move with its target's, and where the drafter is kept",
         removal=_REMOVAL,
     ),
+    Patch(
+        name="step_tables_v1",
+        target="vllm.v1.worker.block_table:BlockTable.commit_block_table",
+        hashes=known(
+            v0_32_0="75c23444d22b3ccd2d99ee04337d4b9b91c9049d372896bacbfe44cb9bdcf989",
+            v0_29_0="75c23444d22b3ccd2d99ee04337d4b9b91c9049d372896bacbfe44cb9bdcf989",
+        ),
+        reason="readable_blocks.py takes blocks that left a window out of the rows before they are copied",
+        removal="model runner V1 is gone, or does as V2 of vLLM 0.33",
+    ),
+    Patch(
+        name="step_tables_v2",
+        target="vllm.v1.worker.gpu.block_table:BlockTables.gather_block_tables",
+        hashes=known(
+            v0_32_0="871191e91a4e328618e01b8611d1e29bfec7f74fbd16f7390e8ef3ec6539762a",
+            v0_29_0="871191e91a4e328618e01b8611d1e29bfec7f74fbd16f7390e8ef3ec6539762a",
+        ),
+        reason="readable_blocks.py takes blocks that left a window, or lie behind the last, out of what a step reads",
+        removal="vLLM 0.33 and newer only are supported, and parked slabs lie under what is behind the last block",
+    ),
+    Patch(
+        name="window_frees",
+        target="vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager.get_num_skipped_tokens",
+        hashes=known(
+            v0_32_0="148ecb450daf8edc19a5226f11f1303bca69d60b2135e7588a5e2a2846be76f7",
+            v0_29_0="bfad7ec0a45fec2be8c91adcfe4d6fe09cb0a11c7be838f5a5943683c02a6b5f",
+        ),
+        reason="readable_blocks.py follows what the scheduler frees behind a sliding window",
+        removal="as step_tables_v2",
+    ),
+    Patch(
+        name="chunk_frees",
+        target="vllm.v1.core.single_type_kv_cache_manager:ChunkedLocalAttentionManager.get_num_skipped_tokens",
+        hashes=known(
+            v0_32_0="c5d72e6d861a01b4dc8ea304c06c374c41b92ce63e84beb9f1663e24c332897e",
+            v0_29_0="0fef4ea37fcd6886c1b1a5ab277019df0a78102a354fb9426b3691a41b1d69fe",
+        ),
+        reason="readable_blocks.py follows what the scheduler frees behind a chunk of local attention",
+        removal="as step_tables_v2",
+    ),
 )

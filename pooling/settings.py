@@ -47,6 +47,13 @@ class Variable(Generic[_T]):
         """Put it into the environment of this process, its children, and libraries that are imported later."""
         os.environ[self.name] = text
 
+    def restore(self, text: str | None) -> None:
+        """Put it back to what it was; None = it was not set."""
+        if text is None:
+            os.environ.pop(self.name, None)
+        else:
+            self.set(text)
+
     def set_default(self, text: str) -> None:
         """`set` it unless the user has."""
         os.environ.setdefault(self.name, text)
@@ -99,6 +106,8 @@ CONTROL_KEY = Variable("TOKENPOOL_CONTROL_KEY", bytes.fromhex, "engine hosts",
     "set by the server; setting it does nothing")  # fmt: skip
 METRICS_FOLDER = Variable("PROMETHEUS_MULTIPROC_DIR", str, "", "where the processes of a pool put their metrics")
 LIVE_ON = Variable("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", str, "", "keeps the server when an engine dies: it starts again")
+BREAKABLE_GRAPHS = Variable("VLLM_USE_BREAKABLE_CUDAGRAPH", str, "",
+    "vLLM's own, which it sets itself for some architectures: each model of a pool has its own value")  # fmt: skip
 REDIRECTS = Variable("VLLM_MEDIA_URL_ALLOW_REDIRECTS", str, "", "whether vLLM follows redirects of media")
 VARIABLES: Sequence[Variable[Any]] = [each for each in [*globals().values()] if isinstance(each, Variable)]
 

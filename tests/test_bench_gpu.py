@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -32,6 +34,57 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def no_gpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+FIRST_MINUTES = ROOT / "bench/gpu/first_minutes.sh"
+
+
+def first_minutes(*words: object, limit_s: int = 700) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"LIMIT_S": str(limit_s)}
+    return subprocess.run([FIRST_MINUTES, *map(str, words)], capture_output=True, text=True, check=False, env=env)
+
+
+@pytest.mark.parametrize(("limit_s", "told"), [(700, "ok"), (0, "no time left")])
+def test_the_first_minutes_leave_a_line_for_each_check(tmp_path, limit_s, told):
+    """With a program in Python's place: results are there as they come, and nothing starts when the time is over."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho result: $1 $2 $3\n")
+    python.chmod(0o755)
+    ran = first_minutes("--dry-run", tmp_path / "out", python, limit_s=limit_s)
+    lines = (tmp_path / "out" / "table.txt").read_text().splitlines()
+    assert ["doctor", "memory_laws", "link", "eager", "engine_cost", "switch"] == [line.split()[0] for line in lines]
+    assert all(told in line for line in lines)
+    assert (0 if told == "ok" else 1) == ran.returncode
+    assert ran.stdout.splitlines() == lines
+    if told == "ok":
+        assert "result: -m bench.gpu.engine_cost --device" in lines[4]
+
+
+def test_a_check_that_fails_is_told_and_the_next_one_runs(tmp_path):
+    """Its last line is in the table: there is no result."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho broken; exit 7\n")
+    python.chmod(0o755)
+    ran = first_minutes("--dry-run", tmp_path / "out", python)
+    assert 1 == ran.returncode
+    assert 6 == ran.stdout.count("FAILED (7)") == ran.stdout.count("broken")
+    assert 2 == first_minutes().returncode
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there IS a GPU: the script would run for minutes")
+def test_the_first_minutes_without_a_device_measure_nothing(tmp_path):
+    """The same status as the other script's."""
+    ran = first_minutes(tmp_path / "out", sys.executable)
+    assert (3, "no CUDA device: nothing was measured\n") == (ran.returncode, ran.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_first_minutes_run_dry(tmp_path):
+    """Every command of the script runs here from end to end, on the CPU or a stand-in."""
+    ran = first_minutes("--dry-run", tmp_path / "out", sys.executable, limit_s=3000)
+    assert 0 == ran.returncode, ran.stdout
+    assert 6 == ran.stdout.count(" ok ")
 
 
 @pytest.mark.parametrize("bench", [link, layout, switch, goodput, one_model_tax], ids=lambda bench: bench.__name__)

@@ -67,7 +67,7 @@ def _report_device() -> bool:
     from vllm.platforms import current_platform
 
     from tokenpool.memory.devices.cuda_driver import CUDA_WARNING, load_driver_api
-    from tokenpool.memory.devices.nvml import read_gpu
+    from tokenpool.memory.devices.nvml import read_gpu, uuid_of_gpu
     from tokenpool.units import format_bytes
 
     if not current_platform.is_cuda():
@@ -75,14 +75,15 @@ def _report_device() -> bool:
         print(f"device {current_platform.device_name}: {'supported' if is_cpu else 'not supported'}")
         return is_cpu
     try:
-        status = read_gpu(current_platform.get_device_uuid())
+        status = read_gpu(uuid_of_gpu(current_platform))
         load_driver_api()
     except PoolError as error:
         print(f"device cuda: {error}")
         return False
     busy = "load unknown" if status.busy_frac is None else f"{status.busy_frac:.0%} busy"
     memory = f"{format_bytes(status.free_bytes)} of {format_bytes(status.total_bytes)} free"
-    print("; ".join(filter(None, [f"device cuda: {status.name}, {memory}, {busy}", status.describe_foreign()])))
+    split = "split by MIG: give device_memory in bytes" if status.is_split else ""
+    print("; ".join(filter(None, [f"device cuda: {status.name}, {memory}, {busy}", split, status.describe_foreign()])))
     print(f"  {CUDA_WARNING}")
     return True
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.v1.executor.abstract import Executor
@@ -20,7 +21,13 @@ from tokenpool.host.host_room import check_host_memory
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.load.build_lane import BuildLane
-from tokenpool.host.load.device_choice import WORKERS, give_back_loading_memory, make_room_for_loading
+from tokenpool.host.load.device_choice import (
+    WORKERS,
+    EngineMemory,
+    give_back_loading_memory,
+    make_room_for_loading,
+    release_device_memory,
+)
 from tokenpool.host.load.model_build import LAYOUT, ModelBuild
 from tokenpool.host.load.model_tensors import models_of, weight_bytes_of
 from tokenpool.host.load.progress import BuildProgress
@@ -100,16 +107,12 @@ class EngineBuilder:
             self.progress.enter,
             self._lane.pause,
         )
-        core = None
+        core, device = None, self._allocator.arena.device
+        memory = EngineMemory(device)
         try:
             core = self._build_core(spec, build)
-            staying = encoder_cache.capacity_bytes(core)
-            if movable:
-                self._weights.fixed.add(spec.name, staying, self._weights.make_room)
-            else:
-                staying += weight_bytes_of(*models_of(core.model_executor.driver_worker.worker.model_runner))
-                extra = staying - len(weight_pages) * self.config.page_size
-                weight_pages += self._take_weight_pages(spec.name, max(0, extra))
+            build.clear_null_block()
+            weight_pages += self._account_engine(spec.name, core, memory, len(weight_pages))
             self._relief.check_fits(spec.name, core, build.pool)
             check_host_memory(self._weights.snapshot(), self._weights.host.budget_bytes, self._copies)
             hosted = HostedModel(
@@ -117,7 +120,7 @@ class EngineBuilder:
                 index=index,
                 core=core,
                 build=build,
-                quarantine=Quarantine(spec.name, core),
+                quarantine=Quarantine(spec.name, core, partial(release_device_memory, device)),
                 weight_pages=weight_pages,
                 build_s=time.perf_counter() - start,
                 cost=CostModel(copies=self._copies),
@@ -176,6 +179,24 @@ class EngineBuilder:
                 )
         finally:
             ledger.give(spec.name, PageUse.WEIGHTS, lent)
+
+    def _account_engine(self, name: str, core: HostedEngineCore, memory: EngineMemory, num_pages: int) -> list[int]:
+        """Book what a new engine keeps on the device; returns pages for it, beyond its `num_pages`, in its own name.
+
+        With movable weights none: it is in the book of what stays. Raises CapacityError.
+        """
+        growth, later = memory.growth(), encoder_cache.capacity_bytes(core)
+        if self.config.movable_weights:
+            others = max(0, growth - self._weights.fixed.of(name))
+            self._weights.fixed.add(name, others + later, self._weights.make_room)
+            extra = 0
+        else:
+            loaded = weight_bytes_of(*models_of(core.model_executor.driver_worker.worker.model_runner))
+            others = max(0, growth - loaded)
+            extra = loaded + others + later - num_pages * self.config.page_size
+        if others:
+            logger.info("beside weights and KV an engine takes model=%s bytes=%d", name, others)
+        return self._take_weight_pages(name, max(0, extra))
 
     def _take_weight_pages(self, name: str, nbytes: int) -> list[int]:
         ledger = self._allocator.ledger

@@ -23,7 +23,7 @@ from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.lending.budget import Budget
 from tokenpool.host.lending.sleepers import Sleepers
 from tokenpool.host.load.build_lane import BuildLane
-from tokenpool.host.load.device_choice import make_device, spare_host_bytes
+from tokenpool.host.load.device_choice import make_all_pages, make_device, spare_host_bytes
 from tokenpool.host.load.progress import BuildProgress
 from tokenpool.host.loop_calls import LoopCalls
 from tokenpool.host.pressure import PressureRelief
@@ -71,7 +71,7 @@ class EngineHost:
         apply_all()
         self.config = config
         self.ledger = PageLedger(config.device_memory // config.page_size, config.page_size)
-        device = device or make_device(config.page_size, config.cpu_link)
+        device = make_all_pages(device or make_device(config.page_size, config.cpu_link), self.ledger.num_pages)
         num_ranks = config.tensor_parallel_size
         self.group = RankGroup(num_ranks, config.cpu_link) if num_ranks > 1 else None
         if self.group is not None:

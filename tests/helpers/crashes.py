@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from tests.helpers.pooled import PooledModels
 
 
-def crash_when(pooled: PooledModels, model: str, condition: Callable[[Any], bool], place: str = "after") -> None:
+def crash_when(
+    pooled: PooledModels,
+    model: str,
+    condition: Callable[[Any], bool],
+    place: str = "after",
+    error: Callable[[], Exception] = lambda: RuntimeError("kernel failed"),
+) -> None:
     """Let the model's runner raise whenever `condition(scheduler_output)` holds, as a broken kernel would.
 
     `place` is where in the step: "before" the runner looks at its requests, "after" the forward pass, or while
@@ -23,10 +29,10 @@ def crash_when(pooled: PooledModels, model: str, condition: Callable[[Any], bool
     def execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         last[:] = [bool(scheduler_output.num_scheduled_tokens) and condition(scheduler_output)]
         if last[0] and place == "before":
-            raise RuntimeError("kernel failed")
+            raise error()
         output = execute_model(scheduler_output, *args, **kwargs)
         if last[0] and place == "after":
-            raise RuntimeError("kernel failed")
+            raise error()
         return output
 
     def sample(*args: Any, **kwargs: Any) -> Any:

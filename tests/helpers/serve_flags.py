@@ -17,7 +17,7 @@ ENGINE = names("""
     additional-config aggregate-engine-logging all2all-backend allow-deprecated-quantization allowed-local-media-path
     allowed-media-domains async-scheduling attention-backend attention-config aux-output-config block-size
     code-revision collect-detailed-traces compilation-config config-format convert cp-kv-cache-interleave-size
-    cpu-offload-gb cpu-offload-params cudagraph-capture-sizes cudagraph-metrics custom-histogram-buckets
+    cudagraph-capture-sizes cudagraph-metrics custom-histogram-buckets
     dbo-decode-token-threshold dbo-prefill-token-threshold dcp-comm-backend dcp-kv-cache-interleave-size
     dcp-q-replicate default-mm-loras diffusion-config disable-cascade-attn disable-chunked-mm-input
     disable-custom-all-reduce disable-hybrid-kv-cache-manager disable-log-stats disable-nccl-for-dp-synchronization
@@ -40,8 +40,8 @@ ENGINE = names("""
     mm-encoder-attn-backend mm-encoder-attn-dtype mm-encoder-fp8-scale-path mm-encoder-fp8-scale-save-margin
     mm-encoder-fp8-scale-save-path mm-encoder-only mm-encoder-tp-mode mm-hasher-algorithm mm-ipc-gpu-memory-gb
     mm-processor-cache-gb mm-processor-device mm-processor-kwargs model model-class-overrides model-impl
-    model-loader-extra-config moe-backend offload-backend offload-group-size offload-num-in-group offload-params
-    offload-prefetch-step optimization-level otlp-traces-endpoint override-generation-config
+    model-loader-extra-config moe-backend
+    optimization-level otlp-traces-endpoint override-generation-config
     per-request-spec-decode-metrics performance-mode pooler-config prefill-schedule-interval
     prefix-cache-retention-interval prefix-caching-hash-algo prefix-match-unit profiler-config pt-load-map-location
     quantization quantization-config reasoning-config reasoning-parser reasoning-parser-plugin renderer-num-workers

@@ -64,6 +64,20 @@ def moves(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
     return _close_stepped(pooled)
 
 
+def windows(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
+    """What is not in use is taken away and poisoned after each step; what the steps' tables named is noted."""
+    from tests.helpers.devices.table_reads import TableReads
+    from tests.helpers.stepping import SteppedModels
+
+    pooled = SteppedModels(DEVICE_MEMORY, PAGE)
+    (case,) = cases
+    pooled.add(case, async_scheduling=ahead)
+    reads = TableReads(pooled, case.name)
+    pooled.submit(case)
+    pooled.run_all(pooled.evict)
+    return _close_stepped(pooled) | {"freed": reads.freed, "hidden": reads.hidden}
+
+
 def drafted(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
     """The same with models that have drafters."""
     return moves(cases, ahead=ahead)

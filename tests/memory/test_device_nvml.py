@@ -54,7 +54,12 @@ def test_a_gpu_that_others_fill_is_refused_by_name(nvml):
 
 def test_what_a_gpu_does_not_tell_is_left_out(nvml):
     """Utilisation and processes are not told everywhere; memory is enough."""
-    nvml(80 * GIB, 80 * GIB, {1: 1}, broken=("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetComputeRunningProcesses"))
+    nvml(
+        80 * GIB,
+        80 * GIB,
+        {1: 1},
+        broken=("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetMigMode"),
+    )
     status = read_gpu("GPU-1")
 
     assert (None, {}, "") == (status.busy_frac, status.processes, status.describe_foreign())
@@ -74,3 +79,10 @@ def test_a_missing_nvml_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(ConfigError, match=r"install tokenpool\[cuda\]"):
         read_gpu("GPU-1")
+
+
+def test_a_gpu_that_is_split_tells_no_budget(nvml):
+    """NVML has the memory of all parts of it: the user must say how much this one has."""
+    nvml(80 * GIB, 80 * GIB, {}, mig=1)
+    with pytest.raises(ConfigError, match="device_memory: .*split by MIG.*give the bytes of yours"):
+        read_gpu("GPU-1").budget_bytes()

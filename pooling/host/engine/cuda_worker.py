@@ -6,13 +6,17 @@ Not yet run on hardware: written against vLLM 0.32.0, vllm/v1/worker/gpu_worker.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
 from tokenpool.host.engine.expert_group import ensure_expert_group
+from tokenpool.host.engine.giving_way import giving_way
+from tokenpool.host.kv.readable_blocks import hide_unreadable_blocks
 from tokenpool.host.kv.runner_adapter import warm_up_in_null_block
 from tokenpool.patches.build_context import current_build
 
@@ -68,7 +72,11 @@ class PooledCUDAWorker(Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """Compile, warm kernels up and capture graphs, without a write to blocks that are not this model's."""
-        with warm_up_in_null_block(self.model_runner):
+        hide_unreadable_blocks(self.model_runner)
+        hold_graph_pool()
+        build = current_build()
+        way = nullcontext() if build is None else giving_way(self.model_runner, build.pause)
+        with warm_up_in_null_block(self.model_runner), way:
             return super().compile_or_warm_up_model()
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager[None]:
@@ -77,3 +85,16 @@ class PooledCUDAWorker(Worker):
         Weights are moved out of it after loading, KV never gets there, and the rest is what the pool's reserve is for.
         """
         return nullcontext()
+
+
+@functools.cache
+def hold_graph_pool() -> Any:
+    """A graph of one kernel in the memory pool that the graphs of all engines share, kept for good.
+
+    Torch drops a pool with its last graph, and vLLM asks for it once per process: after the last model with graphs was
+    removed, the next capture would fail. Returns what must be kept.
+    """
+    graph, cell = torch.cuda.CUDAGraph(), torch.zeros(1, device="cuda")
+    with torch.cuda.graph(graph, pool=current_platform.get_global_graph_pool()):
+        cell.add_(1)
+    return graph, cell

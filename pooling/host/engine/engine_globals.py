@@ -10,6 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dynamo import convert_frame
+
+from tokenpool.host.engine.process_choices import (
+    BreakableGraphs,
+    KernelChoices,
+    ModuleAttribute,
+    variables_read_anew,
+)
 
 _SWITCHED = (
     ("vllm.v1.worker.workspace", "_manager"),
@@ -21,6 +29,7 @@ _SET_WHILE_BUILDING = (
     ("vllm.config.vllm", "_current_prefix"),
     ("vllm.compilation.backends", "model_tag"),
     ("vllm.compilation.backends", "model_is_encoder"),
+    ("vllm.compilation.monitor", "cudagraph_capturing_enabled"),
 )
 """Set by context managers that are open while a model is made and loaded."""
 
@@ -28,11 +37,17 @@ _SET_WHILE_BUILDING = (
 class EngineGlobals:
     """Saves and restores the module attributes in which vLLM keeps one engine's state per process.
 
-    Called on the host loop's thread, or on a build's while the loop holds still; a switch costs three attribute writes.
+    Called on the host loop's thread, or on a build's while the loop holds still; a switch costs a few attribute writes.
     """
 
     def __init__(self) -> None:
-        self._slots = [(importlib.import_module(module), name) for module, name in _SWITCHED]
+        self._slots: list[ModuleAttribute | KernelChoices | BreakableGraphs] = [
+            *(ModuleAttribute(importlib.import_module(module), name) for module, name in _SWITCHED),
+            KernelChoices(),
+            BreakableGraphs(),
+        ]
+        self._hooks: dict[str, set[int]] = {}
+        """Of each model, hooks of its compiled modules in torch's list, which keeps the model alive."""
         self._saved: dict[str, list[Any]] = {}
         self._current: str | None = None
 
@@ -41,15 +56,16 @@ class EngineGlobals:
         if model == self._current:
             return
         self._save()
-        for (module, name), value in zip(self._slots, self._saved[model], strict=True):
-            setattr(module, name, value)
+        self._set(self._saved[model])
         self._current = model
 
     def forget(self, model: str) -> None:
-        """Drop the values of an engine that is gone."""
+        """Drop the values of an engine that is gone, and what torch.compile keeps of its model."""
         if self._current == model:
             self._clear()
         self._saved.pop(model, None)
+        for hook in self._hooks.pop(model, ()):
+            convert_frame._bytecode_hooks.pop(hook, None)
 
     @contextmanager
     def building(self, model: str) -> Iterator[None]:
@@ -59,16 +75,20 @@ class EngineGlobals:
         generator when an engine starts, which would change unseeded sampling of the models that run.
         """
         self._outside = _Surroundings.now()
+        hooks = set(convert_frame._bytecode_hooks)
         self._save()
         self._clear()
         _rope_dict().clear()
         try:
-            yield
+            with variables_read_anew():
+                yield
             self._current = model
         except BaseException:
             self._clear()
             raise
         finally:
+            # vLLM adds one for each compiled module and takes it back when an `LLMEngine` ends, which there is none of.
+            self._hooks[model] = set(convert_frame._bytecode_hooks) - hooks
             self._outside.install()
 
     @contextmanager
@@ -95,11 +115,11 @@ class EngineGlobals:
         self._current = None
 
     def _values(self) -> list[Any]:
-        return [getattr(module, name) for module, name in self._slots]
+        return [slot.get() for slot in self._slots]
 
     def _set(self, values: list[Any]) -> None:
-        for (module, name), value in zip(self._slots, values, strict=True):
-            setattr(module, name, value)
+        for slot, value in zip(self._slots, values, strict=True):
+            slot.set(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +130,8 @@ class _Surroundings:
     dtype: torch.dtype
     random_state: torch.Tensor
     cuda_random_state: torch.Tensor | None
+    allocator: str | None
+    """How torch's allocator of the GPU splits its blocks: otherwise while a checkpoint is read."""
     values: list[Any]
 
     @classmethod
@@ -120,6 +142,7 @@ class _Surroundings:
             torch.get_default_dtype(),
             torch.get_rng_state(),
             torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            _allocator_settings(),
             [getattr(importlib.import_module(module), name) for module, name in _SET_WHILE_BUILDING],
         )
 
@@ -132,8 +155,16 @@ class _Surroundings:
         torch.set_rng_state(self.random_state)
         if self.cuda_random_state is not None:
             torch.cuda.set_rng_state(self.cuda_random_state)
+        if self.allocator is not None and self.allocator != _allocator_settings():
+            torch._C._accelerator_setAllocatorSettings(self.allocator)
         for (module, name), value in zip(_SET_WHILE_BUILDING, self.values, strict=True):
             setattr(importlib.import_module(module), name, value)
+
+
+def _allocator_settings() -> str | None:
+    """Of torch's allocator for the GPU; None where there is none, or torch does not tell."""
+    ask = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    return ask() if ask is not None and torch.cuda.is_initialized() else None
 
 
 def _rope_dict() -> dict[Any, Any]:

@@ -4,12 +4,18 @@
 All requests of the model are preempted (vLLM recomputes them later) and the ones of the crashed batch are tried alone,
 one after another, until each has either produced a token or crashed a step by itself. A request that crashes alone
 fails. If the engine crashes whatever it runs, it cannot go on.
+
+A step for which the device has no memory is no broken engine: what nobody uses goes back to the device, all is tried
+once more, and what fails then are requests, one at a time, never the host.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+from collections.abc import Callable
 
+import torch
 from vllm.v1.request import RequestStatus
 
 from tokenpool.errors import EngineLostError
@@ -22,11 +28,18 @@ logger = logging.getLogger(__name__)
 _MAX_CRASHES_IN_A_ROW = 4
 
 
+def is_short_of_memory(error: Exception) -> bool:
+    """Whether the device had no memory for a step: torch's allocator says so, or the device of the pool's pages."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
 class Quarantine:
     """Crash handling of one engine; called on the host loop's thread only."""
 
-    def __init__(self, model: str, core: HostedEngineCore) -> None:
+    def __init__(self, model: str, core: HostedEngineCore, release: Callable[[], None] = lambda: None) -> None:
         self._model = model
+        self._release = release
+        """Gives memory of the device that nobody uses back to it."""
         self._core = core
         self._runner = adapter_of(model, core.model_executor)
         self._suspects: list[tuple[str, int]] = []  # request id, output tokens when it became one
@@ -53,15 +66,21 @@ class Quarantine:
             raise error
         if isinstance(error, MemoryError):
             raise EngineLostError(f"engine of {self._model!r} is out of memory: {error}") from error
-        if self._crashes_in_a_row > _MAX_CRASHES_IN_A_ROW:
+        short = is_short_of_memory(error)
+        if self._crashes_in_a_row > _MAX_CRASHES_IN_A_ROW and not short:
             raise EngineLostError(f"engine of {self._model!r} crashes on every step: {error}") from error
         lost = self._core.drop_batches()
         batch = [i for i in scheduler.requests if i in lost]
         batch = batch or [request.request_id for request in scheduler.running]
+        if short:
+            self._release()
+            batch = batch or [request.request_id for request in scheduler.waiting][:1]
         if not batch and not lost:
             raise EngineLostError(f"engine of {self._model!r} crashed with no request in its batch: {error}") from error
         self._reset_engine()
-        if len(batch) == 1:
+        if short and self._crashes_in_a_row == 1:
+            logger.warning("a step ran out of device memory, it is tried once more model=%s", self._model)
+        elif len(batch) == 1:
             logger.error("request fails, it crashes the engine alone model=%s request=%s", self._model, batch[0])
             self._core.fail_request(batch[0])
             self._suspects = [s for s in self._suspects if s[0] != batch[0]]

@@ -6,7 +6,7 @@ It maps block ids when KV moves, and it drops what a crashed step left behind.
 A runner keeps ids in its table of requests and in the block tables of its batch. All else that it derives from them
 (slot mappings, attention metadata, CUDA graph inputs, block tables of drafters) it computes anew in each step. Ids of
 blocks that a request no longer has, such as those behind a sliding window or of an aborted request, become 0, the
-null block: no kernel reads them, and they must not name another request's block.
+null block: they must not name another request's block. Steps do not see them before either: readable_blocks.py.
 """
 
 from __future__ import annotations

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import torch
 from vllm.platforms import current_platform
 
-from tokenpool.errors import ConfigError
+from tokenpool.errors import CapacityError, ConfigError
 from tokenpool.host.load import cuda_copies
 from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.devices.cuda import CudaDevice
 from tokenpool.memory.devices.cuda_driver import CUDA_WARNING
 from tokenpool.memory.devices.device import Device
+from tokenpool.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,57 @@ def give_back_loading_memory(device: Device) -> None:
     """After loading: what the loader had is given back to the GPU, to back pages again."""
     if isinstance(device, CudaDevice):
         torch.cuda.empty_cache()
+
+
+def make_all_pages(device: Device, num_pages: int) -> Device:
+    """At the start of a host: ask the GPU for all of its pages, so that a shortage is told now and not in a step.
+
+    Returns the device; raises CapacityError.
+    """
+    if not isinstance(device, CudaDevice):
+        return device
+    try:
+        device.make_pages(num_pages)
+    except OSError as error:
+        made, size = device.page_bytes // device.granularity, device.granularity
+        device.release_unused()
+        raise CapacityError(
+            f"the GPU gives {made} of {num_pages} pages of {format_bytes(size)}: {error}; lower device_memory or stop "
+            "what else uses the GPU",
+            needed_pages=num_pages,
+            free_pages=made,
+        ) from error
+    return device
+
+
+def release_device_memory(device: Device) -> None:
+    """Give what neither the pool nor torch uses at the moment back to the GPU."""
+    if isinstance(device, CudaDevice):
+        device.release_unused()
+        torch.cuda.empty_cache()
+
+
+class EngineMemory:
+    """What an engine takes of a GPU outside the pool's pages, by the driver's books, from now on.
+
+    Its buffers, workspaces and graphs, and weights that stay where they were loaded. 0 on other devices. What other
+    engines take meanwhile counts too.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._before = self._taken()
+
+    def growth(self) -> int:
+        """Bytes since this object was made."""
+        return max(0, self._taken() - self._before)
+
+    def _taken(self) -> int:
+        if not isinstance(self._device, CudaDevice):
+            return 0
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device.driver.ordinal)
+        return int(total - free - self._device.page_bytes)
 
 
 def spare_host_bytes(device: Device, host_memory: int) -> int:

@@ -37,6 +37,9 @@ _LAYOUT_FAILS = {"AMX_MLA": "choose --attention-backend CPU_MLA"}
 """Backends that declare any layout but view their cache as one dense run of tokens, and what to do instead. CPU_MLA
 does so too and is replaced: see cpu_mla.py."""
 
+_MOST_FIXED = 0.1
+"""Share of a model's weights that may stay on a GPU when the others leave it."""
+
 _STATES_WITHOUT_CPU_KERNEL = {"MAMBA1": "Mamba 1"}
 """Kinds of layers that keep a state, by vLLM's names."""
 
@@ -93,7 +96,18 @@ class ModelBuild:
             raise ModelRefusedError(self.name, f"KV caches of several block strides {sorted(strides)}", "")
         arena = self._allocator.arena
         self.view = arena.open_view(self.name, strides.pop())
-        return kv_cache_views(arena.tensor(self.view), kv_cache_config, layout, kernel_block_sizes)
+        try:
+            return kv_cache_views(arena.tensor(self.view), kv_cache_config, layout, kernel_block_sizes)
+        except ValueError as error:  # such as blocks of which a kernel makes several
+            size, kernels = self._config.cache_config.block_size, sorted(set(kernel_block_sizes or ()))
+            feature = f"KV blocks of {size} tokens with kernels for {kernels} ({error})"
+            raise ModelRefusedError(self.name, feature, "give the size of a kernel's as --block-size") from error
+
+    def clear_null_block(self) -> None:
+        """Zero what a warm-up wrote into it: kernels read it where a request has no block, and mask it only then."""
+        if self.view is not None:
+            arena = self._allocator.arena
+            arena.device.fill(arena.base + self.view.offset, self.view.block_bytes, 0)
 
     def adopt_weights(self, model_runner: Any) -> None:
         """Move the weights of the model, and of its draft model, into the store; nothing without one.
@@ -147,6 +161,7 @@ class ModelBuild:
     def _account_fixed(self, fixed: dict[str, int]) -> None:
         assert self._store is not None
         nbytes = sum(fixed.values())
+        self._refuse_mostly_fixed(fixed, self._store.bytes_of(self.name))
         self._store.fixed.add(self.name, nbytes, self._store.make_room)
         if nbytes > self._store.ledger.page_size:
             largest = max(fixed, key=lambda path: fixed[path])
@@ -157,6 +172,17 @@ class ModelBuild:
                 self._store.bytes_of(self.name),
                 largest,
             )
+
+    def _refuse_mostly_fixed(self, fixed: dict[str, int], movable: int) -> None:
+        """On a GPU, refuse weights of which much would stay: some kernels keep theirs in objects of their own."""
+        assert self._store is not None
+        nbytes = sum(fixed.values())
+        if current_platform.is_cpu() or nbytes <= self._store.ledger.page_size:
+            return
+        if nbytes > _MOST_FIXED * (nbytes + movable):
+            largest = max(fixed, key=lambda path: fixed[path])
+            feature = f"movable weights: {nbytes} of {nbytes + movable} bytes cannot move, the most of them {largest}"
+            raise ModelRefusedError(self.name, feature, "try --moe-backend marlin, or set weights: fixed for its pool")
 
     def undo(self) -> None:
         """Give back what a failed build, or a model that is removed, holds of the arena."""

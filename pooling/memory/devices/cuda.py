@@ -159,6 +159,16 @@ class CudaDevice:
         self._wait_for_compute()
         self._unmap(address, nbytes)
 
+    @property
+    def page_bytes(self) -> int:
+        """Memory of all pages, whether they are mapped or not."""
+        return (len(self._free) + len(self._mapped)) * self.granularity
+
+    def make_pages(self, count: int) -> None:
+        """Make pages until there are `count`; raises CudaError, those that were made stay, when memory is short."""
+        while len(self._free) + len(self._mapped) < count:
+            self._free.append(self.driver.create(self.granularity))
+
     def release_unused(self) -> int:
         """Give the memory of pages that are mapped nowhere back to the GPU; returns its bytes.
 

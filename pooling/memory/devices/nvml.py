@@ -34,13 +34,21 @@ class GpuStatus:
     """Share of the last sample period in which a kernel ran; None = the GPU does not tell."""
     processes: dict[int, int | None]
     """Process id -> bytes it holds, None = not told, of the processes with a CUDA context that NVML shows."""
+    is_split: bool = False
+    """Whether MIG is on: its memory is that of all parts, of which a process has one."""
 
     def foreign(self) -> dict[int, int | None]:
         """The processes other than this one."""
         return {pid: nbytes for pid, nbytes in self.processes.items() if pid != os.getpid()}
 
     def budget_bytes(self) -> int:
-        """What a pool may take of what is free now, a reserve kept; raises ConfigError if that is nothing."""
+        """What a pool may take of what is free now, a reserve kept; raises ConfigError if it is not told or nothing."""
+        if self.is_split:
+            raise ConfigError(
+                f"{self.name} is split by MIG and tells the memory of all parts: give the bytes of yours, less about "
+                f"{format_bytes(MIN_RESERVE_BYTES)}",
+                key="device_memory",
+            )
         reserve = max(MIN_RESERVE_BYTES, int(self.total_bytes * RESERVE_FRAC))
         if self.free_bytes > reserve:
             return self.free_bytes - reserve
@@ -59,6 +67,18 @@ class GpuStatus:
         return ", ".join(parts)
 
 
+def uuid_of_gpu(platform: Any) -> str:
+    """The GPU that vLLM's platform has found; raises ConfigError for a part of one, which vLLM cannot look up."""
+    try:
+        return str(platform.get_device_uuid())
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"vLLM cannot tell which GPU it has, as with CUDA_VISIBLE_DEVICES=MIG-...: {error}; give device_memory in "
+            "bytes",
+            key="device_memory",
+        ) from error
+
+
 def read_gpu(uuid: str) -> GpuStatus:
     """Ask NVML for the GPU of that UUID; raises ConfigError when it cannot be asked."""
     with _nvml() as nvml:
@@ -74,7 +94,11 @@ def read_gpu(uuid: str) -> GpuStatus:
         except nvml.NVMLError:  # not on all drivers, not in all containers
             running = []
         processes = {process.pid: process.usedGpuMemory for process in running}
-        return GpuStatus(name, int(memory.total), int(memory.free), busy_frac, processes)
+        try:
+            is_split = nvml.nvmlDeviceGetMigMode(gpu)[0] == 1
+        except nvml.NVMLError:  # most GPUs cannot be split
+            is_split = False
+        return GpuStatus(name, int(memory.total), int(memory.free), busy_frac, processes, is_split)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ PORT = {
 
 _DATA_PARALLEL = "data parallelism: serve more hosts of a cluster instead"
 _RANKS = "the pool starts engines and their ranks itself: spread hosts over machines with --cluster"
+_OFFLOAD = "offloading of weights, which vLLM has once per process: the pool moves weights by itself"
 _SLEEP = "sleep mode, which the pool replaces: weights leave and come back by themselves"
 _IMAGES = "images come to the engine host over its sockets, not through shared memory"
 _NUMA = "the pool places its engine host itself: bind the server with numactl"
@@ -105,6 +106,13 @@ REFUSED = {
     "--sleep-preserve-parameter-names": _SLEEP,
     "--enable-nccl-comm-suspend": _SLEEP,
     "--enable-cumem-allocator": "the pool has an allocator of its own",
+    "--cpu-offload-gb": _OFFLOAD,
+    "--cpu-offload-params": _OFFLOAD,
+    "--offload-backend": _OFFLOAD,
+    "--offload-group-size": _OFFLOAD,
+    "--offload-num-in-group": _OFFLOAD,
+    "--offload-params": _OFFLOAD,
+    "--offload-prefetch-step": _OFFLOAD,
     "--kv-offloading-size": "KV offloading: `host_memory` of the pool holds KV that is off the device",
     "--kv-offloading-backend": "KV offloading: `host_memory` of the pool holds KV that is off the device",
     "--kv-transfer-config": "a KV connector: hosts of a cluster hand KV over by themselves",

@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from tokenpool.access_config import is_path
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, PoolError, config_errors_under
-from tokenpool.memory.devices.nvml import read_gpu
+from tokenpool.memory.devices.nvml import read_gpu, uuid_of_gpu
 from tokenpool.memory.page_counts import needed_pages
 from tokenpool.memory.system_memory import system_memory
 from tokenpool.policy.turns import load_turn_policy
@@ -181,7 +181,7 @@ def _auto_device_memory(config: PoolConfig, plans: list[ModelPlan]) -> int:
     if kv_bytes := _kv_of_the_environment() or (sum(asked) if all(asked) else 0):
         return kv_bytes + _pages_together(config, plans) * config.page_size
     if current_platform.is_cuda():
-        return read_gpu(current_platform.get_device_uuid()).budget_bytes()
+        return read_gpu(uuid_of_gpu(current_platform)).budget_bytes()
     return _share_of_memory(_AUTO_CPU_FRACTION)
 
 

@@ -16,6 +16,8 @@ from tokenpool.config import ModelSpec
 from tokenpool.errors import ConfigError, PoolError
 from tokenpool.serve.launch.media_packages import check_packages, missing_package
 from tokenpool.serve.launch.poolability import check_config, check_media
+from tokenpool.serve.launch.small_engines import keep_engine_small
+from tokenpool.settings import BREAKABLE_GRAPHS
 from tokenpool.wire.addresses import EngineAddresses
 from tokenpool.wire.spec import HostedModelSpec
 
@@ -50,7 +52,8 @@ class ModelPlan:
             engine_args = AsyncEngineArgs.from_cli_args(self.args)
             engine_args.speculative_config = copy.deepcopy(engine_args.speculative_config)  # vLLM writes into it
             propagate_flash_late_interaction(self.args, engine_args)
-            config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+            keep_engine_small(engine_args)
+            config = _config_of(engine_args)
         except PoolError:
             raise
         except Exception as error:  # vLLM raises many kinds for a bad model or flag; all mean "does not start"
@@ -78,6 +81,15 @@ class ModelPlan:
             keep=self.spec.keep,
             log_stats=not self.args.disable_log_stats if log_stats is None else log_stats,
         )
+
+
+def _config_of(engine_args: AsyncEngineArgs) -> VllmConfig:
+    """vLLM sets a variable of the process for some architectures: other models must not find it."""
+    before = BREAKABLE_GRAPHS.get()
+    try:
+        return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    finally:
+        BREAKABLE_GRAPHS.restore(before)
 
 
 def first_line(error: Exception) -> str:

@@ -90,7 +90,16 @@ def _features(config: Any) -> list[tuple[bool, str, str]]:
             "weight transfer, whose weights would be lost when the model leaves the device",
             "load the new checkpoint as another model, or serve it with plain vLLM outside the pool",
         ),
+        (
+            _offloads(getattr(config, "offload_config", None)),
+            "offloading of weights, which vLLM has once per process",
+            "remove it: with weights: movable the pool moves weights by itself",
+        ),
     ]
+
+
+def _offloads(offload: Any) -> bool:
+    return offload is not None and (offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0)
 
 
 def _check_drafter(name: str, config: Any) -> None:

@@ -15,10 +15,13 @@ class FakeNvml:
 
     NVMLError = NVMLError
 
-    def __init__(self, total: int, free: int, processes: dict[int, int | None], broken: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, total: int, free: int, processes: dict[int, int | None], broken: tuple[str, ...] = (), mig: int = 0
+    ) -> None:
         self._memory = SimpleNamespace(total=total, free=free)
         self._processes = [SimpleNamespace(pid=pid, usedGpuMemory=held) for pid, held in processes.items()]
         self._broken = broken
+        self._mig = mig
         self.open = 0
 
     def _check(self, call: str) -> None:
@@ -53,3 +56,7 @@ class FakeNvml:
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: str) -> list[SimpleNamespace]:
         self._check("nvmlDeviceGetComputeRunningProcesses")
         return self._processes
+
+    def nvmlDeviceGetMigMode(self, gpu: str) -> list[int]:
+        self._check("nvmlDeviceGetMigMode")
+        return [self._mig, self._mig]

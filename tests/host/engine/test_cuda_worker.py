@@ -16,10 +16,12 @@ from vllm.v1.worker.utils import request_memory
 
 from tests.helpers.devices.fake_cuda import GRANULARITY, FakeCudaDevice
 from tokenpool.errors import CapacityError, ConfigError
+from tokenpool.host.engine import cuda_worker
 from tokenpool.host.engine.cuda_worker import PooledCUDAWorker
 from tokenpool.host.engine.engine_globals import EngineGlobals
 from tokenpool.host.load import build_lane, cuda_copies, device_choice
 from tokenpool.memory.devices.cpu import CpuDevice
+from tokenpool.memory.devices.cuda_driver import CudaError
 from tokenpool.patches.build_context import building
 
 pytestmark = pytest.mark.vllm
@@ -215,3 +217,64 @@ def test_adding_a_model_keeps_the_gpus_random_state(monkeypatch):
         state["cuda"] = torch.tensor([2])
 
     assert 1 == state["cuda"].item()
+
+
+def test_the_pool_of_graphs_is_never_empty(monkeypatch):
+    """One graph is captured into the process's pool, once, and kept: torch drops a pool with its last graph."""
+    pools = []
+
+    @contextmanager
+    def graph(captured, pool):
+        pools.append(pool)
+        yield
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda count, device: zeros(count))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(cuda_worker, "current_platform", SimpleNamespace(get_global_graph_pool=lambda: "pool"))
+    cuda_worker.hold_graph_pool.cache_clear()
+    try:
+        first = cuda_worker.hold_graph_pool()
+        assert first is cuda_worker.hold_graph_pool()
+    finally:
+        cuda_worker.hold_graph_pool.cache_clear()
+    assert ("graph", ["pool"]) == (first[0], pools)
+
+
+def test_an_engine_is_measured_beside_the_pages(monkeypatch):
+    """By what the driver has free, pages of the pool left out, whether they were made or given back meanwhile."""
+    device, free = FakeCudaDevice(), [100 * GRANULARITY]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda ordinal: (free[0], 100 * GRANULARITY))
+    device.make_pages(2)
+    free[0] -= 2 * GRANULARITY
+    memory = device_choice.EngineMemory(device)
+    device.make_pages(10)
+    free[0] -= 8 * GRANULARITY
+    assert 0 == memory.growth()
+    free[0] -= 3 * GRANULARITY + 1
+    assert 3 * GRANULARITY + 1 == memory.growth()
+    free[0] += 10 * GRANULARITY
+    device_choice.release_device_memory(device)
+    assert 3 * GRANULARITY + 1 == memory.growth()
+    assert 0 == device_choice.EngineMemory(CpuDevice()).growth()
+
+
+def test_a_gpu_that_has_too_few_pages_is_told_at_start(monkeypatch):
+    """All pages are made before a model is built; what was made is given back when one is refused."""
+    device = FakeCudaDevice()
+    device_choice.make_all_pages(device, 6)
+    assert 6 == len(device.fake.handles)
+    create = device.driver.create
+
+    def refuse(nbytes):
+        if len(device.fake.handles) == 9:
+            raise CudaError("cuMemCreate", 2, "CUDA_ERROR_OUT_OF_MEMORY")
+        return create(nbytes)
+
+    monkeypatch.setattr(device.driver, "create", refuse)
+    with pytest.raises(CapacityError, match="gives 9 of 20 pages.*lower device_memory"):
+        device_choice.make_all_pages(device, 20)
+    assert 0 == len(device.fake.handles)
+    device_choice.make_all_pages(CpuDevice(), 20)

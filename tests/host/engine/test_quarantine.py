@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.helpers.cases import greedy, make_cases
 from tests.helpers.crashes import crash_when
 from tests.helpers.plain import Case, RequestSpec, prompts_for
+from tokenpool.memory.devices.cuda_driver import CudaError
 
 pytestmark = pytest.mark.vllm
 
@@ -83,3 +85,67 @@ def test_an_engine_that_always_crashes_ends_the_host(cases):
         pooled.submit_one("llama", RequestSpec(f"more-{len(request)}", request, max_tokens=5), [])
     with pytest.raises(EngineLostError, match="crashes on every step"):
         pooled.run()
+
+
+def _short() -> Exception:
+    return torch.OutOfMemoryError("CUDA out of memory")
+
+
+def _refused() -> Exception:
+    """As the driver says it when it has no page to give."""
+    return CudaError("cuMemCreate", 2, "CUDA_ERROR_OUT_OF_MEMORY")
+
+
+@pytest.mark.parametrize("error", [_short, _refused])
+def test_a_step_without_memory_is_tried_once_more(cases, error):
+    """What nobody uses is given back first; no request fails, whatever else runs."""
+    pooled = _pool(cases)
+    steps, released = [], []
+    pooled.host.models["llama"].quarantine._release = lambda: released.append(1)
+    crash_when(pooled, "llama", lambda output: steps.append(1) or len(steps) == 4, error=error)
+    pooled.run()
+    pooled.check()
+    assert [1] == released
+    assert 0 == pooled.host.models["llama"].core.counters.failed_requests
+    for model, case in cases.items():
+        assert ["length"] * 4 == [pooled.finish_reason(model, request.request_id) for request in case.requests]
+    pooled.close()
+
+
+def test_a_request_for_which_there_is_never_memory_fails_alone(cases):
+    """After one more try requests run one at a time, and only those fail that have no memory alone."""
+    pooled = _pool(cases)
+    crash_when(pooled, "llama", lambda output: "llama-2" in output.num_scheduled_tokens, error=_short)
+    pooled.run()
+    pooled.check()
+    assert ["length", "length", "error", "length"] == [pooled.finish_reason("llama", f"llama-{i}") for i in range(4)]
+    pooled.close()
+
+
+@pytest.mark.parametrize("in_schedule", [False, True])
+def test_without_memory_all_requests_fail_and_the_host_lives(cases, in_schedule):
+    """Ten steps in a row, in the forward pass or where blocks are handed out: the engine is not lost, others go on."""
+    pooled = _pool(cases)
+    for index, prompt in enumerate(prompts_for(7, 6)):
+        pooled.submit_one("llama", RequestSpec(f"more-{index}", prompt, max_tokens=5), [])
+    broken = [True]
+    crash_when(pooled, "llama", lambda output: broken[0] and not in_schedule, error=_short)
+    pool = pooled.host.models["llama"].build.pool
+    get_new_blocks = pool.get_new_blocks
+
+    def no_blocks(count: int):
+        if broken[0] and in_schedule:
+            raise _refused()
+        return get_new_blocks(count)
+
+    pool.get_new_blocks = no_blocks
+    pooled.run()
+    pooled.check()
+    core = pooled.host.models["llama"].core
+    assert 10 == core.counters.failed_requests
+    assert ["length"] * 4 == [pooled.finish_reason("qwen2", f"qwen2-{i}") for i in range(4)]
+    broken[0] = False
+    pooled.submit_one("llama", RequestSpec("after", prompts_for(8, 1)[0], max_tokens=5), [])
+    pooled.run()
+    assert "length" == pooled.finish_reason("llama", "after")
+    pooled.close()

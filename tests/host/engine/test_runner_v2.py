@@ -66,18 +66,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
     args = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 512}
     cases = list(make_cases(folder, KINDS, _requests, **args).values())
     twice = [_twice(case) for case in cases[:2]]
+    windowed = replace(cases[2], name="windowed", engine_args=cases[2].engine_args | {"block_size": 32})
     with_drafters = drafted_cases(folder / "drafted", _requests, **args)
     drafted = [with_drafters[f"llama-{method}"] for method in ("draft_model", "eagle")]
     plain = [
         replace(case, name=f"{name}-{ahead}", engine_args={**case.engine_args, "async_scheduling": ahead})
         for ahead in (False, True)
-        for name, case in [*((c.name, c) for c in (*cases, *drafted)), *((f"{c.name}-twice", c) for c in twice)]
+        for name, case in [
+            *((c.name, c) for c in (*cases, windowed, *drafted)),
+            *((f"{c.name}-twice", c) for c in twice),
+        ]
     ]
     crash = replace(cases[0], requests=[replace(request, max_tokens=CRASH_TOKENS) for request in cases[0].requests])
     with ThreadPoolExecutor(1) as side:
         reference = side.submit(run_plain, plain, program=("tests.helpers.v2_runner", "second"))
         scenarios = {"turns": cases[:2], "moves": cases, "hits": twice, "crashes": [crash], "adopted": cases[2:]}
-        scenarios["drafted"] = drafted
+        scenarios |= {"drafted": drafted, "windows": [windowed]}
         pooled = _run_pool(scenarios, folder)
         return pooled, {
             name: {key: asdict(result) for key, result in results.items()}
@@ -110,6 +114,16 @@ def test_moved_requests_give_the_streams_of_plain_vllm(runs, ahead):
     found = pooled[f"moves-{ahead}"]
     assert found["moved_ids"] > 10
     assert (found["drained"] > 2) == ahead, "steps were not in flight when models left"
+    _assert_equal(found["results"], reference, f"-{ahead}")
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_no_step_names_a_block_that_nobody_uses(runs, ahead):
+    """In front of a window and behind the last block tables name the null block; the streams are plain vLLM's."""
+    pooled, reference = runs
+    found = pooled[f"windows-{ahead}"]
+    assert [] == found["freed"]
+    assert found["hidden"] > 10
     _assert_equal(found["results"], reference, f"-{ahead}")
 
 

@@ -1,32 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy is worth on many GPUs, in simulated time: how many models 16 H100s serve, and what limits it.
+"""What a policy is worth on many GPUs, in simulated time: how many models 16 H100s serve, every one of them well.
 
-Each part is a question; `--parts` chooses some of them.
+Each part is a question; `--parts` chooses some of them, and `--keep FILE` takes the others from an earlier result.
 
+    strict       Strict capacity: the most models of which *every one* has 90 % of its tokens on time, with a TTFT p99
+                 of at most twice the SLO, for each seed, in steady state: ten simulated minutes after one of warm-up,
+                 with half a minute of traffic behind them. `aegaeon_best` is the best of 20: QMAX 1, 1.5, 2, 4 s and
+                 4 to 8 of 16 devices for prefills. [strict_SYSTEM_rRATE, and the ratio]
+    hot          One 7B model with 30 requests/s on 2, 4 and 8 GPUs, and on 8 beside 100 models with 0.02 each.
+    bound        How many models could be, if switching were free and memory endless, with the same costs?
     fidelity     Does the simulator agree with that of Aegaeon's artifact where it does the same thing? Needs --data DIR
                  with the artifact's requests and results (`sim_effective/*.csv`, `results_sim.csv`).
                  [fidelity_max_points: largest difference of token attainment, any policy and load]
-    models90     How many models are served at 90 % attainment, by each of the three measures, at two rates, also with
-                 tighter SLOs and with doubled inputs or outputs? [models90_SYSTEM_rRATE: by tokens on time]
-    bound        How many could be, if switching were free and memory endless?
     production   How many GPUs does a production-shaped trace need for 99 % of tokens on time, with dedicated instances
                  and pooled? [gpus_saved_pct]
     sensitivity  What do the link, prefetch, resident models, burstiness and skew change, at one load?
-    scale        1,000 GPUs and 5,000 models: how fast is the simulator? [events_per_s]
+    scale        200 GPUs and 1,000 models for ten minutes: how fast is the simulator? [events_per_s]
 
-Same inputs for all systems: requests drawn with the statistics of Aegaeon's workloads (Poisson per model, lengths of
-ShareGPT, three kinds of models), costs fitted to its H100 profiles, 16 GB/s to the host, TTFT 10 s, TBT 0.1 s. A number
-of models is the largest on a grid of four below the first that fails, on the mean of all seeds. Failed and unfinished
-requests count as missed. Simulated time: it shows what decisions do, and is no measurement of a device.
+Same inputs for all systems: Poisson arrivals at one rate per model, lengths of ShareGPT, three kinds of models as in
+Aegaeon's artifact, costs fitted to its H100 profiles, with what hosts pay (`tokenpool.sim.host_costs`), 16 GB/s to a
+device and 64 GB/s for the 8 of a node, TTFT 10 s, TBT 0.1 s. Failed and unfinished requests count as missed. Numbers of
+models are searched by doubling and halving on a grid of 4, of 8 for `slack`, which takes for granted that more models
+are not served better.
+Simulated time: it shows what decisions do, and is no measurement of a device.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,64 +43,61 @@ from bench.parts import common, sim_sensitivity
 from bench.parts.fidelity import fidelity
 from bench.parts.sim_sensitivity import GPU, LINK_BYTES_PER_S, NUM_GPUS, costs_for
 from tokenpool.config import SLO
-from tokenpool.sim import (
-    generate,
-    planner,
-)
+from tokenpool.sim import generate, planner
 from tokenpool.sim.compared import bound
-from tokenpool.sim.compared.systems import run_system, system
+from tokenpool.sim.compared.systems import System, run_system, system
 from tokenpool.sim.gpus import gpu
+from tokenpool.sim.host_costs import HostCosts
 from tokenpool.sim.workload import Workload
 
-MEASURES = ("token_deadline_pct", "request_all_tokens_pct", "artifact_slo_pct")
-SYSTEMS = ("slack", "aegaeon", "sllm", "sllm+", "request_level", "sleep", "mux", "dedicated")
+SYSTEMS = ("slack", "request_level", "sllm", "sleep", "mux")
+"""Beside `aegaeon`, as the paper has it and at its best."""
 RATES = (0.1, 0.5)
-PARTS = ("fidelity", "models90", "bound", "production", "sensitivity", "scale")
-STEP, GOAL = 4, 90.0
+PARTS = ("strict", "hot", "bound", "fidelity", "production", "sensitivity", "scale")
+STEP, GOAL = 4, 0.9
+SLO_10S = SLO(10.0, 0.1)
+WARM_S, WINDOW_S, TAIL_S = 60.0, 600.0, 30.0
+QMAX_S, SPLITS = (1.0, 1.5, 2.0, 4.0), (4, 5, 6, 7, 8)
+KEPT = (
+    "token_deadline_pct", "request_all_tokens_pct", "models_90_pct", "worst_model_pct", "ttft_p50_s", "ttft_p99_s",
+    "busy_frac", "link_frac", "n_requests",
+)  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One traffic and SLO; the number of models is what is looked for."""
-
-    title: str
-    rate_per_s: float
-    slo: SLO = SLO(10.0, 0.1)
-    input_scale: float = 1.0
-    output_scale: float = 1.0
-
-    def workload(self, num_models: int, seed: int) -> Workload:
-        """As Aegaeon's: 120 s at rates up to 0.2, else 60 s."""
-        duration_s = 120.0 if self.rate_per_s <= 0.2 else 60.0
-        scales = {"input_scale": self.input_scale, "output_scale": self.output_scale}
-        return generate.artifact_like(num_models, self.rate_per_s, duration_s, seed, **scales)
+def steady(num_models: int, rate_per_s: float, seed: int) -> Workload:
+    """Equal models under constant load, from before the window of measurement to behind it."""
+    names = [f"m{i:03}" for i in range(num_models)]
+    kinds = {name: generate.ARTIFACT_KINDS[i % len(generate.ARTIFACT_KINDS)] for i, name in enumerate(names)}
+    return generate.poisson(dict.fromkeys(names, rate_per_s), WARM_S + WINDOW_S + TAIL_S, seed, kinds=kinds)
 
 
-BASE = tuple(Case(f"r{rate}", rate) for rate in RATES)
-HARDER = tuple(
-    case
-    for rate in RATES
-    for case in (
-        Case(f"r{rate} slo x0.5", rate, SLO(5.0, 0.05)),
-        Case(f"r{rate} slo x0.3", rate, SLO(3.0, 0.03)),
-        Case(f"r{rate} input x2", rate, input_scale=2.0),
-        Case(f"r{rate} output x2", rate, output_scale=2.0),
+def measured(made: System, workload: Workload) -> dict[str, float]:
+    """One run in steady state."""
+    window_s = WARM_S, WARM_S + WINDOW_S
+    result = run_system(
+        made, workload, costs_for(workload).__getitem__, SLO_10S, drain_s=TAIL_S + 60.0, window_s=window_s
     )
-)
+    found = result.to_json()
+    return {key: found[key] for key in KEPT}
 
 
 @dataclass(frozen=True, slots=True)
 class SimCompare:
     """Results; see the module. A part that was not run is empty."""
 
+    strict: Mapping[str, int]
+    strict_ratio: Mapping[str, float | None]
+    bound: Mapping[str, int]
+    worst_model_pct: float | None
+    """Of `slack`, at its strict capacity."""
     fidelity_max_points: float | None
-    models90: Mapping[str, float]
     gpus_saved_pct: float | None
     events_per_s: float | None
     better: Mapping[str, str]
+    strict_runs: Sequence[Mapping[str, Any]]
+    aegaeon_settings: Sequence[Mapping[str, Any]]
+    hot: Sequence[Mapping[str, Any]]
     fidelity: Sequence[Mapping[str, Any]]
-    served: Sequence[Mapping[str, Any]]
-    bounds: Sequence[Mapping[str, Any]]
     production: Mapping[str, Any]
     sensitivity: Sequence[Mapping[str, Any]]
     scale: Mapping[str, Any]
@@ -103,6 +106,9 @@ class SimCompare:
 def run(
     *,
     parts: Sequence[str],
+    rates: Sequence[float],
+    systems: Sequence[str],
+    keep: Path | None,
     data: Path | None,
     seeds: int,
     png: Path | None,
@@ -112,104 +118,177 @@ def run(
 ) -> SimCompare:
     """Answer the questions that `parts` names."""
     del start_limit_s, logs  # no server here
-    fit = fidelity(data) if "fidelity" in parts and data else []
-    served = _served(range(seed, seed + seeds), "models90" in parts)
-    if png and served:
-        _plot(served, png)
-    production = _production(seed) if "production" in parts else {}
-    scale = _scale(seed) if "scale" in parts else {}
+    old = json.loads(keep.read_text()) if keep else {}
+    old = old.get("values", {})
+    fit = [row._asdict() | {"points": row.token_points} for row in fidelity(data)] if "fidelity" in parts else None
+    fit = old.get("fidelity", []) if fit is None else fit
+    runs, settings = list(old.get("strict_runs", [])), list(old.get("aegaeon_settings", []))
+    for rate in rates if "strict" in parts else ():
+        _strict_at(rate, systems, range(seed, seed + seeds), runs, settings)
+    strict = {f"{row['system']}_r{row['rate']}": row["strict"] for row in runs}
+    if png and runs:
+        _plot(runs, png)
+    hot = _hot(seed) if "hot" in parts else old.get("hot", [])
+    limits = _bounds(seed, rates) if "bound" in parts else {}
+    production = _production(seed) if "production" in parts else old.get("production", {})
+    scale = _scale(seed) if "scale" in parts else old.get("scale", {})
+    best = {rate: strict.get(f"aegaeon_best_r{rate}") for rate in RATES}
     return SimCompare(
-        fidelity_max_points=max((abs(row.token_points) for row in fit), default=None),
-        models90={f"{row['system']}_{row['case']}": row["models90"][MEASURES[0]] for row in served},
+        strict=strict,
+        strict_ratio={f"r{rate}": _ratio(strict.get(f"slack_r{rate}"), most) for rate, most in best.items()},
+        bound={**old.get("bound", {}), **limits},
+        worst_model_pct=min((_worst(row) for row in runs if row["system"] == "slack" and row["strict"]), default=None),
+        fidelity_max_points=max((abs(row["points"]) for row in fit), default=None),
         gpus_saved_pct=production.get("gpus_saved_pct"),
         events_per_s=scale.get("events_per_s"),
-        better={"models90": "higher", "gpus_saved_pct": "higher", "events_per_s": "higher", "points": "lower"},
-        fidelity=[row._asdict() for row in fit],
-        served=served,
-        bounds=_bounds(seed) if "bound" in parts else [],
+        better={"strict": "higher", "strict_ratio": "higher", "gpus_saved_pct": "higher", "points": "lower"},
+        strict_runs=runs,
+        aegaeon_settings=settings,
+        hot=hot,
+        fidelity=fit,
         production=production,
-        sensitivity=sim_sensitivity.rows(seed) if "sensitivity" in parts else [],
+        sensitivity=sim_sensitivity.rows(seed) if "sensitivity" in parts else old.get("sensitivity", []),
         scale=scale,
     )
 
 
-def _served(seeds: Sequence[int], wanted: bool) -> list[dict[str, Any]]:
+def _strict_at(
+    rate: float, names: Sequence[str], seeds: Sequence[int], runs: list[dict[str, Any]], settings: list[dict[str, Any]]
+) -> None:
+    """Add the strict capacity of each system at one rate; what is in `runs` of them already is replaced."""
+    made = {name: system(name, NUM_GPUS, GPU, LINK_BYTES_PER_S) for name in names if name != "aegaeon"}
+    if "aegaeon" in names:
+        made["aegaeon"] = _aegaeon(4.0, 6)
+        tried = [row for row in _aegaeons(rate, seeds[0])]
+        settings[:] = [row for row in settings if row["rate"] != rate] + tried
+        best = max(tried, key=lambda row: (row["most"], row["token_deadline_pct"]))
+        made["aegaeon_best"] = _aegaeon(best["qmax_s"], best["prefill_gpus"])
+    for name, described in made.items():
+        curve = _Curve(described, rate, seeds)
+        found = curve.most_models(*(64, 2 * STEP) if name == "slack" else (16, STEP))
+        runs[:] = [row for row in runs if (row["rate"], row["system"]) != (rate, name)]
+        runs.append({"rate": rate, "system": name, "strict": found, "seeds": list(seeds), "runs": curve.points()})
+        common.progress(f"{rate} requests/s, {name}: {found} models")
+
+
+def _aegaeon(qmax_s: float, prefill_gpus: int) -> System:
+    options = {"quota_max_s": qmax_s}
+    return system("aegaeon", NUM_GPUS, GPU, LINK_BYTES_PER_S, prefill_gpus, options=options)
+
+
+def _aegaeons(rate: float, seed: int) -> list[dict[str, Any]]:
+    """Each setting's strict capacity with one seed."""
     rows = []
-    cases = [(case, SYSTEMS) for case in BASE] + [(case, ("slack", "aegaeon")) for case in HARDER]
-    for case, names in cases if wanted else ():
-        for name in names:
-            curve = _Curve(case, name, seeds)
-            found = {measure: curve.most_models(measure) for measure in MEASURES}
-            rows.append({"case": case.title, "system": name, "models90": found, "curve": curve.points()})
-            common.progress(f"{case.title} {name}: {found}")
+    for qmax_s, split in product(QMAX_S, SPLITS):
+        curve = _Curve(_aegaeon(qmax_s, split), rate, [seed])
+        most = curve.most_models(16, STEP)
+        shares = curve.runs(max(STEP, most))[0]
+        rows.append({"rate": rate, "qmax_s": qmax_s, "prefill_gpus": split, "most": most, **shares})
     return rows
 
 
 class _Curve:
-    """Shares by number of models, each simulated once."""
+    """Runs of one system by number of models, each simulated once; the later seeds only where the first ones pass."""
 
-    def __init__(self, case: Case, name: str, seeds: Sequence[int]) -> None:
-        self._case, self._name, self._seeds = case, name, seeds
-        self.shares = lru_cache(maxsize=None)(self._shares)
-        self._seen: dict[int, Mapping[str, float]] = {}
+    def __init__(self, made: System, rate: float, seeds: Sequence[int]) -> None:
+        self._made, self._rate, self._seeds = made, rate, seeds
+        self._seen: dict[int, list[dict[str, float]]] = {}
 
-    def _shares(self, num_models: int) -> Mapping[str, float]:
-        made = system(self._name, NUM_GPUS, GPU, LINK_BYTES_PER_S)
-        runs = []
-        for seed in self._seeds:
-            workload = self._case.workload(num_models, seed)
-            runs.append(run_system(made, workload, costs_for(workload).__getitem__, self._case.slo).to_json())
-        self._seen[num_models] = {m: sum(run[m] for run in runs) / len(runs) for m in MEASURES}
+    def runs(self, num_models: int) -> list[dict[str, float]]:
+        """By seed, up to the first that fails."""
+        if num_models not in self._seen:
+            found = self._seen[num_models] = []
+            for seed in self._seeds:
+                run = measured(self._made, steady(num_models, self._rate, seed))
+                found.append(run)
+                kept = ("token_deadline_pct", "models_90_pct", "worst_model_pct", "ttft_p99_s")
+                shown = ", ".join(f"{key} {run[key]:.1f}" for key in kept)
+                common.progress(f"{self._made.name} {num_models} x {self._rate}, seed {seed}: {shown}")
+                if not _passes(run):
+                    break
         return self._seen[num_models]
 
-    def most_models(self, measure: str) -> int:
-        """The last multiple of STEP with at least GOAL percent, found by doubling and halving."""
-        low, high = 0, 2 * STEP
-        while self.shares(high)[measure] >= GOAL:
+    def most_models(self, start: int, step: int) -> int:
+        """The last multiple of `step` that passes with all seeds, from `start` by doubling and halving; 0 if none."""
+        low, high = 0, start
+        while self._is_good(high):
             low, high = high, 2 * high
-        while high - low > STEP:
-            middle = (low + high) // (2 * STEP) * STEP
-            low, high = (middle, high) if self.shares(middle)[measure] >= GOAL else (low, middle)
+        while high - low > step:
+            middle = (low + high) // (2 * step) * step
+            low, high = (middle, high) if self._is_good(middle) else (low, middle)
         return low
 
-    def points(self) -> list[dict[str, float]]:
+    def _is_good(self, num_models: int) -> bool:
+        return all(_passes(run) for run in self.runs(num_models))
+
+    def points(self) -> list[dict[str, Any]]:
         """What was simulated, in order."""
-        return [{"models": count, **shares} for count, shares in sorted(self._seen.items())]
+        return [{"models": count, "by_seed": runs} for count, runs in sorted(self._seen.items())]
 
 
-def _bounds(seed: int) -> list[dict[str, Any]]:
+def _passes(run: Mapping[str, float]) -> bool:
+    return run["worst_model_pct"] >= 100 * GOAL and run["ttft_p99_s"] <= 2 * SLO_10S.ttft_s
+
+
+def _ratio(ours: int | None, theirs: int | None) -> float | None:
+    return ours / theirs if ours is not None and theirs else None
+
+
+def _worst(row: Mapping[str, Any]) -> float:
+    at = next(point for point in row["runs"] if point["models"] == row["strict"])
+    return min(run["worst_model_pct"] for run in at["by_seed"])
+
+
+def _hot(seed: int) -> list[dict[str, Any]]:
+    """A hot model alone and beside many cold ones."""
     rows = []
-    for case in BASE + HARDER:
-
-        def make(count: int, case: Case = case) -> Workload:
-            return case.workload(count, seed)
-
-        found = bound.max_models(make, costs_for(make(10)), case.slo, NUM_GPUS)
-        rows.append({"case": case.title, "models": found})
-        common.progress(f"bound {case.title}: {found} models")
+    cold = {f"cold{i:03}": 0.02 for i in range(100)}
+    for num_gpus, others in ((2, {}), (4, {}), (8, {}), (8, cold)):
+        rates = {"hot": 30.0, **others}
+        workload = generate.poisson(rates, 330.0, seed, kinds=dict.fromkeys(rates, "qwen2.5-7b"))
+        made = system("slack", num_gpus, GPU, LINK_BYTES_PER_S)
+        costs = costs_for(workload).__getitem__
+        result = run_system(made, workload, costs, SLO_10S, window_s=(WARM_S, 300.0))
+        found, of_hot = result.to_json(), 100 * result.model_attainments()["hot"]
+        kept = {key: found[key] for key in KEPT}
+        rows.append({"gpus": num_gpus, "cold_models": len(others), "hot_token_deadline_pct": of_hot, **kept})
+        common.progress(f"hot on {num_gpus} GPUs beside {len(others)}: {of_hot:.1f} %")
     return rows
+
+
+def _bounds(seed: int, rates: Sequence[float]) -> dict[str, int]:
+    found = {}
+    for rate in rates:
+        costs = {kind: HostCosts().of_model(c, gpu(GPU)) for kind, c in costs_for(steady(10, rate, seed)).items()}
+
+        def make(count: int, rate: float = rate) -> Workload:
+            return steady(count, rate, seed)
+
+        found[f"r{rate}"] = bound.max_models(make, costs, SLO_10S, NUM_GPUS)
+        common.progress(f"bound at {rate}: {found[f'r{rate}']} models")
+    return found
 
 
 def _production(seed: int) -> dict[str, Any]:
     """The shape of Aegaeon's deployment, twice as many models: 56 on one GPU each, 38 on four."""
     workload = generate.deployed(2, 900.0, seed=seed)
-    made = planner.plan(workload, costs_for(workload), gpu(GPU), SLO(10.0, 0.1), target=0.99)
+    made = planner.plan(workload, costs_for(workload), gpu(GPU), SLO_10S, target=0.99)
     saved = made.saved_frac("slack")
     common.progress(f"production: {saved} of the GPUs saved")
     return made.to_json() | {"gpus_saved_pct": None if saved is None else 100 * saved}
 
 
 def _scale(seed: int) -> dict[str, Any]:
-    workload = generate.artifact_like(5000, 0.037, 3600.0, seed)
-    made = system("slack", 1000, GPU, LINK_BYTES_PER_S)
+    workload = generate.artifact_like(1000, 0.037, 600.0, seed)
+    made = system("slack", 200, GPU, LINK_BYTES_PER_S)
     begun = time.perf_counter()
-    result = run_system(made, workload, costs_for(workload).__getitem__, SLO(10.0, 0.1))
+    result = run_system(made, workload, costs_for(workload).__getitem__, SLO_10S)
     common.progress(f"scale: {result.num_events} events in {time.perf_counter() - begun:.0f} s")
     return result.to_json() | {"events_per_s": result.num_events / result.wall_s}
 
 
-def _plot(served: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Attainment over the number of models for the two rates; needs matplotlib."""
+def _plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The worst model over the number of models, for each rate; needs matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -218,17 +297,18 @@ def _plot(served: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(BASE), figsize=(6.5 * len(BASE), 4), sharey=True, layout="constrained")
-    for axis, case in zip(axes, BASE, strict=True):
-        for row in served:
-            if row["case"] == case.title:
-                points = [(point["models"], point[MEASURES[0]]) for point in row["curve"]]
-                axis.plot(*zip(*points, strict=True), marker=".", label=row["system"])
-        axis.axhline(GOAL, color="grey", linewidth=0.8, linestyle="--")
-        axis.set(title=f"{case.rate_per_s} requests/s per model", xlabel="models on 16 GPUs", ylim=(0, 102))
+    rates = sorted({row["rate"] for row in runs})
+    figure, axes = pyplot.subplots(1, len(rates), figsize=(6.5 * len(rates), 4), squeeze=False, layout="constrained")
+    for axis, rate in zip(axes[0], rates, strict=True):
+        for row in runs:
+            if row["rate"] == rate and row["system"] in ("slack", "aegaeon", "aegaeon_best"):
+                points = [(p["models"], min(run["worst_model_pct"] for run in p["by_seed"])) for p in row["runs"]]
+                axis.plot(*zip(*points, strict=True), marker=".", label=f"{row['system']}: {row['strict']}")
+        axis.axhline(100 * GOAL, color="grey", linewidth=0.8, linestyle="--")
+        axis.set(title=f"{rate} requests/s per model", xlabel="models on 16 H100 (simulated)", ylim=(0, 102))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("tokens on time, %")
-    axes[0].legend()
+        axis.legend(title="strict capacity")
+    axes[0][0].set_ylabel("worst model: tokens on time, %")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -237,15 +317,24 @@ def main() -> None:
     """Read the flags, run, report."""
     parser = common.parser(__doc__)
     add = parser.add_argument
-    add("--parts", type=lambda text: text.split(","), default=list(PARTS), help=f"of {', '.join(PARTS)}")
+    parts, systems = ", ".join(PARTS), ",".join(("aegaeon", *SYSTEMS))
+    add("--parts", type=lambda text: text.split(","), default=list(PARTS), help=f"of {parts}")
+    add("--rates", type=lambda text: [float(x) for x in text.split(",")], default=list(RATES), help="for strict, bound")
+    add("--systems", type=lambda text: text.split(","), default=systems.split(","), help=f"of {systems}")
+    add("--keep", type=Path, metavar="FILE", help="result of an earlier run: what is not run now is taken from it")
     add("--data", type=Path, help="folder with the artifact's requests and results, for the part fidelity")
     add("--seeds", type=int, default=2, help="workloads per number of models (default: %(default)s)")
-    add("--png", type=Path, help="draw attainment over models into this file")
+    add("--png", type=Path, help="draw the worst model over models into this file")
     flags = parser.parse_args()
-    keys: Callable[[str], str] = "models90_{}".format
-    names = [keys(f"{name}_r{rate}") for rate in RATES for name in ("slack", "aegaeon") if "models90" in flags.parts]
-    parts = {"fidelity": "fidelity_max_points", "production": "gpus_saved_pct", "scale": "events_per_s"}
-    common.report("sim_compare", run, flags, names + [key for part, key in parts.items() if part in flags.parts])
+    if "fidelity" in flags.parts and not flags.data:
+        flags.parts.remove("fidelity")
+    of = {"strict": ("strict_slack", "strict_aegaeon_best", "strict_ratio"), "bound": ("bound",)}
+    names = [f"{name}_r{rate}" for part in of if part in flags.parts for rate in flags.rates for name in of[part]]
+    if flags.systems != systems.split(","):  # some of them alone have no ratio, and may have no figure
+        names = []
+    single = {"strict": "worst_model_pct", "production": "gpus_saved_pct", "scale": "events_per_s"}
+    names += [key for part, key in single.items() if part in flags.parts]
+    common.report("sim_compare", run, flags, names)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from tokenpool.policy.slo import attainments
 from tokenpool.policy.turns import load_turn_policy
 from tokenpool.sim.cluster import Cluster
 from tokenpool.sim.device_spec import DeviceSpec
-from tokenpool.sim.router import PlacementRouter
+from tokenpool.sim.router import FrontendRouter
 from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
 
 
@@ -187,7 +187,7 @@ def simulate(
     scheduler, options = pool_under_test.WITH_OPTIONS.get(policy, (policy, {}))
     spec = DeviceSpec(setup.device_mib << 20, link_bytes_per_s, max_batched_tokens=2048)
     cluster = Cluster(
-        [spec], lambda: load_turn_policy(scheduler, options), PlacementRouter(), costs.__getitem__, setup.slo
+        [spec], lambda: load_turn_policy(scheduler, options), FrontendRouter(), costs.__getitem__, setup.slo
     )
     return cluster.run(Workload(requests, {name: name for name in costs}), drain_s=drain_s)
 

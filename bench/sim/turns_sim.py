@@ -20,7 +20,7 @@ from tokenpool.sim import generate
 from tokenpool.sim.cluster import Cluster
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.result import SimResult
-from tokenpool.sim.router import PlacementRouter
+from tokenpool.sim.router import FrontendRouter
 from tokenpool.sim.workload import ModelCosts, Workload
 
 _GIB = 1 << 30
@@ -61,7 +61,7 @@ class Scenario(NamedTuple):
         cluster = Cluster(
             [device(self.costs, self.num_resident)],
             lambda: load_turn_policy(policy, options),
-            PlacementRouter(),
+            FrontendRouter(),
             lambda model: self.costs,
             self.slo,
         )

@@ -15,9 +15,10 @@ from tokenpool.cli.sim_inputs import add_inputs, read_inputs, slo_of
 from tokenpool.errors import ConfigError, show
 from tokenpool.policy.capacity_live import LiveCapacity
 from tokenpool.sim.compared import artifact
-from tokenpool.sim.compared.systems import run_system, system
+from tokenpool.sim.compared.systems import charged_models, live_settings, run_system, system
 from tokenpool.sim.gpus import gpu
-from tokenpool.sim.live import POOL_POLICIES, LivePool, LiveSettings
+from tokenpool.sim.host_costs import HostCosts
+from tokenpool.sim.live import POOL_POLICIES, LivePool
 from tokenpool.sim.planner import check_costs
 from tokenpool.units import parse_bytes
 
@@ -30,26 +31,27 @@ def add_command(commands: argparse._SubParsersAction[Parser], summary: str) -> N
     add_inputs(parser, "--requests")
     add = parser.add_argument
     share = "of the GPUs, for aegaeon (default: %(default)s)"
-    memory = "per device, for --capacity (default: %(default)s)"
-    capacity = "models on some devices only, fixed or moved; see docs/capacity.md"
-    fail = "lose a device then, for --capacity"
+    memory = "of a node of 8 devices, for weights (default: %(default)s)"
+    capacity = "of slack and the like: models stay where they begin, or are moved (default: live)"
+    fail = "lose a device then, for slack and the like"
     add("--gpus", type=int, required=True, metavar="N", help="devices; a tensor parallel group counts as one")
     add("--policy", required=True, metavar="NAME", help="slack, aegaeon, sllm, ...; see docs/simulation.md")
     add("--prefill-gpus", type=int, default=6, metavar="N", help=share)
     add("--artifact-mode", action="store_true", help="costs and rules of the simulator in Aegaeon's artifact")
     add("--capacity", choices=("static", "live"), help=capacity)
-    add("--host-memory", default="256GB", metavar="SIZE", help=memory)
+    add("--host-memory", default="2TB", metavar="SIZE", help=memory)
     add("--fail", action="append", default=[], metavar="SECONDS:DEVICE", help=fail)
 
 
 def run(flags: argparse.Namespace) -> int:
     """Simulate and print the result; raises ConfigError for settings and files that cannot be."""
-    if flags.capacity and (flags.artifact_mode or flags.policy not in POOL_POLICIES):
+    is_pool = flags.policy in POOL_POLICIES and not flags.artifact_mode
+    if flags.capacity and not is_pool:
         raise ConfigError(
             f"goes with the policies {', '.join(POOL_POLICIES)}, without --artifact-mode", key="--capacity"
         )
-    if flags.fail and not flags.capacity:
-        raise ConfigError("needs --capacity: else nothing says where the models of a lost device go", key="--fail")
+    if flags.fail and not is_pool:
+        raise ConfigError(f"goes with the policies {', '.join(POOL_POLICIES)}", key="--fail")
     workload, costs = read_inputs(flags, flags.requests)
     if flags.artifact_mode:
         known = ", ".join(sorted(artifact.KINDS))
@@ -60,15 +62,19 @@ def run(flags: argparse.Namespace) -> int:
     else:
         check_costs(workload, costs, gpu(flags.gpu))
     per_gb = 2**30 if flags.artifact_mode else 1e9  # the artifact's GB
-    made = system(flags.policy, flags.gpus, flags.gpu, flags.link_gbs * per_gb, flags.prefill_gpus, flags.artifact_mode)
-    if flags.capacity:
+    link, charges = flags.link_gbs * per_gb, None
+    if not flags.artifact_mode:
+        charges = HostCosts(host_bytes=parse_bytes(flags.host_memory, "--host-memory"))
+    args = flags.policy, flags.gpus, flags.gpu, link, flags.prefill_gpus, flags.artifact_mode
+    made = system(*args, charges=charges)
+    if is_pool:
         pool = LivePool.of(
             made.specs,
             flags.policy,
-            {model: costs[kind] for model, kind in workload.kinds.items()},
+            charged_models(made, workload, costs.__getitem__),
             slo_of(flags),
-            LiveCapacity() if flags.capacity == "live" else None,
-            LiveSettings(host_bytes=parse_bytes(flags.host_memory, "--host-memory")),
+            None if flags.capacity == "static" else LiveCapacity(),
+            live_settings(made.specs),
             [_failure(text, flags.gpus) for text in flags.fail],
         )
         result = {**pool.run(workload).to_json(), **pool.moves_to_json()}
@@ -76,12 +82,13 @@ def run(flags: argparse.Namespace) -> int:
         result = run_system(made, workload, costs.__getitem__, slo_of(flags)).to_json()
     print(f"{len(workload.requests)} requests for {len(workload.kinds)} models on {flags.gpus} x {flags.gpu}")
     print(f"  tokens on time                 {result['token_deadline_pct']:6.2f} %")
+    print(f"  models with 90 % / the worst    {result['models_90_pct']:5.1f} % / {result['worst_model_pct']:.1f} %")
     print(f"  requests with all on time      {result['request_all_tokens_pct']:6.2f} %")
     print(f"  time-weighted (artifact)       {result['artifact_slo_pct']:6.2f} %")
     print(f"  first token, p50 / p99         {result['ttft_p50_s']:.2f} s / {result['ttft_p99_s']:.2f} s")
     print(f"  failed / not finished          {result['n_failed']} / {result['n_unfinished']}")
     print(f"  busy / waiting / link in use   {_percents(result)}")
-    if flags.capacity:
+    if is_pool:
         print(f"  moves                          {len(result['moves'])}, {result['moved_bytes'] / 1e9:.0f} GB copied")
     write_json(flags.json, result)
     return 0

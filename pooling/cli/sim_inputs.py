@@ -59,10 +59,21 @@ def read_inputs(flags: argparse.Namespace, path: Path) -> tuple[Workload, dict[s
             elif isinstance(entry, str):
                 kinds[model] = entry
                 if entry not in costs and not getattr(flags, "artifact_mode", False):
-                    costs[entry] = costs_of(entry, flags.gpu)
+                    is_named = model in named or "*" in named
+                    costs[entry] = costs_of(entry, flags.gpu) if is_named else _costs_of_trace(entry, flags.gpu)
             else:
                 raise ConfigError(f"expected a kind or a mapping of sizes, not {show(entry)}")
     return Workload(workload.requests, kinds), costs
+
+
+def _costs_of_trace(kind: str, gpu_name: str) -> ModelCosts:
+    """Costs of a kind that the trace names, or of a model that it names and nothing else says a kind for."""
+    gpu(gpu_name)
+    try:
+        return costs_of(kind, gpu_name)
+    except ConfigError as error:
+        problem = "the trace does not say what it costs: give --models FILE with a line such as '*': qwen2.5-7b"
+        raise ConfigError(problem) from error
 
 
 def _read_models(path: Path) -> Mapping[str, Any]:

@@ -15,14 +15,12 @@ from tokenpool.host.waiting import count_waits
 from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import PageUse
 from tokenpool.memory.states import WeightState
-from tokenpool.policy.admission import first_token_in_s
+from tokenpool.policy import host_report
 from tokenpool.policy.cost_model import CopyKind
 from tokenpool.policy.latency import RecentLatencies
 from tokenpool.policy.turns import PoolView
 from tokenpool.wire.trace import Event
 
-_USUAL_PROMPT_TOKENS = 256
-"""Length of a new prompt while there are no requests to take it from."""
 _MIB = 1 << 20
 
 
@@ -81,7 +79,7 @@ def _costs(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
     return {
         "ready_in_s": host.residency.ready_in_s(hosted),
         "step_s": hosted.cost.predict_step(max(1, stats.num_running), stats.context_tokens),
-        "prefill_256_tokens_s": hosted.cost.predict_prefill(_USUAL_PROMPT_TOKENS),
+        "prefill_256_tokens_s": hosted.cost.predict_prefill(256),
         "errors": step_errors(hosted),
         "coefficients": hosted.cost.coefficients(),
     }
@@ -147,19 +145,18 @@ def host_load(host: EngineHost) -> dict[str, dict[str, Any]]:
     counted = {name: queue_stats(hosted.core.scheduler, hosted.spec.slo) for name, hosted in host.models.items()}
     views = {name: model_view(host.models[name], stats, host.residency) for name, stats in counted.items()}
     pool = PoolView(time.time(), None, [view for view in views.values() if view.num_running or view.num_waiting])
-    loads = {}
-    for name, view in views.items():
-        cost, prompt_tokens = host.models[name].cost, _usual_prompt_tokens(counted[name])
-        loads[name] = {
-            "running": view.num_running,
-            "waiting": view.num_waiting,
-            "waiting_tokens": view.waiting_tokens,
-            "residency": view.residency.value,
-            "ready_in_s": view.ready_in_s,
-            "prefill_s": cost.predict_prefill(prompt_tokens),
-            "first_token_in_s": first_token_in_s(view, prompt_tokens, pool, cost),
-        }
-    return loads
+    load = host_report.host_load(pool)
+    return {
+        name: host_report.report_model(
+            view,
+            _usual_prompt_tokens(counted[name]),
+            pool,
+            host.models[name].cost,
+            load=load,
+            num_places=host.models[name].spec.vllm_config.scheduler_config.max_num_seqs,
+        )
+        for name, view in views.items()
+    }
 
 
 def host_trace(host: EngineHost, last_s: float | None) -> list[Event]:
@@ -169,8 +166,6 @@ def host_trace(host: EngineHost, last_s: float | None) -> list[Event]:
 
 
 def _usual_prompt_tokens(stats: QueueStats) -> int:
-    if stats.num_waiting:
-        return max(1, stats.waiting_tokens // stats.num_waiting)
-    if stats.num_running:
-        return max(1, stats.context_tokens // stats.num_running)
-    return _USUAL_PROMPT_TOKENS
+    return host_report.usual_prompt_tokens(
+        stats.num_waiting, stats.waiting_tokens, stats.num_running, stats.context_tokens
+    )

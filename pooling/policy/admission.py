@@ -10,10 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tokenpool.errors import check_setting
-from tokenpool.policy.cost_model import CostModel
 from tokenpool.policy.turns import ModelView, PoolView
 
 _LONGEST_RETRY_S = 60
@@ -62,7 +61,14 @@ class Reject(NamedTuple):
     """One line for the client, with numbers."""
 
 
-def first_token_in_s(view: ModelView, prompt_tokens: int, pool: PoolView, cost: CostModel) -> float:
+class PrefillPredictor(Protocol):
+    """Predicts prefills of one model: `policy.cost_model.CostModel`, or a simulator's costs."""
+
+    def predict_prefill(self, tokens: int, /) -> float:
+        """Seconds of one prefill."""
+
+
+def first_token_in_s(view: ModelView, prompt_tokens: int, pool: PoolView, cost: PrefillPredictor) -> float:
     """Predicted seconds to the first token of a new request of `view`; inf if the running work leaves no time for it.
 
     Until it comes, at time w, the device must also do what waits elsewhere, and step every other model often enough:
@@ -110,7 +116,7 @@ class AdmissionPolicy:
         self._limits = dict(limits or {})
         self._default = default or AdmissionLimits()
 
-    def decide(self, view: ModelView, prompt_tokens: int, pool: PoolView, cost: CostModel) -> Admit | Reject:
+    def decide(self, view: ModelView, prompt_tokens: int, pool: PoolView, cost: PrefillPredictor) -> Admit | Reject:
         """Admit or refuse a request of `view`'s model; arguments as for `first_token_in_s`."""
         return judge(
             view.model,

@@ -29,6 +29,8 @@ _SIGMAS = 4.0
 """By how many standard deviations of a Poisson count recent arrivals must exceed the long window's to be believed."""
 _MIN_BUSY_FRAC = 0.6
 """A host that steps less has late tokens for another reason than too much work."""
+_WORST_FRAC = 0.9
+"""Share of tokens on time below which one model alone makes its host count as late."""
 _MAX_SCALE = 3.0
 _UNSURE = 1.1
 """What the load of a host must exceed, times the load that is full, while there is no measurement of it as it is."""
@@ -156,13 +158,17 @@ class Board:
             if not self.is_up[h] or work[h] <= 0 or host.since_move_s < self.view.windows.seat_s:
                 continue
             due = on_time = 0.0
+            worst_frac = 1.0
             for seat in host.seats:
                 if seat.tokens_per_s:
                     due += seat.tokens_per_s
                     on_time += seat.tokens_per_s * seat.on_time_frac
+                    worst_frac = min(worst_frac, seat.on_time_frac)
             if not due:
                 continue
             good_frac = on_time / due
+            if worst_frac < _WORST_FRAC:  # a model that few ask for counts as well
+                good_frac = min(good_frac, worst_frac)
             self.limit[h] = self.full
             if good_frac < target and host.busy_frac >= _MIN_BUSY_FRAC:
                 scale[h] = min(_MAX_SCALE, max(1.0, self.full / max(good_frac, 0.1) / work[h]))

@@ -7,12 +7,14 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from tokenpool.config import SLO
 from tokenpool.policy.capacity import Role
 from tokenpool.policy.turns import TurnPolicy
 from tokenpool.sim.device import SimDevice
+from tokenpool.sim.device_memory import Node
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.result import SimResult
 from tokenpool.sim.seat import Seat
@@ -41,6 +43,28 @@ class Router(Protocol):
 
     def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> Receiver | None:
         """The device for a new request; None = it is refused, and fails."""
+
+
+@runtime_checkable
+class LookingRouter(Router, Protocol):
+    """Is told of the devices from time to time, and of nothing that happens between."""
+
+    period_s: float
+    """Between two looks."""
+
+    def look(self, now_s: float, devices: Sequence[SimDevice]) -> None:
+        """See all devices as they are now."""
+
+
+class Call:
+    """A call at a time that was asked for, in the cluster's heap of events."""
+
+    def __init__(self, call: Callable[[float], None]) -> None:
+        self._call = call
+
+    def wake(self, now_s: float, _: int) -> None:
+        """The time has come."""
+        self._call(now_s)
 
 
 @runtime_checkable
@@ -73,11 +97,13 @@ class Cluster:
         self.give_up_s = give_up_s
         """Age at which a request without a token fails; looked at only when a request arrives."""
         self.done = self.num_events = 0
+        self._last_arrival_s = 0.0
         self._heap: list[tuple[float, int, Any, int | Timeline]] = []  # a Waked with an int, a Receiver with a request
         self._sequence = 0
         self._result = SimResult()
+        nodes = _nodes(specs)
         self.devices = [
-            SimDevice(i, spec, make_policy(), self._seat, self._at, self._done, self._hand_over)
+            SimDevice(i, spec, make_policy(), self._seat, self._at, self._done, self._hand_over, nodes[i])
             for i, spec in enumerate(specs)
         ]
         self.entries = [device for device in self.devices if device.spec.role is not Role.DECODE]
@@ -87,14 +113,23 @@ class Cluster:
         if self.decoders and self._hand_overs is None:
             raise ValueError(f"{type(router).__name__} cannot hand requests over: give all devices the role mixed")
 
-    def run(self, workload: Workload, *, drain_s: float = 600.0) -> SimResult:
-        """Serve a workload; what has not ended `drain_s` after the last arrival counts as failed."""
+    def run(
+        self, workload: Workload, *, drain_s: float = 600.0, window_s: tuple[float, float] = (0.0, _INF)
+    ) -> SimResult:
+        """Serve a workload; what has not ended `drain_s` after the last arrival counts as failed.
+
+        All requests are served; those that arrive in `window_s`, from and up to, are measured.
+        """
+        self._result.window_s = window_s
         started = time.perf_counter()
         heap, requests = self._heap, workload.requests
         count, position = len(requests), 0
-        end_s = (requests[-1].arrival_s if requests else 0.0) + drain_s
+        self._last_arrival_s = requests[-1].arrival_s if requests else 0.0
+        end_s = self._last_arrival_s + drain_s
         next_s = requests[0].arrival_s if requests else _INF
         open_requests = self._result.open
+        if isinstance(self.router, LookingRouter):
+            self._look_from(self.router, 0.0)
         while True:
             if heap and heap[0][0] <= next_s:
                 time_s, _, device, what = heapq.heappop(heap)
@@ -126,6 +161,12 @@ class Cluster:
         self._result.close(self.devices, self.num_events, time.perf_counter() - started)
         return self._result
 
+    def _look_from(self, router: LookingRouter, now_s: float) -> None:
+        """Have the router look at the devices now and again."""
+        router.look(now_s, self.devices)
+        if now_s < self._last_arrival_s:
+            self._at(now_s + router.period_s, Call(partial(self._look_from, router)), 0)
+
     def _slo_of(self, model: str) -> SLO | None:
         return self._slos.get(model, self.slo)
 
@@ -143,3 +184,11 @@ class Cluster:
         assert self._hand_overs is not None
         device = self._hand_overs.hand_over(request, now_s, self.decoders)
         self._at(now_s + copy_s, device, request)
+
+
+def _nodes(specs: Sequence[DeviceSpec]) -> list[Node]:
+    """The node of each device: neighbours are on one, as many as it has."""
+    nodes: list[Node] = []
+    for i, spec in enumerate(specs):
+        nodes.append(Node(spec) if i % spec.devices_per_node == 0 else nodes[-1])
+    return nodes

@@ -216,13 +216,19 @@ def estimate_costs(weight_bytes: float, kv_bytes_per_token: float, on: GpuSpec, 
         kv_bytes_per_token=kv_bytes,
         prefill_s=step_s,
         prefill_per_token_s=token_s,
-        # Two products of hidden size per layer and pair of tokens, two operations each, half of the pairs masked.
-        prefill_per_token2_s=2 * _LAYER_WIDTHS * params ** (2 / 3) / (_ATTENTION_FLOPS_FRAC * flops_per_s),
+        prefill_per_token2_s=attention_s(weight_bytes, on, num_gpus),
         step_s=step_s,
         step_per_request_s=token_s + _REQUEST_OVERHEAD_S,
         step_per_token_s=kv_bytes / on.hbm_bytes_per_s,
         num_gpus=num_gpus,
     )
+
+
+def attention_s(weight_bytes: float, on: GpuSpec, num_gpus: int = 1) -> float:
+    """Seconds of attention per token squared of a prompt, as `estimate_costs` has it."""
+    params = weight_bytes / _BYTES_PER_NUMBER
+    # Two products of hidden size per layer and pair of tokens, two operations each, half of the pairs masked.
+    return 2 * _LAYER_WIDTHS * params ** (2 / 3) / (_ATTENTION_FLOPS_FRAC * on.bf16_flops_per_s * num_gpus)
 
 
 def costs_of(kind: str, gpu_name: str) -> ModelCosts:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tokenpool.policy.capacity import Role
 from tokenpool.policy.eviction import ReuseEstimator
 from tokenpool.policy.turns import Decision, Phase, PoolView, Residency, TurnPolicy
-from tokenpool.sim.device_memory import DeviceMemory, Need
+from tokenpool.sim.device_memory import DeviceMemory, Need, Node
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.seat import Seat
 from tokenpool.sim.timeline import Timeline
@@ -51,13 +51,14 @@ class SimDevice:
         schedule: Callable[[float, SimDevice, int], None],
         done: Callable[[Timeline], None],
         hand_over: Callable[[Timeline, float, float], None] | None = None,
+        node: Node | None = None,
     ) -> None:
-        self.index, self.spec, self.policy = index, spec, policy
+        self.index, self.spec, self.policy, self._node = index, spec, policy, node
         self.seats: dict[str, Seat] = {}
         """By model, of those that were ever asked for here."""
         self.active: list[Seat] = []
         """Seats with work, in order of index."""
-        self.memory = DeviceMemory(spec, self.seats)
+        self.memory = DeviceMemory(spec, self.seats, node)
         self.reuse = ReuseEstimator()
         self.busy_s = self.waited_s = 0.0
         """Seconds in steps, and seconds in which a chosen model was waited for."""
@@ -83,6 +84,7 @@ class SimDevice:
     def arrive(self, request: Timeline, now_s: float, *, has_kv: bool = True) -> None:
         """A request comes in; one that has tokens already brings its KV, which lies in host memory, if `has_kv`."""
         seat = self.seat(request.spec.model)
+        self.memory.build(seat)
         if not seat.has_work:
             self.active.append(seat)
             self.active.sort(key=lambda s: s.index)
@@ -97,7 +99,7 @@ class SimDevice:
     @property
     def num_requests(self) -> int:
         """Requests that are here."""
-        return sum([len(s.running) + len(s.waiting) + len(s.paused) + len(s.admitted) for s in self.active])
+        return sum([seat.num_requests for seat in self.active])
 
     @property
     def waited_for(self) -> Seat | None:
@@ -107,10 +109,12 @@ class SimDevice:
     def preload(self, model: str) -> None:
         """Have the weights here from the start."""
         seat = self.seat(model)
-        if seat.costs.weight_bytes > self.memory.free_bytes:
+        self.memory.build(seat)
+        held_bytes = self.memory.held_bytes(seat)
+        if held_bytes > self.memory.free_bytes:
             raise MemoryError(f"{model} does not fit on the device beside what is there")
         seat.residency = Residency.ON_DEVICE
-        self.memory.free_bytes -= seat.costs.weight_bytes
+        self.memory.free_bytes -= held_bytes
 
     def fail(self) -> list[Timeline]:
         """It is gone, with its steps that run and all KV; returns the requests that were here, oldest first."""
@@ -119,7 +123,7 @@ class SimDevice:
         lost = [r for s in self.active for r in (*s.admitted, *s.running, *s.paused, *s.waiting)]
         self.seats.clear()
         self.active.clear()
-        self.memory = DeviceMemory(self.spec, self.seats)
+        self.memory = DeviceMemory(self.spec, self.seats, self._node)
         return sorted(lost, key=lambda request: request.arrival_s)
 
     def give_up(self, before_s: float) -> None:
@@ -182,6 +186,7 @@ class SimDevice:
             # What is prefetched waits for the KV of what runs, not the other way round.
             prefetch = decision.prefetch if self.memory.link_free_s <= now_s else None
         is_new = seat is not self._current
+        change_s = self.spec.change_s if is_new and self._current is not None else 0.0
         if is_new:
             self._leave_turn(seat)
         ready_s = self._bring_in(seat, now_s)
@@ -190,11 +195,12 @@ class SimDevice:
         if is_new:
             self._turn_started_s = ready_s
         if ready_s > now_s:
-            self.waited_s += ready_s - now_s
+            self.waited_s += ready_s + change_s - now_s
             self._pending = seat, phase
-            self._wake_at(ready_s)
+            self._wake_at(ready_s + change_s)
         else:
-            self._step(seat, phase, now_s, hold_s)
+            self.waited_s += change_s
+            self._step(seat, phase, now_s, hold_s, change_s)
 
     def _ask(self, now_s: float) -> Decision:
         self.decisions += 1
@@ -243,8 +249,8 @@ class SimDevice:
 
     # -- steps ---------------------------------------------------------------------------------------
 
-    def _step(self, seat: Seat, phase: Phase, now_s: float, hold_s: float) -> None:
-        """Begin a step of `seat`, or as many decode steps in a row as nothing can change."""
+    def _step(self, seat: Seat, phase: Phase, now_s: float, hold_s: float, change_s: float = 0.0) -> None:
+        """Begin a step of `seat` in `change_s`, or as many decode steps in a row as nothing can change."""
         costs, running = seat.costs, seat.running
         admitted: tuple[Timeline, ...] = ()
         if seat.waiting and not (phase is Phase.DECODE and running):
@@ -264,6 +270,8 @@ class SimDevice:
             squares = sum([request.context_len**2 for request in admitted])
             prefill_s = costs.prefill(tokens, squares)
             step_s += prefill_s - costs.prefill_s if decodes else prefill_s
+            # A prompt beyond the tokens of a step comes in several, each with its constant.
+            step_s += costs.prefill_s * ((tokens - 1) // self.spec.max_batched_tokens)
         else:
             steps = min([request.num_left for request in running])
             if hold_s < _INF:
@@ -271,8 +279,8 @@ class SimDevice:
             steps = self._make_kv_room(seat, steps, now_s)
             # KV grows: what a step takes at the middle of the leap is what it takes on average.
             step_s = costs.step(len(running), seat.context_tokens + len(running) * (steps - 1) / 2)
-        self._leap = _Leap(seat, now_s, step_s, steps, admitted, decodes)
-        self._wake_at(now_s + steps * step_s)
+        self._leap = _Leap(seat, now_s + change_s, step_s, steps, admitted, decodes)
+        self._wake_at(now_s + change_s + steps * step_s)
 
     def _admit(self, seat: Seat, now_s: float) -> tuple[Timeline, ...]:
         """Take requests from the queue into the next step, as tokens, places and memory allow."""

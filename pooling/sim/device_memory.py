@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of a simulated device: weights and KV of its models draw on the same bytes, as pages do in the engine host.
+"""Memory of a simulated device, where weights and KV of its models draw on the same bytes, and of its machine.
 
 What leaves is chosen by `policy.eviction`, as in the engine host.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,62 @@ Need = Callable[[Seat, str | None], float]
 """See `ReuseEstimator.need`; takes a seat and the busy model that can be spared."""
 
 
+class Node:
+    """What the devices of one machine share: host memory, the disk behind it, and the way to the devices.
+
+    Weights are in its host memory once, for all of its devices; the least recently used leave
+    first.
+    """
+
+    def __init__(self, spec: DeviceSpec) -> None:
+        self._link_bytes_per_s, self._disk_bytes_per_s = spec.node_link_bytes_per_s, spec.disk_bytes_per_s
+        self._link_free_s = self._disk_free_s = 0.0
+        self._left_bytes = spec.node_bytes
+        self._held: OrderedDict[str, float] = OrderedDict()
+        self._has_been_full = False
+        self.disk_bytes = 0.0
+        """Read from disk in all."""
+
+    def fetch(self, model: str, nbytes: float, now_s: float) -> float:
+        """When the weights are in host memory. Those that find room are there from the start."""
+        if model in self._held:
+            self._held.move_to_end(model)
+            return now_s
+        while self._left_bytes < nbytes and self._held:
+            self._has_been_full = True
+            _, freed = self._held.popitem(last=False)
+            self._left_bytes += freed
+        self._held[model] = nbytes
+        self._left_bytes -= nbytes
+        if not self._has_been_full:
+            return now_s
+        self.disk_bytes += nbytes
+        self._disk_free_s = max(now_s, self._disk_free_s) + nbytes / self._disk_bytes_per_s
+        return self._disk_free_s
+
+    def wait_s(self, now_s: float) -> float:
+        """Seconds that a copy of weights asked for now waits for others."""
+        return max(0.0, self._link_free_s - now_s)
+
+    def copied_s(self, nbytes: float, now_s: float, end_s: float) -> float:
+        """When a copy of weights to a device ends that would end at `end_s` on a link of its own.
+
+        What was asked for before goes first, so the sum of all copies is never faster than the node.
+        """
+        self._link_free_s = max(now_s, self._link_free_s) + nbytes / self._link_bytes_per_s
+        return max(end_s, self._link_free_s)
+
+    def overtake(self, nbytes: float, now_s: float) -> None:
+        """A copy of KV passes before the weights that wait."""
+        self._link_free_s = max(now_s, self._link_free_s) + nbytes / self._link_bytes_per_s
+
+
 class DeviceMemory:
     """Bytes and copies of one device. Copies to it run one after the other; weights never leave by a copy."""
 
-    def __init__(self, spec: DeviceSpec, seats: Mapping[str, Seat]) -> None:
-        self.spec = spec
+    def __init__(self, spec: DeviceSpec, seats: Mapping[str, Seat], node: Node | None = None) -> None:
+        """`node` is what the device shares with others; None = it is alone."""
+        self.spec, self._node = spec, node or Node(spec)
         self.free_bytes = float(spec.memory_bytes)
         self.link_free_s = 0.0
         """When the last copy to the device ends."""
@@ -48,7 +100,8 @@ class DeviceMemory:
         if seat.residency is Residency.COPYING:
             return max(0.0, seat.ready_at_s - now_s)
         nbytes = seat.costs.weight_bytes + seat.kv_out_bytes
-        return max(0.0, self.link_free_s - now_s) + self.spec.switch_s + nbytes / self._link_bytes_per_s
+        wait_s = max(self.link_free_s - now_s, self._node.wait_s(now_s))  # a host knows from the copies before
+        return max(0.0, wait_s) + self.spec.switch_s + nbytes / self._link_bytes_per_s
 
     def out_s(self, nbytes: float) -> float:
         """Seconds of a copy to the host."""
@@ -89,18 +142,23 @@ class DeviceMemory:
         weights = seat.costs.weight_bytes if seat.residency is Residency.IN_HOST else 0
         if weights and not self._make_place(need, keep, spare):
             return None
-        if not self.make_room(weights + kv_bytes, need, keep=keep, spare=spare):
+        more_bytes = self.spec.resident_bytes if weights else 0.0
+        if not self.make_room(weights + more_bytes + kv_bytes, need, keep=keep, spare=spare):
             return None
         # Room that is being emptied by a copy to the host can be filled when that has ended.
         start_s = max(now_s, self._out_free_s)
-        copy_s = (weights + kv_bytes) / self._link_bytes_per_s
+        nbytes = weights + kv_bytes
+        copy_s = nbytes / self._link_bytes_per_s
         if weights:
-            seat.ready_at_s = self.link_free_s = max(start_s, self.link_free_s) + self.spec.switch_s + copy_s
+            start_s = max(start_s, self._node.fetch(seat.name, weights, now_s), self.link_free_s)
+            done_s = start_s + self.spec.switch_s + copy_s
+            seat.ready_at_s = self.link_free_s = self._node.copied_s(nbytes, now_s, done_s)
         else:
             self._overtake(copy_s, now_s)
+            self._node.overtake(nbytes, now_s)
             seat.ready_at_s = max(seat.ready_at_s, start_s + copy_s)  # its weights may be on their way
             self.link_free_s = max(self.link_free_s, seat.ready_at_s)
-        self.free_bytes -= weights + kv_bytes
+        self.free_bytes -= nbytes + more_bytes
         seat.join()
         self.weights_in_bytes += weights
         self.kv_in_bytes += kv_bytes
@@ -139,6 +197,19 @@ class DeviceMemory:
         """The model is unloaded; it must have no request. Weights on their way go when they have come."""
         if seat.residency is Residency.ON_DEVICE:
             self._evict(seat)
+        if seat.is_built:
+            seat.is_built = False
+            self.free_bytes += self.spec.engine_bytes
+
+    def build(self, seat: Seat) -> None:
+        """The model has an engine here from now on; its memory is taken even if nothing is free at the moment."""
+        if not seat.is_built:
+            seat.is_built = True
+            self.free_bytes -= self.spec.engine_bytes
+
+    def held_bytes(self, seat: Seat) -> float:
+        """What the model takes while it is resident, beside KV."""
+        return seat.costs.weight_bytes + self.spec.resident_bytes
 
     def make_room(self, nbytes: float, need: Need, *, keep: frozenset[str], spare: str | None = None) -> bool:
         """Evict until `nbytes` are free; False, and nothing left, if all that may leave is too little."""
@@ -170,7 +241,7 @@ class DeviceMemory:
         return True
 
     def _evict(self, seat: Seat) -> None:
-        self.free_bytes += seat.costs.weight_bytes
+        self.free_bytes += self.held_bytes(seat)
         seat.residency = Residency.IN_HOST
         self.evictions += 1
         if self.spec.weights_go_out:
@@ -184,7 +255,7 @@ class DeviceMemory:
                 continue
             p = need(seat, spare)
             if seat.residency is Residency.ON_DEVICE:
-                pages = int(seat.costs.weight_bytes // DEFAULT_PAGE_SIZE)
+                pages = int(self.held_bytes(seat) // DEFAULT_PAGE_SIZE)
                 cost_s = seat.costs.weight_bytes / self._link_bytes_per_s
                 found.append(Candidate(EvictionKind.WEIGHTS, name, pages, cost_s, p))
             pages = int(seat.kv_bytes // DEFAULT_PAGE_SIZE)

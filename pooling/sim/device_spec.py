@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tokenpool.policy.capacity import Role
@@ -38,3 +39,16 @@ class DeviceSpec:
     """Whether weights that leave are copied to the host, as vLLM's sleep mode does, rather than dropped."""
     kv_lost: bool = False
     """Whether all KV of a model is dropped when its turn ends, and running requests are prefilled again."""
+    change_s: float = 0.0
+    """Between the steps of two models."""
+    resident_bytes: float = 0.0
+    """Memory that a model takes beside weights and KV while its weights are on the device."""
+    engine_bytes: float = 0.0
+    """Memory that each model takes from its first request here on."""
+    node_link_bytes_per_s: float = math.inf
+    """Of copies from host memory to all devices of a node together."""
+    devices_per_node: int = 8
+    node_bytes: float = math.inf
+    """Of host memory for weights, of a node."""
+    disk_bytes_per_s: float = math.inf
+    """At which weights come into host memory."""

@@ -30,13 +30,13 @@ from tokenpool.policy.capacity import (
     Role,
 )
 from tokenpool.policy.turns import Residency, TurnPolicy, load_turn_policy
-from tokenpool.sim.cluster import Cluster, Receiver
+from tokenpool.sim.cluster import Call, Cluster, Receiver
 from tokenpool.sim.device import SimDevice
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.first_seats import first_seats
 from tokenpool.sim.live_measures import WINDOWS, Punctuality, Traffic
 from tokenpool.sim.result import SimResult
-from tokenpool.sim.router import PlacementRouter
+from tokenpool.sim.router import FrontendRouter
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts, Workload
 
@@ -71,17 +71,6 @@ class _Seat:
     is_leaving: bool = False
 
 
-class _Call:
-    """Takes the place of a device in the cluster's heap of events."""
-
-    def __init__(self, call: Callable[[float], None]) -> None:
-        self._call = call
-
-    def wake(self, now_s: float, _: int) -> None:
-        """The time has come."""
-        self._call(now_s)
-
-
 class _Parking:
     """Takes the place of a device that is yet to be found: for requests without a seat, and while KV is on its way."""
 
@@ -107,7 +96,7 @@ class LivePool(Cluster):
         self.first: dict[str, tuple[int, ...]] = {}
         """Hosts that each model began on."""
         self._settings, self._capacity, self._failures = settings or LiveSettings(), capacity, failures
-        self._model_costs, self._place = costs, PlacementRouter()
+        self._model_costs, self._frontend = costs, FrontendRouter()
         count = len(specs)
         self._seats: list[dict[str, _Seat]] = [{} for _ in range(count)]
         self._hosts_of: dict[str, list[int]] = {model: [] for model in costs}
@@ -120,7 +109,9 @@ class LivePool(Cluster):
         self._waiting: list[tuple[Timeline, bool]] = []
         self._courier = _Parking(lambda request, now_s: self._send(request, now_s, decodes=True))
         self._gate = _Parking(lambda request, now_s: self._send(request, now_s))
-        super().__init__(specs, make_policy, self, costs.__getitem__, slo)
+        # Hosts have copies of their own: what is in a node's memory follows from seats.
+        own = [replace(spec, node_bytes=_INF) for spec in specs]
+        super().__init__(own, make_policy, self, costs.__getitem__, slo)
 
     @classmethod
     def of(cls, specs: Sequence[DeviceSpec], policy: str, *others: Any) -> LivePool:
@@ -144,7 +135,9 @@ class LivePool(Cluster):
 
     # -- the run -----------------------------------------------------------------------------------------
 
-    def run(self, workload: Workload, *, drain_s: float = 600.0) -> SimResult:
+    def run(
+        self, workload: Workload, *, drain_s: float = 600.0, window_s: tuple[float, float] = (0.0, _INF)
+    ) -> SimResult:
         """See `Cluster.run`."""
         requests, settings = workload.requests, self._settings
         self._last_arrival_s = requests[-1].arrival_s if requests else 0.0
@@ -156,10 +149,11 @@ class LivePool(Cluster):
             for h in hosts:
                 self._seats[h][model] = _Seat(is_coming=False)
                 self._hosts_of[model].append(h)
-        self._at(settings.period_s, _Call(self._tick), 0)
+        self._at(settings.period_s, Call(self._tick), 0)
         for time_s, h in self._failures:
-            self._at(time_s, _Call(partial(self._lose, h)), 0)
-        return super().run(workload, drain_s=drain_s)
+            self._at(time_s, Call(partial(self._lose, h)), 0)
+        self._look_from(self._frontend, 0.0)
+        return super().run(workload, drain_s=drain_s, window_s=window_s)
 
     def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> Receiver:
         """See `Router`."""
@@ -181,7 +175,7 @@ class LivePool(Cluster):
             return
         device = self.devices[found[0]]
         if len(found) > 1:
-            device = self._place.route(request, now_s, [self.devices[h] for h in found])
+            device = self._frontend.route(request, now_s, [self.devices[h] for h in found])
         self._device_of[request] = device.index
         device.arrive(request, now_s, has_kv=has_kv)
 
@@ -213,7 +207,7 @@ class LivePool(Cluster):
                 self.decisions.append((now_s, decision))
                 self._carry_out(decision, now_s)
         if now_s < self._last_arrival_s or self._result.open:
-            self._at(now_s + self._settings.period_s, _Call(self._tick), 0)
+            self._at(now_s + self._settings.period_s, Call(self._tick), 0)
 
     def _view(self, now_s: float) -> CapacityView:
         models = [
@@ -283,7 +277,7 @@ class LivePool(Cluster):
             self._moved_s[target] = now_s
             start_s = max(now_s, self._loads_until_s[target])
             ready_s = self._loads_until_s[target] = start_s + decision.copy_bytes / self._settings.load_bytes_per_s
-            self._at(ready_s, _Call(partial(self._ready, target, model)), 0)
+            self._at(ready_s, Call(partial(self._ready, target, model)), 0)
         if source is not None and action in (Action.MOVE, Action.DROP):
             self._seats[source][model].is_leaving = True
             self._moved_s[source] = now_s

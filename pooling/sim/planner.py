@@ -23,6 +23,7 @@ from tokenpool.sim.compared.bound import bound, by_model
 from tokenpool.sim.compared.systems import run_system, system
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.gpus import GpuSpec
+from tokenpool.sim.host_costs import HostCosts
 from tokenpool.sim.plan import GroupPlan, Plan, SystemPlan, Try
 from tokenpool.sim.result import SimResult
 from tokenpool.sim.workload import ModelCosts, Workload
@@ -32,6 +33,7 @@ POOLED = ("request_level", "slack")
 """Systems in which models share devices, by their turn policy; the last is tokenpool's own."""
 
 _MAX_INSTANCES = 64
+_ENGINE_BYTES = int(HostCosts().resident_bytes + HostCosts().engine_bytes)
 _TIMES = tuple(name for name in ModelCosts._fields if name.endswith("_s"))
 
 
@@ -94,7 +96,7 @@ def check_costs(workload: Workload, costs: Mapping[str, ModelCosts], gpu: GpuSpe
         if kind not in costs:
             known = ", ".join(sorted(costs)) or "none"
             raise ConfigError(f"no costs on {gpu.name} for kind {show(kind)}; known: {known}", key=model)
-        needs, has = costs[kind].weight_bytes, gpu.pool_bytes
+        needs, has = costs[kind].weight_bytes + _ENGINE_BYTES, gpu.pool_bytes
         if needs + costs[kind].kv_bytes_per_token >= has:
             problem = f"weights of {format_bytes(needs)} on a device leave no room for KV: {gpu.name} has"
             raise ConfigError(f"{problem} {format_bytes(has)} for both; use more GPUs per instance", key=model)
@@ -195,7 +197,7 @@ class _Group:
         link_bytes_per_s: float | None = None,
     ) -> SimResult:
         """Simulate a system of `count` devices, with other costs, memory or links than its own if these are given."""
-        described = system(name, count, self._gpu.name, self._link_bytes_per_s)
+        described = system(name, count, self._gpu.name, self._link_bytes_per_s, gpus_per_device=self.gpus_per_instance)
         memory_bytes = memory_bytes or self._gpu.pool_bytes
         specs = tuple(
             replace(spec, memory_bytes=memory_bytes, link_bytes_per_s=link_bytes_per_s or spec.link_bytes_per_s)
@@ -205,8 +207,10 @@ class _Group:
 
     def _run_alone(self, workload: Workload, count: int) -> SimResult:
         """Simulate `count` instances of the only model of `workload`."""
+        charges = HostCosts()
         spec = DeviceSpec(self._gpu.pool_bytes, self._link_bytes_per_s, can_prefetch=False)
-        costs = {model: self.costs[kind] for model, kind in workload.kinds.items()}
+        spec = charges.of_device(spec, self.gpus_per_instance)
+        costs = {model: charges.of_model(self.costs[kind], self._gpu) for model, kind in workload.kinds.items()}
         # With one model every policy does the same.
         make_policy = functools.partial(load_turn_policy, "request_level")
         cluster = Cluster([spec] * count, make_policy, FewestRequests(), costs.__getitem__, self.slo)
@@ -265,15 +269,20 @@ def _assumptions(
     if len(used.requests) < len(workload.requests):
         traffic += f", the first of {len(workload.requests)}"
     kinds, spec = sorted(set(workload.kinds.values())), DeviceSpec(gpu.pool_bytes, link_bytes_per_s)
+    host = HostCosts()
     return (
         traffic,
         *(_describe(kind, costs[kind], gpu) for kind in kinds),
         f"memory for weights and KV is {format_bytes(gpu.pool_bytes)} of each {gpu.name}",
-        f"weights and KV come from host memory at {link_bytes_per_s / 1e9:g} GB/s per GPU, one copy at a time; the "
-        "host holds the weights of all models, and copies take no time from steps",
+        f"weights and KV come from host memory at {link_bytes_per_s / 1e9:g} GB/s per GPU, one copy at a time, and at "
+        f"{host.node_link_bytes_per_s / 1e9:g} GB/s for the {host.gpus_per_node} GPUs of a node; copies take no time "
+        "from steps",
+        f"a node has {format_bytes(int(host.host_bytes))} of host memory for weights; a host takes "
+        f"{1e3 * host.step_s:g} ms per step, {1e3 * host.change_s:g} ms per change of model, "
+        f"{1e3 * host.load_s:g} ms per load and {format_bytes(int(host.resident_bytes))} per resident model",
         "nothing fails and nothing is restarted; there is no spare GPU",
-        "models share a device only with models of the same number of GPUs per instance; requests go to the device "
-        "that the placement rule of tokenpool chooses, any device may serve any model of its group",
+        "models share a device only with models of the same number of GPUs per instance; where models are and which "
+        "of their devices gets a request is decided as in tokenpool, with what its frontend and controller know",
         "dedicated instances hold their weights all the time, and each model must reach the target alone; a pool must "
         "reach it over all tokens",
         f"a step holds at most {spec.max_batched_tokens} tokens and {spec.max_running} requests of one model, as vLLM "

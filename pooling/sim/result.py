@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,10 @@ class SimResult:
     """Real seconds that the simulation took."""
     end_s: float = 0.0
     """Simulated seconds up to the last token."""
+    window_s: tuple[float, float] = (0.0, math.inf)
+    """Arrival times from and up to which requests are measured. What devices did is of the whole run."""
+    models: dict[str, list[int]] = field(default_factory=dict, repr=False)
+    """Tokens that were asked for, and those on time, by model."""
     open: set[Timeline] = field(default_factory=set, repr=False)
     """Requests on their way."""
     _ttft_s: list[float] = field(default_factory=list, repr=False)
@@ -50,7 +55,13 @@ class SimResult:
     def add(self, request: Timeline) -> None:
         """A request has ended."""
         self.open.discard(request)
+        self.end_s = max(self.end_s, request.end_s)
+        if not self.window_s[0] <= request.arrival_s < self.window_s[1]:
+            return
         self.num_requests += 1
+        sums = self.models.setdefault(request.spec.model, [0, 0])
+        sums[0] += request.spec.output_len
+        sums[1] += request.num_on_time
         self.num_failed += request.failed
         self.num_tokens += request.spec.output_len
         self.num_tokens_delivered += request.num_delivered
@@ -61,14 +72,14 @@ class SimResult:
             self._ttft_s.append(ttft_s)
             self.first_on_time += ttft_s <= request.ttft_s
         self.time_weighted_sum += request.time_weighted()
-        self.end_s = max(self.end_s, request.end_s)
 
     def close(self, devices: Sequence[SimDevice], num_events: int, wall_s: float) -> None:
         """The run is over."""
         for request in sorted(self.open, key=lambda r: r.arrival_s):
-            self.num_unfinished += 1
+            failed = self.num_failed
             request.failed = True
             self.add(request)
+            self.num_unfinished += self.num_failed - failed
         self.num_failed -= self.num_unfinished
         self.num_events, self.wall_s = num_events, wall_s
         span_s = max(self.end_s, 1e-9) * len(devices)
@@ -98,6 +109,20 @@ class SimResult:
         """Mean of the measure of Aegaeon's artifact; see `policy.slo`."""
         return self.time_weighted_sum / self.num_requests if self.num_requests else 1.0
 
+    def model_attainments(self) -> dict[str, float]:
+        """Share of tokens on time of each model that was asked for, by name."""
+        return {model: on_time / count for model, (count, on_time) in self.models.items()}
+
+    @property
+    def worst_model(self) -> float:
+        """Share of tokens on time of the model with the least; 1 without requests."""
+        return min(self.model_attainments().values(), default=1.0)
+
+    def models_frac(self, goal: float = 0.9) -> float:
+        """Share of the models that have at least the share `goal` of their tokens on time."""
+        shares = self.model_attainments().values()
+        return sum([share >= goal for share in shares]) / len(shares) if shares else 1.0
+
     def ttft_s(self, percent: float) -> float:
         """Percentile of the times to the first token, of requests that got one; 0 without any."""
         if len(self._ttft_s) < 2:
@@ -110,6 +135,8 @@ class SimResult:
             "artifact_slo_pct": 100 * self.time_weighted_attainment,
             "token_deadline_pct": 100 * self.token_attainment,
             "request_all_tokens_pct": 100 * self.request_attainment,
+            "models_90_pct": 100 * self.models_frac(),
+            "worst_model_pct": 100 * self.worst_model,
             "ttft_ok_pct": 100 * self.first_on_time / max(1, self.num_requests),
             "ttft_p50_s": self.ttft_s(50),
             "ttft_p99_s": self.ttft_s(99),

@@ -23,7 +23,7 @@ class Seat:
     __slots__ = (
         "name", "index", "costs", "slo", "priority", "waiting", "running", "paused", "admitted", "residency",
         "ready_at_s", "kv_bytes", "kv_out_bytes", "waiting_tokens", "waiting_squares", "oldest_s", "context_tokens",
-        "last_used_s", "_shown",
+        "last_used_s", "is_built", "_shown",
     )  # fmt: skip
 
     def __init__(self, name: str, index: int, costs: ModelCosts, slo: SLO | None = None, priority: int = 0) -> None:
@@ -49,12 +49,19 @@ class Seat:
         self.context_tokens = 0
         """Tokens of context that a decode step reads."""
         self.last_used_s = -math.inf
+        self.is_built = False
+        """Whether its engine is there, and takes its memory."""
         self._shown: _Shown | None = None  # what `view` shows of the queues; None = count again
 
     @property
     def has_work(self) -> bool:
         """Whether any request is here."""
         return bool(self.running or self.waiting or self.paused or self.admitted)
+
+    @property
+    def num_requests(self) -> int:
+        """Unfinished requests."""
+        return len(self.running) + len(self.waiting) + len(self.paused) + len(self.admitted)
 
     @property
     def num_decoding(self) -> int:

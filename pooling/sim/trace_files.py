@@ -2,35 +2,40 @@
 """Request traces as files: what others have published or our benchmarks have played becomes a workload.
 
 The header tells the layout; columns may come in any order, and others beside them. Text files and those that end with
-`.gz` are read.
+`.gz` are read. A file of JSON lines has keys in the place of columns.
 
     sim        req_id, arrival_ms, model, base_model, input_len, output_len             base_model is the kind
     bench      arrival_ms, model, input_len, output_len
     aegaeon    Request Time, Model Name, Input Length, Output Length                    HH:MM:SS.mmm
     azure      TIMESTAMP, ContextTokens, GeneratedTokens                                date and time; one model
     burstgpt   Timestamp, Model, Request tokens, Response tokens                        seconds
+    prism      arrival_s, model, prompt_tokens, output_tokens                           seconds
+    mooncake   timestamp, input_length, output_length; JSON lines                       milliseconds; one model
 
-The first three count arrivals from the begin of the workload. Of the last two, which are logs of services, the first
-request kept arrives at 0, and rows without prompt or answer are left out: those requests had failed.
+The first three count arrivals from the begin of the workload. Of the others, which are logs of services, the first
+request kept arrives at 0, and rows without prompt or answer are left out: those requests had failed. The blocks that
+prompts of `mooncake` share (`hash_ids`) are not read, for the simulator caches no prefixes.
 
-Source: the artifact of Aegaeon (SOSP'25), AzurePublicDataset (2023 and 2024), BurstGPT (HPMLL/BurstGPT).
+Source: the artifact of Aegaeon (SOSP'25), AzurePublicDataset (2023 and 2024), BurstGPT (HPMLL/BurstGPT), the trace of
+Multi-LLM/prism-research as CSV, kvcache-ai/Mooncake (FAST'25).
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import json
 import logging
 import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple, TextIO, cast
+from typing import NamedTuple, Protocol, TextIO, cast
 
 from tokenpool.errors import ConfigError, show
 from tokenpool.sim.workload import SimRequest, Workload
@@ -139,6 +144,8 @@ _LAYOUTS = (
         "azure", ("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _date_s, "2023-11-16 18:17:03.9799600", is_log=True
     ),
     _Layout("burstgpt", ("Timestamp", "Request tokens", "Response tokens", "Model"), float, "45", is_log=True),
+    _Layout("prism", ("arrival_s", "prompt_tokens", "output_tokens", "model"), float, "45.5", is_log=True),
+    _Layout("mooncake", ("timestamp", "input_length", "output_length"), _ms, "3000", is_log=True),
 )
 
 
@@ -148,8 +155,45 @@ def _open(path: Path, mode: str) -> TextIO:
     return cast(TextIO, opener(path, mode, encoding=encoding, newline=""))
 
 
+class _Rows(Protocol):
+    """Rows of text, the header first: what `csv.reader` returns."""
+
+    @property
+    def line_num(self) -> int:
+        """Lines read so far."""
+
+    def __iter__(self) -> Iterator[list[str]]: ...
+
+    def __next__(self) -> list[str]: ...
+
+
+class _JsonRows:
+    """Objects of one line each, with the keys of `mooncake`, as such rows."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self._path, self._file, self.line_num = path, file, 0
+        self._columns: list[str] = []
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return self
+
+    def __next__(self) -> list[str]:
+        if not self._columns:
+            self._columns = list(_LAYOUTS[-1].columns)
+            return self._columns
+        line = next(self._file)
+        self.line_num += 1
+        try:
+            values = json.loads(line)
+            return [str(values[name]) for name in self._columns]
+        except (ValueError, KeyError, TypeError):
+            problem = f"broken line: expected an object with {', '.join(self._columns)}"
+            raise ConfigError(problem, key=f"line {self.line_num}", source=str(self._path)) from None
+
+
 def _read(path: Path, file: TextIO) -> TraceFile:
-    reader = csv.reader(file)
+    is_json = path.name.removesuffix(".gz").endswith(".jsonl")
+    reader: _Rows = _JsonRows(path, file) if is_json else csv.reader(file)
     header = [name.strip() for name in next(reader, [])]
     layout = next((layout for layout in _LAYOUTS if set(layout.columns) <= set(header)), None)
     if layout is None:
@@ -157,7 +201,7 @@ def _read(path: Path, file: TextIO) -> TraceFile:
         problem = f"unknown header {show(','.join(header))}: give the columns of one of {known}"
         raise ConfigError(problem, key="line 1", source=str(path))
     at = [header.index(name) for name in layout.columns]
-    model = path.name.removesuffix(".gz").removesuffix(".csv")
+    model = path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".jsonl")
     kinds: dict[str, str] = {}
     names: dict[str, str] = {}  # one text per model, not one per row
     requests, num_dropped = [], 0

@@ -62,7 +62,7 @@ def _ask_for_json(pooled, model: str) -> None:
 
 def test_a_request_whose_grammar_is_compiled_late_is_answered_on_a_quiet_pool(cases, monkeypatch):
     """Nothing else happens, and its model is not stepped in vain meanwhile; the loop is woken by the grammar."""
-    from tokenpool.host.state import model_state
+    from tokenpool.host.state import host_load, model_state
 
     pooled = _pool(cases, ("llama",))
     core, compiled = pooled.host.models["llama"].core, threading.Event()
@@ -78,6 +78,9 @@ def test_a_request_whose_grammar_is_compiled_late_is_answered_on_a_quiet_pool(ca
         assert not pooled.run_once()
     assert core.counters.steps <= 1
     assert {"grammar": 1} == model_state(pooled.host, pooled.host.models["llama"])["waits"]
+    told = host_load(pooled.host)["llama"]  # what frontends are told meanwhile: a request, and places for others
+    places = core.vllm_config.scheduler_config.max_num_seqs
+    assert (1, places - 1, True) == (told["waiting"] + told["running"], told["places"], told["request_load"] > 0)
     pooled.host._wake.clear()
     compiled.set()
     assert pooled.host._wake.wait(60)

@@ -12,6 +12,7 @@ from tokenpool.config import SLO
 from tokenpool.errors import ConfigError
 from tokenpool.sim.compared import artifact
 from tokenpool.sim.compared.systems import System, run_system, system
+from tokenpool.sim.host_costs import FREE
 from tokenpool.sim.result import SimResult
 from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
 
@@ -29,7 +30,9 @@ def workload(*rows: tuple[float, str, int]) -> Workload:
 
 
 def run(name: str, num_gpus: int, requests: Workload, **more: int) -> SimResult:
-    return run_system(system(name, num_gpus, GPU, LINK, **more), requests, lambda _: SIMPLE, SLO(10.0, 0.2))
+    return run_system(
+        system(name, num_gpus, GPU, LINK, charges=FREE, **more), requests, lambda _: SIMPLE, SLO(10.0, 0.2)
+    )
 
 
 def run_changed(described: System, requests: Workload) -> SimResult:
@@ -113,7 +116,7 @@ def test_mux_refuses_models_beyond_the_memory() -> None:
 
 def test_sleep_copies_both_models_at_a_switch() -> None:
     """1 s out and 1 s in, each with a fixed part, between the models; the first only wakes."""
-    described = system("sleep", 1, GPU, LINK)
+    described = system("sleep", 1, GPU, LINK, charges=FREE)
     fixed_s = described.specs[0].switch_s
     result = run_system(described, workload((0, "a", 1), (0, "b", 1)), lambda _: SIMPLE, SLO(10.0, 0.2))
     assert 1.0 + fixed_s + 0.5 + 2 * (1.0 + fixed_s) + 0.5 == pytest.approx(result.end_s)
@@ -122,7 +125,7 @@ def test_sleep_copies_both_models_at_a_switch() -> None:
 def test_requests_without_a_token_are_given_up_at_arrivals_only() -> None:
     """At 16 s the second has waited for more than 15 s; without the arrival it would have been served at 20 s."""
     rows = [(0, "a", 186), (0.5, "b", 1)]
-    described = replace(system("sllm", 1, GPU, LINK), give_up_s=15.0)
+    described = replace(system("sllm", 1, GPU, LINK, charges=FREE), give_up_s=15.0)
     assert 0 == run_changed(described, workload(*rows)).num_failed
     assert 1 == run_changed(described, workload(*rows, (16, "a", 1))).num_failed
 

@@ -13,7 +13,7 @@ from tokenpool.config import SLO
 from tokenpool.policy.turns import Residency, load_turn_policy
 from tokenpool.sim.cluster import Cluster
 from tokenpool.sim.device_spec import DeviceSpec
-from tokenpool.sim.router import PlacementRouter, homes_for
+from tokenpool.sim.router import FrontendRouter
 from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
 
 pytestmark = pytest.mark.cpu
@@ -25,7 +25,7 @@ SLO_2S = SLO(2.0, 0.25)
 
 
 def cluster(spec: DeviceSpec = SPEC, policy: str = "slack", count: int = 1, costs: ModelCosts = COSTS) -> Cluster:
-    return Cluster([spec] * count, lambda: load_turn_policy(policy), PlacementRouter(), lambda model: costs, SLO_2S)
+    return Cluster([spec] * count, lambda: load_turn_policy(policy), FrontendRouter(), lambda model: costs, SLO_2S)
 
 
 def workload(*requests: SimRequest) -> Workload:
@@ -162,7 +162,7 @@ def test_leaps_change_nothing(policy, points, rate):
     """With answers that hold, and being asked after every step, the shares are the same; slack's within 2 points."""
     shares = []
     for make in (lambda: load_turn_policy(policy), lambda: AskedAlways(policy)):
-        c = Cluster([TIGHT], make, PlacementRouter(), lambda model: FAST, SLO(2.0, 0.05))
+        c = Cluster([TIGHT], make, FrontendRouter(), lambda model: FAST, SLO(2.0, 0.05))
         result = c.run(many(1, 6, 300, rate=rate))
         shares.append([100 * result.token_attainment, 100 * result.request_attainment])
 
@@ -182,7 +182,7 @@ def test_models_may_have_their_own_slo_and_priority():
             return super().decide(pool)
 
     c = Cluster(
-        [SPEC], lambda: Shown("request_level"), PlacementRouter(), lambda model: COSTS, SLO_2S,
+        [SPEC], lambda: Shown("request_level"), FrontendRouter(), lambda model: COSTS, SLO_2S,
         slos={"b": SLO(1.0, 0.5), "c": None}, priorities={"b": 3},
     )  # fmt: skip
     result = c.run(workload(*(SimRequest(0.0, name, 100, 4) for name in "abcd")))
@@ -191,14 +191,3 @@ def test_models_may_have_their_own_slo_and_priority():
     assert {"b": (1.0, 0.5, 3, 1.0), "c": (inf, inf, 0, inf), "d": (2.0, 0.25, 0, 2.0)} == shown
     assert 4 + 0 + 4 + 0 == result.tokens_on_time  # a is first, c's are never late
     assert 4 == result.num_requests == result.num_requests - result.num_failed
-
-
-def test_homes_spread_models_and_give_more_to_the_busy():
-    """Each model gets its number of devices, a busy one more; devices are asked for about the same."""
-    demands = {f"m{i}": 0.1 for i in range(20)} | {"hot": 3.0}
-    homes = homes_for(demands, dict.fromkeys(demands, COSTS), 10, choices=2)
-
-    assert 7 == len(homes["hot"])
-    assert all(2 == len(set(homes[f"m{i}"])) for i in range(20))
-    load = [sum(demands[name] / len(devices) for name, devices in homes.items() if i in devices) for i in range(10)]
-    assert max(load) < 0.65

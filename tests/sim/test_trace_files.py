@@ -207,3 +207,25 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     for path in (tmp_path / "missing.csv", cut, binary, plain):
         with pytest.raises(ConfigError, match=r"\.csv(\.gz)?: cannot be read: "):
             read_requests(path)
+
+
+def test_prism_and_mooncake(tmp_path):
+    """Seconds with names, and JSON lines in milliseconds without; the first request kept arrives at 0."""
+    prism = write(tmp_path, "arrival_s,model,prompt_tokens,output_tokens\n2.5,a,13,199\n3.0,b,36,0\n4.0,a,5,6\n")
+    trace = read_trace_file(prism)
+    assert ("prism", 1) == (trace.layout, trace.num_dropped)
+    assert [SimRequest(0.0, "a", 13, 199), SimRequest(1.5, "a", 5, 6)] == trace.workload.requests
+
+    line = '{"timestamp": %d, "input_length": 40, "output_length": 6, "hash_ids": [1, 2]}\n'
+    trace = read_trace_file(write(tmp_path, line % 3000 + line % 4500, "conv.jsonl.gz"))
+    assert ("mooncake", {"conv": "conv"}) == (trace.layout, trace.workload.kinds)
+    assert [SimRequest(0.0, "conv", 40, 6), SimRequest(1.5, "conv", 40, 6)] == trace.workload.requests
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", '{"timestamp": 1}', '{"timestamp": -1, "input_length": 1, "output_length": 1}']
+)
+def test_a_broken_json_line_is_named(tmp_path, line):
+    good = '{"timestamp": 1, "input_length": 1, "output_length": 1}\n'
+    with pytest.raises(ConfigError, match="line 2"):
+        read_requests(write(tmp_path, good + line + "\n", "t.jsonl"))

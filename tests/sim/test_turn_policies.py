@@ -22,7 +22,7 @@ from tokenpool.sim.cluster import Cluster
 from tokenpool.sim.device import SimDevice
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.result import SimResult
-from tokenpool.sim.router import PlacementRouter
+from tokenpool.sim.router import FrontendRouter
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
 
@@ -70,7 +70,7 @@ class Pool(Cluster):
 
     def __init__(self, policy: TurnPolicy, spec: DeviceSpec, costs: Callable[[str], ModelCosts], **options) -> None:
         self.watched, self.ended = Watched(policy), []
-        super().__init__([spec], lambda: self.watched, PlacementRouter(), costs, SLO_10S, **options)
+        super().__init__([spec], lambda: self.watched, FrontendRouter(), costs, SLO_10S, **options)
         self.watched.device = self.devices[0]
 
     def _done(self, request: Timeline) -> None:

@@ -20,8 +20,7 @@ from vllm.v1.engine.core_client import _process_utility_output
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from tokenpool.errors import HostError
-from tokenpool.policy.routing import HostQueue
-from tokenpool.serve.client.request_route import Told
+from tokenpool.policy.routing import HostQueue, Told
 from tokenpool.wire.addresses import EngineAddresses
 from tokenpool.wire.curve import secured
 
@@ -75,11 +74,11 @@ class EngineLink:
     @property
     def queue(self) -> HostQueue:
         """What is known of the engine, for a request that could go there."""
-        return self._told.queue(self.load) if self._told is not None else HostQueue(self.load)
+        return self._told.queue(self.load, time.monotonic()) if self._told is not None else HostQueue(self.load)
 
     def learn(self, load: Mapping[str, Any]) -> None:
         """Take in the model's entry in the host's answer to `load`."""
-        self._told = Told(load, self.load)
+        self._told = Told(load, self.load, time.monotonic())
 
     async def connect(self) -> None:
         """Wait for the engine's greeting; raises HostError, with all closed, when none comes."""

@@ -18,6 +18,7 @@ from tokenpool.cluster.values import ClusterView, Deployment
 from tokenpool.errors import HostError
 from tokenpool.metric_registry import metric
 from tokenpool.model_life import Life
+from tokenpool.policy.routing import LOADS_PERIOD_S
 from tokenpool.process.ending import HOST_END_S, KILL_S, within
 from tokenpool.process.keeper import Work, start_kept
 from tokenpool.serve.clustered.no_lending import NoLending
@@ -35,7 +36,6 @@ _LOOKS = ("state", "load", "progress", "metrics")
 _LOOK_LIMIT_S = 5.0
 """For what is asked all the time; a host that builds a model answers late."""
 _RETRY_CALLS_S = 60.0
-_LOADS_PERIOD_S = 1.0
 _RAY_END_S = 4.0
 _UNLOAD_LIMIT_S = 120.0
 
@@ -117,7 +117,7 @@ class RayHosts:
     async def _ask_loads(self) -> None:
         """Ask hosts for their queues and where weights are, while a model has several to choose from."""
         while True:
-            await asyncio.sleep(_LOADS_PERIOD_S)
+            await asyncio.sleep(LOADS_PERIOD_S)
             shared = [follower for follower in self.followers.values() if len(follower.hosts) > 1]
             if shared:
                 self.loads = await self.ask("load")

@@ -15,6 +15,7 @@ from tokenpool.cluster.values import ModelView, SeatState, SeatView
 from tokenpool.errors import PoolError
 from tokenpool.model_life import Life
 from tokenpool.policy.capacity import Role
+from tokenpool.policy.routing import LOADS_PERIOD_S
 from tokenpool.process.keeper import Work
 from tokenpool.serve.clustered.cluster_model import ClusterModel, EndpointMaker
 from tokenpool.serve.clustered.seat_follower import Key
@@ -24,8 +25,6 @@ from tokenpool.serve.pool.host_watch import Call
 from tokenpool.serve.pool.models import PoolModel
 
 logger = logging.getLogger(__name__)
-
-_LOADS_PERIOD_S = 1.0
 
 
 class FrontendModel(ClusterModel):
@@ -94,7 +93,7 @@ class ClusterEngines:
     async def _ask_loads(self) -> None:
         """Learn of the hosts' queues and where weights are, while a model has several hosts to choose from."""
         while True:
-            await asyncio.sleep(_LOADS_PERIOD_S)
+            await asyncio.sleep(LOADS_PERIOD_S)
             if shared := [follower for follower in self._followers.values() if len(follower.hosts) > 1]:
                 try:
                     loads = await self._hosts.ask("loads")

@@ -100,10 +100,11 @@ class Static:
         self.placement: dict[str, int] = {}
         """Index of the device by model; a model that is refused is not in it."""
         for model, costs in models.items():
-            fits = [i for i in range(len(specs)) if places[i] and costs.weight_bytes <= free[i]]
+            needs = [costs.weight_bytes + spec.resident_bytes + spec.engine_bytes for spec in specs]
+            fits = [i for i in range(len(specs)) if places[i] and needs[i] <= free[i]]
             if fits:
                 i = self.placement[model] = max(fits, key=lambda i: free[i])
-                free[i] -= costs.weight_bytes
+                free[i] -= needs[i]
                 places[i] -= 1
 
     def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> SimDevice | None:

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tokenpool.config import SLO
 from tokenpool.errors import ConfigError, check_setting, show
-from tokenpool.policy.capacity import Role
+from tokenpool.policy.capacity import LOAD_BYTES_PER_S, Role
+from tokenpool.policy.capacity_live import LiveCapacity
 from tokenpool.policy.turns import TurnPolicy, load_turn_policy
 from tokenpool.sim.cluster import Cluster, Router
 from tokenpool.sim.compared import artifact
 from tokenpool.sim.compared.baseline_policies import FirstCome, ShortestFirst
 from tokenpool.sim.compared.baseline_routers import FewestRequests, Locality, PrefillDecode, Static
 from tokenpool.sim.device_spec import DeviceSpec
+from tokenpool.sim.gpus import GpuSpec
 from tokenpool.sim.gpus import gpu as gpu_spec
+from tokenpool.sim.host_costs import FREE, HostCosts
+from tokenpool.sim.live import LivePool, LiveSettings
 from tokenpool.sim.result import SimResult
-from tokenpool.sim.router import PlacementRouter, homes_for
 from tokenpool.sim.workload import ModelCosts, Workload
 
 KindCosts = Callable[[str], ModelCosts]
@@ -39,13 +42,14 @@ fast, which favours it.
 """
 _MUX_KV_FRAC = 0.4
 """Memory that static multiplexing keeps for KV: two models of 7B to 13B on 80 GB, as MuxServe's published set-up."""
+_ANY = gpu_spec("h100-80g")
+"""Until `system` says which."""
+_ENDLESS_BYTES = 1e18
 _SLLM_QUEUE = 4
 """Requests on a device beyond which ServerlessLLM brings the model in elsewhere.
 
 Source: the artifact's `V02Policy(R=1, QS=4)`.
 """
-_MAX_CHOICES = 64
-"""With more devices, a model may be served by a few of them only."""
 _SIM_POLICIES: Mapping[str, Callable[..., TurnPolicy]] = {"first_come": FirstCome, "shortest_first": ShortestFirst}
 
 
@@ -57,8 +61,12 @@ class System:
     specs: tuple[DeviceSpec, ...]
     policy: str
     """A turn policy plugin, or one of those that exist only here: `first_come`, `shortest_first`."""
-    make_router: Callable[[tuple[DeviceSpec, ...], Mapping[str, ModelCosts]], Router]
-    """Takes the devices, and the costs of all models by name."""
+    make_router: Callable[[tuple[DeviceSpec, ...], Mapping[str, ModelCosts]], Router] | None
+    """Takes the devices, and the costs of all models by name; None = the router and the capacity policy of tokenpool,
+    see `LivePool`."""
+    gpu: GpuSpec
+    charges: HostCosts = FREE
+    """What `specs` hold already, and models are charged."""
     options: Mapping[str, float] = field(default_factory=dict)
     """Of the policy."""
     give_up_s: float = math.inf
@@ -72,10 +80,16 @@ def system(
     link_bytes_per_s: float,
     prefill_gpus: int = 6,
     artifact_mode: bool = False,
+    *,
+    charges: HostCosts | None = None,
+    gpus_per_device: int = 1,
+    options: Mapping[str, float] | None = None,
 ) -> System:
-    """Describe a system of `num_gpus` devices; a tensor parallel group is one device.
+    """Describe a system of `num_gpus` devices, each of `gpus_per_device` GPUs.
 
-        slack       tokenpool: mixed devices, placement by load and residency, the turn policy `slack`
+    `charges` are what hosts pay, None = the defaults, and nothing in `artifact_mode`. `options` go to the turn policy.
+
+        slack       tokenpool: mixed devices, its router and capacity policy, the turn policy `slack`
         request_level, round_robin    the same with these turn policies
         sllm        ServerlessLLM: request-level, to a device that has the model, else the least recently used
         sllm+       to the device with the fewest requests, the shortest rest first by an oracle; what it interrupts is
@@ -90,19 +104,33 @@ def system(
     check_setting(name in _SYSTEMS, "system", f"no such system: {show(name)}; known are {', '.join(_SYSTEMS)}")
     check_setting(num_gpus >= 1, "num_gpus", f"must be at least 1, not {show(num_gpus)}")
     check_setting(0 < link_bytes_per_s < math.inf, "link_bytes_per_s", f"must be above 0, not {show(link_bytes_per_s)}")
-    base = DeviceSpec(gpu_spec(gpu).pool_bytes, link_bytes_per_s)
+    on = gpu_spec(gpu)
+    base = DeviceSpec(on.pool_bytes, link_bytes_per_s)
     if artifact_mode:
         # It charges copies to a device only.
         base = replace(base, memory_bytes=artifact.MEMORY_BYTES, out_bytes_per_s=math.inf)
-    return _SYSTEMS[name](name, base, num_gpus, prefill_gpus, artifact_mode)
+    charges = charges or (FREE if artifact_mode else HostCosts())
+    base = charges.of_device(base, gpus_per_device)
+    made = _SYSTEMS[name](name, base, num_gpus, prefill_gpus, artifact_mode)
+    return replace(made, gpu=on, charges=charges, options={**made.options, **(options or {})})
 
 
-def run_system(system: System, workload: Workload, costs: KindCosts, slo: SLO) -> SimResult:
-    """Serve a workload; `costs` takes the kind of a model."""
-    by_kind = functools.cache(costs)
-    models = {model: by_kind(kind) for model, kind in workload.kinds.items()}
-    router = system.make_router(system.specs, models)
+def run_system(
+    system: System,
+    workload: Workload,
+    costs: KindCosts,
+    slo: SLO,
+    *,
+    drain_s: float = 600.0,
+    window_s: tuple[float, float] = (0.0, math.inf),
+) -> SimResult:
+    """Serve a workload; `costs` takes the kind of a model. See `Cluster.run` for the times."""
     make_policy = functools.partial(_make_policy, system)
+    models = charged_models(system, workload, costs)
+    if system.make_router is None:
+        pool = LivePool(system.specs, make_policy, models, slo, LiveCapacity(), live_settings(system.specs))
+        return pool.run(workload, drain_s=drain_s, window_s=window_s)
+    router = system.make_router(system.specs, models)
     cluster = Cluster(system.specs, make_policy, router, models.__getitem__, slo, give_up_s=system.give_up_s)
     for device in cluster.devices:
         if isinstance(device.policy, ShortestFirst):
@@ -110,7 +138,24 @@ def run_system(system: System, workload: Workload, costs: KindCosts, slo: SLO) -
     if isinstance(router, Static):
         for model, index in router.placement.items():
             cluster.devices[index].preload(model)
-    return cluster.run(workload)
+    return cluster.run(workload, drain_s=drain_s, window_s=window_s)
+
+
+def charged_models(system: System, workload: Workload, costs: KindCosts) -> dict[str, ModelCosts]:
+    """What each model costs on the devices of a system, with what hosts pay; `costs` takes kinds."""
+    by_kind = functools.cache(lambda kind: system.charges.of_model(costs(kind), system.gpu))
+    return {model: by_kind(kind) for model, kind in workload.kinds.items()}
+
+
+def live_settings(specs: Sequence[DeviceSpec]) -> LiveSettings:
+    """Hosts as tokenpool has them: each holds copies of its own, in its part of the memory of its node."""
+    spec = specs[0]
+    host_bytes = spec.node_bytes / min(len(specs), spec.devices_per_node)
+    return LiveSettings(
+        host_bytes=int(min(host_bytes, _ENDLESS_BYTES)),
+        load_bytes_per_s=min(spec.disk_bytes_per_s, LOAD_BYTES_PER_S),
+        hosts_per_node=spec.devices_per_node,
+    )
 
 
 def _make_policy(system: System) -> TurnPolicy:
@@ -119,13 +164,7 @@ def _make_policy(system: System) -> TurnPolicy:
 
 
 def _pool(name: str, base: DeviceSpec, num_gpus: int, *_: object) -> System:
-    def make_router(specs: tuple[DeviceSpec, ...], models: Mapping[str, ModelCosts]) -> Router:
-        if num_gpus <= _MAX_CHOICES:
-            return PlacementRouter()
-        # A model's host copy cannot be everywhere; what traffic there will be is not known.
-        return PlacementRouter(homes_for(dict.fromkeys(models, 0.05), models, num_gpus))
-
-    return System(name, (base,) * num_gpus, name, make_router)
+    return System(name, (base,) * num_gpus, name, None, _ANY)
 
 
 def _sllm(name: str, base: DeviceSpec, num_gpus: int, _: int, artifact_mode: bool) -> System:
@@ -137,7 +176,7 @@ def _sllm(name: str, base: DeviceSpec, num_gpus: int, _: int, artifact_mode: boo
     def make_router(*_: object) -> Router:
         return FewestRequests() if shortest_first else Locality(_SLLM_QUEUE)
 
-    return System(name, (spec,) * num_gpus, policy, make_router, give_up_s=give_up_s)
+    return System(name, (spec,) * num_gpus, policy, make_router, _ANY, give_up_s=give_up_s)
 
 
 def _aegaeon(name: str, base: DeviceSpec, num_gpus: int, prefill_gpus: int, _: bool) -> System:
@@ -149,22 +188,22 @@ def _aegaeon(name: str, base: DeviceSpec, num_gpus: int, prefill_gpus: int, _: b
     specs = (prefill,) * prefill_gpus + (decode,) * (num_gpus - prefill_gpus)
     # Aegaeon's quotas take each switch for about 3 s, hidden or not, so its floor of 0.5 seldom counts. The plugin is
     # told what is left of a switch, so the floor would count nearly always, and turns would be of a few steps.
-    return System(name, specs, "aegaeon", lambda *_: PrefillDecode(), {"min_alpha": 0.2})
+    return System(name, specs, "aegaeon", lambda *_: PrefillDecode(), _ANY, options={"min_alpha": 0.2})
 
 
 def _mux(name: str, base: DeviceSpec, num_gpus: int, *_: object) -> System:
     specs = (replace(base, can_prefetch=False),) * num_gpus
-    return System(name, specs, "round_robin", lambda specs, models: Static(specs, models, _MUX_KV_FRAC))
+    return System(name, specs, "round_robin", lambda specs, models: Static(specs, models, _MUX_KV_FRAC), _ANY)
 
 
 def _dedicated(name: str, base: DeviceSpec, num_gpus: int, *_: object) -> System:
     specs = (replace(base, max_resident=1, can_prefetch=False),) * num_gpus
-    return System(name, specs, "request_level", Static)
+    return System(name, specs, "request_level", Static, _ANY)
 
 
 def _sleep(name: str, base: DeviceSpec, num_gpus: int, *_: object) -> System:
     spec = replace(base, max_resident=1, can_prefetch=False, kv_lost=True, weights_go_out=True, switch_s=_SLEEP_FIXED_S)
-    return System(name, (spec,) * num_gpus, "request_level", lambda *_: Locality(_SLLM_QUEUE))
+    return System(name, (spec,) * num_gpus, "request_level", lambda *_: Locality(_SLLM_QUEUE), _ANY)
 
 
 _SYSTEMS: Mapping[str, Callable[[str, DeviceSpec, int, int, bool], System]] = {

@@ -80,6 +80,7 @@ def test_a_host_that_could_not_be_joined_is_joined_when_it_has_the_model_again()
 def test_what_hosts_tell_decides_where_requests_go(tmp_path: Path) -> None:
     """To the host with the weights, to the other one where the first token would be late; what is old is forgotten."""
     from tests.helpers.told_engine import ToldEngine, make_request
+    from tokenpool.policy import routing
     from tokenpool.serve.client import request_route
     from tokenpool.serve.client.engine_client import PoolEngineClient
     from tokenpool.serve.clustered.cluster_model import ClusterModel
@@ -111,7 +112,7 @@ def test_what_hosts_tell_decides_where_requests_go(tmp_path: Path) -> None:
             model.learn({"h0": told("in host memory", 1.0), "h1": told("on device", 39.9)})
             assert [await goes_to(name) for name in "fg"] == ["h1/y", "h0/x"]  # 1.5 times 40.4 s are above a minute
             model.learn({"h0": told("in host memory", 1.0), "h1": told("on device", 1.0)})
-            patch.setattr(request_route, "_TOLD_LIFE_S", -1.0)
+            patch.setattr(routing, "_TOLD_LIFE_S", -1.0)
             assert await goes_to("h") == "h0/x"
         finally:
             core.close()
@@ -119,7 +120,7 @@ def test_what_hosts_tell_decides_where_requests_go(tmp_path: Path) -> None:
                 engine.close()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(request_route, "_TOLD_LIFE_S", 1e6)
+        patch.setattr(routing, "_TOLD_LIFE_S", 1e6)
         asyncio.run(test())
 
 

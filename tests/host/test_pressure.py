@@ -33,7 +33,7 @@ def _hosted(name: str, pool: Any) -> Any:
         num_spec_tokens=0, num_lookahead_tokens=0,
     )  # fmt: skip
     watch = SimpleNamespace(refused=None)
-    return SimpleNamespace(name=name, core=SimpleNamespace(scheduler=scheduler, watch=watch))
+    return SimpleNamespace(name=name, asleep=None, core=SimpleNamespace(scheduler=scheduler, watch=watch))
 
 
 class Rig:

@@ -15,7 +15,7 @@ from tokenpool.config import PoolConfig
 from tokenpool.host.engine.grammar_cost import FREE_S, TOKEN_S
 from tokenpool.serve.access.auth import OPEN_PATHS
 from tokenpool.serve.client.text_lanes import LONG, PLACES, PLACES_EACH
-from tokenpool.serve.client.token_answers import MAX_LISTED
+from tokenpool.serve.client.token_bounds import MAX_LISTED
 from tokenpool.serve.http.body_budget import LARGEST_BODIES
 from tokenpool.serve.http.http_limits import HEAD_BYTES, HEAD_LINES, SILENCE_S
 from tokenpool.serve.http.loop_watch import STALL_S

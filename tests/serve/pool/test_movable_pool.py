@@ -68,7 +68,7 @@ def use_all(server: PoolServerProcess, rounds: int = 4) -> dict[str, set[str]]:
 def samples(server: PoolServerProcess) -> dict[str, float]:
     """Sample name with its labels -> value."""
     text = server.request("GET", "/metrics").text
-    return {key: float(value) for key, value in re.findall(r"^(\S+) (\S+)$", text, re.MULTILINE) if key[0] != "#"}
+    return {key: float(value) for key, value in re.findall(r"^(\S.*) (\S+)$", text, re.MULTILINE) if key[0] != "#"}
 
 
 def away(server: PoolServerProcess) -> str:

@@ -8,6 +8,7 @@ from tokenpool.patches import (
     cpu_gemm,
     dependencies,
     draft_constraints,
+    encoder_order,
     engine_client,
     engine_launch,
     kernel_overrides,
@@ -28,6 +29,7 @@ PATCHES = PatchSet(
         weight_iteration.PATCH,
         kernel_overrides.PATCH,
         draft_constraints.PATCH,
+        encoder_order.PATCH,
         *dependencies.PATCHES,
     )
 )

@@ -71,6 +71,6 @@ def test_every_command_of_try_it_works(tmp_path: Path) -> None:
     assert any(re.match(r"gemma3 +on device", line) for line in lines), "top"
     assert any(line.startswith('tokenpool:turns_total{model_name="qwen2"}') for line in lines)
     assert json.loads((REPOSITORY / "build/demo/trace.json").read_text())["traceEvents"]
-    assert any(re.match(r"slack +1 ", line) for line in lines), "plan"
+    assert any(re.match(r"slack +\d+ ", line) for line in lines), "plan"
     assert any("tokens on time" in line for line in lines), "sim"
     assert lines[-1].startswith("hash: sha256:"), "key new"

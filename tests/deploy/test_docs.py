@@ -12,7 +12,7 @@ import yaml
 
 from tests.deploy.test_chart_values import SCHEMA, VALUES, deeply
 from tokenpool.config import PoolConfig
-from tokenpool.host.engine.grammar_cost import FREE_S, TOKEN_S
+from tokenpool.host.engine.grammar_cost import FREE_PART, FREE_S, SURE_S, TOKEN_S
 from tokenpool.serve.access.auth import OPEN_PATHS
 from tokenpool.serve.client.text_lanes import LONG, PLACES, PLACES_EACH
 from tokenpool.serve.client.token_bounds import MAX_LISTED
@@ -65,7 +65,9 @@ def test_the_security_page_states_the_limits_of_the_code():
     assert bodies in PAGES["security"]
     assert f"| {MAX_LISTED:,}; 400 |" in PAGES["security"]
     assert f"texts and lists of {LONG:,} characters" in PAGES["security"] and (PLACES, PLACES_EACH) == (2, 1)
-    assert f"{FREE_S:g} s of CPU time for a request, and {TOKEN_S * 1e3:g} ms more" in PAGES["security"]
+    one = f"{SURE_S:g} s of CPU time for a request, {TOKEN_S * 1e3:g} ms more for each of its tokens"
+    assert f"{one}, and for all requests of a host together {FREE_S:g} s" in PAGES["security"]
+    assert f"had anew at {FREE_PART:g} s a second" in PAGES["security"]
     assert f"{HEAD_BYTES >> 10} KiB and {HEAD_LINES} headers" in PAGES["security"]
     assert f"{SILENCE_S:g} s for a whole head" in PAGES["security"]
     assert f"more than {STALL_S:g} s" in PAGES["security"]

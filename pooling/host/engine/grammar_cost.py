@@ -32,7 +32,8 @@ TOKEN_S = 0.002
 
 SLOW_S = 0.005
 """A grammar whose last bitmask took longer has the next made on a side thread; each takes little more than the last."""
-_MOST_LEFT = 4
+_MOST_LEFT = 16
+"""Bitmasks that are still being made though nobody waits for them; none that may be slow is begun beside so many."""
 
 _T = TypeVar("_T")
 
@@ -92,12 +93,12 @@ class MeteredGrammar(StructuredOutputGrammar):
     def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
         """As the grammar does; allows all when it is spent: whatever comes, `accept_tokens` ends the request."""
         if not self.is_spent:
-            if (self._is_new or self._is_slow) and not _BITMASKS.is_full:
-                self._fill_beside(bitmask, batch_index)
-            elif self._is_slow:  # as many are still being made as may: this one would be one more
+            if not (self._is_new or self._is_slow):
+                self._metered(self._grammar.fill_bitmask, bitmask, batch_index)
+            elif _BITMASKS.is_full:
                 self.is_spent = True
             else:
-                self._metered(self._grammar.fill_bitmask, bitmask, batch_index)
+                self._fill_beside(bitmask, batch_index)
         if self.is_spent:
             bitmask[batch_index].fill_(-1)
 

@@ -77,6 +77,10 @@ class Demand:
             if model.app.state in _TO_LOAD and not model.is_wanted:
                 model.app.move(Life.COLD)
 
+    def _idle(self) -> list[PoolModel]:
+        """Models that may go and have nothing to do, in the order of `Models.loaded`."""
+        return [model for model in self._models.loaded() if self._may_go(model) and model.is_idle]
+
     def _may_go(self, model: PoolModel) -> bool:
         return model.app.state == Life.READY and model.rule.keep is None and not model.is_leaving
 
@@ -85,9 +89,8 @@ class Demand:
         loaded = self._models.loaded()
         if self._max_loaded is None or len(loaded) < self._max_loaded:
             return True
-        for model in loaded:
-            if self._may_go(model) and model.is_idle:
-                return await self.unload(model) and len(self._models.loaded()) < self._max_loaded
+        if idle := self._idle():
+            return await self.unload(idle[0]) and len(self._models.loaded()) < self._max_loaded
         if any(model.app.is_resting for model in loaded) or time.monotonic() - wanted.app.hold.since_s < PATIENCE_S:
             return False
         busy = [model for model in loaded if self._may_go(model)]
@@ -122,16 +125,13 @@ class Demand:
 
     async def give_way(self) -> bool:
         """Unload the one that has been idle for longest; returns whether there is one. The caller holds `changing`."""
-        idle = [model for model in self._models.loaded() if self._may_go(model) and model.is_idle]
-        if not idle:
+        if not (idle := self._idle()):
             return False
-        self._rest(idle[0])
-        deadline_s = time.monotonic() + _FINISH_LIMIT_S
-        while (
-            not idle[0].has_finished and time.monotonic() < deadline_s
-        ):  # several frontends say so one after the other
+        model, deadline_s = idle[0], time.monotonic() + _FINISH_LIMIT_S
+        self._rest(model)
+        while not model.has_finished and time.monotonic() < deadline_s:  # several frontends say so one after the other
             await asyncio.sleep(_FINISH_LOOK_S)
-        return await self._unload(idle[0])
+        return await self._unload(model)
 
     async def _unload(self, model: PoolModel) -> bool:
         if self._models.get(model.name) is not model or model.is_leaving or (client := model.client) is None:

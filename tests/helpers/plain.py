@@ -159,8 +159,10 @@ def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
 
 def prepare(*, plain_gemm: bool) -> None:
     """What is done to this process before its first engine; see `run_plain`."""
+    import torch
     from vllm.model_executor.models import registry
 
+    torch.cpu._init_amx()  # see bench/parts/plain_vllm.py
     if plain_gemm:
         use_plain_gemm()
     # Inspecting an architecture in a further process costs 10 s each; it protects only CUDA initialisation.

@@ -31,6 +31,7 @@ from tokenpool.serve.gateway.model_choice import ModelChoice
 from tokenpool.serve.http.body_budget import Body, BodyBudget
 from tokenpool.serve.http.request_body import adapter_name, fault_of, replay
 from tokenpool.serve.http.request_note import note_of
+from tokenpool.serve.http.websocket_frames import WatchedSocket
 
 OUTER_PATHS = frozenset(
     {"/v1/models", "/metrics", "/health", "/ready", "/live", "/load", "/version", "/ping", "/pool", POOL_PREFIX}
@@ -117,6 +118,9 @@ class ModelRouter:
         choice = ModelChoice(self._models.values(), account)
         model, scope = choice.by_prefix(path, scope)
         body, app_receive = b"", receive
+        if scope["type"] == "websocket":
+            socket = WatchedSocket(receive, send)
+            receive, app_receive, send = socket.peek, socket.receive, socket.send
         if _has_body(scope, headers):
             with self._bodies.reading(scope, account, model.name if model else ""):
                 read = await buffer.read(headers, receive)

@@ -32,6 +32,7 @@ from tokenpool.serve.access.tenant_meter import meter
 from tokenpool.serve.client.body_validation import stop_at_first_faults
 from tokenpool.serve.client.engine_client import PoolEngineClient
 from tokenpool.serve.client.host_process import HostProcess
+from tokenpool.serve.client.media_bounds import bound_media
 from tokenpool.serve.client.structured_check import check_structured_outputs
 from tokenpool.serve.client.text_lanes import use_lanes
 from tokenpool.serve.client.token_bounds import bound_texts, bound_token_answers
@@ -140,6 +141,8 @@ class ModelClient:
         flags = without_port_flags(self.plan.args)
         self.app = app = await asyncio.to_thread(build_app, flags, tasks, self.engine.model_config)
         drop_port_parts(app)
+        if self.engine.model_config.is_multimodal_model:
+            bound_media()
         stop_at_first_faults(app)
         await init_app_state(self.engine, app.state, self.plan.args, tasks)
         keep_apart(getattr(app.state, "openai_serving_responses", None))

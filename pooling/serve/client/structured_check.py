@@ -29,7 +29,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from tokenpool.serve.access.tenant_call import CURRENT_CALL, current_tenant
 from tokenpool.serve.client.check_worker import CHECK_LIMIT_S, ChecksBusyError, CheckWorker
 from tokenpool.serve.client.grammar_bounds import grammar_problem
-from tokenpool.serve.client.sampling_bounds import refuse_long_lists, refuse_many_logprobs
+from tokenpool.serve.client.sampling_bounds import refuse_long_lists, refuse_many_logprobs, refuse_undrafted
 from tokenpool.serve.client.sendable import refuse_unsendable
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
@@ -103,6 +103,8 @@ class _CheckedInputProcessor(InputProcessor):
     def _validate_params(self, params: Any, *args: Any) -> Any:
         if isinstance(params, SamplingParams):
             refuse_long_lists(params)
+            if self.speculative_config is not None:
+                refuse_undrafted(params)
         constraint = getattr(params, "structured_outputs", None)
         if isinstance(constraint, CheckedOutputs):
             return self.unchecked._validate_params(params, *args)

@@ -108,7 +108,8 @@ class ModelRouter:
                 await send({"type": "websocket.close", "code": refused.close_code, "reason": ""})
 
     async def _route(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._bodies.body() as body:
+        account: Account | None = scope.get(TENANT_KEY)
+        with self._bodies.body(account.config.name if account is not None else "") as body:
             await self._serve(path, scope, receive, send, body)
 
     async def _serve(self, path: str, scope: Scope, receive: Receive, send: Send, buffer: Body) -> None:

@@ -2,8 +2,8 @@
 """Keeps what vLLM's Responses API stores by tenant: an id that one has made, or chosen, means nothing to another.
 
 vLLM keeps responses, their messages, events and background tasks in mappings by an id that clients may choose. Here
-these are mappings by tenant and id; the tenant is the one whose call is running. vLLM forgets nothing of it: here the oldest
-goes when there is too much. Imports no vLLM.
+these are mappings by tenant and id; the tenant is the one whose call is running. vLLM forgets nothing of it:
+here the oldest goes when there is too much. Imports no vLLM.
 """
 
 from __future__ import annotations

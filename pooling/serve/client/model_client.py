@@ -32,7 +32,6 @@ from tokenpool.serve.access.tenant_meter import meter
 from tokenpool.serve.client.body_validation import stop_at_first_faults
 from tokenpool.serve.client.engine_client import PoolEngineClient
 from tokenpool.serve.client.host_process import HostProcess
-from tokenpool.serve.client.media_bounds import bound_media
 from tokenpool.serve.client.structured_check import check_structured_outputs
 from tokenpool.serve.client.text_lanes import use_lanes
 from tokenpool.serve.client.token_bounds import bound_texts, bound_token_answers
@@ -42,6 +41,7 @@ from tokenpool.serve.http.port import drop_port_parts, without_port_flags
 from tokenpool.serve.launch.model_plan import ModelPlan, first_line
 from tokenpool.serve.launch.names import names_of
 from tokenpool.serve.launch.start_checks import load_plugins
+from tokenpool.serve.media.image_bounds import bound_media
 from tokenpool.wire.addresses import EngineAddresses
 
 logger = logging.getLogger(__name__)
@@ -143,6 +143,10 @@ class ModelClient:
         drop_port_parts(app)
         if self.engine.model_config.is_multimodal_model:
             bound_media()
+        if "realtime" in tasks:
+            from tokenpool.serve.media.realtime_bounds import bound_realtime  # imports what only such models need
+
+            bound_realtime()
         stop_at_first_faults(app)
         await init_app_state(self.engine, app.state, self.plan.args, tasks)
         keep_apart(getattr(app.state, "openai_serving_responses", None))

@@ -20,7 +20,7 @@ from tests.helpers.inputs.media import data_url, png
 from tests.serve.access.test_tenants import Pool, tenant
 from tokenpool.serve.access.byte_shares import ByteShares
 from tokenpool.serve.access.tenant_call import CURRENT_CALL
-from tokenpool.serve.client import media_bounds
+from tokenpool.serve.media import image_bounds
 
 pytestmark = pytest.mark.vllm
 
@@ -48,10 +48,10 @@ def square(colour: int) -> bytes:
 def small_budget(monkeypatch: pytest.MonkeyPatch) -> ByteShares:
     """Four squares fit."""
     shares = ByteShares(4 * BYTES)
-    monkeypatch.setattr(media_bounds, "LIVE", shares)
+    monkeypatch.setattr(image_bounds, "LIVE", shares)
     monkeypatch.setattr(connector, "ImageMediaIO", connector.ImageMediaIO)
     before = dict(connector.MEDIA_CONNECTOR_REGISTRY.name2class)
-    media_bounds.bound_media()
+    image_bounds.bound_media()
     yield shares
     connector.MEDIA_CONNECTOR_REGISTRY.name2class.update(before)
 

@@ -53,8 +53,8 @@ class BoundedImageIO(ImageMediaIO):
         num_bytes = size[0] * size[1] * _BYTES_PER_PIXEL
         if not LIVE.take(self._owner, num_bytes):
             message = (
-                f"Images of requests take {LIVE.num_bytes} of {LIVE.max_bytes} bytes here, which leaves too little room "
-                f"for one of {size[0]}x{size[1]} pixels: send fewer or smaller ones, or retry after 5 s."
+                f"Images of requests take {LIVE.num_bytes} of {LIVE.max_bytes} bytes here, which leaves too little "
+                f"room for one of {size[0]}x{size[1]} pixels: send fewer or smaller ones, or retry after 5 s."
             )
             raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)
         try:
@@ -103,7 +103,6 @@ class _AnsweredConnector(connector.MediaConnector):
             if url[:5].lower() != "file:":
                 raise
             raise VLLMValidationError(str(error), parameter="url") from None
-
 
 
 def bound_media() -> None:

@@ -225,6 +225,7 @@ def test_nobody_is_lost_or_answered_twice(seed: int) -> None:
         async with asyncio.timeout(10):
             await asyncio.gather(*tasks.values())
         assert not len(pool.model.hold) and pool.model.gate.unanswered == 0 and pool.model.inflight == 0
+        assert not pool.model.hold.counts and not pool.model.hold.due_by_tenant
         assert len(pool.began) == len(set(pool.began))
         for number in tasks:
             starts = [m for m in pool.answers[number] if m["type"] == "http.response.start"]

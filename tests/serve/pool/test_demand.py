@@ -266,13 +266,14 @@ def test_a_model_can_be_added_cold(run, monkeypatch: pytest.MonkeyPatch) -> None
 def test_no_request_is_lost_or_answered_twice(run, seed: int) -> None:
     """Through loads, unloads, failures, deaths of hosts, clients that go; at the end nothing of any model is left."""
     rng = random.Random(seed)
-    max_loaded = rng.choice([1, 2, None])
+    max_loaded, with_tenants = rng.choice([1, 2, None]), rng.random() < 0.5
 
     async def test(w: World) -> None:
         await w.pool.start()
         asked: list[Asked] = []
         for number in range(150):
-            asked.append(Asked(w, rng.choice("abc"), number, steps=rng.choice([1, 2, 10])))
+            tenant = rng.choice(["x", "y"]) if with_tenants else ""
+            asked.append(Asked(w, rng.choice("abc"), number, tenant, steps=rng.choice([1, 2, 10])))
             await asyncio.sleep(rng.choice([0, 0, 0, 0.001, 0.01, 0.05]))
             if rng.random() < 0.1:
                 rng.choice(asked).gone.set()
@@ -296,6 +297,6 @@ def test_no_request_is_lost_or_answered_twice(run, seed: int) -> None:
         assert w.host.models == []
         for model in w.pool.models.values():
             assert (model.client, model.host_pid, len(model.app.hold), model.app.inflight) == (None, 0, 0, 0)
-            assert model.app.gate.unanswered == 0
+            assert model.app.gate.unanswered == 0 and not model.app.hold.counts
 
     run(test, unload_after_s=0.03, max_loaded=max_loaded)

@@ -34,7 +34,8 @@ def test_the_books_agree_whatever_comes_and_goes(wanted: list[tuple[str, int]], 
     shares, taken = ByteShares(MAX), list[tuple[str, int]]()
     for owner, size in wanted:
         own, left = sum(n for name, n in taken if name == owner), MAX - sum(n for _, n in taken)
-        assert shares.fits(owner, size) == (took := shares.take(owner, size))
+        fits, took = shares.fits(owner, size), shares.take(owner, size)
+        assert fits == took
         assert took == (size <= left and (not own or own + size <= left - size))
         if took:
             taken.append((owner, size))

@@ -36,7 +36,7 @@ LAYERS = [
 """From low to high: a module imports from its own layer and lower ones. The package itself holds only the version."""
 ROOMS = {
     "host": ("kv", "engine", "load", "ranks", ""),
-    "serve": ("access", "launch", "http", "client", "gateway", "pool", "clustered", "frontends", ""),
+    "serve": ("access", "launch", "http", "media", "client", "gateway", "pool", "clustered", "frontends", ""),
 }
 """The floors of two layers, from low to high; the last one is what lies directly in the folder."""
 STRANGERS = {"cluster", "serve", "offline", "cli"}

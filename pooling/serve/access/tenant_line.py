@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from starlette.types import Receive
@@ -121,10 +122,13 @@ class TenantLine:
         own = self.num_held(tenant)
         return own + sum(min(own + 1, self.num_held(name)) for name in self._queue.tenants if name != tenant)
 
-    def is_within_share(self, tenant: str, bound: int) -> bool:
-        """Whether others have sequences here and a tenant less than an equal part of a line of `bound`."""
-        tenants = {*self._queue.tenants, tenant}
-        return len(tenants) > 1 and self.num_held(tenant) < bound // len(tenants)
+    def is_within_share(self, tenant: str, bound: int, held: Mapping[str, int] = MappingProxyType({})) -> bool:
+        """Whether others have sequences here and a tenant less than an equal part of a line of `bound`.
+
+        `held` counts, by tenant, what waits until the model is loaded and is not here yet.
+        """
+        tenants = {*self._queue.tenants, *held, tenant}
+        return len(tenants) > 1 and self.num_held(tenant) + held.get(tenant, 0) < bound // len(tenants)
 
     async def enter(self, call: Call, receive: Receive) -> bool:
         """Wait for the place of the call's first sequence; False if its client has gone away meanwhile.

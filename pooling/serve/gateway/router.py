@@ -31,6 +31,7 @@ from tokenpool.serve.gateway.model_choice import ModelChoice
 from tokenpool.serve.http.body_budget import Body, BodyBudget
 from tokenpool.serve.http.request_body import adapter_name, fault_of, replay
 from tokenpool.serve.http.request_note import note_of
+from tokenpool.serve.http.websocket_frames import WatchedSocket
 
 OUTER_PATHS = frozenset(
     {"/v1/models", "/metrics", "/health", "/ready", "/live", "/load", "/version", "/ping", "/pool", POOL_PREFIX}
@@ -107,7 +108,8 @@ class ModelRouter:
                 await send({"type": "websocket.close", "code": refused.close_code, "reason": ""})
 
     async def _route(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._bodies.body() as body:
+        account: Account | None = scope.get(TENANT_KEY)
+        with self._bodies.body(account.config.name if account is not None else "") as body:
             await self._serve(path, scope, receive, send, body)
 
     async def _serve(self, path: str, scope: Scope, receive: Receive, send: Send, buffer: Body) -> None:
@@ -117,6 +119,9 @@ class ModelRouter:
         choice = ModelChoice(self._models.values(), account)
         model, scope = choice.by_prefix(path, scope)
         body, app_receive = b"", receive
+        if scope["type"] == "websocket":
+            socket = WatchedSocket(receive, send)
+            receive, app_receive, send = socket.peek, socket.receive, socket.send
         if _has_body(scope, headers):
             with self._bodies.reading(scope, account, model.name if model else ""):
                 read = await buffer.read(headers, receive)

@@ -185,11 +185,12 @@ class LocalHosts:
         """
         waiting, tried = await self.count_requests(), set[PoolModel]()
 
-        def last(model: PoolModel) -> tuple[int, float, int]:
-            return model.host_deaths, model.app.hold.due_s, -waiting.get(model.name, 0)
+        def last(model: PoolModel) -> tuple[int, tuple[float, float], int]:
+            return model.host_deaths, self._models.claim(model), -waiting.get(model.name, 0)
 
         while left := [model for model in self._models.to_load() if model not in tried and self._may_load(model)]:
             tried.add(model := min(left, key=last))
+            self._models.take_turn(model)
             await self._load(model)
 
     def _may_load(self, model: PoolModel) -> bool:

@@ -15,7 +15,7 @@ def _replacement(original: Any) -> Any:
     import torch
 
     def count_not_less(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """For each row of `x`, (rows, n), how many are not less than its value in `values`, (rows, 1); int64, (rows)."""
+        """For each row of `x`, (rows, n), how many are not less than its value of `values`, (rows, 1); int64."""
         rows = max(1, _MOST_VALUES // max(1, x.shape[1]))
         pieces = zip(x.split(rows), values.split(rows), strict=True)
         return torch.cat([(piece >= value).sum(-1) for piece, value in pieces])
@@ -28,8 +28,8 @@ PATCH = Patch(
     target="vllm.v1.sample.ops.logprobs:batched_count_greater_than",
     hashes=known(v0_32_0="85869de0f00bb508e22b4995ea7d0db2be72aeb33f444922abfa6f9984ea24d6"),
     reason=(
-        "the first request for log probabilities would have it compiled in its step, 2 s of Python and as much again of "
-        "a C++ compiler, and again for other shapes; no model of the host steps meanwhile"
+        "the first request for log probabilities would have it compiled in its step, 8 to 23 s on two cores, in which "
+        "no model of the host steps"
     ),
     removal="vLLM compiles it when an engine is built, or not at all",
     sites=("vllm.v1.sample.sampler:batched_count_greater_than",),

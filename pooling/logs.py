@@ -15,7 +15,6 @@ from typing import Any
 
 from tokenpool.settings import LOG_LEVEL
 
-
 _MOST_TEXT = 300
 _COMPILES = "vllm.v1.structured_output"  # what it cannot compile is a client's grammar, whatever error that is
 

@@ -161,9 +161,7 @@ class TenantLine:
 
     def _let_through(self) -> None:
         now_s = time.monotonic()
-        while (tenant := self._queue.next_tenant(lambda name: self.shares.may_take(name, now_s))) is not None:
-            if self._ahead[tenant] and self._ahead.total() >= self._bound_for(tenant, now_s):
-                return
+        while (tenant := self._queue.next_tenant(lambda name: self._may_go(name, now_s))) is not None:
             taken = self._queue.pop(tenant)
             assert taken is not None
             _, (_, granted), charged = taken
@@ -174,6 +172,13 @@ class TenantLine:
                 seat.close()
             else:
                 granted.set_result(seat)
+
+    def _may_go(self, tenant: str, now_s: float) -> bool:
+        """Whether the tenant's next sequence may go to the engine now. Those that wait there for something else than a
+        step, such as a grammar, may keep all places for long: who has none of these does not wait for them."""
+        if not self.shares.may_take(tenant, now_s):
+            return False
+        return not self._ahead[tenant] or self._ahead.total() < self._bound_for(tenant, now_s)
 
     def _bound_for(self, tenant: str, now_s: float) -> int:
         """Sequences without a token that the engine may have. While a tenant is alone, the further ones of its lists

@@ -14,6 +14,7 @@ from tokenpool.process.affinity import leave_to_others, use_all_cpus, yield_to_o
 
 _LOOK_S = 0.02
 _MOST_IDLE = 4
+_LAST = 19  # there may be one for each request that runs
 _T = TypeVar("_T")
 
 
@@ -106,7 +107,7 @@ class SideCall(Generic[_T]):
 
     def give_way(self) -> None:
         """Let it have the cores after others from now on; one that has ended stays as it is."""
-        self._worker.give_way(self._answer, yield_to_others)
+        self._worker.give_way(self._answer, _yield)
 
     def leave(self) -> None:
         """Nobody waits for it any more: it has the cores that others leave."""
@@ -171,6 +172,10 @@ class _Worker:
                 answer.set_exception(error)
             goes_on = self._ended(self)
             del call, answer, result, error  # an idle thread holds nothing
+
+
+def _yield(thread: int) -> None:
+    yield_to_others(thread, niceness=_LAST)
 
 
 class SideCallError(Exception):

@@ -73,6 +73,23 @@ def test_a_call_that_is_left_has_the_cores_that_nobody_wants() -> None:
         assert calls.run(threading.get_native_id, 1.0)[0] != told[0]
 
 
+def test_a_call_gives_way_whether_it_has_begun_or_not() -> None:
+    """And its thread makes no other call at that rank."""
+    calls: SideCalls[int] = SideCalls("side", 3)
+
+    def rank() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    own = rank()
+    for _ in range(20):
+        gate = threading.Event()
+        call = calls.begin(lambda gate=gate: gate.wait(60) and rank())
+        call.give_way()
+        gate.set()
+        assert call.wait(60) and call.result() == max(own, 19)
+        assert calls.run(rank, 1.0)[0] == own
+
+
 def test_an_idle_thread_holds_nothing() -> None:
     """What a call referred to goes with it."""
     import weakref

@@ -190,6 +190,8 @@ class AheadGrammar(MeteredGrammar):
         """Whether its next mask is still being made; ends it when it has used its time."""
         if self._call is not None:
             self._look(0.0)
+        if self._call is not None and self._call.used_s > PATIENCE_S:
+            self._call.give_way()
         return self._call is not None
 
     def is_terminated(self) -> bool:
@@ -243,10 +245,10 @@ class AheadGrammar(MeteredGrammar):
     def _begin(self, tokens: list[int]) -> None:
         if self.is_spent:
             return
-        if _CALLS.is_full and (self._is_new or self.is_slow):
+        gives_way, self._is_new = self._is_new or self.is_slow, False  # no step waits for it
+        if _CALLS.is_full and gives_way:
             self.is_spent = True
             return
-        self._is_new = False
         # Not this object: once nobody has it, the call is left.
         grammar, row, request_id = self._grammar, self._row, getattr(self._request, "request_id", "")
 
@@ -259,6 +261,8 @@ class AheadGrammar(MeteredGrammar):
             return True, has_ended
 
         self._call = _CALLS.begin(go_on)
+        if gives_way:
+            self._call.give_way()
 
     def _settle(self) -> None:
         while self._call is not None:

@@ -14,7 +14,7 @@ from tokenpool.patches import (
     kernel_overrides,
     kv_cache_allocation,
     model_inspection,
-    rank_counts,
+    token_ranks,
     weight_iteration,
 )
 from tokenpool.patches.base import Patch, PatchSet, PatchStatus
@@ -31,7 +31,7 @@ PATCHES = PatchSet(
         kernel_overrides.PATCH,
         draft_constraints.PATCH,
         encoder_order.PATCH,
-        rank_counts.PATCH,
+        token_ranks.PATCH,
         *dependencies.PATCHES,
     )
 )

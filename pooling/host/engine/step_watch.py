@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Any
 
+from tokenpool.host.engine.grammar_hold import GrammarHold
 from tokenpool.host.kv.kv_transit import schedule_arrived
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
@@ -26,6 +27,7 @@ class StepWatch:
         self.results = 0
         """Steps that computed something and whose output came."""
         self._scheduler = scheduler
+        self._hold = GrammarHold(scheduler)
         manager = scheduler.kv_cache_manager
         self._schedule, self._update = scheduler.schedule, scheduler.update_from_output
         self._allocate = manager.allocate_slots
@@ -34,10 +36,13 @@ class StepWatch:
 
     def _schedule_and_keep(self, *args: Any) -> Any:
         transit = getattr(self._scheduler.kv_cache_manager.block_pool, "transit", None)
-        if transit is None:
-            self.scheduled = self._schedule(*args)
-        else:
-            self.scheduled = schedule_arrived(self._scheduler, transit, lambda: self._schedule(*args))
+
+        def schedule() -> Any:
+            if transit is None:
+                return self._schedule(*args)
+            return schedule_arrived(self._scheduler, transit, lambda: self._schedule(*args))
+
+        self.scheduled = self._hold.schedule(schedule)
         self.in_flight.append(self.scheduled)
         return self.scheduled
 

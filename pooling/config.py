@@ -215,6 +215,9 @@ class PoolConfig(Section):
     """Folders, and owners on the hub, of models that may be added; none = those of the models of the pool file."""
     metrics_key: Keys = field(default=(), repr=False)
     """Keys for `/metrics` and `/load` alone, such as Prometheus'."""
+    open_picker_metrics: Switch = False
+    """Whether `/metrics/picker` answers without a key: an endpoint picker of the Gateway API has none. It tells names of
+    models, how many requests wait and run, and how full the KV is."""
     cpu_link: Annotated[Bytes, above(0, "must be above 0, such as 1GiB")] | None = None
     """What weights and KV move to and from the CPU device per second, to try policies with the copy times of another
     machine; none = as fast as memory is."""

@@ -30,6 +30,7 @@ from tokenpool.access_config import Keys, Roots, check_access, is_path
 from tokenpool.cluster_config import ClusterConfig, check_replicas
 from tokenpool.engine_flags import FLAGS
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
+from tokenpool.group_config import Labels, check_groups
 from tokenpool.sections import (
     Bytes,
     BytesOrAuto,
@@ -129,6 +130,9 @@ class ModelSpec(Section):
     """Hosts of a cluster that serve it, at least; none = as `cluster.replicas` says."""
     max_replicas: Annotated[Count, at_least(1)] | None = None
     """Hosts of a cluster that may serve it, at most; none = as `cluster.max_replicas` says."""
+    hosts: Labels = ()
+    """Labels of the hosts of a cluster that it may be on: one of these, and none that begins with `!`. A label is that of
+    a Ray node (`gpu` or `gpu=h100`), the name of a host or the address of its node; none = any host."""
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
@@ -273,6 +277,7 @@ class PoolConfig(Section):
         check_setting(not self.metrics_key or bool(self.api_key or self.tenants), "metrics_key", problem)
         check_tenants(self.tenants, seen, sum(keys.values(), ()))
         check_replicas(self.cluster, self.models)
+        check_groups(self.cluster, self.models)
         staying = sum(rule.at_start or rule.keep is not None for rule in map(self.loading_of, self.models))
         problem = (
             f"is less than the {show(staying)} models that are loaded at the start, or kept: raise it, or let them "

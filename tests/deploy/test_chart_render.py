@@ -353,7 +353,7 @@ def test_a_changed_pool_file_makes_new_pods(helm):
         ("pool.devcie_memory=1GiB", "devcie_memory"),
         ("pool.device_memory=auto", "device_memory"),
         ("pool.models[0].nmae=x", "nmae"),
-        ("replicas=2", "replicas"),
+        ("replicas=x", "replicas"),
         ("pool.host_memory=7g", "host_memory"),
         ("device=gpu", "device"),
         ("gpu.count=2", "gpu.count"),

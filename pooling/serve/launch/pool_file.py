@@ -101,7 +101,7 @@ class PoolFile:
     async def _apply(self, models: Sequence[ModelSpec]) -> dict[str, str]:
         """Remove, then change, then add, so that memory is there for what comes; returns what failed, by model."""
         wanted, failures = {spec.name: spec for spec in models}, dict[str, str]()
-        changed = [name for name in self._now if name in wanted and wanted[name] != self._now[name]]
+        changed = [name for name in self._now if name in wanted and _in_order(wanted[name]) != _in_order(self._now[name])]
         for name in [name for name in self._now if name not in wanted]:
             await self._remove(name, failures)
         for name in changed:
@@ -147,6 +147,17 @@ class PoolFile:
 def _metrics() -> tuple[Any, Any]:
     """Made in the process that follows a file, and in no other."""
     return metric("pool_file_ok").make(), metric("pool_file_refused").make()
+
+
+def _in_order(spec: ModelSpec) -> ModelSpec:
+    """A model with its flags by name, because the order of the keys of `args` means nothing."""
+    flags: list[list[str]] = [[]]
+    for word in spec.args:
+        if word.startswith("--"):
+            flags.append([])
+        flags[-1].append(word)
+    flags.sort(key=lambda words: words[:1])
+    return replace(spec, args=tuple(word for words in flags for word in words))
 
 
 def _text(what: str, name: str, error: Exception) -> str:

@@ -153,6 +153,18 @@ def test_what_failed_is_tried_again_and_said_once(tmp_path, caplog):
     assert patient.look() == {"a": "x/a"}
 
 
+def test_the_order_of_flags_means_nothing(tmp_path):
+    """A tool that writes the file anew may sort its keys; another value of a flag is a change."""
+    file = File(tmp_path, a="x/a")
+    file.followed = PoolFile(str(file.path), file.pool, [ModelSpec("a", "x/a", ("--seed", "1", "--dtype", "half"))])
+    file.write("models: [{name: a, model: x/a, args: {dtype: half, seed: 1}}]")
+    file.look()
+    assert file.pool.done == []
+    file.write("models: [{name: a, model: x/a, args: {dtype: half, seed: 2}}]")
+    file.look()
+    assert file.pool.done == ["remove a", "add a"]
+
+
 def test_settings_other_than_models_are_named(tmp_path, caplog):
     file = File(tmp_path, a="x/a")
     file.look()

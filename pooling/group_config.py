@@ -98,6 +98,17 @@ def may_be_on(wanted: Sequence[str], labels: frozenset[str]) -> bool:
     return not having or any(label in labels for label in having)
 
 
+def apart_by_model(together: Sequence[Group], apart: Sequence[Group]) -> dict[str, frozenset[str]]:
+    """The models that each model shares no host with; what one of a group keeps off, the whole group keeps off."""
+    group_of = {name: group for group in together for name in group}
+    found: dict[str, set[str]] = {}
+    for a, b in (pair for group in apart for pair in combinations(group, 2)):
+        for one, other in ((a, b), (b, a)):
+            for name in group_of.get(one, (one,)):
+                found.setdefault(name, set()).update(group_of.get(other, (other,)))
+    return {name: frozenset(others) for name, others in found.items()}
+
+
 def check_groups(cluster: _Cluster, models: Sequence[_Grouped]) -> None:
     """Raise ConfigError if the groups name no model, or cannot be kept."""
     by_name: dict[str, Any] = {model.name: model for model in models}

@@ -142,6 +142,12 @@ class Controller:
         self.reconciler.withdraw(name, revision)
         await self._act()
 
+    async def drain(self, host: str, is_wanted: bool) -> list[str]:
+        """See Reconciler.drain; returns the models that still have a seat there."""
+        self.reconciler.drain(host, is_wanted=is_wanted)
+        await self._act()
+        return sorted(name for name, _ in self.reconciler.seats.on_host(host))
+
     async def offer(self, model: str, host: str, life: str, endpoints: Endpoints) -> None:
         """See Reconciler.offer."""
         self.reconciler.offer(model, host, life, endpoints)

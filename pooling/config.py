@@ -131,8 +131,8 @@ class ModelSpec(Section):
     max_replicas: Annotated[Count, at_least(1)] | None = None
     """Hosts of a cluster that may serve it, at most; none = as `cluster.max_replicas` says."""
     hosts: Labels = ()
-    """Labels of the hosts of a cluster that it may be on: one of these, and none that begins with `!`. A label is that of
-    a Ray node (`gpu` or `gpu=h100`), the name of a host or the address of its node; none = any host."""
+    """Labels of the hosts of a cluster that it may be on: one of these, and none that begins with `!`. A label is that
+    of a Ray node (`gpu` or `gpu=h100`), the name of a host or the address of its node; none = any host."""
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
@@ -220,8 +220,8 @@ class PoolConfig(Section):
     metrics_key: Keys = field(default=(), repr=False)
     """Keys for `/metrics` and `/load` alone, such as Prometheus'."""
     open_picker_metrics: Switch = False
-    """Whether `/metrics/picker` answers without a key: an endpoint picker of the Gateway API has none. It tells names of
-    models, how many requests wait and run, and how full the KV is."""
+    """Whether `/metrics/picker` answers without a key: an endpoint picker of the Gateway API has none. It tells names
+    of models, how many requests wait and run, and how full the KV is."""
     cpu_link: Annotated[Bytes, above(0, "must be above 0, such as 1GiB")] | None = None
     """What weights and KV move to and from the CPU device per second, to try policies with the copy times of another
     machine; none = as fast as memory is."""

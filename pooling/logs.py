@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 
+from tokenpool.recent_logs import keep_recent
 from tokenpool.settings import LOG_LEVEL
 
 
@@ -24,6 +25,7 @@ def log_to_stderr(process: str = "") -> None:
     handler.setFormatter(logging.Formatter(layout))
     own = logging.getLogger("tokenpool")
     own.handlers[:] = [handler]
+    keep_recent(own, process)
     own.setLevel(level)
     own.propagate = False
     logging.basicConfig(level=logging.WARNING, format=layout)

@@ -156,7 +156,7 @@ _LIST = (
     Metric(
         "tokenpool:kv_usage",
         "gauge",
-        "KV of the requests of all models, paused ones included, by what KV can have beside the model's weights, 0 to 1.",
+        "KV of all models' requests, paused ones included, by what KV can have beside the model's weights, 0 to 1.",
         _MODEL,
     ),
     Metric(

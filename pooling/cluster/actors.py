@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _ACK_LIMIT_S = 5.0
 _WATCH_LIMIT_S = 30.0
 _PARENT_LOOK_S = 0.5
-_CALLS = ("state", "load", "check", "trace", "progress", "metrics", "attach_at", "detach_frontend")
+_CALLS = ("state", "load", "check", "trace", "progress", "metrics", "logs", "attach_at", "detach_frontend")
 
 
 class HostActor:
@@ -60,6 +60,7 @@ class HostActor:
             node=context.get_node_id(),
             address=ray.util.get_node_ip_address(),
             template=Template() if has_template else None,
+            labels=[label for key, value in context.get_node_labels().items() for label in (key, f"{key}={value}")],
         )
         self._gone = threading.Event()
         self._supervisor.start()

@@ -101,7 +101,7 @@ class KeepReplicas:
         return has_room(name, situation, self.apart)
 
     def _num_good(self, deployment: Deployment, hosts: Set[str], situation: Situation) -> int:
-        return sum(host in situation.hosts and may_be_there(deployment, situation.hosts[host], situation) for host in hosts)
+        return len(_good(deployment, hosts, situation))
 
     def _meets(self, name: str, host: str, placed: Mapping[str, Set[str]], situation: Situation) -> bool:
         others = self.apart.get(name, frozenset())
@@ -111,7 +111,7 @@ class KeepReplicas:
         """Seats to give up where a model is not to be, once enough others serve it."""
         moves = []
         for name, model in situation.models.items():
-            good = {h for h in placed[name] if h in situation.hosts and may_be_there(model, situation.hosts[h], situation)}
+            good = _good(model, placed[name], situation)
             serving = sum(name in situation.hosts[host].models for host in good)
             if serving >= (model.replicas or self.replicas):
                 reason = f"{serving} others serve it, and this host drains or is not for it"
@@ -138,6 +138,11 @@ def room_bytes(deployment: Deployment, report: HostReport) -> int:
 def may_be_there(deployment: Deployment, report: HostReport, situation: Situation) -> bool:
     """Whether a host is one for the model, room and other models aside."""
     return report.host not in situation.draining and may_be_on(deployment.hosts, report.labels | {report.host})
+
+
+def _good(deployment: Deployment, hosts: Set[str], situation: Situation) -> set[str]:
+    there = situation.hosts
+    return {host for host in hosts if host in there and may_be_there(deployment, there[host], situation)}
 
 
 def has_room(name: str, situation: Situation, apart: Mapping[str, Set[str]]) -> bool:

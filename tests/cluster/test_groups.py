@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models together and apart, hosts that a model may be on, and hosts that drain: the controller with hosts in memory."""
+"""Models together and apart, hosts that a model may be on or that drain: the controller with hosts in memory."""
 
 from __future__ import annotations
 
@@ -146,7 +146,8 @@ def test_any_life_of_a_cluster_ends_as_the_rules_say(capacity, seed):
     No host ever loads two models that are apart, a drain leaves no model without a host, and at rest all is as written.
     """
     rng = random.Random(seed)
-    made = rig(*(labelled(f"h{i}", FAST if i < 2 else SLOW) for i in range(4)), capacity=capacity, together=TOGETHER, apart=APART)  # fmt: skip
+    hosts = [labelled(f"h{i}", FAST if i < 2 else SLOW) for i in range(4)]
+    made = rig(*hosts, capacity=capacity, together=TOGETHER, apart=APART)
     made.control.attach("front", 1, MODELS)
     revision, drained = 1, ""
     for _ in range(25):
@@ -196,7 +197,8 @@ def test_any_life_of_a_cluster_ends_as_the_rules_say(capacity, seed):
 
 def _check_apart(made: Rig) -> None:
     for host in made.hosts:
-        taken = [n for (n, h), s in made.control.seats.items() if h == host and s.state in (SeatState.LOADING, SeatState.SERVING)]  # fmt: skip
+        seats = {name: seat for (name, where), seat in made.control.seats.items() if where == host}
+        taken = [name for name, seat in seats.items() if seat.state in (SeatState.LOADING, SeatState.SERVING)]
         for one, other in combinations(sorted(taken), 2):
             assert other not in APART_OF.get(one, ()), f"{one} and {other} are on {host}"
 

@@ -3,7 +3,8 @@
 
 They hold the fields that we write, by the definitions of KubeRay 1.5 (ray.io/v1), Prometheus Operator 0.80, Gateway API
 1.2, its Inference Extension 1.0 (InferencePool v1, as its API reference lists the fields) and KEDA 2.16 (ScaledObject
-v1alpha1, with the metadata that its Prometheus scaler reads), and nothing else, so that a misspelt field is an error. Pod templates are checked by Kubernetes' own schema.
+v1alpha1, with the metadata that its Prometheus scaler reads), and nothing else, so that a misspelt field is an error.
+Pod templates are checked by Kubernetes' own schema.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ _PORT = closed({"number": {"type": "integer", "minimum": 1, "maximum": 65535}})
 _POLICY = closed({"type": {"enum": ["Pods", "Percent"]}, "value": {"type": "integer", "minimum": 1}})
 _POLICY["properties"]["periodSeconds"] = {"type": "integer", "minimum": 1, "maximum": 1800}
 _SCALING = closed({"policies": array(_POLICY)}, {"stabilizationWindowSeconds": COUNT | {"maximum": 3600}})
+_BEHAVIOR = closed({"scaleUp": _SCALING, "scaleDown": _SCALING})
 _TRIGGER = closed(
     {
         "type": {"const": "prometheus"},
@@ -120,7 +122,11 @@ SPECS: dict[tuple[str, str], Schema] = {
         },
         {
             "advanced": closed(
-                {"horizontalPodAutoscalerConfig": closed({"behavior": closed({"scaleUp": _SCALING, "scaleDown": _SCALING})})}
+                {
+                    "horizontalPodAutoscalerConfig": closed(
+                        {"behavior": closed({"scaleUp": _SCALING, "scaleDown": _SCALING})}
+                    )
+                }
             )
         },
     ),

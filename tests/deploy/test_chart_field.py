@@ -148,7 +148,8 @@ def test_each_host_of_a_ray_cluster_can_be_scraped(rendered):
     """The monitor finds the pods with hosts and no others, at the port that Ray is told."""
     manifests = rendered(CHART / "ci" / "ray-cpu-values.yaml")
     (monitor,) = (m for m in of_kind(manifests, "PodMonitor") if m["metadata"]["name"].endswith("-hosts"))
-    found = [t for _, t in pod_templates(manifests) if selects(monitor["spec"]["selector"]["matchLabels"], t["metadata"]["labels"])]  # fmt: skip
+    wanted = monitor["spec"]["selector"]["matchLabels"]
+    found = [t for _, t in pod_templates(manifests) if selects(wanted, t["metadata"]["labels"])]
     assert [component_of(t) for t in found] == ["host"]
     (port,) = found[0]["spec"]["containers"][0]["ports"]
     hosts = next(g for g in only(manifests, "RayCluster")["spec"]["workerGroupSpecs"] if g["groupName"] == "hosts")

@@ -130,7 +130,9 @@ def test_ports_agree_from_the_pool_file_to_the_monitor(manifests, tmp_path, monk
         backend = ingress["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
         assert backend == {"name": only(manifests, "Service")["metadata"]["name"], "port": {"name": "http"}}
     policy = only(manifests, "NetworkPolicy")["spec"]
-    told = [p["containerPort"] for _, _, c in containers(manifests) for p in c.get("ports", ()) if p["name"] == "metrics"]
+    told = [
+        p["containerPort"] for _, _, c in containers(manifests) for p in c.get("ports", ()) if p["name"] == "metrics"
+    ]
     expected = [{"port": number, "protocol": "TCP"} for number in (port, *told)]
     assert [rule["ports"] for rule in policy["ingress"] if "ports" in rule] == [expected]
 

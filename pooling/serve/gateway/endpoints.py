@@ -24,10 +24,12 @@ from tokenpool.config import PoolConfig
 from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, ModelUnavailableError, PoolError
 from tokenpool.metric_registry import LabelledGauge, metric
 from tokenpool.model_life import Life
-from tokenpool.serve.access.auth import CLIENT_KEY, PICKER_PATH, TENANT_KEY, error_response
+from tokenpool.serve.access.auth import CLIENT_KEY, TENANT_KEY, error_response
+from tokenpool.serve.gateway.drain import change_host
 from tokenpool.serve.gateway.host_metrics import merged
 from tokenpool.serve.gateway.json_body import TooLongError, json_body, too_long
 from tokenpool.serve.gateway.lending import is_sleeping, set_budget, show_budget, sleep, wake_up
+from tokenpool.serve.gateway.logs import pool_logs
 from tokenpool.serve.gateway.model_app import ModelApp
 from tokenpool.serve.gateway.model_choice import unknown_model, usable
 from tokenpool.serve.gateway.picker import numbers_of, picker_metrics, recent_state
@@ -54,8 +56,8 @@ def build_outer_app() -> Starlette:
         Route("/load", load, methods=get),
         Route("/version", version, methods=get),
         Route("/metrics", metrics, methods=get),
-        Route(PICKER_PATH, picker_metrics, methods=get),
-        Route(PICKER_PATH + "/{name:path}", picker_metrics, methods=get),
+        Route("/metrics/picker", picker_metrics, methods=get),
+        Route("/metrics/picker/{name:path}", picker_metrics, methods=get),
         Route("/pool", status_page, methods=get),
         Route("/v1/models", list_models, methods=get),
         Route("/v1/models/{name:path}", show_model, methods=get),
@@ -63,6 +65,8 @@ def build_outer_app() -> Starlette:
         Route("/v1/pool/trace", pool_trace, methods=get),
         Route("/v1/pool/tenants", pool_tenants, methods=get),
         Route("/v1/pool/decisions", pool_decisions, methods=get),
+        Route("/v1/pool/logs", pool_logs, methods=get),
+        Route("/v1/pool/hosts/{name:path}", change_host, methods=["POST"]),
         Route("/v1/pool/budget", show_budget, methods=get),
         Route("/v1/pool/budget", set_budget, methods=["POST"]),
         Route("/v1/pool/check", pool_check, methods=["POST"]),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an endpoint picker (Gateway API Inference Extension) reads of a pool, under the names that it knows of vLLM.
 
-A picker takes one number of each name from a server, and thinks that the server is one model on a device of its own. In
-`/metrics` a name has one number per model, and `vllm:kv_cache_usage_perc` is a share of what the model could have at that
-moment, so it says little of whether the next request finds room. Here a scrape is of one model, or of the pool as one.
+A picker takes one number of each name from a server, and thinks that the server is one model on a device of its own.
+In `/metrics` a name has one number per model, and `vllm:kv_cache_usage_perc` is a share of what the model could have at
+that moment, so it says little of whether the next request finds room. Here a scrape is of one model, or of the pool as
+one.
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ class PoolFile:
     async def _apply(self, models: Sequence[ModelSpec]) -> dict[str, str]:
         """Remove, then change, then add, so that memory is there for what comes; returns what failed, by model."""
         wanted, failures = {spec.name: spec for spec in models}, dict[str, str]()
-        changed = [name for name in self._now if name in wanted and _in_order(wanted[name]) != _in_order(self._now[name])]
+        changed = [
+            name for name in self._now if name in wanted and _in_order(wanted[name]) != _in_order(self._now[name])
+        ]
         for name in [name for name in self._now if name not in wanted]:
             await self._remove(name, failures)
         for name in changed:

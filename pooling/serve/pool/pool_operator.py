@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from tokenpool.config import ModelSpec
@@ -13,6 +13,7 @@ from tokenpool.errors import ConfigError, HostError, ModelUnavailableError, Pool
 from tokenpool.model_life import Life
 from tokenpool.process.ending import let_finish
 from tokenpool.process.metric_files import forget_models
+from tokenpool.recent_logs import in_order, recent_lines
 from tokenpool.serve.launch.launch_plan import plan_added
 from tokenpool.serve.launch.names import check_names, names_of
 from tokenpool.serve.launch.pool_file import PoolFile
@@ -177,6 +178,14 @@ class PoolOperator:
     async def decisions(self, limit: int | None) -> list[dict[str, Any]] | None:
         """See Operator."""
         return await self._pool.hosts.decisions(limit)
+
+    async def logs(self, seen: Mapping[str, int]) -> list[dict[str, Any]]:
+        """See Operator."""
+        return in_order([*recent_lines(seen), *await self._pool.hosts.logs(seen)])
+
+    async def drain(self, host: str, is_wanted: bool) -> list[str]:
+        """See Operator."""
+        return await self._pool.hosts.drain(host, is_wanted)
 
     async def check(self) -> None:
         """See Operator."""

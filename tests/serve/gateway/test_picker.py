@@ -75,7 +75,9 @@ def test_numbers_stay_in_range_and_grow_with_the_work(seed):
 
     def some() -> dict[str, Any]:
         kv = rng.randint(0, 9)
-        return model(rng.randint(0, 3), rng.randint(0, 3), kv, rng.randint(0, kv), rng.randint(0, 25), rng.randint(0, 4))
+        return model(
+            rng.randint(0, 3), rng.randint(0, 3), kv, rng.randint(0, kv), rng.randint(0, 25), rng.randint(0, 4)
+        )
 
     one = host(rng.randint(1, 30), rng.randint(0, 9), **{name: some() for name in "abc"})
     told = state(one, rng.randint(0, 3), rng.randint(0, 9))

@@ -63,11 +63,15 @@ def ask(server: PoolServerProcess, name: str) -> int:
 
 
 def number(server: PoolServerProcess, name: str) -> float:
-    (value,) = re.findall(rf"^tokenpool:{name}(?:\{{.*\}})? (\S+)$", server.request("GET", "/metrics").text, re.MULTILINE)
+    (value,) = re.findall(
+        rf"^tokenpool:{name}(?:\{{.*\}})? (\S+)$", server.request("GET", "/metrics").text, re.MULTILINE
+    )
     return float(value)
 
 
-def test_models_follow_the_file_and_a_bad_one_changes_nothing(server: PoolServerProcess, tiny_models: TinyModels) -> None:
+def test_models_follow_the_file_and_a_bad_one_changes_nothing(
+    server: PoolServerProcess, tiny_models: TinyModels
+) -> None:
     """Added, changed, refused, removed, while a model that stays answers every request."""
     file, stop, seen = ConfigMap(server), threading.Event(), set[int]()
     llama, qwen2, gemma3 = (tiny_models.path(name) for name in ("llama", "qwen2", "gemma3"))
@@ -94,6 +98,8 @@ def test_models_follow_the_file_and_a_bad_one_changes_nothing(server: PoolServer
 
         file.write({"llama": llama, "other": llama.parent})  # it has no config.json
         poll(lambda: "model not changed model=other" in server.log)
+        told = server.admin("GET", "/logs?model=other").text
+        assert "model not changed model=other" in told and "pool file not taken" not in told
         assert ask(server, "other") == 200 and number(server, "pool_file_ok") == 0
 
         file.write({"llama": llama})

@@ -24,6 +24,8 @@ if ! buildah images "$base" > /dev/null 2>&1; then
     debootstrap --variant=minbase --include=python3.11,python3-pip,python3-venv,ca-certificates "$suite" "$work/base"
     # The official image has its Python there, and lets pip write into it.
     chroot "$work/base" /usr/bin/python3.11 -m venv --copies /usr/local
+    chroot "$work/base" apt-get clean
+    rm -rf "$work"/base/var/lib/apt/lists/*
   fi
   container=$(buildah from scratch)
   buildah copy -q "$container" "$work/base" /

@@ -372,7 +372,7 @@ class Reconciler:
             version = self.models[name].version if name in self.models else -1
             models[name] = ModelView(version, of_model, self._errors.get(name))
         lives = {host: report.life for host, report in self.hosts.items()}
-        roles = {host: role for host, role in self.roles.items() if host in lives and role is not Role.MIXED}
+        roles = {host: self.roles[host] for host in self.roles.keys() & lives if self.roles[host] is not Role.MIXED}
         overdue = frozenset(host for host, report in self.hosts.items() if report.overdue)
         totals, draining = dict(self.log.totals), frozenset(self.draining & lives.keys())
         return ClusterView(self.epoch, self.version, self.revision, models, lives, roles, totals, overdue, draining)

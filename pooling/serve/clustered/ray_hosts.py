@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _DECISIONS = metric("decisions").make()
 _RETRY_S = 0.2
 _CALL_LIMIT_S = 30.0
-_LOOKS = ("state", "load", "progress", "metrics")
+_LOOKS = ("state", "load", "progress", "metrics", "logs")
 _LOOK_LIMIT_S = 5.0
 """For what is asked all the time; a host that builds a model answers late."""
 _RETRY_CALLS_S = 60.0

@@ -43,6 +43,8 @@ _MODELS = LabelledGauge("models")
 _MODEL_FAILED = LabelledGauge("model_failed")
 _PENDING = LabelledGauge("pending_requests")
 _KV_USAGE = LabelledGauge("kv_usage")
+_STATE_LIMIT_S = 2.0
+"""For the pool's state, in a scrape."""
 
 
 def build_outer_app() -> Starlette:
@@ -125,8 +127,9 @@ async def metrics(request: Request) -> Response:
     for gauge in (_MODEL_FAILED, _PENDING, _KV_USAGE):
         gauge.keep(pool.router.models)
     _MODEL_FAILED.replace({(name,): float(m.state == Life.FAILED) for name, m in pool.router.models.items()})
-    with contextlib.suppress(PoolError):  # there is no state just now
-        state = await recent_state(request.app)
+    with contextlib.suppress(PoolError, TimeoutError):  # a host that hangs must not keep its own alarm from being told
+        async with asyncio.timeout(_STATE_LIMIT_S):
+            state = await recent_state(request.app)
         numbers = {name: numbers_of(state, name) for name in pool.router.models.keys() & state["models"].keys()}
         _PENDING.replace({(name,): number.waiting for name, number in numbers.items()})
         _KV_USAGE.replace({(name,): number.kv_usage for name, number in numbers.items()})

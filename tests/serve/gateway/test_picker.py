@@ -12,7 +12,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from tokenpool.errors import HostError
 from tokenpool.model_life import Life
+from tokenpool.serve.gateway import endpoints
 from tokenpool.serve.gateway.endpoints import build_outer_app
 from tokenpool.serve.gateway.model_app import ModelApp
 from tokenpool.serve.gateway.picker import Numbers, Recent, numbers_of
@@ -135,3 +137,24 @@ def test_many_pickers_ask_the_host_once():
         return operator.asked
 
     assert asyncio.run(main()) == 1
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "fails"])
+def test_a_scrape_does_not_wait_for_a_host_that_hangs(monkeypatch, trouble):
+    """Its other numbers are told, the pulse of that host among them."""
+    monkeypatch.setattr(endpoints, "_STATE_LIMIT_S", 0.05)
+
+    class Hanging(Operator):
+        async def state(self) -> dict[str, Any]:
+            if trouble == "fails":
+                raise HostError("the engine host ended")
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def host_metrics(self) -> dict[str, str]:
+            return {}
+
+    client = client_of(Hanging())
+    client.app._outer.state.pool.tenants = None  # type: ignore[attr-defined]
+    answer = client.get("/metrics")
+    assert answer.status_code == 200 and "tokenpool:models" in answer.text

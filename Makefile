@@ -85,7 +85,7 @@ test-deploy: setup $(VENV)/.ready-deploy $(if $(HELM_BIN),,$(TOOLS)/helm) $(TOOL
 port: setup
 	@$(PY) -m deploy.port "$(VLLM)"
 
-# The CPU image, built without a registry and run as the chart's pod. Needs root, podman, buildah, runc and debootstrap.
+# The CPU image, built without a registry and run as the chart's pod. Needs root, podman, catatonit, buildah, runc and debootstrap.
 TEST_IMAGE = localhost/tokenpool:test-cpu
 test-image: setup $(TOOLS)/helm
 	deploy/build_image.sh cpu $(TEST_IMAGE)

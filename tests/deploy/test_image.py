@@ -7,6 +7,7 @@ chart. The network is the machine's, probes are asked by the test, and claims ar
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -71,20 +72,32 @@ class Pod:
             if "persistentVolumeClaim" in volume:
                 del volume["persistentVolumeClaim"]
                 volume["hostPath"] = {"path": str(checkpoints), "type": "Directory"}
+            elif volume["name"] == "shm":  # its group is set by a kubelet, which is not here
+                del volume["emptyDir"]
+                shared = root / "shm"
+                shared.mkdir()
+                shared.chmod(0o777)
+                volume["hostPath"] = {"path": str(shared), "type": "Directory"}
         (self.container,) = self.spec["containers"]
         (config_map,) = (m for m in self.manifests if m["kind"] == "ConfigMap")
-        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "keys"}, "stringData": SECRETS}
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "tokenpool-test"}, "spec": self.spec}
+        # podman would map the port, and ask the probes with a curl in the container.
+        left_out = ("ports", "startupProbe", "readinessProbe", "livenessProbe", "lifecycle")
+        played = {key: value for key, value in self.container.items() if key not in left_out}
+        spec = {**self.spec, "containers": [played]}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "tokenpool-test"}, "spec": spec}
         self.file = root / "pod.yaml"
-        self.file.write_text(yaml.safe_dump_all([secret, config_map, pod]))
+        self.file.write_text(yaml.safe_dump_all([config_map, pod]))
         self.name = f"tokenpool-test-{self.container['name']}"
         self.url = f"http://127.0.0.1:{self.port}"
 
     def play(self) -> None:
+        held = self.file.with_name("keys.json")  # as podman keeps a Secret
+        held.write_text(json.dumps({key: base64.b64encode(value.encode()).decode() for key, value in SECRETS.items()}))
+        podman("secret", "create", "keys", str(held))
         podman("kube", "play", str(self.file))
 
     def end(self) -> None:
-        run_podman("kube", "down", str(self.file))
+        run_podman("pod", "rm", "--force", "tokenpool-test")
         run_podman("secret", "rm", "keys")
 
     def inspected(self) -> dict[str, Any]:

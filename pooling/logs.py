@@ -13,6 +13,7 @@ import logging
 import sys
 from typing import Any
 
+from tokenpool.recent_logs import keep_recent
 from tokenpool.settings import LOG_LEVEL
 
 _MOST_TEXT = 300
@@ -31,6 +32,7 @@ def log_to_stderr(process: str = "") -> None:
     handler.setFormatter(logging.Formatter(layout))
     own = logging.getLogger("tokenpool")
     own.handlers[:] = [handler]
+    keep_recent(own, process)
     own.setLevel(level)
     own.propagate = False
     logging.basicConfig(level=logging.WARNING, format=layout)

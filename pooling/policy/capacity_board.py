@@ -71,9 +71,10 @@ class Board:
         self.taken: list[set[int]] = [set() for _ in models]
         """Hosts by model where it has, or is losing, a seat."""
         self.stranded: list[tuple[int, int]] = []
-        """(model, host) of seats on hosts that drain."""
+        """(model, host) of seats on hosts that drain, or that the model may not be on."""
         self.bereft: set[int] = set()
         """Models that had a seat on a host that is lost."""
+        self._apart = [[self.model_of[other] for other in m.apart if other in self.model_of] for m in models]
         self._read_seats()
         self._read_traffic(models)
         self._sum_up(target)
@@ -93,11 +94,23 @@ class Board:
                 taken[m].add(h)
                 if seat.is_leaving:
                     continue
-                if state is HostState.UP:
+                if state is HostState.UP and self.may_be_on(m, h, among=here):
                     seats[m].append(h)
                     here.append(m)
                 else:
                     self.stranded.append((m, h))
+
+    def may_be_on(self, m: int, h: int, among: Sequence[int] | None = None) -> bool:
+        """Whether a host is one of those that a model may be on, and no model is there that it is apart from.
+
+        With `among` these are the models that are there; else those that leave it count too.
+        """
+        allowed = self.view.models[m].allowed
+        if allowed is not None and self.view.hosts[h].host not in allowed:
+            return False
+        if among is not None:
+            return not any(other in among for other in self._apart[m])
+        return not any(h in self.taken[other] for other in self._apart[m])
 
     def _read_traffic(self, models: Sequence[CapacityModel]) -> None:
         columns = np.array([_TRAFFIC(model) for model in models], float).reshape(len(models), 7).T
@@ -286,4 +299,8 @@ class Board:
         fits = self.is_up & (self.free_bytes >= model.weight_bytes)
         fits &= self.device_bytes >= model.weight_bytes + model.min_kv_bytes
         fits &= self.num_copies < max_copies
+        if model.allowed is not None:
+            fits &= np.fromiter((host.host in model.allowed for host in self.view.hosts), bool, len(fits))
+        for other in self._apart[m]:
+            fits[list(self.taken[other])] = False
         return fits

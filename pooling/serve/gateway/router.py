@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenpool import settings
-from tokenpool.serve.access.auth import POOL_PREFIX, SLEEP_PATHS, TENANT_KEY, route_path
+from tokenpool.serve.access.auth import PICKER_PATH, POOL_PREFIX, SLEEP_PATHS, TENANT_KEY, route_path
 from tokenpool.serve.access.entry import Access, Asked
 from tokenpool.serve.access.held_stream import asks_for_stream
 from tokenpool.serve.access.refused import RefusedError, bad_request
@@ -34,11 +34,12 @@ from tokenpool.serve.http.request_note import note_of
 from tokenpool.serve.http.websocket_frames import WatchedSocket
 
 OUTER_PATHS = frozenset(
-    {"/v1/models", "/metrics", "/health", "/ready", "/live", "/load", "/version", "/ping", "/pool", POOL_PREFIX}
-)
+    {"/v1/models", "/metrics", "/health", "/ready", "/live", "/load", "/version", "/ping", "/pool", POOL_PREFIX,
+     PICKER_PATH}
+)  # fmt: skip
 """Answered once for the whole pool."""
 
-OUTER_PREFIXES = ("/v1/models/", f"{POOL_PREFIX}/")
+OUTER_PREFIXES = ("/v1/models/", f"{POOL_PREFIX}/", f"{PICKER_PATH}/")
 
 _LOAD_ADAPTER = {"/v1/load_lora_adapter": "lora_name", "/adapters": "name"}
 """Paths at which vLLM loads an adapter, and the key of its name."""

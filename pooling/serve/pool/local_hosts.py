@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import multiprocess
 
 from tokenpool.config import PoolConfig
-from tokenpool.errors import CapacityError, HostError, ModelBusyError, ModelUnavailableError, PoolError
+from tokenpool.errors import CapacityError, ConfigError, HostError, ModelBusyError, ModelUnavailableError, PoolError
 from tokenpool.metric_registry import metric
 from tokenpool.model_life import Life
 from tokenpool.process.ending import HOST_END_S, KILL_S, within
@@ -308,6 +308,22 @@ class LocalHosts:
     async def decisions(self, limit: int | None) -> list[dict[str, Any]] | None:
         """See Hosts."""
         return None
+
+    async def logs(self, seen: Mapping[str, int]) -> list[dict[str, Any]]:
+        """See Hosts."""
+        if self.process is None:
+            return []
+        try:
+            lines: list[dict[str, Any]] = await self.process.call("logs", dict(seen))
+        except PoolError:  # the next one begins anew
+            return []
+        return lines
+
+    async def drain(self, host: str, is_wanted: bool) -> list[str]:
+        """See Hosts."""
+        raise ConfigError(
+            "there is one host here, and no other that could take its models: stop the server", key="host"
+        )
 
     async def check(self) -> None:
         """See Hosts."""

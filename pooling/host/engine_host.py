@@ -45,7 +45,6 @@ from tokenpool.patches import apply_all
 from tokenpool.policy.cost_model import CopyModel
 from tokenpool.policy.turns import Phase, load_turn_policy
 from tokenpool.process.affinity import use_all_cpus
-from tokenpool.process.cpu_tiles import ask_for_tiles
 from tokenpool.process.heap import release_engine
 from tokenpool.wire.pulse import WAITING, Pulse
 from tokenpool.wire.spec import HostConfig, HostedModelSpec
@@ -70,7 +69,6 @@ class EngineHost:
         copy_engine: type[CopyEngine] = CopyEngine,
     ) -> None:
         apply_all()
-        ask_for_tiles()
         self.config = config
         self.ledger = PageLedger(config.device_memory // config.page_size, config.page_size)
         device = make_all_pages(device or make_device(config.page_size, config.cpu_link), self.ledger.num_pages)

@@ -24,7 +24,6 @@ from tokenpool.memory.devices.mirrored import Mirror
 from tokenpool.memory.weight_layout import WeightLayout
 from tokenpool.patches import apply_all
 from tokenpool.patches.build_context import building
-from tokenpool.process.cpu_tiles import ask_for_tiles
 from tokenpool.process.heap import release_engine
 
 
@@ -42,7 +41,6 @@ class RankModels:
 
     def __init__(self, rank: int, init_method: str, cpu_link: int | None = None) -> None:
         apply_all()
-        ask_for_tiles()
         self.mirror = Mirror(CpuDevice(link_bytes_per_s=cpu_link))
         self._rank = rank
         self._init_method = init_method

@@ -156,11 +156,11 @@ class KVArena:
         self._mapped.add(slab)
 
     def unmap_slab(self, slab: int) -> None:
-        """Take `slab`'s memory away; later accesses fault."""
+        """Let `slab`'s memory go, behind copies that are under way; see `Device.park`."""
         self._mapped.remove(slab)
         if self.poison:
             self.device.fill(self._address(slab), self.slab_bytes, 0xFF)
-        self.device.unmap(self._address(slab), self.slab_bytes)
+        self.device.park(self._address(slab), self.slab_bytes)
 
     def _address(self, slab: int) -> int:
         return self.base + self.null_bytes + slab * self.slab_bytes

@@ -33,11 +33,15 @@ class StepWatch:
         manager.allocate_slots = self._allocate_or_note
 
     def _schedule_and_keep(self, *args: Any) -> Any:
-        transit = getattr(self._scheduler.kv_cache_manager.block_pool, "transit", None)
+        pool = self._scheduler.kv_cache_manager.block_pool
+        transit, link = getattr(pool, "transit", None), getattr(pool, "link", None)
         if transit is None:
             self.scheduled = self._schedule(*args)
         else:
             self.scheduled = schedule_arrived(self._scheduler, transit, lambda: self._schedule(*args))
+        if link is not None:
+            link.step_scheduled()
+            link.precede_compute()
         self.in_flight.append(self.scheduled)
         return self.scheduled
 
@@ -47,6 +51,8 @@ class StepWatch:
         if failed:
             _name_grammars(outputs, failed)
         self.in_flight = [output for output in self.in_flight if output is not scheduler_output]
+        if (link := getattr(self._scheduler.kv_cache_manager.block_pool, "link", None)) is not None:
+            link.step_computed()
         self.results += scheduler_output.total_num_scheduled_tokens > 0
         return outputs
 

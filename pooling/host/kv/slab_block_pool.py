@@ -52,6 +52,7 @@ class SlabBlockPool(BlockPool):
         self.transit: KVTransit | None = None
         """Copies of blocks that are under way."""
         self._arena = allocator.arena
+        self.ledger = allocator.ledger
         self.blocks_per_slab = self._arena.min_blocks_per_slab(view)
         if not hasattr(self, "_reuse_watchers"):  # vLLM 0.29
             self._reuse_watchers: dict[int, Any] = {}
@@ -100,7 +101,7 @@ class SlabBlockPool(BlockPool):
         if self.enable_caching and self._head_is_cached() and self._allocator.num_free_for(name):
             self._grow(front=True)  # keep cached blocks while a page is free
         if self.link is not None:
-            self.link.offer(self._first_free(num_blocks))
+            self.link.give_away(self._first_free(num_blocks))
         new_blocks = super().get_new_blocks(num_blocks)
         for block in new_blocks:
             self._mark_used(block)
@@ -245,6 +246,8 @@ class SlabBlockPool(BlockPool):
         self._lose(self.free_block_queue.popleft_n(self.free_block_queue.num_free_blocks))
         if self._reuse_watchers:
             self._notify_reuse([self.blocks[i] for i in list(self._reuse_watchers)])
+        if self.link is not None:
+            self.link.leave()
         slabs = list(self._used)
         self.blocks = {0: self.null_block} | {block.block_id: block for block in used}
         self._used, self._idle = {}, {}
@@ -308,7 +311,7 @@ class SlabBlockPool(BlockPool):
         if self._reuse_watchers:
             self._notify_reuse(blocks)
         if self.link is not None:
-            self.link.offer(blocks)
+            self.link.give_away(blocks)
         for block in blocks:
             self._maybe_evict_cached_block(block)
 
@@ -364,6 +367,8 @@ class SlabBlockPool(BlockPool):
         freed = {b.block_id: b for b in blocks if b.ref_cnt == 0 and not b.is_null and self._is_mine(b)}
         if self.transit is not None:
             self.transit.wait_for(freed.values())
+        if self.link is not None:
+            self.link.note_free(freed.values())
         for block_id in freed:
             slab = self._arena.slab_of(self.view, block_id)
             self._used[slab] -= 1

@@ -39,6 +39,10 @@ class Device(Protocol):
     granularity: int
     copies_in_flight: int
     """Copies of `begin_copy_in` that should be under way at a time, so that the link is always busy."""
+    copies_beside: bool
+    """Whether `begin_copies_in` and `begin_copies_out` return before the copies have ended."""
+    burst_bytes: int
+    """What is copied between host and device in about 10 ms."""
 
     def reserve(self, nbytes: int) -> int:
         """Reserve `nbytes` of address range without memory behind it; returns its address."""
@@ -50,13 +54,19 @@ class Device(Protocol):
         """Back the range with memory that the engine, and copies, read as zero; if it raises OSError, with none."""
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """Take the memory away: any later access faults instead of reading stale bytes."""
+        """Take the memory away: any later access faults instead of reading stale bytes. No copy of it is under way."""
+
+    def park(self, address: int, nbytes: int) -> None:
+        """Let the memory go after all that the engine and begun copies do with it; later bytes are of no meaning.
+
+        Where accesses fault afterwards this waits for those copies; where they are harmless it waits for nothing.
+        """
 
     def release_unused(self) -> int:
         """Give memory that is behind no page, and was kept for the next, back to whoever has it; returns its bytes."""
 
     def fill(self, address: int, nbytes: int, byte: int) -> None:
-        """Set every byte of a mapped range to `byte`."""
+        """Set every byte of a mapped range to `byte`, after all that begun copies do with it."""
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
         """An int8 tensor of shape (nbytes,) over the range, its own storage, no copy."""

@@ -28,6 +28,8 @@ class MirroredDevice:
     def __init__(self, device: Device, repeat: Repeat) -> None:
         self.granularity = device.granularity
         self.copies_in_flight = device.copies_in_flight
+        self.copies_beside = device.copies_beside
+        self.burst_bytes = device.burst_bytes
         self._device = device
         self._repeat = repeat
         self._lock = threading.Lock()  # the others must see a buffer before a copy that uses it
@@ -52,6 +54,11 @@ class MirroredDevice:
         """Take the memory away on every rank."""
         self._device.unmap(address, nbytes)
         self._repeat("unmap", (address, nbytes))
+
+    def park(self, address: int, nbytes: int) -> None:
+        """Let the memory go on every rank."""
+        self._device.park(address, nbytes)
+        self._repeat("park", (address, nbytes))
 
     def release_unused(self) -> int:
         """Give unused memory back on every rank; returns the first rank's bytes."""
@@ -126,6 +133,9 @@ class Mirror:
 
     def _unmap(self, theirs: int, nbytes: int) -> None:
         self.device.unmap(self.address(theirs), nbytes)
+
+    def _park(self, theirs: int, nbytes: int) -> None:
+        self.device.park(self.address(theirs), nbytes)
 
     def _release_unused(self) -> None:
         self.device.release_unused()

@@ -44,11 +44,11 @@ class WeightRange:
             self._device.release(self.address, self._nbytes)
 
     def map(self) -> None:
-        """Put free pages under the range; CapacityError or SwitchError change nothing."""
+        """Put free pages under the range, which `copy_in` fills; CapacityError or SwitchError change nothing."""
         assert not self.pages, f"the range of {self.owner!r} is mapped already"
         pages = self._ledger.take(self.owner, PageUse.WEIGHTS, self.num_pages)
         try:
-            self._device.map_zeroed(self.address, self._nbytes)
+            self._device.map_unset(self.address, self._nbytes)
         except Exception as error:
             self._ledger.give(self.owner, PageUse.WEIGHTS, pages)
             raise SwitchError(self.owner, "map", f"the device gives no memory: {error}") from error

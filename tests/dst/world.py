@@ -171,6 +171,11 @@ class SimDevice(CpuDevice):
         self._faults.maybe("map_zeroed")
         super().map_zeroed(address, nbytes)
 
+    def map_unset(self, address: int, nbytes: int) -> None:
+        self._faults.maybe("map_zeroed")
+        super().map_unset(address, nbytes)
+        self.fill(address, nbytes, 0xFF)
+
     def copy_in(self, address: int, source: torch.Tensor) -> None:
         self._faults.maybe("copy_in")
         super().copy_in(address, source)

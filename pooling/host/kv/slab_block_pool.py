@@ -52,7 +52,6 @@ class SlabBlockPool(BlockPool):
         self.transit: KVTransit | None = None
         """Copies of blocks that are under way."""
         self._arena = allocator.arena
-        self.ledger = allocator.ledger
         self.blocks_per_slab = self._arena.min_blocks_per_slab(view)
         if not hasattr(self, "_reuse_watchers"):  # vLLM 0.29
             self._reuse_watchers: dict[int, Any] = {}
@@ -240,14 +239,12 @@ class SlabBlockPool(BlockPool):
         """
         assert not self._detached
         if self.link is not None:
-            self.link.mark_computed()
+            self.link.leave()
         used = self.used_blocks()
         # Off the list, oldest first: this is the order in which the tier would drop them again.
         self._lose(self.free_block_queue.popleft_n(self.free_block_queue.num_free_blocks))
         if self._reuse_watchers:
             self._notify_reuse([self.blocks[i] for i in list(self._reuse_watchers)])
-        if self.link is not None:
-            self.link.leave()
         slabs = list(self._used)
         self.blocks = {0: self.null_block} | {block.block_id: block for block in used}
         self._used, self._idle = {}, {}
@@ -350,11 +347,7 @@ class SlabBlockPool(BlockPool):
         return not _BLOCK_KNOWS_POOL or block.pool is self
 
     def _head_is_cached(self) -> bool:
-        queue = self.free_block_queue
-        if queue.num_free_blocks == 0:
-            return False
-        head = queue.fake_free_list_head.next_free_block
-        return head is not None and head.block_hash is not None
+        return any(block.block_hash is not None for block in self._first_free(1))
 
     def _mark_used(self, block: KVCacheBlock) -> None:
         slab = self._arena.slab_of(self.view, block.block_id)

@@ -112,7 +112,7 @@ class TierLink:
     @property
     def is_short_of_pages(self) -> bool:
         """Whether less than a quarter of the device's pages is free."""
-        ledger = self._pool.ledger
+        ledger = self._pool._arena.ledger
         return 4 * ledger.num_free < ledger.num_pages
 
     def copy_ahead(self) -> None:
@@ -130,7 +130,7 @@ class TierLink:
         self.offer(chosen)
 
     def leave(self) -> None:
-        """The pool's blocks lose their places: what is under way is in order with whoever gets these."""
+        """The pool's blocks lose their places, at a token boundary: whoever gets these comes after copies under way."""
         self.mark_computed()
         self._unsaved.clear()
 

@@ -72,6 +72,7 @@ class CpuDevice:
 
     granularity = mmap.PAGESIZE
     copies_in_flight = 1
+    chunk_bytes = 8 << 20
 
     def __init__(self, *, keeps_bytes: bool = False, link_bytes_per_s: int | None = None) -> None:
         self.keeps_bytes = keeps_bytes
@@ -85,8 +86,11 @@ class CpuDevice:
             self.burst_bytes = link_bytes_per_s // 100
         self.copies_beside = self._bus is not None
 
-    def reserve(self, nbytes: int) -> int:
-        """Reserve `nbytes` of address range without access; raises OSError when the kernel refuses."""
+    def reserve(self, nbytes: int, *, harmless: bool = False) -> int:
+        """Reserve `nbytes` of address range without access; raises OSError when the kernel refuses.
+
+        Never harmless: a stray access ends the process, so that tests see it.
+        """
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         start = _libc.mmap(None, nbytes + _HUGE_PAGE, _PROT_NONE, flags, -1, 0)
         if start in (None, _MAP_FAILED):
@@ -112,6 +116,10 @@ class CpuDevice:
         _check(_libc.mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
         if self.keeps_bytes:
             self.fill(address, nbytes, 0)
+
+    def map_unset(self, address: int, nbytes: int) -> None:
+        """Allow access to the range."""
+        _check(_libc.mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Forbid access and, unless the device keeps bytes, drop the memory."""

@@ -39,19 +39,28 @@ class Device(Protocol):
     granularity: int
     copies_in_flight: int
     """Copies of `begin_copy_in` that should be under way at a time, so that the link is always busy."""
+    chunk_bytes: int
+    """Bytes of each of these: the more, the less often somebody has to be awake, and the later a copy is given up."""
     copies_beside: bool
     """Whether `begin_copies_in` and `begin_copies_out` return before the copies have ended."""
     burst_bytes: int
     """What is copied between host and device in about 10 ms."""
 
-    def reserve(self, nbytes: int) -> int:
-        """Reserve `nbytes` of address range without memory behind it; returns its address."""
+    def reserve(self, nbytes: int, *, harmless: bool = False) -> int:
+        """Reserve `nbytes` of address range without memory behind it; returns its address.
+
+        With `harmless` a place without memory of its own may be read, where the device can do so: it reads as zero,
+        or as old bytes where it is parked.
+        """
 
     def release(self, address: int, nbytes: int) -> None:
         """Give a reserved range back; nothing may use it any more."""
 
     def map_zeroed(self, address: int, nbytes: int) -> None:
         """Back the range with memory that the engine, and copies, read as zero; if it raises OSError, with none."""
+
+    def map_unset(self, address: int, nbytes: int) -> None:
+        """Back the range with memory of any bytes, for whoever overwrites all of it; raises as `map_zeroed`."""
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Take the memory away: any later access faults instead of reading stale bytes. No copy of it is under way."""

@@ -95,9 +95,10 @@ class Breaking(CpuDevice):
         self._count("reserve")
         return super().reserve(nbytes)
 
-    def map_zeroed(self, address: int, nbytes: int) -> None:
-        self._count("map_zeroed")
-        super().map_zeroed(address, nbytes)
+    def map_unset(self, address: int, nbytes: int) -> None:
+        self._count("map_unset")
+        super().map_unset(address, nbytes)
+        self.fill(address, nbytes, 0xFF)
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         self._count("host_buffer")

@@ -20,8 +20,8 @@ from tokenpool.memory.arena import KVArena
 from tokenpool.memory.copy_engine import JobCancelled
 from tokenpool.memory.devices.counted import CountedDevice
 from tokenpool.memory.devices.cpu import CpuDevice
-from tokenpool.memory.devices.cuda import _cpus_near
 from tokenpool.memory.devices.cuda_driver import CudaDriver, CudaError
+from tokenpool.memory.devices.pinned import LARGE_BYTES, cpus_near
 from tokenpool.memory.ledger import PageLedger, PageUse
 from tokenpool.memory.weight_layout import WeightLayout
 from tokenpool.memory.weight_range import WeightRange
@@ -255,14 +255,32 @@ def test_pinned_memory_lives_as_long_as_a_slice_of_it():
     assert 0 == device.host_buffer(0).numel()
 
 
+def test_large_pinned_memory_is_touched_by_threads_and_locked_then(monkeypatch):
+    """All of it is zero, locked while a slice of it lives and no longer, and nothing stays when the driver refuses."""
+    device, size = FakeCudaDevice(), LARGE_BYTES + 4321
+    part = device.host_buffer(size)[size - 100 :]
+    assert [size] == list(device.fake.pinned.values())
+    assert not part.any()
+    part.fill_(1)
+    gc.collect()
+    assert device.fake.pinned
+    del part
+    gc.collect()
+    assert not device.fake.pinned
+    device.fake.allowed = {"cuMemHostRegister": 0}
+    with pytest.raises(CudaError, match="cuMemHostRegister"):
+        device.host_buffer(size)
+    assert (2, 1) == (device.fake.count("cuMemHostRegister"), device.fake.count("cuMemHostUnregister"))
+
+
 def test_pinned_memory_is_touched_on_the_gpus_node(monkeypatch, tmp_path):
     """The thread that pins runs on the cores that sysfs names for the GPU, and on its old ones afterwards."""
     before = os.sched_getaffinity(0)
     near = tmp_path / "0000:3b:00.0"
     near.mkdir()
     (near / "local_cpulist").write_text("0,2-4\n")
-    assert {0, 2, 3, 4} == _cpus_near("0000:3b:00.0", tmp_path)
-    assert not _cpus_near("0000:99:00.0", tmp_path)
+    assert {0, 2, 3, 4} == cpus_near("0000:3b:00.0", tmp_path)
+    assert not cpus_near("0000:99:00.0", tmp_path)
     device, set_to = FakeCudaDevice(), []
     device._near_cpus = frozenset({min(before)})
     real = os.sched_setaffinity

@@ -16,12 +16,9 @@ What keeps the order right:
 
 from __future__ import annotations
 
-import ctypes
-import os
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,6 +29,7 @@ from tokenpool.memory.devices.cuda_driver import CudaDriver, CudaError
 from tokenpool.memory.devices.cuda_pages import CudaPages
 from tokenpool.memory.devices.device import BlockCopy, Copies
 from tokenpool.memory.devices.dlpack import CUDA, tensor_at
+from tokenpool.memory.devices.pinned import cpus_near, pinned_buffer
 
 BatchCopy = Callable[[Sequence[tuple[int, int, int]], int], None]
 """Issues copies (target address, source address, bytes) on a stream; one side of each is pinned host memory."""
@@ -114,7 +112,7 @@ class CudaDevice:
         self.timed_events: list[int] = []
         """Events that nobody uses."""
         self._pages = CudaPages(self.driver, page_bytes, self._drain)
-        self._near_cpus = _cpus_near(self.driver.pci_bus_id())
+        self._near_cpus = cpus_near(self.driver.pci_bus_id())
 
     # -- addresses and pages -------------------------------------------------------------------------
 
@@ -194,17 +192,8 @@ class CudaDevice:
     # -- host memory and copies ----------------------------------------------------------------------
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
-        """Page-locked memory of exactly that size on the GPU's NUMA node, freed with its last tensor.
-
-        Not torch's pinned memory, which is rounded up to a power of two and cached.
-        """
-        if not nbytes:
-            return torch.empty(0, dtype=torch.uint8)
-        with _running_on(self._near_cpus):
-            address = self.driver.pin(nbytes)
-        memory = (ctypes.c_byte * nbytes).from_address(address)
-        weakref.finalize(memory, self.driver.unpin, address).atexit = False
-        return torch.frombuffer(memory, dtype=torch.uint8)  # its storage keeps `memory` alive
+        """Page-locked memory of exactly that size on the GPU's NUMA node, freed with its last tensor."""
+        return pinned_buffer(self.driver, nbytes, self._near_cpus)
 
     def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
         """Issue a copy on the stream for weights; the function that is returned waits for it, once."""
@@ -288,29 +277,3 @@ class CudaDevice:
     def _follow_compute(self) -> None:
         self.driver.record(self._event, self.compute_stream())
         self.driver.wait_event(self._stream, self._event)
-
-
-def _cpus_near(pci_bus_id: str, devices: Path = Path("/sys/bus/pci/devices")) -> frozenset[int]:
-    """The cores of the GPU's NUMA node; empty = not known."""
-    try:
-        text = (devices / pci_bus_id / "local_cpulist").read_text().strip()
-    except OSError:
-        return frozenset()
-    cpus: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        cpus.update(range(int(first), int(last or first) + 1))
-    return frozenset(cpus)
-
-
-@contextmanager
-def _running_on(cpus: frozenset[int]) -> Iterator[None]:
-    """Run this thread on `cpus`, if any: pages come from the node of the thread that touches them first."""
-    before = os.sched_getaffinity(0)
-    try:
-        if cpus:
-            with suppress(OSError):  # none of them is ours: memory of another node is slower and works
-                os.sched_setaffinity(0, cpus)
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

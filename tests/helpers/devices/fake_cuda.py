@@ -188,6 +188,16 @@ class FakeCuda:
         assert _libc.munmap(address, self.pinned.pop(address)) == 0
         return (Result.CUDA_SUCCESS,)
 
+    def _cuMemHostRegister(self, address: int, nbytes: int, flags: int) -> Any:
+        assert address not in self.pinned and flags == 0
+        self.pinned[address] = nbytes
+        return (Result.CUDA_SUCCESS,)
+
+    def _cuMemHostUnregister(self, address: int) -> Any:
+        ctypes.c_byte.from_address(address).value  # is still there
+        del self.pinned[address]
+        return (Result.CUDA_SUCCESS,)
+
     # -- streams -------------------------------------------------------------------------------------
 
     def _cuStreamCreate(self, flags: int) -> Any:

@@ -162,7 +162,7 @@ class SlotPool:
 
 
 def in_runs(places: Iterable[tuple[Slot, int]], block_bytes: int) -> list[BlockCopy]:
-    """What to copy; blocks that are neighbours both on the device and in a host buffer, and in `places`, go together."""
+    """What to copy; blocks that are neighbours in `places`, on the device and in a host buffer go together."""
     runs: list[tuple[SlotBuffer, int, int, int]] = []  # buffer, first slot, address, count
     for slot, address in places:
         if runs:

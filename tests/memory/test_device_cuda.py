@@ -159,6 +159,31 @@ def test_no_copy_is_under_way_when_a_job_is_cancelled():
     place.release()
 
 
+def test_pages_of_weights_are_mapped_under_the_copies_before_them():
+    """Nothing is mapped before the first byte is copied; a copy that fails or is given up can be made again."""
+    device = FakeCudaDevice()
+    device.make_pages(6)
+    tensors = [torch.nn.Parameter(torch.arange(5 * PAGE // 8 + 100), requires_grad=False)]
+    place = WeightRange("a", WeightLayout(tensors), CountedDevice(device), PageLedger(8, PAGE), poison=False)
+    host = device.host_buffer(6 * PAGE).fill_(3)
+    for failing in ("cuMemMap", "cuMemSetAccess", None):
+        place.map()
+        assert not device.fake.mapped, "pages were mapped before they are needed"
+        device.fake.allowed = {failing: 2} if failing else {}
+        if failing:
+            with pytest.raises(CudaError, match=failing):
+                place.copy_in(host, PAGE + PAGE // 2, lambda nbytes: None)
+            assert device.fake.is_idle(device._weight_stream)
+        device.fake.allowed = {}
+        place.copy_in(host, PAGE + PAGE // 2, lambda nbytes: None)
+        assert device.tensor(place.address, place.layout.nbytes).eq(3).all()
+        place.unmap()
+        assert not device.fake.mapped
+    place.map()  # and left before anything is copied
+    place.release()
+    assert 6 * PAGE == device.release_unused()
+
+
 def test_many_blocks_go_in_one_batch():
     """A function for batches gets all copies at once, as (target, source, bytes)."""
     batches = []
@@ -335,7 +360,7 @@ def _waits(device: FakeCudaDevice) -> int:
 
 def test_a_slab_changes_hands_without_a_wait_or_a_mapping():
     """The step in flight still finds its bytes, and so do copies that were begun; the next step finds zeros."""
-    device, ledger, arena = _arena(4)
+    device, _, arena = _arena(4)
     arena.map_slab(2)
     address, seen, host = arena._address(2), [], device.host_buffer(PAGE)
     page = device.tensor(address, PAGE)
@@ -360,7 +385,7 @@ def test_a_slab_changes_hands_without_a_wait_or_a_mapping():
 
 def test_a_stray_read_of_the_arena_is_harmless_everywhere():
     """Slabs never granted, parked ones, and places whose page went to weights can all be read; the latter as zeros."""
-    device, ledger, arena = _arena(4)
+    device, _, arena = _arena(4)
     device.run_engine()
     assert not device.tensor(arena.base, arena._reserved_bytes).any()
     arena.map_slab(0)
@@ -386,7 +411,7 @@ def test_a_stray_read_of_the_arena_is_harmless_everywhere():
 @pytest.mark.parametrize("call", ["cuMemMap", "cuMemSetAccess", "cuMemsetD8Async"])
 def test_a_failed_grant_leaves_the_arena_harmless(call):
     """The zero page is back at the place, and the page is free again."""
-    device, ledger, arena = _arena(2)
+    device, _, arena = _arena(2)
     device.run_engine()
     device.fake.allowed = {call: 0}
     with pytest.raises(CudaError, match=call):

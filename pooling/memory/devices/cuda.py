@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 
@@ -147,6 +146,10 @@ class CudaDevice:
     def map_unset(self, address: int, nbytes: int) -> None:
         """Put free pages under the range as they are; raises CudaError and maps nothing if memory is short."""
         self._pages.put(address, nbytes)
+
+    def map_later(self, address: int, nbytes: int) -> Callable[[int, int], None]:
+        """Take free pages for the range; the function returned maps some, as copies get to them."""
+        return self._pages.promise(address, nbytes)
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Take the pages away once the engine's stream has drained; their bytes stay until they are mapped again."""

@@ -20,7 +20,10 @@ from tokenpool.memory.devices.cuda_driver import CudaDriver, CudaError
 
 
 class CudaPages:
-    """The pages of one GPU; used on one thread. `drain` waits on the host until all that uses pages has ended."""
+    """The pages of one GPU; used on one thread but for what `promise` returns.
+
+    `drain` waits on the host until all that uses pages has ended.
+    """
 
     def __init__(self, driver: CudaDriver, page_bytes: int, drain: Callable[[], None]) -> None:
         self.page_bytes = page_bytes
@@ -28,6 +31,7 @@ class CudaPages:
         self._drain = drain
         self._free: list[Any] = []
         self._mapped: dict[int, Any] = {}  # by address, parked ones too
+        self._bare: set[int] = set()  # places with a page that is not mapped yet
         self._parked: dict[int, None] = {}  # the one that was parked first comes first
         self._harmless: list[range] = []
         self._zero: Any = None
@@ -91,6 +95,34 @@ class CudaPages:
         self._mapped.update(zip(bare, handles, strict=True))
         return len(bare) < len(places)
 
+    def promise(self, address: int, nbytes: int) -> Callable[[int, int], None]:
+        """Take a page for each place of a range that is not harmless; the function returned maps some of them.
+
+        Raises CudaError. For the function see `Device.map_later`.
+        """
+        places = range(address, address + nbytes, self.page_bytes)
+        self._mapped.update(zip(places, self._take(len(places), places), strict=True))
+        self._bare.update(places)
+
+        def back(start: int, size: int) -> None:
+            first = start - (start - address) % self.page_bytes
+            wanted = [place for place in range(first, start + size, self.page_bytes) if place in self._bare]
+            done: list[int] = []
+            try:
+                for place in wanted:
+                    self._driver.map(place, self.page_bytes, self._mapped[place])
+                    done.append(place)
+                for run in _runs(wanted, self.page_bytes):
+                    self._driver.allow(run[0], len(run) * self.page_bytes)
+            except BaseException:
+                for place in done:
+                    with suppress(CudaError):  # the first error says what is wrong
+                        self._driver.unmap(place, self.page_bytes)
+                raise
+            self._bare.difference_update(wanted)
+
+        return back
+
     def park(self, address: int, nbytes: int) -> None:
         """Leave the pages of a range where they are until they are wanted."""
         self._parked.update(dict.fromkeys(range(address, address + nbytes, self.page_bytes)))
@@ -103,9 +135,10 @@ class CudaPages:
         """Unmap all that is mapped in a range whose addresses go; nothing uses it any more."""
         places = range(address, address + nbytes, self.page_bytes)
         for place in places:
-            if place in self._mapped or place in self._zero_at:
+            if (place in self._mapped and place not in self._bare) or place in self._zero_at:
                 self._driver.unmap(place, self.page_bytes)
             self._zero_at.discard(place)
+            self._bare.discard(place)
             if place in self._mapped:
                 self._parked.pop(place, None)
                 self._free.append(self._mapped.pop(place))
@@ -137,13 +170,14 @@ class CudaPages:
             self._unmap(parked)
 
     def _unmap(self, places: Sequence[int]) -> None:
-        for run in _runs(sorted(places), self.page_bytes):
+        for run in _runs(sorted(place for place in places if place not in self._bare), self.page_bytes):
             self._driver.unmap(run[0], len(run) * self.page_bytes)
-            for place in run:
-                self._parked.pop(place, None)
-                self._free.append(self._mapped.pop(place))
             if self._is_harmless(run[0]):
                 self._put_zero(run)
+        for place in places:
+            self._bare.discard(place)
+            self._parked.pop(place, None)
+            self._free.append(self._mapped.pop(place))
 
     def _undo(self, done: Sequence[int]) -> None:
         """Unmap what `put` has mapped so far; the last one may not be."""

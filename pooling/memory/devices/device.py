@@ -62,6 +62,13 @@ class Device(Protocol):
     def map_unset(self, address: int, nbytes: int) -> None:
         """Back the range with memory of any bytes, for whoever overwrites all of it; raises as `map_zeroed`."""
 
+    def map_later(self, address: int, nbytes: int) -> Callable[[int, int], None]:
+        """Take memory for a range as `map_unset` does; the function returned puts part of it there.
+
+        It is given an address and bytes within the range, must be called before that part is used, on any thread, and
+        may be called again; it raises OSError. `unmap` of the range takes all away, whatever was put there.
+        """
+
     def unmap(self, address: int, nbytes: int) -> None:
         """Take the memory away: any later access faults instead of reading stale bytes. No copy of it is under way."""
 

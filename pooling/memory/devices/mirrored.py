@@ -56,6 +56,11 @@ class MirroredDevice:
         self._device.map_unset(address, nbytes)
         self._repeat("map_unset", (address, nbytes))
 
+    def map_later(self, address: int, nbytes: int) -> Callable[[int, int], None]:
+        """A `map_unset` of all: the others do things in order."""
+        self.map_unset(address, nbytes)
+        return lambda start, size: None
+
     def unmap(self, address: int, nbytes: int) -> None:
         """Take the memory away on every rank."""
         self._device.unmap(address, nbytes)

@@ -194,7 +194,7 @@ class FakeCuda:
         return (Result.CUDA_SUCCESS,)
 
     def _cuMemHostUnregister(self, address: int) -> Any:
-        ctypes.c_byte.from_address(address).value  # is still there
+        ctypes.memset(address, 0, 1)  # is still there
         del self.pinned[address]
         return (Result.CUDA_SUCCESS,)
 

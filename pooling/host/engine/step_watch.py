@@ -40,7 +40,7 @@ class StepWatch:
         else:
             self.scheduled = schedule_arrived(self._scheduler, transit, lambda: self._schedule(*args))
         if link is not None:
-            link.step_scheduled()
+            link.step_scheduled(self.scheduled)
             link.precede_compute()
         self.in_flight.append(self.scheduled)
         return self.scheduled
@@ -52,7 +52,7 @@ class StepWatch:
             _name_grammars(outputs, failed)
         self.in_flight = [output for output in self.in_flight if output is not scheduler_output]
         if (link := getattr(self._scheduler.kv_cache_manager.block_pool, "link", None)) is not None:
-            link.step_computed()
+            link.step_computed(scheduler_output)
         self.results += scheduler_output.total_num_scheduled_tokens > 0
         return outputs
 

@@ -41,7 +41,7 @@ class TierLink:
         """Keys that the tier has for the model; a live view, empty most of the time."""
         self._pool = pool
         self._fresh: set[int] = set()
-        self._scheduled: deque[set[int]] = deque()  # the fresh blocks of each step that is under way
+        self._scheduled: deque[tuple[Any, set[int]]] = deque()  # steps under way and their fresh blocks
         self._unsaved: dict[int, KVCacheBlock] = {}  # blocks that became free, the first to be handed out first
         self._leaving: deque[_Batch] = deque()
         self._due: Copies | None = None  # the last of those that the next step comes after
@@ -52,15 +52,16 @@ class TierLink:
         """A step is being scheduled that will compute the block, which has a hash already."""
         self._fresh.add(block.block_id)
 
-    def step_scheduled(self) -> None:
+    def step_scheduled(self, step: Any) -> None:
         """What has been noted so far is computed by this step at the latest."""
-        self._scheduled.append(self._fresh)
+        self._scheduled.append((step, self._fresh))
         self._fresh = set()
 
-    def step_computed(self) -> None:
-        """The output of the oldest step under way has come."""
-        if self._scheduled:
-            self._scheduled.popleft()
+    def step_computed(self, step: Any) -> None:
+        """The output of a step has come; those before it are done too."""
+        if any(known is step for known, _ in self._scheduled):
+            while self._scheduled.popleft()[0] is not step:
+                pass
 
     def mark_computed(self) -> None:
         """All steps scheduled so far are done: every block with a hash holds what the hash says."""
@@ -68,7 +69,7 @@ class TierLink:
         self._scheduled.clear()
 
     def _is_fresh(self, block: KVCacheBlock) -> bool:
-        return block.block_id in self._fresh or any(block.block_id in fresh for fresh in self._scheduled)
+        return block.block_id in self._fresh or any(block.block_id in fresh for _, fresh in self._scheduled)
 
     # -- to the host ---------------------------------------------------------------------------------
 

@@ -14,26 +14,14 @@ from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from tests.helpers.devices.late_device import LateDevice
-from tests.helpers.swapping import HASHES, PAGE, FakeModel, key_of, make_allocator
+from tests.helpers.swapping import HASHES, PAGE, FakeModel, key_of, make_allocator, make_swapper
 from tokenpool.errors import CapacityError
-from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.kv.pool_relabel import IdMap
-from tokenpool.memory.host_ledger import HostLedger, HostUse
-from tokenpool.memory.kv_tier import HostKVTier
+from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import PageUse
 from tokenpool.memory.states import KVState
 
 pytestmark = pytest.mark.vllm
-
-
-def make_swapper(allocator, models: list[FakeModel], budget: int = 4 << 20) -> KVSwapper:
-    host = HostLedger(budget)
-    tier = HostKVTier(host, allocator.arena.device, buffer_bytes=64 << 10)
-    host.make_room = tier.drop_cached
-    swapper = KVSwapper(tier)
-    for model in models:
-        swapper.add(model)
-    return swapper
 
 
 class SwapMachine(RuleBasedStateMachine):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from vllm.v1.core.block_pool import BlockPool
@@ -120,7 +121,7 @@ class TierLink:
         """Begin to save a few of the blocks that have been free for longest, without a need so far."""
         few = max(1, self.tier.device.burst_bytes // 4 // self._pool.view.block_bytes)
         chosen: list[KVCacheBlock] = []
-        for block in list(self._unsaved.values())[: 2 * few]:
+        for block in list(islice(self._unsaved.values(), 2 * few)):
             if len(chosen) == few:
                 break
             if self._is_fresh(block):

@@ -358,7 +358,8 @@ def _waits(device: FakeCudaDevice) -> int:
     return sum(device.fake.count(name) for name in ("cuEventSynchronize", "cuStreamSynchronize"))
 
 
-def test_a_slab_changes_hands_without_a_wait_or_a_mapping():
+@pytest.mark.parametrize("first", ["_stream", "compute"])
+def test_a_slab_changes_hands_without_a_wait_or_a_mapping(first):
     """The step in flight still finds its bytes, and so do copies that were begun; the next step finds zeros."""
     device, _, arena = _arena(4)
     arena.map_slab(2)
@@ -370,11 +371,13 @@ def test_a_slab_changes_hands_without_a_wait_or_a_mapping():
     device.fake.launch(lambda: seen.append(int(page[5])), device.compute)
     copies = device.begin_copies_out([(address, host)])
     arena.unmap_slab(2)
+    device.fake.launch(lambda: page[0].fill_(9), device.compute)  # of the step that was in flight
     arena.map_slab(2)
     device.fake.launch(lambda: seen.append(int(page.sum())), device.compute)
 
     assert waits == _waits(device), "the host waited"
     assert not seen
+    device.fake._cuStreamSynchronize(getattr(device, first))  # whichever stream of the GPU is ahead
     device.run_engine()
     assert [7, 0] == seen
     copies.wait()

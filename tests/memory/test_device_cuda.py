@@ -475,3 +475,20 @@ def test_parked_pages_are_one_books_pages(seed):
     for address, pages, _ in ranges:
         device.release(address, len(pages) * PAGE)
     arena.close()
+
+
+def test_a_page_comes_to_a_place_or_goes_when_no_kernel_can_be_reading_there():
+    """The first grant of a slab, and taking a parked page away, wait for the engine; both may be read by then."""
+    device, _, arena = _arena(2)
+    seen = []
+    device.fake.launch(lambda: seen.append("read the page of zeros"), device.compute)
+    arena.map_slab(0)
+    assert ["read the page of zeros"] == seen
+    device.fake.launch(lambda: seen.append("read a parked page"), device.compute)
+    arena.unmap_slab(0)
+    assert 1 == len(seen)
+    weights = device.reserve(2 * PAGE)
+    device.map_unset(weights, 2 * PAGE)
+    assert 2 == len(seen)
+    device.release(weights, 2 * PAGE)
+    arena.close()

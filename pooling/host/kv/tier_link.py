@@ -28,6 +28,7 @@ from tokenpool.memory.kv_tier import HostKVTier, OfferedBlock
 class _Batch(NamedTuple):
     """Blocks on their way to the host."""
 
+    number: int
     block_ids: Collection[int]
     copies: Copies
 
@@ -45,7 +46,9 @@ class TierLink:
         self._scheduled: deque[tuple[Any, set[int]]] = deque()  # steps under way and their fresh blocks
         self._unsaved: dict[int, KVCacheBlock] = {}  # blocks that became free, the first to be handed out first
         self._leaving: deque[_Batch] = deque()
-        self._due: Copies | None = None  # the last of those that the next step comes after
+        self._num_batches = 0
+        self._due: _Batch | None = None  # the last one that the next step comes after
+        self._arriving: Copies | None = None  # the last copies to the device that the next step comes after
 
     # -- what is computed ----------------------------------------------------------------------------
 
@@ -87,7 +90,8 @@ class TierLink:
         ]
         copies = self.tier.offer(self.model, offered, self._pool.view.block_bytes, most_bytes=most_bytes)
         if copies is not None and not copies.done():
-            self._leaving.append(_Batch({block.block_id for block in computed}, copies))
+            self._num_batches += 1
+            self._leaving.append(_Batch(self._num_batches, {block.block_id for block in computed}, copies))
 
     def give_away(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Save what can be saved of blocks that are about to be overwritten, or to leave the device, in a moment."""
@@ -97,8 +101,10 @@ class TierLink:
         while self._leaving and self._leaving[0].copies.done():
             self._leaving.popleft()
         for batch in reversed(self._leaving):
+            if self._due is not None and batch.number <= self._due.number:
+                break
             if any(block.block_id in batch.block_ids for block in blocks):
-                self._due = batch.copies
+                self._due = batch
                 break
 
     def note_free(self, blocks: Iterable[KVCacheBlock]) -> None:
@@ -161,7 +167,7 @@ class TierLink:
             return None
         try:
             places = {key: pool.address_of(block.block_id) for key, block in zip(missing, blocks, strict=True)}
-            self._due = self.tier.begin_load(self.model, places)
+            self._arriving = self.tier.begin_load(self.model, places)
             for key, block in zip(missing, blocks, strict=True):  # not as fresh: a step finds the bytes there
                 BlockPool._insert_block_hash(pool, key, block, self.tier.tag_of(self.model, key))
         except OSError:  # computed again instead
@@ -172,6 +178,9 @@ class TierLink:
 
     def precede_compute(self) -> None:
         """Let what the engine computes from now on come after the copies that it relies on."""
-        due, self._due = self._due, None
+        due, arriving = self._due, self._arriving
+        self._due = self._arriving = None
         if due is not None:
-            due.precede_compute()
+            due.copies.precede_compute()
+        if arriving is not None:
+            arriving.precede_compute()

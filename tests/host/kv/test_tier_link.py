@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.devices.late_device import LateDevice
-from tests.helpers.swapping import PAGE, FakeModel, key_of, make_allocator, make_swapper
+from tests.helpers.swapping import HASHES, PAGE, FakeModel, key_of, make_allocator, make_swapper
 
 pytestmark = pytest.mark.vllm
 
@@ -81,3 +81,34 @@ def test_no_more_is_saved_at_once_than_the_link_takes_in_a_moment():
     assert {key_of(3), key_of(4), key_of(5)} == set(a.pool.link.stored)
     assert 3 == swapper.tier.counters.refusals
     swapper.check()
+
+
+@pytest.mark.parametrize("arrives_last", [True, False])
+def test_a_step_comes_after_all_that_it_relies_on(arrives_last):
+    """Whatever was begun first: a hit on its way in, or a block on its way out that is overwritten."""
+    allocator = make_allocator(8, LateDevice(chance=0.0))
+    device = allocator.arena.device
+    a = FakeModel(allocator, "a", PAGE)
+    make_swapper(allocator, [a])
+    blocks = a.pool.get_new_blocks(2)
+    for index, block in enumerate(blocks):
+        a.cache(block, index)
+        a.write(block, a.content(index, 0))
+    a.mark_computed()
+    a.pool.free_blocks(blocks[:1])
+    a.pool.give_back_idle(1)  # which puts the first on the host
+    while device.queue:
+        device.run_to(device.queue[0])
+    a.pool.free_blocks(blocks[1:])
+
+    def hit() -> None:
+        assert a.pool.get_cached_block(HASHES[0], [0])
+
+    steps = [a.pool.link.copy_ahead, hit]
+    for step in steps if arrives_last else reversed(steps):
+        step()
+    assert 2 == len(device.queue)
+    taken = a.pool.get_new_blocks(a.pool.get_num_free_blocks() - 1)
+    assert blocks[1] in taken
+    a.pool.link.precede_compute()
+    assert not device.queue

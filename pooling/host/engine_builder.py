@@ -21,7 +21,6 @@ from tokenpool.host.host_room import check_host_memory
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.load.build_lane import BuildLane
-from tokenpool.host.load.compile_key import share_compiled_code
 from tokenpool.host.load.device_choice import (
     WORKERS,
     EngineMemory,
@@ -145,7 +144,6 @@ class EngineBuilder:
         drafts = spec.vllm_config.speculative_config
         if drafts is not None and drafts.method == "ngram":
             keep_thread_count()
-        share_compiled_code(spec.vllm_config)
         cache = spec.vllm_config.cache_config
         cache.kv_cache_layout = LAYOUT
         cache.kv_cache_memory_bytes = self._allocator.arena.span_bytes

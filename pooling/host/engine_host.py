@@ -189,7 +189,8 @@ class EngineHost:
 
     def nap_s(self) -> float | None:
         """How long the loop sleeps unless it is woken, after a `run_once` without a step; None = until it is woken."""
-        if self.budget.is_parked or all(hosted.asleep is not None for hosted in self._active.values()):
+        asleep = all(hosted.asleep is not None for hosted in self._active.values())
+        if self.budget.is_parked or (asleep and not self.swapper.has_unsaved):
             return None
         self._naps = min(self._naps + 1, 8)
         return min(_NAP_S * 2 ** (self._naps - 1), _LONGEST_NAP_S)
@@ -215,6 +216,7 @@ class EngineHost:
         self._relief.review()
         hosted, admit = self._choose() or (None, False)
         if hosted is None or not self._make_ready(hosted):
+            self.swapper.copy_ahead()
             return False
         if hosted is not self._current:
             self._switch_to(hosted)
@@ -250,6 +252,7 @@ class EngineHost:
 
     def _after_step(self, hosted: HostedModel) -> None:
         self.swapper.after_step(hosted)
+        self.swapper.copy_ahead()
         hosted.core.forget_finished()
         if not hosted.core.has_work():
             self._active.pop(hosted.name, None)

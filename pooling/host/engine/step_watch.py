@@ -35,7 +35,8 @@ class StepWatch:
         manager.allocate_slots = self._allocate_or_note
 
     def _schedule_and_keep(self, *args: Any) -> Any:
-        transit = getattr(self._scheduler.kv_cache_manager.block_pool, "transit", None)
+        pool = self._scheduler.kv_cache_manager.block_pool
+        transit, link = getattr(pool, "transit", None), getattr(pool, "link", None)
 
         def schedule() -> Any:
             if transit is None:
@@ -43,6 +44,9 @@ class StepWatch:
             return schedule_arrived(self._scheduler, transit, lambda: self._schedule(*args))
 
         self.scheduled = self._hold.schedule(schedule)
+        if link is not None:
+            link.step_scheduled(self.scheduled)
+            link.precede_compute()
         self.in_flight.append(self.scheduled)
         return self.scheduled
 
@@ -52,6 +56,8 @@ class StepWatch:
         if failed:
             _name_grammars(outputs, failed)
         self.in_flight = [output for output in self.in_flight if output is not scheduler_output]
+        if (link := getattr(self._scheduler.kv_cache_manager.block_pool, "link", None)) is not None:
+            link.step_computed(scheduler_output)
         self.results += scheduler_output.total_num_scheduled_tokens > 0
         return outputs
 

@@ -33,6 +33,8 @@ CALLS = {
     "cuMemSetAccess": 4,
     "cuMemHostAlloc": 2,
     "cuMemFreeHost": 1,
+    "cuMemHostRegister": 3,
+    "cuMemHostUnregister": 1,
     "cuMemsetD8Async": 4,
     "cuMemcpyHtoDAsync": 4,
     "cuMemcpyDtoHAsync": 4,
@@ -148,6 +150,14 @@ class CudaDriver:
     def unpin(self, address: int) -> None:
         """Free what `pin` gave."""
         self._on_device("cuMemFreeHost", address)
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Page-lock host memory that is there; its address and size need no alignment."""
+        self._on_device("cuMemHostRegister", address, nbytes, 0)
+
+    def unregister(self, address: int) -> None:
+        """End what `register` did."""
+        self._on_device("cuMemHostUnregister", address)
 
     # -- streams and events --------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ class SideCalls(Generic[_T]):
         with self._lock:
             worker = self._idle.pop() if self._idle else None
         worker = worker or _Worker(self._name, self._ended)
-        made = SideCall(worker, self._leave)
+        made: SideCall[_T] = SideCall(worker, self._leave)
         worker.jobs.put((call, made._answer))
         return made
 

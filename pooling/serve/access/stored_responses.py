@@ -82,8 +82,9 @@ class ResponseShelf:
     def _ended(self, owner: str, key: str) -> None:
         self._running.discard((owner, key))
         if key in self._sizes.get(owner, {}):
-            held = [store._items.get((owner, key)) for store in self.stores]
-            self._sizes[owner][key] += sum(_EVENT_BYTES * len(value[0]) for value in held if _is_stream(value))
+            held: list[Any] = [store._items.get((owner, key)) for store in self.stores]
+            num_events = sum([len(value[0]) for value in held if _is_stream(value)])
+            self._sizes[owner][key] += _EVENT_BYTES * num_events
             self._make_room(owner)
 
     def _make_room(self, owner: str) -> None:

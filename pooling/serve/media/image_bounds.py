@@ -107,5 +107,5 @@ class _AnsweredConnector(connector.MediaConnector):
 
 def bound_media() -> None:
     """Bound the images of all models of this process; a second call finds nothing to change."""
-    connector.ImageMediaIO = BoundedImageIO  # type: ignore[misc]
+    connector.ImageMediaIO = BoundedImageIO
     connector.MEDIA_CONNECTOR_REGISTRY.register("http")(_AnsweredConnector)

@@ -88,4 +88,4 @@ def _size_of(audio: str) -> int:
 
 def bound_realtime() -> None:
     """Bound the realtime connections of all models of this process; a second call finds nothing to change."""
-    api_router.RealtimeConnection = BoundedConnection  # type: ignore[misc]
+    api_router.RealtimeConnection = BoundedConnection

@@ -10,7 +10,6 @@ from typing import Any
 
 from tokenpool.patches.base import Patch, known
 
-
 _WITHOUT_KERNELS = ("llvmlite", "numba")
 """Packages that are not searched for kernels: an object of the first one has something else as its __dict__."""
 

@@ -161,6 +161,7 @@ KINDS: dict[str, Callable[[], PretrainedConfig]] = {
     "llava": tiny_multimodal.llava,
     "whisper": tiny_multimodal.whisper,
     "rerank": _rerank,
+    "qwen3_next_wide": tiny_hybrids.qwen3_next_wide,
 }
 """Kind -> builder of its config."""
 _AUTO_CLASSES = {"rerank": "AutoModelForSequenceClassification"}

@@ -15,7 +15,7 @@ from tokenpool.serve.launch.flags import changed_flags
 
 _OUTSIDE = "serve it with plain vLLM outside the pool"
 
-DRAFTERS = ("ngram", "draft_model", "eagle", "medusa", "mtp")
+DRAFTERS = ("ngram", "draft_model", "eagle", "eagle3", "medusa", "mtp")
 """Methods of speculative decoding that can be pooled, by vLLM's names."""
 
 _ONLY_ASKED_FOR = ("--grpc-port", "--data-parallel-multi-port-external-lb")

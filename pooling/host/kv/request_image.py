@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from vllm.v1.request import Request, RequestStatus
 
-from tokenpool.memory.kv_tier import HostKVTier
+from tokenpool.memory.kv_tier import HostKVTier, OfferedBlock
 
 MARK = b"request image "
 """How keys begin; those of cached blocks are hashes and no text."""
@@ -61,9 +61,9 @@ def give_up(core: Any, pool: Any, tier: HostKVTier, request_id: str) -> list[byt
     blocks = [blocks[index] for blocks, (_, index, _) in zip(held, places, strict=True)]
     if pool.transit is not None:
         pool.transit.wait_for(blocks)
-    for key, block in zip(keys, blocks, strict=True):
-        if not tier.offer(model, key, None, pool.address_of(block.block_id), pool.view.block_bytes):
-            break
+    offered = [OfferedBlock(key, None, pool.address_of(b.block_id)) for key, b in zip(keys, blocks, strict=True)]
+    if (copies := tier.offer(model, offered, pool.view.block_bytes)) is not None:
+        copies.wait()
     if not all(key in tier.entries_of(model) for key in keys):  # one may have made room for another
         forget(tier, model, keys)
         return []
@@ -119,17 +119,17 @@ class Arrivals:
     def _fill(self, request: Request) -> bool:
         """Copy the image into the request's blocks; False if a part of it is gone, or the device takes no copy."""
         managers, model = _managers(self._scheduler), self._pool.view.owner
-        keys = []
+        addresses = {}
         for group, index, key in _places(self._scheduler, request):
             block = managers[group].req_to_blocks[request.request_id][index]
             if block.is_null or key not in self._stored:  # their memory went to blocks that made room for these
                 return False
-            try:
-                self._tier.load(model, key, self._pool.address_of(block.block_id))
-            except OSError:
-                return False
-            keys.append(key)
-        forget(self._tier, model, keys)
+            addresses[key] = self._pool.address_of(block.block_id)
+        try:
+            self._tier.begin_load(model, addresses).wait()
+        except OSError:
+            return False
+        forget(self._tier, model, list(addresses))
         return True
 
     def _keys(self, request: Request) -> list[bytes]:

@@ -48,9 +48,9 @@ class Tried:
 
     @property
     def page(self) -> int:
-        """Smallest page that holds a block."""
-        page_size = SMALL_PAGE
-        while page_size < self.facts["block_bytes"]:
+        """Smallest page that holds a block, wherever in a row of them it begins."""
+        page_size, block = SMALL_PAGE, self.facts["block_bytes"]
+        while block and page_size % block and page_size < 2 * block:
             page_size *= 2
         return page_size
 
@@ -59,8 +59,13 @@ class Tried:
         return -(-self.facts["weight_bytes"] // page_size)
 
     def pages_to_serve(self, page_size: int) -> int:
-        """Pages of its weights and of the KV of one request, with one for what lies across two."""
-        return self.pages(page_size) + -(-self.facts["request_bytes"] // page_size) + 1
+        """Pages of its weights and of the KV of one request, of which a page may hold no part of a block."""
+        block = self.facts["block_bytes"]
+        if not block:
+            return self.pages(page_size) + 1
+        whole, rest = divmod(page_size, block)
+        in_a_page = whole if rest == 0 else max(1, (page_size - block + 1) // block)
+        return self.pages(page_size) + -(-self.facts["request_bytes"] // block // in_a_page) + 1
 
 
 def make_all(names: Sequence[str], folder: Path) -> dict[str, str]:

@@ -127,7 +127,7 @@ DENSE = {
 EXPERTS = {
     "afmoe": Kind("Afmoe", {**_FEW_EXPERTS, "score_func": "sigmoid", "num_dense_layers": 1, "sliding_window": 64,
                             "layer_types": [SLIDING, FULL]}),
-    "axk1": Kind("AXK1", _DEEPSEEK, args=_BLOCK16),
+    "axk1": Kind("AXK1", {**_DEEPSEEK, "first_k_dense_replace": 0}, args=_BLOCK16),
     "cohere2_moe": Kind("Cohere2Moe", {**_FEW_EXPERTS, "logit_scale": 1.0, "sliding_window": 64,
                                        "layer_types": [SLIDING, FULL]}),
     "deepseek_v3": Kind("DeepseekV3", {**_DEEPSEEK, "q_lora_rank": 64, "topk_method": "noaux_tc"}, args=_BLOCK16),

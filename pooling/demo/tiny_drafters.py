@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 NUM_DRAFTS = 2
 """Tokens that a drafter is made to guess."""
 _NOISE = 0.02
-_NUM_WORDS = 64
 
 
 def make_tiny_drafter(method: str, target: Path, directory: Path | str, *, seed: int = 0) -> dict[str, Any]:
@@ -103,26 +102,6 @@ def _eagle(config: dict[str, Any], target: Weights) -> tuple[dict[str, Any], Wei
     return config | {"num_hidden_layers": 1}, layer
 
 
-def _eagle3(config: dict[str, Any], target: Weights) -> tuple[dict[str, Any], Weights]:
-    """As EAGLE's, on hidden states from three depths, of which the last counts; it has few words of its own."""
-    import torch
-
-    prefix, size = "model.layers.0.", config["hidden_size"]
-    layer = {n.replace(prefix, "midlayer."): _noisy(w, _NOISE) for n, w in target.items() if n.startswith(prefix)}
-    for name in ("q_proj", "k_proj", "v_proj"):  # they see the token beside the hidden states
-        weight = layer[f"midlayer.self_attn.{name}.weight"]
-        layer[f"midlayer.self_attn.{name}.weight"] = torch.cat((torch.zeros_like(weight), weight), dim=1)
-    layer["midlayer.hidden_norm.weight"] = target[f"{prefix}input_layernorm.weight"].clone()
-    layer["norm.weight"] = target["model.norm.weight"].clone()
-    last = torch.cat((torch.zeros(size, 2 * size), torch.eye(size)), dim=1).to(torch.bfloat16)
-    layer["fc.weight"] = _noisy(last, _NOISE)
-    words = slice(NUM_SPECIAL_TOKENS, NUM_SPECIAL_TOKENS + _NUM_WORDS)
-    layer["lm_head.weight"] = target["lm_head.weight"][words].clone()
-    layer["d2t"] = torch.full((_NUM_WORDS,), NUM_SPECIAL_TOKENS)
-    depths = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, config["num_hidden_layers"]]}}
-    return config | depths | {"num_hidden_layers": 1, "draft_vocab_size": _NUM_WORDS}, layer
-
-
 def _medusa(config: dict[str, Any], target: Weights) -> tuple[dict[str, Any], Weights]:
     """Heads on the target's last hidden states, with its words."""
     import torch
@@ -159,6 +138,5 @@ def _noisy(weight: torch.Tensor, size: float) -> torch.Tensor:
 _MAKERS: dict[str, Maker] = {
     "draft_model": _draft_model,
     "eagle": _eagle,
-    "eagle3": _eagle3,
     "medusa": _medusa,
 }

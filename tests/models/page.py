@@ -38,12 +38,16 @@ device memory that is filled with NaN when something leaves it. Tokens and logpr
 | evictions | how often its weights, and KV that was in use, left the device meanwhile |
 | features | what the class takes: LoRA adapters, a prefix cache (as vLLM chooses), media; how it is quantised; {ran} |
 
-"one by one": plain vLLM itself gives this kind other tokens, or other logprobs, in a batch than alone, so that its
-requests were sent one after the other, without prefix cache, and compared with plain vLLM's answers to the same.
+"one by one": plain vLLM itself gives this kind other tokens, or other logprobs, alone, or when requests come later than
+others, so that its requests were sent one after the other, without prefix cache, and compared with plain vLLM's answers
+to the same.
 "few tokens": a stream has fewer than {few} different tokens and proves little.
 """
 _COLUMNS = "| kind | class | plain | pooled | equal | evictions | features |\n|---|---|---|---|---|---|---|"
 _CLOSE = f"`≈`: so many of these differ by at most {NOISE:g}"
+_NOTHING_TO_COMPARE = """So that there is nothing to compare with.
+On CUDA a pool refuses none of these for layers that keep a state (Mamba 1, as in Jamba, Kimi's delta attention,
+convolutions); none of them is tested."""
 _RAN = "in bold what ran too and was equal: an adapter beside requests without, or drafts by n-grams"
 
 
@@ -100,7 +104,7 @@ def page(told: Mapping[str, Any]) -> str:
     refused = {name: e for name, e in entries.items() if e.get("plain") and not e.get("pooled")}
     parts += _reasons("Refused by the pool", "Plain vLLM runs these.", refused)
     not_plain = {name: e for name, e in entries.items() if not e.get("plain")}
-    parts += _reasons("Not run by plain vLLM on a CPU", "So that there is nothing to compare with.", not_plain)
+    parts += _reasons("Not run by plain vLLM on a CPU", _NOTHING_TO_COMPARE, not_plain)
     parts += _differing(entries)
     return "\n".join(parts)
 

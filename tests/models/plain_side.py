@@ -12,6 +12,9 @@ from typing import Any
 from tests.helpers.plain import ENGINE_ARGS, Case, RequestSpec, Result, generate, prepare, use_plain_gemm
 from tests.models.forks import serve_pieces
 
+GAP = 7
+"""Steps between two requests where they are staggered: a prompt then shares a step with tokens of others."""
+
 
 def case_of(fields: dict[str, Any]) -> Case:
     """A case that was written as JSON."""
@@ -31,12 +34,13 @@ def _work(piece: dict[str, Any]) -> dict[str, Any]:
     case = case_of(piece["case"])
     llm = LLM(case.model, **ENGINE_ARGS | case.engine_args)
     facts = _facts(llm)
-    if piece["alone"]:
+    how = piece.get("how", "alone" if piece.get("alone") else "batch")
+    if how == "alone":
         results: dict[str, Result] = {}
         for request in case.requests:
             results |= generate(llm, replace(case, requests=[request]))
     else:
-        results = generate(llm, case)
+        results = generate(llm, case, gap=GAP if how == "staggered" else 0)
     return {"facts": facts, "results": {name: asdict(result) for name, result in results.items()}}
 
 

@@ -18,7 +18,7 @@ QUANTISED = {
     "q_w4a16": Kind("Llama", scheme="w4a16"),
     "q_gptq": Kind("Llama", scheme="gptq"),
     "q_awq": Kind("Llama", scheme="awq"),
-    "q_fp8": Kind("Phi3", without=("head_dim",), scheme="fp8_native"),
+    "q_fp8": Kind("Llama", scheme="fp8_native"),
     "q_fp8_blocks": Kind("Llama", {"num_key_value_heads": 4}, scheme="fp8_blocks"),
     "q_fp8_online": Kind("Llama", args={"quantization": "fp8"}),
     "q_kv_fp8": Kind("Llama", args={"kv_cache_dtype": "fp8"}),

@@ -89,13 +89,14 @@ def case_of(name: str, kind: Kind, folder: Path) -> Case:
     return Case(name, str(folder / name), {"max_model_len": 512, **kind.args}, made)
 
 
-def run_plain(cases: Iterable[Case], folder: Path, *, alone: bool = False, movable: bool = True) -> dict[str, Answer]:
-    """Each case in plain vLLM; `alone`: its requests one after the other, none from a prefix cache.
+def run_plain(cases: Iterable[Case], folder: Path, *, how: str = "batch", movable: bool = True) -> dict[str, Answer]:
+    """Each case in plain vLLM, its requests at once; or `alone`, one after the other, none from a prefix cache; or
+    `staggered`, each some steps after the one before.
 
     Its linear layers have the kernels of weights that are `movable`.
     """
-    common = {"alone": alone, "plain_gemm": movable}
-    pieces = [{"name": case.name, "case": _fields(case, alone), **common} for case in cases]
+    common = {"how": how, "plain_gemm": movable}
+    pieces = [{"name": case.name, "case": _fields(case, how == "alone"), **common} for case in cases]
     return run_pieces("tests.models.plain_side", pieces, folder, PLAIN_LIMIT_S, VLLM_PLUGINS="")
 
 
@@ -208,19 +209,23 @@ def _alone(entries: dict[str, Answer], tried: dict[str, Tried], folder: Path) ->
     differ = [one for name, one in tried.items() if name in entries and entries[name].get("same") is False]
     if not differ:
         return
-    answers = run_plain([one.case for one in differ], folder / "plain-alone", alone=True)
+    cases = [one.case for one in differ]
+    answers = run_plain(cases, folder / "plain-alone", how="alone")
+    staggered = run_plain(cases, folder / "plain-staggered", how="staggered")
     ran = [(one, answers[one.case.name]) for one in differ if "error" not in answers[one.case.name]]
     groups = [[replace(one, results=a["results"]), *_twins(one)] for one, a in ran]
     pools = run_pools(groups, folder / "pools-alone", alone=True)
-    for (one, answer), (single, _), pool in zip(ran, groups, pools, strict=True):
+    for (one, answer), (single, *_), pool in zip(ran, groups, pools, strict=True):
         own = compare(one.results, answer["results"])
+        later = compare(one.results, staggered[one.case.name].get("results", {}))
         noise = {
             "plain_alone": own.equal + own.close,
-            "plain_noise": own.largest,
+            "plain_staggered": later.equal + later.close,
+            "plain_noise": max(own.largest, later.largest),
             "in_batch": entries[one.case.name]["equal"],
         }
-        if own.same and own.equal == own.total:
-            continue  # plain vLLM gives the same alone and in a batch: the difference is the pool's
+        if own.equal == own.total == later.equal:
+            continue  # plain vLLM gives the same however requests meet: the difference is the pool's
         _note(entries, [single], pool)
         entries[one.case.name] |= {**noise, "alone": True}
 

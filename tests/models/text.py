@@ -51,7 +51,7 @@ DENSE = {
     "bitnet": Kind("BitNet"),
     "bloom": Kind(
         "Bloom", {"n_layer": 2, "n_head": 4, "hidden_size": 128, "tie_word_embeddings": True}, without=_NO_GROUPS,
-        factors={"dense_4h_to_h.weight": 8.0, "self_attention.dense.weight": 8.0},
+        factors={"dense_4h_to_h.weight": 16.0, "self_attention.dense.weight": 16.0, "query_key_value.weight": 4.0},
     ),
     "cohere": Kind("Cohere", {"logit_scale": 1.0}),
     "cohere2": Kind("Cohere2", {"logit_scale": 1.0, "sliding_window": 64, "layer_types": [SLIDING, FULL]}),
@@ -60,7 +60,7 @@ DENSE = {
     "exaone4": Kind("Exaone4", {"sliding_window": 64, "layer_types": [SLIDING, FULL]}),
     "falcon": Kind("Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, without=_NO_HEAD_DIM),
     "falcon_alibi": Kind("Falcon", {"alibi": True, "multi_query": False, "bias": True}, without=_NO_HEAD_DIM),
-    "gemma": Kind("Gemma", {"tie_word_embeddings": True}),
+    "gemma": Kind("Gemma", {"tie_word_embeddings": True}, factors={"embed_tokens.weight": 0.25}),
     "gemma2": Kind(
         "Gemma2", {"tie_word_embeddings": True, "sliding_window": 64, "query_pre_attn_scalar": 32},
         factors={"q_proj.weight": 4.0},
@@ -73,6 +73,7 @@ DENSE = {
             "num_kv_shared_layers": 2, "laurel_rank": 16, "altup_num_inputs": 2, "intermediate_size": [256] * 4,
             "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
         },
+        factors={"embed_tokens.weight": 0.3},
     ),
     "gemma4": Kind(
         "Gemma4Text",
@@ -81,6 +82,7 @@ DENSE = {
             "sliding_window": 64, "vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 32,
             "num_kv_shared_layers": 0, "global_head_dim": 32,
         },
+        factors={"embed_tokens.weight": 0.3},
     ),
     "glm": Kind("Glm"),
     "glm4": Kind("Glm4"),
@@ -92,7 +94,10 @@ DENSE = {
         "GPTBigCode", {"n_positions": 2048, "tie_word_embeddings": True}, without=_NO_GROUPS,
         factors={"c_proj.weight": 8.0},
     ),
-    "gpt_neox": Kind("GPTNeoX", without=_NO_GROUPS),
+    "gpt_neox": Kind(
+        "GPTNeoX", without=_NO_GROUPS,
+        factors={"query_key_value.weight": 4.0, "dense.weight": 4.0, "dense_4h_to_h.weight": 4.0},
+    ),
     "gptj": Kind("GPTJ", {"rotary_dim": 16, "n_positions": 2048}, without=_NO_GROUPS),
     "granite": Kind("Granite", _MULTIPLIERS),
     "granite_swa": Kind("GraniteSWA", {**_MULTIPLIERS, "sliding_window": 64, "layer_types": [SLIDING, FULL]}),

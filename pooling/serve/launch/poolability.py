@@ -16,7 +16,7 @@ from tokenpool.serve.launch.plugged_formats import check_format
 
 _OUTSIDE = "serve it with plain vLLM outside the pool"
 
-DRAFTERS = ("ngram", "draft_model", "eagle", "eagle3", "medusa", "mtp")
+DRAFTERS = ("ngram", "draft_model", "eagle", "medusa", "mtp")
 """Methods of speculative decoding that can be pooled, by vLLM's names."""
 
 _ONLY_ASKED_FOR = ("--grpc-port", "--data-parallel-multi-port-external-lb")

@@ -157,7 +157,8 @@ KINDS: dict[str, Callable[[], PretrainedConfig]] = {
 """Kind -> builder of its config."""
 
 ENGINE_ARGS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"block_size": 16},
+    # With AMX vLLM would take AMX_MLA, which a pool refuses.
+    "deepseek_v2": {"block_size": 16, "attention_backend": "CPU_MLA"},
     "embed": {"runner": "pooling"},
     # With its prefix cache vLLM 0.32 ends at the first request of such a model on the CPU.
     **{kind: {"enable_prefix_caching": False} for kind in ("mamba2", "granite_hybrid", "nemotron_h", "falcon_h1")},

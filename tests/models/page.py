@@ -26,9 +26,10 @@ Which kinds of model a pool serves, each tried with random weights against plain
 page from `bench/results/models_cpu.json`; a kind that has not run is not listed.
 
 Each kind is a tiny checkpoint, made on the spot from a config class of transformers, of an architecture that vLLM
-serves. {requests} requests, greedy and sampled in turns, run in plain vLLM, one process per kind. The same requests run
-in a pool on memory for the largest model and a few pages more, with up to {group} kinds, a random turn policy, and
-device memory that is filled with NaN when something leaves it. Tokens and logprobs must be the same to the last bit.
+serves. {requests} requests, greedy and sampled in turns, or {texts} texts where vectors come of them, run in plain
+vLLM, one process per kind. The same requests run in a pool on memory for the largest model and a few pages more, with
+up to {group} kinds, a random turn policy, and device memory that is filled with NaN when something leaves it. Tokens
+and logprobs must be the same to the last bit.
 
 | column | meaning |
 |---|---|
@@ -87,9 +88,10 @@ def summary(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def page(told: Mapping[str, Any]) -> str:
     """The page of some results."""
-    from tests.models.run import GROUP, NUM_REQUESTS
+    from tests.models.run import GROUP, NUM_REQUESTS, NUM_TEXTS
 
-    head = _HEAD.format(requests=NUM_REQUESTS, group=GROUP, vllm=told["vllm"], close=_CLOSE, ran=_RAN, few=FEW_TOKENS)
+    words = {"requests": NUM_REQUESTS, "texts": NUM_TEXTS, "group": GROUP, "vllm": told["vllm"], "few": FEW_TOKENS}
+    head = _HEAD.format(close=_CLOSE, ran=_RAN, **words)
     versions = f"vLLM {told['vllm']}, transformers {told['transformers']}, torch {told['torch']}"
     parts = [head, f"{versions}; `{told['result']}`\n"]
     entries = told["kinds"]

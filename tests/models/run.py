@@ -30,7 +30,7 @@ from tests.models.table import KINDS
 from tests.models.verdict import compare, distinct_tokens
 
 FOLDER = ROOT / "build" / "models"
-NUM_REQUESTS, NUM_TOKENS = 4, 40
+NUM_REQUESTS, NUM_TOKENS, NUM_TEXTS = 4, 40, 8
 BATCH, GROUP = 16, 6
 PLAIN_LIMIT_S, POOL_LIMIT_S = 90.0, 240.0
 SMALL_PAGE = 256 << 10
@@ -81,7 +81,8 @@ def make_all(names: Sequence[str], folder: Path) -> dict[str, str]:
 
 def case_of(name: str, kind: Kind, folder: Path) -> Case:
     """The requests of a kind: greedy and sampled ones in turns, some with the same beginning."""
-    made = mixed(NUM_REQUESTS, NUM_TOKENS)(name, list(KINDS).index(name), None)
+    count = NUM_REQUESTS if kind.task is None else NUM_TEXTS
+    made = mixed(count, NUM_TOKENS)(name, list(KINDS).index(name), None)
     if kind.task is not None:
         made = [replace(r, task=kind.task, temperature=0.0, seed=None) for r in made]
     if kind.media is not None:
@@ -107,7 +108,9 @@ def run_pools(
     pieces = []
     for index, group in enumerate(groups):
         page_size = max(tried.page for tried in group)
-        pages = max(tried.pages_to_serve(page_size) for tried in group) + 1 + len(group)
+        pages = max(tried.pages_to_serve(page_size) for tried in group) + 1
+        pages += sum(tried.facts["block_bytes"] > 0 for tried in group)  # for a null block each
+        pages += sum(-(-tried.facts["encoder_bytes"] // page_size) for tried in group)  # booked for each at any time
         if not movable:
             pages += 2 * sum(tried.pages(page_size) for tried in group)
         pieces.append(

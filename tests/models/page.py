@@ -23,7 +23,7 @@ Entries = dict[str, dict[str, Any]]
 _HEAD = """# Models
 
 Which kinds of model a pool serves, each tried with random weights against plain vLLM. `make test-models` writes this
-page from `bench/results/models_cpu.json`; a kind that has not run is not listed.
+page from `bench/results/models_cpu.json`, which merges runs of groups of kinds; a kind that has not run is not listed.
 
 Each kind is a tiny checkpoint, made on the spot from a config class of transformers, of an architecture that vLLM
 serves. {requests} requests, greedy and sampled in turns, or {texts} texts where vectors come of them, run in plain
@@ -45,6 +45,7 @@ to the same.
 "few tokens": a stream has fewer than {few} different tokens and proves little.
 """
 _COLUMNS = "| kind | class | plain | pooled | equal | evictions | features |\n|---|---|---|---|---|---|---|"
+_NOTE = "kinds ran in groups, some at earlier commits than others"
 _CLOSE = f"`≈`: so many of these differ by at most {NOISE:g}"
 _NOTHING_TO_COMPARE = """So that there is nothing to compare with.
 On CUDA a pool refuses none of these for layers that keep a state (Mamba 1, as in Jamba, Kimi's delta attention,
@@ -58,7 +59,7 @@ def write(entries: Entries) -> None:
     known = [name for kinds in SECTIONS.values() for name in kinds]
     merged = {name: {**kept, **entries}[name] for name in known if name in kept or name in entries}
     packages = {name: version(name) for name in ("transformers", "torch")}
-    told = {"vllm": vllm_version(), **packages, "result": summary(merged), "kinds": merged}
+    told = {"note": _NOTE, "vllm": vllm_version(), **packages, "result": summary(merged), "kinds": merged}
     RESULTS.write_text(json.dumps(told, indent=1) + "\n")
     PAGE.write_text(page(told))
 

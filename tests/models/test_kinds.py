@@ -17,8 +17,8 @@ from tests.models.table import KINDS
 pytestmark = pytest.mark.vllm
 
 GENERATING = ("arcee", "cohere2", "falcon_alibi", "gemma3n", "granite_micro", "llama4", "zamba2")
-"""vLLM's backend for transformers, windows, biases by distance, layers that share KV, the class of a hybrid with attention
-alone, attention in chunks with experts, states. Latent KV is in test_token_exactness."""
+"""vLLM's backend for transformers, windows, biases by distance, layers that share KV, the class of a hybrid with
+attention alone, attention in chunks with experts, states. Latent KV is in test_token_exactness."""
 OTHERS = ("bert", "xlmr_seqcls", "q_gptq", "q_w4a16")
 """Vectors, scores, 4-bit weights in two formats."""
 FEW = GENERATING + OTHERS

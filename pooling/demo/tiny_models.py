@@ -168,7 +168,8 @@ _AUTO_CLASSES = {"rerank": "AutoModelForSequenceClassification"}
 """Where it is not a model that writes text."""
 
 ENGINE_ARGS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"block_size": 16},
+    # With AMX vLLM would take AMX_MLA, which a pool refuses.
+    "deepseek_v2": {"block_size": 16, "attention_backend": "CPU_MLA"},
     "embed": {"runner": "pooling"},
     "rerank": {"runner": "pooling"},
     # With its prefix cache vLLM 0.32 ends at the first request of such a model on the CPU.

@@ -66,7 +66,7 @@ class Slack:
     where the last term is the time to catch up. If the costs exceed H, models are given up for now, lowest priority
     first and then lowest gain/cost, until they do not.
 
-    All take their part. The gain of a model grows by the factor exp(g/H), where g counts the seconds in which it was
+    All take their part. The gain of a model grows by the factor exp(g/2H), where g counts the seconds in which it was
     given up lately, and it gathers requests: so it is taken in again, and others have their turn to wait. A late model
     that is taken in stays until it has caught up, or for 30 s: else its copy would be for nothing.
 
@@ -297,7 +297,7 @@ class _Overload:
         self, view: ModelView, slack_s: float, gain_per_s: float, cost_s: float
     ) -> tuple[int, float, int, float, str]:
         """The model that sorts first is given up first."""
-        weight = math.exp(self._left_s.get(view.model, 0.0) / self._horizon_s)
+        weight = math.exp(self._left_s.get(view.model, 0.0) / (2 * self._horizon_s))
         if view.model in self._safe_until_s:
             weight *= _SAFE_WEIGHT
         return view.priority, gain_per_s * weight, -view.index, cost_s, view.model

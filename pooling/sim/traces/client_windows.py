@@ -110,12 +110,12 @@ def _window(row: dict[str, str], line: int, source: str) -> ClientWindow:
         start_s, rate, shape = (float(row[name]) for name in ("window_start_s", "rate_rps", "param1"))
         distribution = row["distribution"].strip().lower()
         is_known = distribution in ("gamma", "weibull") and bool(row["client"])
-        if not (is_known and 0 <= start_s < math.inf and 0 <= rate < math.inf and 0.05 <= shape < math.inf):
+        if not (is_known and 0 <= start_s < math.inf and 0 <= rate < math.inf and 0.005 <= shape < math.inf):
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError):
         problem = (
             "broken row: expected a client, window_start_s and rate_rps from 0, the distribution Gamma or Weibull, "
-            "and its shape from 0.05 as param1"
+            "and its shape from 0.005 as param1"
         )
         raise ConfigError(problem, key=f"line {line}", source=source) from None
     return ClientWindow(f"client-{row['client']}", start_s, rate, distribution, shape)

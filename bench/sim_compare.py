@@ -14,8 +14,8 @@ Each part is a question; `--parts` chooses some of them, and `--keep FILE` takes
     fidelity     Does the simulator agree with that of Aegaeon's artifact where it does the same thing? Needs --data DIR
                  with the artifact's requests and results (`sim_effective/*.csv`, `results_sim.csv`).
                  [fidelity_max_points: largest difference of token attainment, any policy and load]
-    production   How many GPUs does a production-shaped trace need for 99 % of tokens on time, with dedicated instances
-                 and pooled? [gpus_saved_pct]
+    production   How many GPUs does a production-shaped trace need for 99 % of the tokens of every model on time, with
+                 dedicated instances and pooled, and two published traces, if --traces DIR has them? [gpus_saved_pct]
     sensitivity  What do the link, prefetch, resident models, burstiness and skew change, at one load?
     scale        200 GPUs and 1,000 models for ten minutes: how fast is the simulator? [events_per_s]
 
@@ -42,11 +42,11 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.parts import common, sim_sensitivity
+from bench.parts import common, gpus_saved, sim_sensitivity
 from bench.parts.fidelity import fidelity
 from bench.parts.sim_sensitivity import GPU, LINK_BYTES_PER_S, NUM_GPUS, costs_for
 from tokenpool.config import SLO
-from tokenpool.sim import generate, planner
+from tokenpool.sim import generate
 from tokenpool.sim.compared import bound
 from tokenpool.sim.compared.systems import System, run_system, system
 from tokenpool.sim.gpus import gpu
@@ -105,6 +105,7 @@ class SimCompare:
     hot: Sequence[Mapping[str, Any]]
     fidelity: Sequence[Mapping[str, Any]]
     production: Mapping[str, Any]
+    traced: Sequence[Mapping[str, Any]]
     sensitivity: Sequence[Mapping[str, Any]]
     scale: Mapping[str, Any]
 
@@ -116,6 +117,7 @@ def run(
     systems: Sequence[str],
     keep: Path | None,
     data: Path | None,
+    traces: Path | None,
     seeds: int,
     png: Path | None,
     seed: int,
@@ -136,7 +138,8 @@ def run(
         _plot(runs, png)
     hot = _hot(seed) if "hot" in parts else old.get("hot", [])
     limits = _bounds(seed, rates) if "bound" in parts else {}
-    production = _production(seed) if "production" in parts else old.get("production", {})
+    production = gpus_saved.production(seed) if "production" in parts else old.get("production", {})
+    traced = gpus_saved.traced(seed, traces) if "production" in parts and traces else old.get("traced", [])
     scale = _scale(seed) if "scale" in parts else old.get("scale", {})
     best = {rate: strict.get(f"aegaeon_best_r{rate}") for rate in RATES}
     return SimCompare(
@@ -154,6 +157,7 @@ def run(
         hot=hot,
         fidelity=fit,
         production=production,
+        traced=traced,
         sensitivity=sim_sensitivity.rows(seed) if "sensitivity" in parts else old.get("sensitivity", []),
         scale=scale,
     )
@@ -287,15 +291,6 @@ def _bounds(seed: int, rates: Sequence[float]) -> dict[str, int]:
     return found
 
 
-def _production(seed: int) -> dict[str, Any]:
-    """The shape of Aegaeon's deployment, twice as many models: 56 on one GPU each, 38 on four."""
-    workload = generate.deployed(2, 900.0, seed=seed)
-    made = planner.plan(workload, costs_for(workload), gpu(GPU), SLO_10S, target=0.99)
-    saved = made.saved_frac("slack")
-    common.progress(f"production: {saved} of the GPUs saved")
-    return made.to_json() | {"gpus_saved_pct": None if saved is None else 100 * saved}
-
-
 def _scale(seed: int) -> dict[str, Any]:
     workload = generate.artifact_like(1000, 0.037, 600.0, seed)
     made = system("slack", 200, GPU, LINK_BYTES_PER_S)
@@ -341,6 +336,7 @@ def main() -> None:
     add("--systems", type=lambda text: text.split(","), default=systems.split(","), help=f"of {systems}")
     add("--keep", type=Path, metavar="FILE", help="result of an earlier run: what is not run now is taken from it")
     add("--data", type=Path, help="folder with the artifact's requests and results, for the part fidelity")
+    add("--traces", type=Path, help="folder with published traces, for the part production")
     add("--seeds", type=int, default=2, help="workloads per number of models (default: %(default)s)")
     add("--png", type=Path, help="draw the worst model over models into this file")
     flags = parser.parse_args()

@@ -46,6 +46,12 @@ class SimResult:
     """Simulated seconds up to the last token."""
     window_s: tuple[float, float] = (0.0, math.inf)
     """Arrival times from and up to which requests are measured. What devices did is of the whole run."""
+    is_stopped: bool = False
+    """Too much was missed already: the run was ended, and what had not arrived by then counts nowhere."""
+    host_bytes_per_node: float = 0.0
+    """Most weights in the host memory of one node at a time, where hosts have seats; 0 elsewhere."""
+    placement: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    """Devices that each model began on, where hosts have seats."""
     models: dict[str, list[int]] = field(default_factory=dict, repr=False)
     """Tokens that were asked for, and those on time, by model."""
     open: set[Timeline] = field(default_factory=set, repr=False)

@@ -29,8 +29,9 @@ def add_command(commands: argparse._SubParsersAction[Parser], summary: str) -> N
     )
     add_inputs(parser, "--trace")
     add = parser.add_argument
-    target = "share of the tokens of each model on time (default: %(default)s)"
-    add("--target", type=float, default=0.99, metavar="FRAC", help=target)
+    add("--target", type=float, default=0.99, metavar="FRAC", help="share of tokens on time (default: %(default)s)")
+    of_model = "share of the tokens of every model, at least (default: %(default)s)"
+    add("--model-target", type=float, default=0.9, metavar="FRAC", help=of_model)
     add("--price", type=float, metavar="N", help="of a GPU for an hour, in any currency: adds what 30 days cost")
     add("--max-requests", type=int, default=20_000, metavar="N", help="simulate the first N (default: %(default)s)")
     add("--png", type=Path, metavar="FILE", help="draw attainment over GPUs there; needs matplotlib")
@@ -39,7 +40,11 @@ def add_command(commands: argparse._SubParsersAction[Parser], summary: str) -> N
 def run(flags: argparse.Namespace) -> int:
     """Print the plan; raises ConfigError for settings and files that cannot be."""
     workload, costs = read_inputs(flags, flags.trace)
-    limits = {"link_bytes_per_s": flags.link_gbs * 1e9, "max_requests": flags.max_requests}
+    limits = {
+        "model_target": min(flags.model_target, flags.target),
+        "link_bytes_per_s": flags.link_gbs * 1e9,
+        "max_requests": flags.max_requests,
+    }
     if flags.price is not None and not 0 <= flags.price < math.inf:
         raise ConfigError(f"must be 0 or more, not {flags.price}", key="--price")
     begun = time.perf_counter()
@@ -60,7 +65,8 @@ def describe(answer: Plan, price: float | None = None) -> str:
     cost = f" {'30 days':>10}" if price is not None else ""
     lines = [
         f"{answer.num_models} models, {answer.num_simulated} of {answer.num_requests} requests simulated, "
-        f"{100 * answer.target:g} % of the tokens of each model on time wanted, on {answer.gpu}",
+        f"{100 * answer.target:g} % of tokens on time wanted and {100 * answer.model_target:g} % of every model's, "
+        f"on {answer.gpu}",
         f"{'system':15} {'GPUs':>6} {'N+1':>6} {'saved':>7} {'on time':>8} {'worst':>8} {'free':>6}{cost}  limited by",
     ]
     for name, found in answer.systems.items():

@@ -35,7 +35,7 @@ from tokenpool.sim.device import SimDevice
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.first_seats import first_seats
 from tokenpool.sim.live_measures import WINDOWS, Punctuality, Traffic
-from tokenpool.sim.result import SimResult
+from tokenpool.sim.result import MostMissed, SimResult
 from tokenpool.sim.router import FrontendRouter
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts, Workload
@@ -141,7 +141,7 @@ class LivePool(Cluster):
         *,
         drain_s: float = 600.0,
         window_s: tuple[float, float] = (0.0, _INF),
-        most_missed: Mapping[str, float] | None = None,
+        most_missed: MostMissed | None = None,
     ) -> SimResult:
         """See `Cluster.run`."""
         requests, settings = workload.requests, self._settings

@@ -108,6 +108,7 @@ class Plan:
     gpu: str
     slo: SLO
     target: float
+    model_target: float
     num_models: int
     num_requests: int
     """In the workload."""
@@ -144,6 +145,7 @@ class Plan:
             "ttft_s": self.slo.ttft_s,
             "tpot_s": self.slo.tpot_s,
             "target_pct": 100 * self.target,
+            "model_target_pct": 100 * self.model_target,
             "models": self.num_models,
             "requests": self.num_requests,
             "requests_simulated": self.num_simulated,

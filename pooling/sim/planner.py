@@ -25,7 +25,7 @@ from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.gpus import GpuSpec
 from tokenpool.sim.host_costs import HostCosts
 from tokenpool.sim.plan import GroupPlan, Plan, SystemPlan, Try
-from tokenpool.sim.result import SimResult
+from tokenpool.sim.result import MostMissed, SimResult
 from tokenpool.sim.workload import ModelCosts, Workload
 from tokenpool.units import format_bytes, format_count, format_seconds
 
@@ -44,18 +44,20 @@ def plan(
     slo: SLO,
     target: float = 0.99,
     *,
+    model_target: float = 0.9,
     link_bytes_per_s: float = LINK_BYTES_PER_S,
     max_requests: int = 20_000,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Find the least number of GPUs with which the share `target` of the tokens of every model is on time.
+    """Find the least number of GPUs with which `target` of all tokens and `model_target` of every model's are on time.
 
     Args:
         workload: models without a request count too, they need an instance.
         costs: by kind.
         gpu: all are of this kind.
         slo: of every model.
-        target: share of the tokens of each model on time, above 0 and at most 1.
+        target: share of all tokens on time, above 0 and at most 1; for dedicated instances that of each model.
+        model_target: share of the tokens of the model with the least; at most `target`.
         link_bytes_per_s: of copies from host memory to one device.
         max_requests: only the first so many are simulated.
         progress: told in one line what was tried, after each try.
@@ -68,13 +70,16 @@ def plan(
     device.
     """
     check_setting(0 < target <= 1, "target", f"must be above 0 and at most 1, not {show(target)}; 0.99 is 99 %")
+    problem = f"must be from 0 to the target {target:g}, not {show(model_target)}"
+    check_setting(0 <= model_target <= target, "model_target", problem)
     check_setting(link_bytes_per_s > 0, "link_bytes_per_s", f"must be above 0, not {show(link_bytes_per_s)}")
     check_setting(max_requests >= 1, "max_requests", f"must be at least 1, not {show(max_requests)}")
     check_setting(len(workload.requests) > 0, None, "there are no requests to plan for")
     check_costs(workload, costs, gpu)
     used = Workload(workload.requests[:max_requests], workload.kinds)
     groups = [
-        _Group(n, part, costs, slo, gpu, link_bytes_per_s, target, progress) for n, part in _by_num_gpus(used, costs)
+        _Group(n, part, costs, slo, gpu, link_bytes_per_s, (target, model_target), progress)
+        for n, part in _by_num_gpus(used, costs)
     ]
     dedicated = [group.dedicated() for group in groups]
     systems = {"dedicated": SystemPlan(tuple(dedicated))}
@@ -85,6 +90,7 @@ def plan(
         gpu=gpu.name,
         slo=slo,
         target=target,
+        model_target=model_target,
         num_models=len(workload.kinds),
         num_requests=len(workload.requests),
         num_simulated=len(used.requests),
@@ -118,17 +124,16 @@ class _Group:
         slo: SLO,
         gpu: GpuSpec,
         link_bytes_per_s: float,
-        target: float,
+        targets: tuple[float, float],
         progress: Callable[[str], None],
     ) -> None:
         self.gpus_per_instance = gpus_per_instance
-        self.workload, self.costs, self.slo, self._target, self._progress = workload, costs, slo, target, progress
+        self.workload, self.costs, self.slo, self._progress = workload, costs, slo, progress
+        self._target, self._model_target = targets
         self._gpu, self._link_bytes_per_s = gpu, link_bytes_per_s
         least = bound(workload, costs, slo)
         self._peak_devices = least.peak_gpus / gpus_per_instance
-        self._most_missed = dict.fromkeys(workload.kinds, 0.0)
-        for request in workload.requests:
-            self._most_missed[request.model] += (1 - target) * request.output_len + 1e-9
+        self._most_missed = _may_miss(workload, self._target, self._model_target)
         self.bound_devices = -(-least.num_gpus // gpus_per_instance) if workload.requests else 0
         self.least_devices = max(1, int(least.peak_gpus / gpus_per_instance / 2))
         """A pool of fewer is not tried."""
@@ -141,7 +146,8 @@ class _Group:
         for model, requests in parts.items():
             part = Workload(requests, {model: self.workload.kinds[model]})
             cap = min(_MAX_INSTANCES, len(requests))
-            runs, answer = _search(functools.partial(self._run_alone, part), self._is_enough, 1, cap, spare=False)
+            run_alone = functools.partial(self._run_alone, part, _may_miss(part, self._target, self._target))
+            runs, answer = _search(run_alone, self._is_enough, 1, cap, spare=False)
             instances[model] = answer or max(runs)
             is_enough = is_enough and answer is not None
             first.append(runs[1])
@@ -224,7 +230,8 @@ class _Group:
         return best
 
     def _is_enough(self, result: SimResult) -> bool:
-        return not result.is_stopped and result.worst_model >= self._target - 1e-9
+        is_enough = result.token_attainment >= self._target and result.worst_model >= self._model_target
+        return is_enough and not result.is_stopped
 
     def _run(
         self,
@@ -253,7 +260,7 @@ class _Group:
         made, costs_of = replace(described, specs=specs), (costs or self.costs).__getitem__
         return run_system(made, self.workload, costs_of, self.slo, most_missed=self._most_missed)
 
-    def _run_alone(self, workload: Workload, count: int) -> SimResult:
+    def _run_alone(self, workload: Workload, most_missed: MostMissed, count: int) -> SimResult:
         """Simulate `count` instances of the only model of `workload`."""
         charges = HostCosts()
         spec = DeviceSpec(self._gpu.pool_bytes, self._link_bytes_per_s, can_prefetch=False)
@@ -265,7 +272,16 @@ class _Group:
         for device in cluster.devices:
             for model in costs:
                 device.preload(model)
-        return cluster.run(workload, most_missed=self._most_missed)
+        return cluster.run(workload, most_missed=most_missed)
+
+
+def _may_miss(workload: Workload, target: float, model_target: float) -> MostMissed:
+    """Tokens that may be late, a rounding error more."""
+    counts = dict.fromkeys(workload.kinds, 0)
+    for request in workload.requests:
+        counts[request.model] += request.output_len
+    of_model = {model: (1 - model_target) * count + 1e-6 for model, count in counts.items()}
+    return MostMissed((1 - target) * sum(counts.values()) + 1e-6, of_model)
 
 
 def _search(
@@ -346,7 +362,8 @@ def _assumptions(
         "nothing fails and nothing is restarted; there is no spare GPU",
         "models share a device only with models of the same number of GPUs per instance; where models are and which "
         "of their devices gets a request is decided as in tokenpool, with what its frontend and controller know",
-        "dedicated instances hold their weights all the time; each model must reach the target, alone and in a pool",
+        "dedicated instances hold their weights all the time, and each model must reach the target; in a pool all tokens "
+        "together must, and each model its own target",
         f"a step holds at most {spec.max_batched_tokens} tokens and {spec.max_running} requests of one model, as vLLM "
         "by default; prompts are not cached",
     )

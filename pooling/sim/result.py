@@ -5,14 +5,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenpool.sim.timeline import Timeline
 
 if TYPE_CHECKING:
     from tokenpool.sim.device import SimDevice
+
+
+class MostMissed(NamedTuple):
+    """Tokens that may be missed before a run is ended."""
+
+    of_all: float
+    of_model: Mapping[str, float]
 
 
 @dataclass(slots=True)
@@ -78,6 +85,12 @@ class SimResult:
             self._ttft_s.append(ttft_s)
             self.first_on_time += ttft_s <= request.ttft_s
         self.time_weighted_sum += request.time_weighted()
+
+    def stop_beyond(self, most: MostMissed, request: Timeline) -> None:
+        """Note whether too much was missed, now that a request has ended."""
+        count, on_time = self.models.get(request.spec.model, (0, 0))
+        if count - on_time > most.of_model[request.spec.model] or self.num_tokens - self.tokens_on_time > most.of_all:
+            self.is_stopped = True
 
     def close(self, devices: Sequence[SimDevice], num_events: int, wall_s: float) -> None:
         """The run is over."""

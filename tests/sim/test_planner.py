@@ -11,6 +11,7 @@ from tokenpool.sim.compared.systems import run_system, system
 from tokenpool.sim.costs import costs_of
 from tokenpool.sim.gpus import gpu
 from tokenpool.sim.planner import plan
+from tokenpool.sim.result import MostMissed
 from tokenpool.sim.workload import Workload
 
 pytestmark = pytest.mark.cpu
@@ -47,11 +48,15 @@ def test_a_run_ends_when_a_model_has_missed_too_much():
     """Long before the last request; what came by then is counted."""
     asked = workload({f"m{i:02}": 0.5 for i in range(40)}, 200.0)
     made = system("request_level", 1, GPU.name, 16e9)
-    result = run_system(made, asked, COSTS.__getitem__, SLO_10S, most_missed=dict.fromkeys(asked.kinds, 100.0))
+    result = run_system(
+        made, asked, COSTS.__getitem__, SLO_10S, most_missed=MostMissed(1e9, dict.fromkeys(asked.kinds, 100.0))
+    )
     assert result.is_stopped
     assert 0 < result.num_requests < len(asked.requests) / 2
     enough = system("slack", 8, GPU.name, 16e9)
-    result = run_system(enough, workload({"m": 0.5}), COSTS.__getitem__, SLO_10S, most_missed={"m": 0.0})
+    result = run_system(
+        enough, workload({"m": 0.5}), COSTS.__getitem__, SLO_10S, most_missed=MostMissed(0.0, {"m": 0.0})
+    )
     assert not result.is_stopped and result.token_attainment == 1.0
 
 

@@ -28,7 +28,7 @@ from tokenpool.sim.gpus import GpuSpec
 from tokenpool.sim.gpus import gpu as gpu_spec
 from tokenpool.sim.host_costs import FREE, HostCosts
 from tokenpool.sim.live import LivePool, LiveSettings
-from tokenpool.sim.result import SimResult
+from tokenpool.sim.result import MostMissed, SimResult
 from tokenpool.sim.workload import ModelCosts, Workload
 
 KindCosts = Callable[[str], ModelCosts]
@@ -123,7 +123,7 @@ def run_system(
     *,
     drain_s: float = 600.0,
     window_s: tuple[float, float] = (0.0, math.inf),
-    most_missed: Mapping[str, float] | None = None,
+    most_missed: MostMissed | None = None,
 ) -> SimResult:
     """Serve a workload; `costs` takes the kind of a model. See `Cluster.run` for the rest."""
     make_policy = functools.partial(_make_policy, system)

@@ -14,8 +14,8 @@ Each part is a question; `--parts` chooses some of them, and `--keep FILE` takes
     fidelity     Does the simulator agree with that of Aegaeon's artifact where it does the same thing? Needs --data DIR
                  with the artifact's requests and results (`sim_effective/*.csv`, `results_sim.csv`).
                  [fidelity_max_points: largest difference of token attainment, any policy and load]
-    production   How many GPUs does a production-shaped trace need, with dedicated instances and pooled, for 99 % of tokens
-                 on time and 90 % of every model's; and two published traces, with --traces DIR? [gpus_saved_pct]
+    production   How many GPUs does a production-shaped trace need, with dedicated instances and pooled, for 99 % of
+                 tokens on time and 90 % of every model's; and two published traces, with --traces DIR? [gpus_saved_pct]
     sensitivity  What do the link, prefetch, resident models, burstiness and skew change, at one load?
     scale        200 GPUs and 1,000 models for ten minutes: how fast is the simulator? [events_per_s]
 
@@ -347,7 +347,7 @@ def main() -> None:
     if flags.systems != systems.split(","):  # some of them alone have no ratio, and may have no figure
         names = []
     single = {"strict": "worst_model_pct", "production": "gpus_saved_pct", "scale": "events_per_s"}
-    names += [key for part, key in single.items() if part in flags.parts]
+    names += [key for part, key in single.items() if part in flags.parts and (names or part != "strict")]
     common.report("sim_compare", run, flags, names)
 
 

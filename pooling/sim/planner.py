@@ -69,9 +69,7 @@ def plan(
     Raises ConfigError for settings out of range, an empty workload, a kind without costs and weights too large for the
     device.
     """
-    check_setting(0 < target <= 1, "target", f"must be above 0 and at most 1, not {show(target)}; 0.99 is 99 %")
-    problem = f"must be from 0 to the target {target:g}, not {show(model_target)}"
-    check_setting(0 <= model_target <= target, "model_target", problem)
+    _check_targets(target, model_target)
     check_setting(link_bytes_per_s > 0, "link_bytes_per_s", f"must be above 0, not {show(link_bytes_per_s)}")
     check_setting(max_requests >= 1, "max_requests", f"must be at least 1, not {show(max_requests)}")
     check_setting(len(workload.requests) > 0, None, "there are no requests to plan for")
@@ -99,6 +97,12 @@ def plan(
         systems=systems,
         assumptions=_assumptions(workload, used, costs, gpu, link_bytes_per_s),
     )
+
+
+def _check_targets(target: float, model_target: float) -> None:
+    check_setting(0 < target <= 1, "target", f"must be above 0 and at most 1, not {show(target)}; 0.99 is 99 %")
+    problem = f"must be from 0 to the target {target:g}, not {show(model_target)}"
+    check_setting(0 <= model_target <= target, "model_target", problem)
 
 
 def check_costs(workload: Workload, costs: Mapping[str, ModelCosts], gpu: GpuSpec) -> None:
@@ -362,8 +366,8 @@ def _assumptions(
         "nothing fails and nothing is restarted; there is no spare GPU",
         "models share a device only with models of the same number of GPUs per instance; where models are and which "
         "of their devices gets a request is decided as in tokenpool, with what its frontend and controller know",
-        "dedicated instances hold their weights all the time, and each model must reach the target; in a pool all tokens "
-        "together must, and each model its own target",
+        "dedicated instances hold their weights all the time, and each model must reach the target; in a pool all "
+        "tokens together must, and each model its own target",
         f"a step holds at most {spec.max_batched_tokens} tokens and {spec.max_running} requests of one model, as vLLM "
         "by default; prompts are not cached",
     )

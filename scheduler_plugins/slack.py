@@ -176,13 +176,15 @@ class Slack:
     def _ranked(self, models: Sequence[ModelView], now_s: float) -> list[_Ranked]:
         urgent_s = max(_URGENT_S, _URGENT_ROUNDS * sum([self._min_turn_s + view.ready_in_s for view in models]))
         overdue_s = self._max_wait_s if now_s >= self._next_overdue_s else _INF
-        ranked, given_up = [], self._overload.given_up
+        ranked, given_up, since_s = [], self._overload.given_up, self._since_s
         for view in models:
-            wait_s = now_s - self._since_s[view.model]
-            slack_s = _slack_s(view, now_s)
-            if wait_s + view.ready_in_s > overdue_s:
+            model, ready_in_s = view.model, view.ready_in_s
+            wait_s = now_s - since_s[model]
+            first_s, next_s = view.first_due_s - view.prefill_s, view.next_due_s - view.step_s  # as in `_slack_s`
+            slack_s = (first_s if first_s < next_s else next_s) - ready_in_s - now_s
+            if wait_s + ready_in_s > overdue_s:
                 rank = _OVERDUE - wait_s
-            elif view.model in given_up:
+            elif model in given_up:
                 rank = _GIVEN_UP - wait_s
             elif slack_s < urgent_s:
                 rank = _URGENT + slack_s
@@ -265,15 +267,10 @@ class _Overload:
         offers = []
         for view in models:
             slack_s = _slack_s(view, now_s)
-            if slack_s >= horizon_s:  # also all without an SLO
-                continue
-            load = min(view.step_s / view.tpot_s, 0.99)
-            cost_s = (horizon_s - slack_s) * load + view.ready_in_s + view.prefill_s
-            late_s = max(0.0, -slack_s) * load / (1 - load)
-            on_time_s = max(_LEAST_GAIN_FRAC * horizon_s, horizon_s - max(0.0, slack_s) - late_s)
-            gain = (view.num_running + view.num_waiting) * on_time_s / view.tpot_s
-            offers.append((view, slack_s, gain / max(cost_s, 1e-9), cost_s))
-            needed_s += cost_s
+            if slack_s < horizon_s:  # not those without an SLO
+                cost_s = (horizon_s - slack_s) * _load(view) + view.ready_in_s + view.prefill_s
+                offers.append((view, slack_s, cost_s))
+                needed_s += cost_s
         before, self.given_up = self.given_up, frozenset()
         if before or needed_s > horizon_s:
             self._count(before, now_s)
@@ -284,7 +281,7 @@ class _Overload:
         self._at_s = now_s
         return needed_s
 
-    def _chosen(self, offers: list[tuple[ModelView, float, float, float]], needed_s: float) -> frozenset[str]:
+    def _chosen(self, offers: list[tuple[ModelView, float, float]], needed_s: float) -> frozenset[str]:
         given_up, left_s = [], needed_s
         for _, _, _, cost_s, model in sorted([self._order(*offer) for offer in offers]):
             if left_s <= self._horizon_s:
@@ -293,14 +290,16 @@ class _Overload:
             given_up.append(model)
         return frozenset(given_up)
 
-    def _order(
-        self, view: ModelView, slack_s: float, gain_per_s: float, cost_s: float
-    ) -> tuple[int, float, int, float, str]:
+    def _order(self, view: ModelView, slack_s: float, cost_s: float) -> tuple[int, float, int, float, str]:
         """The model that sorts first is given up first."""
-        weight = math.exp(self._left_s.get(view.model, 0.0) / (2 * self._horizon_s))
+        horizon_s, load = self._horizon_s, _load(view)
+        on_time_s = horizon_s - slack_s if slack_s > 0 else horizon_s + slack_s * load / (1 - load)
+        least_s = _LEAST_GAIN_FRAC * horizon_s
+        gain = (view.num_running + view.num_waiting) * (on_time_s if on_time_s > least_s else least_s) / view.tpot_s
+        weight = math.exp(self._left_s.get(view.model, 0.0) / (2 * horizon_s))
         if view.model in self._safe_until_s:
             weight *= _SAFE_WEIGHT
-        return view.priority, gain_per_s * weight, -view.index, cost_s, view.model
+        return view.priority, gain * weight / (cost_s or 1e-9), -view.index, cost_s, view.model
 
     def _count(self, given_up: frozenset[str], now_s: float) -> None:
         """The models were given up since the last choice."""
@@ -311,11 +310,9 @@ class _Overload:
             left_s[model] = left_s.get(model, 0.0) + passed_s
         self._left_s = left_s
 
-    def _keep_safe(
-        self, offers: list[tuple[ModelView, float, float, float]], before: frozenset[str], now_s: float
-    ) -> None:
+    def _keep_safe(self, offers: list[tuple[ModelView, float, float]], before: frozenset[str], now_s: float) -> None:
         safe, given_up, kept = self._safe_until_s, self.given_up, {}
-        for view, slack_s, _, _ in offers:
+        for view, slack_s, _ in offers:
             model = view.model
             if model in given_up:
                 continue
@@ -325,3 +322,8 @@ class _Overload:
             elif model in before and slack_s < 0:
                 kept[model] = now_s + _SAFE_S
         self._safe_until_s = kept
+
+
+def _load(view: ModelView) -> float:
+    load = view.step_s / view.tpot_s
+    return load if load < 0.99 else 0.99

@@ -23,7 +23,7 @@ Same inputs for all systems: Poisson arrivals at one rate per model, lengths of 
 Aegaeon's artifact, costs fitted to its H100 profiles, with what hosts pay (`tokenpool.sim.host_costs`), 16 GB/s to a
 device and 64 GB/s for the 8 of a node, TTFT 10 s, TBT 0.1 s. Failed and unfinished requests count as missed. Numbers of
 models are searched by doubling and halving on a grid of 4, of 8 for `slack`, which takes for granted that more models
-are not served better.
+are not served better. A run that cannot pass any more is ended; its figures are those of the requests up to then.
 Simulated time: it shows what decisions do, and is no measurement of a device.
 """
 
@@ -51,6 +51,7 @@ from tokenpool.sim.compared import bound
 from tokenpool.sim.compared.systems import System, run_system, system
 from tokenpool.sim.gpus import gpu
 from tokenpool.sim.host_costs import HostCosts
+from tokenpool.sim.result import MostMissed
 from tokenpool.sim.workload import Workload
 
 SYSTEMS = ("slack", "request_level", "sllm", "sleep", "mux")
@@ -59,6 +60,8 @@ RATES = (0.1, 0.5)
 PARTS = ("strict", "hot", "bound", "fidelity", "production", "sensitivity", "scale")
 STEP, GOAL = 4, 0.9
 _BEYOND = 1.1
+_STARTS = {0.1: 96, 0.5: 80}
+"""Where the search for `slack` begins."""
 SLO_10S = SLO(10.0, 0.1)
 WARM_S, WINDOW_S, TAIL_S = 60.0, 600.0, 30.0
 QMAX_S, SPLITS = (1.0, 1.5, 2.0, 4.0), (4, 5, 6, 7, 8)
@@ -75,14 +78,24 @@ def steady(num_models: int, rate_per_s: float, seed: int) -> Workload:
     return generate.poisson(dict.fromkeys(names, rate_per_s), WARM_S + WINDOW_S + TAIL_S, seed, kinds=kinds)
 
 
-def measured(made: System, workload: Workload) -> dict[str, float]:
-    """One run in steady state."""
+def measured(made: System, workload: Workload, *, to_end: bool) -> dict[str, Any]:
+    """One run in steady state; unless `to_end`, it ends when a model cannot reach the goal any more."""
     window_s = WARM_S, WARM_S + WINDOW_S
+    most_missed = None if to_end else _may_miss(workload, window_s)
+    costs = costs_for(workload).__getitem__
     result = run_system(
-        made, workload, costs_for(workload).__getitem__, SLO_10S, drain_s=TAIL_S + 60.0, window_s=window_s
+        made, workload, costs, SLO_10S, drain_s=TAIL_S + 60.0, window_s=window_s, most_missed=most_missed
     )
     found = result.to_json()
-    return {key: found[key] for key in KEPT}
+    return {key: found[key] for key in KEPT} | {"ended_early": result.is_stopped}
+
+
+def _may_miss(workload: Workload, window_s: tuple[float, float]) -> MostMissed:
+    counts = dict.fromkeys(workload.kinds, 0)
+    for request in workload.requests:
+        if window_s[0] <= request.arrival_s < window_s[1]:
+            counts[request.model] += request.output_len
+    return MostMissed(math.inf, {model: (1 - GOAL) * count + 1e-6 for model, count in counts.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +189,7 @@ def _strict_at(
         made["aegaeon_best"] = _aegaeon(best["qmax_s"], best["prefill_gpus"])
     for name, described in made.items():
         curve = _Curve(described, rate, seeds)
-        found = curve.most_models(*(64, 2 * STEP) if name == "slack" else (16, STEP))
+        found = curve.most_models(*(_STARTS.get(rate, 64), 2 * STEP) if name == "slack" else (16, STEP))
         runs[:] = [row for row in runs if (row["rate"], row["system"]) != (rate, name)]
         row = {"rate": rate, "system": name, "strict": found, "seeds": list(seeds), "runs": curve.points()}
         if name == "slack":
@@ -206,9 +219,9 @@ class _Curve:
 
     def __init__(self, made: System, rate: float, seeds: Sequence[int]) -> None:
         self._made, self._rate, self._seeds = made, rate, seeds
-        self._seen: dict[int, list[dict[str, float]]] = {}
+        self._seen: dict[int, list[dict[str, Any]]] = {}
 
-    def runs(self, num_models: int) -> list[dict[str, float]]:
+    def runs(self, num_models: int) -> list[dict[str, Any]]:
         """By seed, up to the first that fails."""
         if num_models not in self._seen:
             found = self._seen[num_models] = []
@@ -218,8 +231,8 @@ class _Curve:
                     break
         return self._seen[num_models]
 
-    def _run(self, num_models: int, seed: int) -> dict[str, float]:
-        run = measured(self._made, steady(num_models, self._rate, seed))
+    def _run(self, num_models: int, seed: int, *, to_end: bool = False) -> dict[str, Any]:
+        run = measured(self._made, steady(num_models, self._rate, seed), to_end=to_end)
         kept = ("token_deadline_pct", "models_90_pct", "worst_model_pct", "ttft_p99_s")
         shown = ", ".join(f"{key} {run[key]:.1f}" for key in kept)
         common.progress(f"{self._made.name} {num_models} x {self._rate}, seed {seed}: {shown}")
@@ -237,7 +250,7 @@ class _Curve:
 
     def beyond(self, num_models: int) -> dict[str, Any]:
         """What becomes of so many models, with each seed."""
-        by_seed = [self._run(num_models, seed) for seed in self._seeds]
+        by_seed = [self._run(num_models, seed, to_end=True) for seed in self._seeds]
         return {"rate": self._rate, "models": num_models, "by_seed": by_seed}
 
     def _is_good(self, num_models: int) -> bool:
@@ -249,7 +262,8 @@ class _Curve:
 
 
 def _passes(run: Mapping[str, float]) -> bool:
-    return run["worst_model_pct"] >= 100 * GOAL and run["ttft_p99_s"] <= 2 * SLO_10S.ttft_s
+    is_good = run["worst_model_pct"] >= 100 * GOAL and run["ttft_p99_s"] <= 2 * SLO_10S.ttft_s
+    return is_good and not run.get("ended_early")
 
 
 def _ratio(ours: int | None, theirs: int | None) -> float | None:
@@ -315,7 +329,9 @@ def _plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis, rate in zip(axes[0], rates, strict=True):
         for row in runs:
             if row["rate"] == rate and row["system"] in ("slack", "aegaeon", "aegaeon_best"):
-                points = [(p["models"], min(run["worst_model_pct"] for run in p["by_seed"])) for p in row["runs"]]
+                ended = [p for p in row["runs"] if not any(run.get("ended_early") for run in p["by_seed"])]
+                ended += [row["beyond"]] if "beyond" in row else []
+                points = [(p["models"], min(run["worst_model_pct"] for run in p["by_seed"])) for p in ended]
                 axis.plot(*zip(*points, strict=True), marker=".", label=f"{row['system']}: {row['strict']}")
         axis.axhline(100 * GOAL, color="grey", linewidth=0.8, linestyle="--")
         axis.set(title=f"{rate} requests/s per model", xlabel="models on 16 H100 (simulated)", ylim=(0, 102))

@@ -315,7 +315,7 @@ def _search(
     while good - 2 >= low and is_enough(good - 2):
         good -= 2
     while good < cap and not (is_enough(good) and is_enough(good + 1)):
-        good += 1
+        good = min(cap, good + max(1, good // 8))
     return runs, good if is_enough(good) else None
 
 

@@ -105,8 +105,7 @@ class _Deciding:
                 m not in board.bereft,
                 -models[m].priority,
                 bool(board.seats[m]),
-                -float(board.tokens_per_s[m]),
-                -models[m].weight_bytes,
+                -board.alone(m),
                 m,
             ),
         )
@@ -236,9 +235,9 @@ class _Deciding:
                 if gain <= 0 or gain < settings.min_gain_frac * board.tokens[h]:
                     continue
                 limit = settings.target_load
-                if action is Action.REPLICATE:  # a model may be too much for two hosts as well
+                if action is Action.REPLICATE and part > limit:  # a model may be too much for two hosts as well
                     limit = max(limit, board.load(h))
-                if board.loads_after(m, after)[g] > limit:
+                if board.loads_after(m, after)[g] + board.doubt[g] > limit:
                     continue
                 net = gain * (settings.horizon_s - copy_s) - copy_s * settings.copy_drag * board.tokens[g]
                 if net > 0 and (best is None or net * _NEAR_FRAC > best[0]):

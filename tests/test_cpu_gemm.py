@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.devices.rounding import round_alike
 from tokenpool.patches import PATCHES, vllm_version
 from tokenpool.patches.cpu_gemm import pack_weight, packed_linear, use_plain_gemm
 
@@ -100,3 +101,18 @@ def test_other_layers_get_vllms_own_kernel():
     assert layer.cpu_linear is not packed_linear
     assert layer.cpu_linear.__code__ is theirs.cpu_linear.__code__
     assert layer.weight.numel() == theirs.weight.numel()
+
+
+@needs_kernel
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_layer_can_be_made_to_round_alike_in_steps_of_any_size(packed):
+    """As tests need it in which the requests of a step are others than in the reference."""
+    layer = layer_of(512, 128, torch.bfloat16)
+    with use_plain_gemm():
+        dispatch(layer, remove_weight=packed)
+    assert 1 == round_alike(layer)
+    x = torch.randn(400, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    together = layer.cpu_linear(x, layer.weight, None)
+    for size in (1, 2, 4, 5, 7, 40):
+        parts = [layer.cpu_linear(part, layer.weight, None) for part in x.split(size)]
+        assert torch.equal(together, torch.cat(parts)), f"{size} rows differ"

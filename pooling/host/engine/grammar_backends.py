@@ -11,19 +11,17 @@ make their masks beside the steps unless drafts are to be checked.
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from tokenpool.host.engine.grammar_cost import AheadGrammar, MeteredGrammar
+from tokenpool.host.engine.grammar_hold import CAN_HOLD
 from tokenpool.process.affinity import yield_to_others
 
 _COMPILES = 15  # xgrammar compiles with eight threads of its own, which together would have half of a core at 10
-_MAY_BE_LATE = "drop_stale_output" in inspect.signature(Scheduler._preempt_request).parameters  # not in vLLM 0.29
 
 
 class _OneBackend(StructuredOutputManager):
@@ -32,7 +30,7 @@ class _OneBackend(StructuredOutputManager):
     def _create_grammar(self, request: Request) -> StructuredOutputGrammar:
         yield_to_others(niceness=_COMPILES)
         grammar = super()._create_grammar(request)
-        if self.vllm_config.num_speculative_tokens or not _MAY_BE_LATE:
+        if self.vllm_config.num_speculative_tokens or not CAN_HOLD:
             return MeteredGrammar(grammar, request)
         assert self.backend is not None
         return AheadGrammar(grammar, request, self.backend.allocate_token_bitmask(1))

@@ -179,6 +179,7 @@ class AheadGrammar(MeteredGrammar):
         super().__init__(grammar, request, allowance)
         self._row = row
         self._call: SideCall[tuple[bool, bool]] | None = None
+        self._waited_for: SideCall[tuple[bool, bool]] | None = None
         self._has_ended, self._has_failed = False, False
         self.was_late = False
         """Whether a step went on without its mask."""
@@ -193,6 +194,12 @@ class AheadGrammar(MeteredGrammar):
         if self._call is not None and self._call.used_s > PATIENCE_S:
             self._call.give_way()
         return self._call is not None
+
+    def wait(self, limit_s: float) -> None:
+        """Wait so many seconds at most for its next mask, the first time that this one is asked for."""
+        if self._call is not None and self._call is not self._waited_for:
+            self._waited_for = self._call
+            self._look(limit_s)
 
     def is_terminated(self) -> bool:
         """As the grammar says, as far as is known."""

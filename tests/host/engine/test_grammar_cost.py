@@ -19,7 +19,7 @@ from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
 from tokenpool.host.engine import grammar_cost
 from tokenpool.host.engine.grammar_cost import AheadGrammar, Allowance, MeteredGrammar
-from tokenpool.process.side_call import SideCalls
+from tokenpool.process.side_call import SideCall, SideCalls
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
 pytestmark = pytest.mark.vllm
@@ -279,6 +279,24 @@ def test_no_step_waits_for_a_mask_that_is_late() -> None:
         pass
     metered.fill_bitmask(mask, 0)
     assert (mask[0] == 4).all() and gated.accepted == [1]
+
+
+def test_each_mask_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that is late for many steps makes only the first of them wait."""
+    gated, limits = Gated(), []
+    gated.gates.put(2)
+    metered = ahead(gated)
+    wait = SideCall.wait
+    monkeypatch.setattr(SideCall, "wait", lambda call, limit_s: limits.append(limit_s) or wait(call, limit_s))
+    for _ in range(2):
+        assert metered.accept_tokens("r", [1])
+        for _ in range(3):
+            metered.wait(0.001)
+            assert metered.is_late
+        gated.gates.put(2)
+        while metered.is_late:
+            pass
+    assert [limit_s for limit_s in limits if limit_s] == [0.001] * 2
 
 
 def test_one_that_is_late_for_seconds_is_spent_without_a_step() -> None:

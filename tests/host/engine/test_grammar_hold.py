@@ -7,17 +7,21 @@ import random
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.helpers.cases import greedy, make_cases
 from tests.helpers.plain import Case
+from tests.helpers.v2_runner import async_scheduling_allowed
 
 pytestmark = pytest.mark.vllm
 
 PAGE = 256 << 10
-REGEX = "(red|green|blue){1,30}"
+REGEX = "(red|green|blue){20,30}"
+GREEDY: dict[str, Any] = {"temperature": 0.0}
+SEEDED: dict[str, Any] = {"temperature": 1.0, "seed": 3}
 
 
 @pytest.fixture(scope="module")
@@ -74,47 +78,78 @@ def _ask(pooled: Any, request_id: str, **params: Any) -> None:
     core.input_queue.put((EngineCoreRequestType.ADD, queued))
 
 
-def _play(cases: dict[str, Case], masks: Masks | None, stack: ExitStack) -> tuple[dict[str, list[int]], int, int]:
-    """Tokens by request, preemptions of the one with a grammar, and steps of the others while its mask was kept."""
+def _play(
+    case: Case, masks: Masks | None, stack: ExitStack, params: dict[str, Any], num_preempted: int = 0
+) -> tuple[dict[str, list[int]], int, int]:
+    """Tokens by request, preemptions of the one with a grammar, and steps of the others while its mask was kept.
+
+    The first `num_preempted` times that its mask is kept, the request is preempted meanwhile, as by want of memory.
+    """
     from tests.helpers.pooled import PooledModels
 
     pooled = PooledModels(64 * PAGE, PAGE)
     stack.callback(pooled.close)
-    pooled.add(cases["llama"])
-    pooled.submit(cases["llama"])
-    _ask(pooled, "told", max_tokens=24, temperature=0.0)
+    pooled.add(case)
+    pooled.submit(case)
+    _ask(pooled, "told", max_tokens=24, **params)
     core, beside = pooled.host.models["llama"].core, 0
 
     def look(step: int) -> None:
         nonlocal beside
         if masks is None or masks.kept == look.seen:
             return
+        scheduler = core.scheduler
+        told = scheduler.requests.get("told")
+        if told in scheduler.running and look.preempted < num_preempted:
+            look.preempted += 1
+            scheduler.running.remove(told)
+            scheduler._preempt_request(told, time.monotonic())
         scheduled = core.watch.scheduled.num_scheduled_tokens
-        alone = "told" in core.scheduler.requests and len(core.scheduler.requests) == 1
+        alone = told is not None and len(scheduler.requests) == 1
         beside += bool(scheduled) and "told" not in scheduled
         look.steps += 1
         if look.steps >= 3 or alone:
             look.seen, look.steps = masks.kept, 0
             masks.gate.set()
 
-    look.seen = look.steps = 0
+    look.seen = look.steps = look.preempted = 0
     pooled.run(each_step=look, max_steps=200_000)
+    assert look.preempted == num_preempted
     results = pooled.results("llama")
     pooled.check()
     return {name: result.tokens for name, result in results.items()}, results["told"].preempted, beside
+
+
+def _late(seed: int) -> set[int]:
+    draw = random.Random(seed)
+    return {number for number in range(2, 30) if draw.random() < 0.4} | {4, 5, 6}
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_late_masks_change_no_token_and_hold_up_nobody(cases, monkeypatch, seed):
     """Whichever masks are late, singly or in a row: the same tokens as without, and the others step meanwhile."""
     with ExitStack() as stack:
-        expected, preemptions, _ = _play(cases, None, stack)
+        expected, preemptions, _ = _play(cases["llama"], None, stack, GREEDY)
         assert preemptions == 0
-    draw = random.Random(seed)
-    late = {number for number in range(2, 30) if draw.random() < 0.4} | {4, 5, 6}
-    masks = Masks(monkeypatch, late.__contains__)
+    masks = Masks(monkeypatch, _late(seed).__contains__)
     with ExitStack() as stack:
-        found, preemptions, beside = _play(cases, masks, stack)
+        found, preemptions, beside = _play(cases["llama"], masks, stack, GREEDY)
     assert expected == found
     assert masks.kept > 3 and 1 <= preemptions < masks.kept, "known to be slow, it pauses where it is"
     assert beside > 2
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("num_preempted", [0, 2])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_seeded_request_draws_each_token_once(cases, monkeypatch, seed, num_preempted, ahead):
+    """No token of it is dropped for a late mask: the first runner would draw it anew with other random numbers."""
+    case = replace(cases["llama"], engine_args=cases["llama"].engine_args | {"async_scheduling": ahead})
+    with async_scheduling_allowed(), ExitStack() as stack:
+        expected, _, _ = _play(case, None, stack, SEEDED)
+    masks = Masks(monkeypatch, _late(seed).__contains__)
+    with async_scheduling_allowed(), ExitStack() as stack:
+        found, preemptions, beside = _play(case, masks, stack, SEEDED, num_preempted)
+    assert expected == found
+    assert masks.kept > 3 and beside > 2
+    assert preemptions == num_preempted

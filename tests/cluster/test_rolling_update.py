@@ -10,11 +10,15 @@ from collections.abc import Iterator
 import pytest
 
 from bench.parts.ray_nodes import ENV, RayNodes
-from tests.cluster.test_cluster import NUM_TOKENS, controller, streams
+from tests.cluster.test_cluster import NUM_TOKENS, actions, controller, host_of, streams
 from tests.conftest import TinyModels
 from tests.helpers.server import WAIT_LIMIT_S, PoolServerProcess, poll
 
 pytestmark = pytest.mark.ray
+
+EXACT = {"dtype": "float32"}
+"""On CPUs with AMX vLLM multiplies small bfloat16 matrices with another kernel from five rows on, which rounds
+otherwise: the last block of a request that moves, computed in one step, would not be that of the request that stays."""
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +26,8 @@ def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
     pytest.importorskip("ray")
     pool = {
         "models": [
-            {"name": "a", "model": str(tiny_models.path("llama"))},
-            {"name": "b", "model": str(tiny_models.path("qwen2"))},
+            {"name": "a", "model": str(tiny_models.path("llama")), "args": EXACT},
+            {"name": "b", "model": str(tiny_models.path("qwen2")), "args": EXACT},
         ],
         "device_memory": "24MiB",
         "host_memory": "128MiB",
@@ -33,8 +37,15 @@ def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
     }
     with RayNodes(num_nodes=2, cpus_per_node=1) as nodes:
         flags = ["--cluster", nodes.address]
-        with PoolServerProcess(pool, env=ENV, flags=flags) as started:
+        with PoolServerProcess(pool, env={**ENV, "TOKENPOOL_LOG_LEVEL": "INFO"}, flags=flags) as started:
             yield started
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server: PoolServerProcess) -> dict[tuple[str, int], list[int]]:
+    tokens = streams(server)
+    assert {len(ids) for ids in tokens.values()} == {NUM_TOKENS}
+    return tokens
 
 
 def drain(server: PoolServerProcess, host: str, *, is_wanted: bool) -> list[str]:
@@ -45,10 +56,15 @@ def drain(server: PoolServerProcess, host: str, *, is_wanted: bool) -> list[str]
     return models
 
 
+def empty(server: PoolServerProcess, host: str) -> None:
+    """Drain a host until nothing is left there."""
+    poll(lambda: drain(server, host, is_wanted=True), until=lambda models: not models, limit_s=3 * WAIT_LIMIT_S)
+
+
 def replace(server: PoolServerProcess, host: str) -> None:
     """Empty a host, kill its actor with all that it has, and use the one that comes in its place."""
     before = controller(server)["hosts"][host]
-    poll(lambda: drain(server, host, is_wanted=True), until=lambda models: not models, limit_s=3 * WAIT_LIMIT_S)
+    empty(server, host)
     assert server.state()["cluster"]["draining"] == [host]
     os.kill(before["actor_pid"], signal.SIGKILL)
     poll(
@@ -60,29 +76,33 @@ def replace(server: PoolServerProcess, host: str) -> None:
     drain(server, host, is_wanted=False)
 
 
-def check_whole(tokens: list[int], undisturbed: list[int]) -> None:
-    """No token was left out or told twice where a stream first differs; what was computed anew may round otherwise."""
-    first = next((i for i, pair in enumerate(zip(tokens, undisturbed, strict=True)) if pair[0] != pair[1]), None)
-    if first is None:
-        return
-    print(f"differs from token {first} on: {tokens[first : first + 8]}, undisturbed {undisturbed[first : first + 8]}")
-    assert first >= 5, "what was delivered before the host was emptied is the same"
-    assert tokens[first : first + 20] != undisturbed[first + 1 : first + 21], "a token was lost"
-    assert tokens[first + 1 : first + 21] != undisturbed[first : first + 20], "a token was told twice"
+def test_streams_go_on_while_a_host_is_emptied(
+    server: PoolServerProcess, undisturbed: dict[tuple[str, int], list[int]]
+) -> None:
+    """Its model goes to the other host, and its streams with it: their tokens are equal."""
+    host, other = host_of(server, "b"), host_of(server, "a")
+    assert host != other
+    assert streams(server, lambda: empty(server, host)) == undisturbed
+    assert server.state()["cluster"]["draining"] == [host]
+    assert host_of(server, "a") == host_of(server, "b") == other
+    assert drain(server, host, is_wanted=False) == []
+    poll(lambda: server.state()["cluster"]["draining"], until=lambda draining: draining == [])
+    assert (actions(server).count("drain"), actions(server).count("undrain")) == (1, 1)
+    assert server.admin("POST", "/check").json() == {"ok": True}
 
 
-def test_hosts_are_replaced_one_by_one(server: PoolServerProcess) -> None:
-    """Each while streams of both models run, which are answered in full."""
-    undisturbed = streams(server)
+@pytest.mark.slow
+def test_hosts_are_replaced_one_by_one(
+    server: PoolServerProcess, undisturbed: dict[tuple[str, int], list[int]]
+) -> None:
+    """Each while streams of both models run, all of which go on with equal tokens."""
+    before = [actions(server).count(action) for action in ("drain", "undrain")]
     hosts = sorted(controller(server)["hosts"])
     assert len(hosts) == 2
     for host in hosts:
-        disturbed = streams(server, lambda host=host: replace(server, host))
-        for key, tokens in disturbed.items():
-            assert len(tokens) == NUM_TOKENS
-            check_whole(tokens, undisturbed[key])
-    actions = [decision["action"] for decision in server.admin("GET", "/decisions").json()["decisions"]]
-    assert (actions.count("drain"), actions.count("undrain")) == (2, 2)
+        assert streams(server, lambda host=host: replace(server, host)) == undisturbed
+    after = [actions(server).count(action) for action in ("drain", "undrain")]
+    assert after == [count + 2 for count in before]
     assert server.admin("POST", "/check").json() == {"ok": True}
 
 
@@ -103,6 +123,8 @@ def test_an_unknown_host_is_refused(server: PoolServerProcess) -> None:
 
 
 def test_lines_of_the_hosts_are_told(server: PoolServerProcess) -> None:
-    """With the name of the host; all that is logged here is warnings, of which a killed one is the cause of some."""
+    """With the name of the host, beside those of the server."""
     answer = server.admin("GET", "/logs?lines=2000")
-    assert answer.status_code == 200 and '"process": "server"' in answer.text
+    assert answer.status_code == 200, answer.text
+    for process in ("server", *controller(server)["hosts"]):
+        assert f'"process": "{process}"' in answer.text

@@ -30,6 +30,8 @@ MAX_SIDE = 65_535
 """Pixels; what JPEG can have. Memory for rows is taken with the interpreter's lock."""
 MAX_LIVE_BYTES = 1 << 30
 """Of the pixels of all images that a frontend has."""
+MAX_URL_CHARS = 8192
+"""Of media that are fetched: vLLM logs the URL at each attempt."""
 _BYTES_PER_PIXEL = 4
 _SHOWN = 200
 
@@ -48,8 +50,8 @@ class BoundedImageIO(ImageMediaIO):
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
         """See MediaIO."""
         size = _size_of(data)
-        if size is None:  # vLLM says what is wrong with it
-            return super().load_bytes(data)
+        if size is None:
+            return self._unpack(data)
         num_bytes = size[0] * size[1] * _BYTES_PER_PIXEL
         if not LIVE.take(self._owner, num_bytes):
             message = (
@@ -58,12 +60,21 @@ class BoundedImageIO(ImageMediaIO):
             )
             raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)
         try:
-            loaded = super().load_bytes(data)
+            loaded = self._unpack(data)
         except BaseException:
             LIVE.give_back(self._owner, num_bytes)
             raise
         weakref.finalize(loaded.media, _forget, self._owner, num_bytes, self._loop)
         return loaded
+
+    def _unpack(self, data: bytes) -> MediaWithBytes[Image.Image]:
+        """What is wrong with a file is told as bad input, whatever its decoder raises."""
+        try:
+            return super().load_bytes(data)
+        except (ValueError, MemoryError):
+            raise
+        except Exception as error:
+            raise VLLMValidationError(f"Failed to load image: {error}", parameter="image_url") from error
 
 
 def _forget(owner: str, num_bytes: int, loop: asyncio.AbstractEventLoop | None) -> None:
@@ -93,6 +104,9 @@ class _AnsweredConnector(connector.MediaConnector):
     """Media that cannot be had are the client's fault: it named them."""
 
     async def load_from_url_async(self, url: str, *args: Any, **options: Any) -> Any:
+        if len(url) > MAX_URL_CHARS and url[:5].lower() != "data:":
+            message = f"The URL has {len(url)} characters, at most {MAX_URL_CHARS} are taken."
+            raise VLLMValidationError(message, parameter="url")
         try:
             return await super().load_from_url_async(url, *args, **options)
         except (aiohttp.ClientError, TimeoutError) as error:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import io
+import random
 import struct
 import zlib
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.media import connector
 
@@ -77,6 +80,49 @@ def test_a_broken_image_takes_nothing(data: bytes, small_budget: ByteShares) -> 
     with pytest.raises(ValueError):
         asyncio.run(fetch(data_url(data, "image/png")))
     assert small_budget.num_bytes == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SyntaxError, NotImplementedError, IndexError, struct.error])
+def test_whatever_a_decoder_makes_of_a_file_is_bad_input(error, small_budget, monkeypatch) -> None:
+    """Decoders of AVIF, PNG and DDS say so of broken files; the server has no fault."""
+
+    def load(self: Image.Image) -> None:
+        raise error("broken")
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+    with pytest.raises(VLLMValidationError, match="Failed to load image: broken"):
+        asyncio.run(fetch(data_url(square(1), "image/png")))
+    assert small_budget.num_bytes == 0
+
+
+def test_broken_images_of_all_formats_are_bad_input(small_budget: ByteShares) -> None:
+    """Bytes of files of each format are changed at random: they are read, or are the client's fault."""
+    rng, image = random.Random(7), Image.effect_noise((24, 24), 50)
+    Image.init()
+    files = []
+    for kind in sorted(Image.SAVE):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it wants another mode, or several images
+            image.save(file := io.BytesIO(), kind)
+            files.append(file.getvalue())
+    assert len(files) > 10
+    reader = image_bounds.BoundedImageIO()
+    for file in files * 20:
+        broken = bytearray(file)
+        for _ in range(rng.choice((1, 2, 4, 16))):
+            broken[rng.randrange(min(len(broken), 128))] = rng.choice((0, 1, 127, 128, 255))
+        with contextlib.suppress(ValueError, VLLMValidationError, GracefulHTTPError):
+            reader.load_bytes(bytes(broken))
+    gc.collect()
+    assert small_budget.num_bytes == 0
+
+
+def test_a_long_url_is_refused_before_it_is_asked_for(monkeypatch) -> None:
+    """vLLM logs it whole, at each attempt; data in a URL may be long."""
+    asked = []
+    monkeypatch.setattr(connector.global_http_connection, "async_get_bytes", lambda *args, **options: asked.append(1))
+    with pytest.raises(VLLMValidationError, match="URL has 8193 characters, at most 8192"):
+        asyncio.run(fetch("http://none.invalid/".ljust(8193, "a")))
+    assert not asked
 
 
 def test_pixels_count_for_as_long_as_they_live(small_budget: ByteShares) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 from PIL import Image
-from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.image import open_image
 from vllm.multimodal.media import MediaWithBytes, connector
 from vllm.multimodal.media.image import ImageMediaIO
@@ -50,8 +50,8 @@ class BoundedImageIO(ImageMediaIO):
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
         """See MediaIO."""
         size = _size_of(data)
-        if size is None:
-            return self._unpack(data)
+        if size is None:  # vLLM says what is wrong with it
+            return super().load_bytes(data)
         num_bytes = size[0] * size[1] * _BYTES_PER_PIXEL
         if not LIVE.take(self._owner, num_bytes):
             message = (
@@ -60,21 +60,12 @@ class BoundedImageIO(ImageMediaIO):
             )
             raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)
         try:
-            loaded = self._unpack(data)
+            loaded = super().load_bytes(data)
         except BaseException:
             LIVE.give_back(self._owner, num_bytes)
             raise
         weakref.finalize(loaded.media, _forget, self._owner, num_bytes, self._loop)
         return loaded
-
-    def _unpack(self, data: bytes) -> MediaWithBytes[Image.Image]:
-        """What is wrong with a file is told as bad input, whatever its decoder raises."""
-        try:
-            return super().load_bytes(data)
-        except (ValueError, MemoryError):
-            raise
-        except Exception as error:
-            raise VLLMValidationError(f"Failed to load image: {error}", parameter="image_url") from error
 
 
 def _forget(owner: str, num_bytes: int, loop: asyncio.AbstractEventLoop | None) -> None:
@@ -101,7 +92,7 @@ def _size_of(data: bytes) -> tuple[int, int] | None:
 
 
 class _AnsweredConnector(connector.MediaConnector):
-    """Media that cannot be had are the client's fault: it named them."""
+    """Media that cannot be had or read are the client's fault, whatever a decoder raises: it named them."""
 
     async def load_from_url_async(self, url: str, *args: Any, **options: Any) -> Any:
         if len(url) > MAX_URL_CHARS and url[:5].lower() != "data:":
@@ -113,10 +104,13 @@ class _AnsweredConnector(connector.MediaConnector):
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             message = f"Failed to fetch media from URL: {reason}"
             raise VLLMUnprocessableEntityError(message, parameter="url", value=url[:_SHOWN]) from error
-        except RuntimeError as error:
-            if url[:5].lower() != "file:":
-                raise
-            raise VLLMValidationError(str(error), parameter="url") from None
+        except (ValueError, TypeError, VLLMError, MemoryError):
+            raise
+        except ImportError as error:
+            message = "Failed to load media: their format needs a package that is not installed here."
+            raise VLLMValidationError(message, parameter="url") from error
+        except Exception as error:
+            raise VLLMValidationError(f"Failed to load media: {error}", parameter="url") from error
 
 
 def bound_media() -> None:

@@ -9,6 +9,7 @@ What a client did wrong is one line, without the stack by which vLLM found it: a
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from typing import Any
@@ -56,13 +57,15 @@ class _Shortening:
         record: logging.LogRecord = self._make(*args, **options)
         error = record.exc_info[1] if record.exc_info else None
         if error is not None and (record.name == _COMPILES or _is_of_client(error)):
-            said, text = record.getMessage()[:_MOST_TEXT], f"{type(error).__name__}: {error}"[:_MOST_TEXT]
+            said, text = record.getMessage()[:_MOST_TEXT], f"{type(error).__name__}: {error}".rstrip(": ")[:_MOST_TEXT]
             record.msg, record.args, record.exc_info = " ".join(f"{said} {text}".split()), (), None
             record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
         return record
 
 
 def _is_of_client(error: BaseException) -> bool:
+    if isinstance(error, asyncio.CancelledError):
+        return True  # of a response: vLLM logs the end of its task, which was asked for
     errors = sys.modules.get("vllm.exceptions")
     kinds = (getattr(errors, name, None) for name in ("VLLMClientError", "GracefulHTTPError"))
     return isinstance(error, tuple(kind for kind in kinds if kind is not None))

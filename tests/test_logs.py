@@ -80,6 +80,7 @@ FAULTS = {
     "a client's": ("vllm.entrypoints", "VLLMValidationError('the schema\\n is wrong', parameter='x')", 1),
     "overload": ("vllm.entrypoints", "GracefulHTTPError('busy', 503)", 1),
     "a grammar": ("vllm.v1.structured_output", "RuntimeError('too many states')", 1),
+    "a cancelled response": ("vllm.entrypoints", "asyncio.CancelledError", 1),
     "the server's": ("vllm.entrypoints", "RuntimeError('a bug')", 6),
     "the server's own": ("tokenpool.serve", "GenerationError('a bug')", 6),
 }
@@ -90,12 +91,13 @@ FAULTS = {
 def test_what_a_client_did_wrong_is_one_line(logger: str, error: str, num_lines: int) -> None:
     """Any client can cause as many of these as it likes; errors of the server keep their stacks."""
     code = f"""
+import asyncio
 from vllm.exceptions import *
 from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
 log_to_stderr()
 try:
     raise {error}
-except Exception:
+except BaseException:
     logging.getLogger({logger!r}).exception("Error in stream of %s.", "x")
 """
     lines = [line for line in logged(code) if "x." in line or "raise" in line or "Error" in line or "Trace" in line]

@@ -17,7 +17,7 @@ from typing import Any
 
 import aiohttp
 from PIL import Image
-from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.image import open_image
 from vllm.multimodal.media import MediaWithBytes, connector
 from vllm.multimodal.media.image import ImageMediaIO
@@ -30,6 +30,8 @@ MAX_SIDE = 65_535
 """Pixels; what JPEG can have. Memory for rows is taken with the interpreter's lock."""
 MAX_LIVE_BYTES = 1 << 30
 """Of the pixels of all images that a frontend has."""
+MAX_URL_CHARS = 8192
+"""Of media that are fetched: vLLM logs the URL at each attempt."""
 _BYTES_PER_PIXEL = 4
 _SHOWN = 200
 
@@ -90,19 +92,25 @@ def _size_of(data: bytes) -> tuple[int, int] | None:
 
 
 class _AnsweredConnector(connector.MediaConnector):
-    """Media that cannot be had are the client's fault: it named them."""
+    """Media that cannot be had or read are the client's fault, whatever a decoder raises: it named them."""
 
     async def load_from_url_async(self, url: str, *args: Any, **options: Any) -> Any:
+        if len(url) > MAX_URL_CHARS and url[:5].lower() != "data:":
+            message = f"The URL has {len(url)} characters, at most {MAX_URL_CHARS} are taken."
+            raise VLLMValidationError(message, parameter="url")
         try:
             return await super().load_from_url_async(url, *args, **options)
         except (aiohttp.ClientError, TimeoutError) as error:
             reason = f"{type(error).__name__}: {error}".rstrip(": ")
             message = f"Failed to fetch media from URL: {reason}"
             raise VLLMUnprocessableEntityError(message, parameter="url", value=url[:_SHOWN]) from error
-        except RuntimeError as error:
-            if url[:5].lower() != "file:":
-                raise
-            raise VLLMValidationError(str(error), parameter="url") from None
+        except (ValueError, TypeError, VLLMError, MemoryError):
+            raise
+        except ImportError as error:
+            message = "Failed to load media: their format needs a package that is not installed here."
+            raise VLLMValidationError(message, parameter="url") from error
+        except Exception as error:
+            raise VLLMValidationError(f"Failed to load media: {error}", parameter="url") from error
 
 
 def bound_media() -> None:

@@ -110,7 +110,9 @@ def test_numbers_may_be_many_but_not_any():
     assert fault(b'["' + b"," * MAX_VALUES + b'"]') is None
 
 
-@pytest.mark.parametrize("body", [b"[]        " * (1 << 18), b'{"x":"' + b"[" * 200 + b'\\"' * (1 << 20)])
+@pytest.mark.parametrize(
+    "body", [b"[]        " * (1 << 18), b'{"x":"' + b"[" * 200 + b'\\"' * (1 << 20), b'"' + b"a" * (8 << 20) + b'"']
+)
 def test_others_have_a_turn_while_a_body_is_looked_at(body):
     """The event loop runs on between pieces of a large body, whether it is refused or not."""
 

@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import io
+import random
 import struct
 import zlib
 from typing import Any
 
 import aiohttp
+import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.media import connector
@@ -42,6 +46,14 @@ def square(colour: int) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (SIDE, SIDE), (colour, 0, 0)).save(file, "PNG")
     return file.getvalue()
+
+
+def broken(file: bytes, rng: random.Random) -> bytes:
+    """The file with a few other bytes, mostly in its head."""
+    changed = bytearray(file)
+    for _ in range(rng.choice((1, 2, 4, 16))):
+        changed[rng.randrange(min(len(changed), 128))] = rng.choice((0, 1, 127, 128, 255))
+    return bytes(changed)
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +89,54 @@ def test_a_broken_image_takes_nothing(data: bytes, small_budget: ByteShares) -> 
     with pytest.raises(ValueError):
         asyncio.run(fetch(data_url(data, "image/png")))
     assert small_budget.num_bytes == 0
+
+
+def test_broken_images_of_all_formats_are_bad_input(small_budget: ByteShares) -> None:
+    """Bytes of files of each format are changed at random: they are read, or are the client's fault."""
+    rng, image = random.Random(7), Image.effect_noise((24, 24), 50)
+    Image.init()
+    files = []
+    for kind in sorted(Image.SAVE):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # it wants another mode, or several images
+            image.save(file := io.BytesIO(), kind)
+            files.append(file.getvalue())
+    assert len(files) > 10
+
+    async def main() -> None:
+        for file in files * 20:
+            with contextlib.suppress(ValueError, VLLMValidationError, GracefulHTTPError):
+                await fetch(data_url(broken(file, rng), "image/png"))
+
+    asyncio.run(main())
+    gc.collect()
+    assert small_budget.num_bytes == 0
+
+
+def test_broken_sounds_are_bad_input() -> None:
+    """The same with what soundfile writes; for what it does not know vLLM asks a package that may not be there."""
+    rng, samples, files = random.Random(7), np.zeros((800, 2), np.float32), []
+    for kind in sorted(soundfile.available_formats().keys() - {"SD2"}):  # which writes a second file
+        with contextlib.suppress(soundfile.SoundFileError, ValueError, TypeError):  # it wants other samples
+            soundfile.write(file := io.BytesIO(), samples, 16_000, format=kind)
+            files.append(file.getvalue())
+    assert len(files) > 10
+    medium = connector.MEDIA_CONNECTOR_REGISTRY.load("http")
+
+    async def main() -> None:
+        for file in [b"", b"text", *files * 20]:
+            with contextlib.suppress(ValueError, VLLMValidationError):
+                await medium.fetch_audio_async(data_url(broken(file or b"x", rng), "audio/wav"))
+
+    asyncio.run(main())
+
+
+def test_a_long_url_is_refused_before_it_is_asked_for(monkeypatch) -> None:
+    """vLLM logs it whole, at each attempt; data in a URL may be long."""
+    asked = []
+    monkeypatch.setattr(connector.global_http_connection, "async_get_bytes", lambda *args, **options: asked.append(1))
+    with pytest.raises(VLLMValidationError, match="URL has 8193 characters, at most 8192"):
+        asyncio.run(fetch("http://none.invalid/".ljust(8193, "a")))
+    assert not asked
 
 
 def test_pixels_count_for_as_long_as_they_live(small_budget: ByteShares) -> None:

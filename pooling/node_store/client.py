@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A host's side of the node's store: asks the keeper, and does without it when there is none, or it does not answer.
 
-Every call has a limit. A keeper that is late once counts as gone: the connection is closed, which ends the leases there,
-and a thread looks for it, or starts another one, and offers what this host holds. Copies stay valid all the while: it is
-the kernel that keeps them, for whoever has them mapped.
+Every call has a limit. A keeper that is late once counts as gone: the connection is closed, which ends the leases
+there, and a thread looks for it, or starts another one, and offers what this host holds. Copies stay valid all the
+while: it is the kernel that keeps them, for whoever has them mapped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 
 from tokenpool.errors import HostError
-from tokenpool.memory.shared_memory import SharedMemory
+from tokenpool.memory.copies.shared_memory import SharedMemory
 from tokenpool.node_store.messages import (
     MESSAGE_BYTES,
     VERSION,
@@ -86,6 +86,7 @@ class NodeStore:
         self._held: dict[str, _Held] = {}
         self.generation = 0
         """Changes with each keeper that is lost: what this host filled for it is its own then."""
+        self._held_bytes = 0  # of those that the keeper counts, once for each model
         self._expected_bytes = 0  # of copies that this host fills, or waits for
         self._used_bytes = 0  # by the host's own book
         self._told_bytes = 0  # of its own, as the keeper knows it
@@ -125,9 +126,10 @@ class NodeStore:
     @property
     def shared_bytes(self) -> int:
         """What the node counts of this host's copies, and not this host: once for each of its models."""
-        with self._lock:
-            held = sum(held.memory.nbytes * held.count for held in self._held.values() if held.is_nodes)
-            return held + self._expected_bytes
+        return self._held_bytes + self._expected_bytes
+
+    def _recount(self) -> None:
+        self._held_bytes = sum(held.memory.nbytes * held.count for held in self._held.values() if held.is_nodes)
 
     def expect(self, nbytes: int, generation: int) -> None:
         """A copy of so many bytes is on its way into the keeper's book, or, if less than 0, no more."""
@@ -163,6 +165,7 @@ class NodeStore:
             if (held := self._held.get(key)) is None:
                 return None
             held.count += 1
+            self._recount()
             return held.memory, held.meta
 
     def take_over(self, key: str, file: int, nbytes: int, meta: bytes) -> SharedMemory:
@@ -172,9 +175,11 @@ class NodeStore:
                 os.close(file)
                 self.ask(Drop(key))
                 held.count += 1
+                self._recount()
                 return held.memory
             memory = SharedMemory.open(file, nbytes)
             self._held[key] = _Held(memory, meta)
+            self._recount()
             return memory
 
     def publish(self, key: str, memory: SharedMemory, meta: bytes, *, is_filler: bool) -> bool:
@@ -186,6 +191,7 @@ class NodeStore:
             if told is None or not told[0].ok:
                 told = self.ask(Offer(key, memory.nbytes, meta), memory.file)
             self._held[key] = _Held(memory, meta, is_nodes=told is not None and told[0].ok)
+            self._recount()
             return True
 
     def release(self, key: str) -> None:
@@ -198,6 +204,7 @@ class NodeStore:
                 held.memory.close()
                 if held.is_nodes:
                     self.ask(Drop(key))
+            self._recount()
 
     def ask(self, message: Message, file: int | None = None) -> tuple[Answer, int | None] | None:
         """What the keeper answers, and the descriptor beside it; None = there is none, or it was late."""
@@ -294,6 +301,7 @@ class NodeStore:
         for key, held in self._held.items():
             answer, _ = self._exchange(line, Offer(key, held.memory.nbytes, held.meta), held.memory.file)
             held.is_nodes = answer.ok
+        self._recount()
 
     def _end_if_hung(self, line: socket.socket) -> None:
         """Kill a keeper that has not answered for long; it is there, or the line would have ended."""

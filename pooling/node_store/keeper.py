@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from tokenpool.memory.seals import check_sealed
+from tokenpool.memory.copies.seals import check_sealed
 from tokenpool.node_store.books import CopyState, NodeBooks, NoRoomError
 from tokenpool.node_store.messages import (
     MESSAGE_BYTES,

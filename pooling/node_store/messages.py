@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hosts and the keeper of a node say to each other: one message, one answer, on a Unix socket that keeps them apart.
+"""What hosts and the keeper of a node say to each other: one message, one answer, on a Unix socket of packets.
 
 A sealed copy travels as the descriptor of its memory beside the message.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the keeper of a store is found: a socket in a folder that only its user reaches, and a lock that one keeper has.
+"""Where the keeper of a store is found: a socket in a folder that only its user reaches; one keeper has its lock.
 
 A path of a socket has at most 107 bytes; it is therefore named by a descriptor of its folder.
 """

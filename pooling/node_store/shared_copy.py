@@ -10,8 +10,8 @@ from enum import Enum, auto
 
 import torch
 
-from tokenpool.memory.host_copies import MakeRoom
-from tokenpool.memory.shared_memory import SharedMemory
+from tokenpool.memory.copies.host_copy import MakeRoom
+from tokenpool.memory.copies.shared_memory import SharedMemory
 from tokenpool.node_store.books import CopyState
 from tokenpool.node_store.client import NodeStore
 from tokenpool.node_store.messages import MOST_META_BYTES, Allocate, Claim, Drop
@@ -83,12 +83,17 @@ class SharedCopy:
             self._keep_own("another host fills it and does not get on")
         return self._is is not _Is.UNKNOWN
 
-    def allocate(self, nbytes: int, make_room: MakeRoom) -> None:
-        """See `HostCopy`; room is made among copies of this host, too, and the others are asked to make some."""
-        assert self._is in (_Is.OURS, _Is.OWN) and self._memory is None, f"a copy that is {self._is} gets no memory"
+    def prepare(self, nbytes: int) -> None:
+        """See `HostCopy`."""
         self._nbytes = nbytes
         if self._is is _Is.OURS:
             self._expect(nbytes)
+
+    def allocate(self, nbytes: int, make_room: MakeRoom) -> None:
+        """See `HostCopy`; room is made among copies of this host, too, and the others are asked to make some."""
+        assert self._is in (_Is.OURS, _Is.OWN) and self._memory is None, f"a copy that is {self._is} gets no memory"
+        self.prepare(nbytes)
+        if self._is is _Is.OURS:
             told = self._store.ask(Allocate(self.key, nbytes))
             if told is not None and not told[0].ok:
                 make_room(nbytes)

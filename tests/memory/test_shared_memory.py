@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tokenpool.memory.seals import check_sealed
-from tokenpool.memory.shared_memory import SharedMemory
+from tokenpool.memory.copies.seals import check_sealed
+from tokenpool.memory.copies.shared_memory import SharedMemory
 
 pytestmark = pytest.mark.cpu
 
@@ -50,7 +50,7 @@ def test_nobody_can_change_what_is_sealed(how: str) -> None:
 def test_a_write_to_what_is_sealed_ends_the_process() -> None:
     """Rather than to change the weights of another host."""
     script = (
-        "from tokenpool.memory.shared_memory import SharedMemory as S\n"
+        "from tokenpool.memory.copies.shared_memory import SharedMemory as S\n"
         "m = S.make(5000)\nm.seal()\nprint('sealed', flush=True)\nm.tensor[7] = 1\nprint('written')\n"
     )
     root = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ import weakref
 
 import torch
 
-from tokenpool.memory.seals import SEALS, check_sealed
+from tokenpool.memory.copies.seals import SEALS, check_sealed
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED = 0x10

@@ -8,8 +8,6 @@ from typing import Protocol
 
 import torch
 
-from tokenpool.memory.devices.device import Device
-
 MakeRoom = Callable[[int], None]
 """Gives up so many bytes of host memory if it can, for what is wanted more."""
 
@@ -32,8 +30,11 @@ class HostCopy(Protocol):
     def claim(self) -> bool:
         """Find out whether it is there; False while another process fills it: ask again, some ms later."""
 
+    def prepare(self, nbytes: int) -> None:
+        """Say how large one that is claimed and not whole will be, before the host's ledger hears of it."""
+
     def allocate(self, nbytes: int, make_room: MakeRoom) -> None:
-        """Get memory for one that is claimed and not whole; raises OSError."""
+        """Get memory for it; raises OSError."""
 
     def publish(self, meta: bytes) -> None:
         """Let other processes have it too, if it can be; never fails. No copy from or to it may be under way."""
@@ -45,13 +46,19 @@ class HostCopy(Protocol):
         """The same content once more, not claimed yet."""
 
 
+class BufferMaker(Protocol):
+    """As much of a device as a private copy needs."""
+
+    host_buffer: Callable[[int], torch.Tensor]
+
+
 class PrivateCopy:
     """Memory of this process alone, of the device's making; see `HostCopy`."""
 
     is_whole = False
     meta = b""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: BufferMaker) -> None:
         self._device = device
         self._tensor: torch.Tensor | None = None
 
@@ -64,6 +71,9 @@ class PrivateCopy:
     def claim(self) -> bool:
         """See `HostCopy`: nobody else fills it."""
         return True
+
+    def prepare(self, nbytes: int) -> None:
+        """See `HostCopy`."""
 
     def allocate(self, nbytes: int, make_room: MakeRoom) -> None:
         """See `HostCopy`; the ledger of the host has made room already."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenpool.errors import CapacityError
 
@@ -28,8 +28,14 @@ class NodeBook(Protocol):
     free_bytes: int
     """What nobody on the node needs, as it was a moment ago."""
 
+    book: dict[str, Any]
+    """All of it as plain values, as it was a moment ago."""
+
     def cover(self, used_bytes: int, make_room: Callable[[int], None]) -> None:
         """Count what this host uses now."""
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """This is what the host may use now."""
 
 
 class HostLedger:

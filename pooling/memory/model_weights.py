@@ -79,7 +79,7 @@ class ModelWeights:
             return False
         return said.proof.checksum == self.proof.checksum and copy.tensor.numel() == self.nbytes
 
-    def first_proof(self, known: ProofMeta | None, advance: Advance, *, verify: bool) -> ReloadProof | None:
+    def first_proof(self, known: CopyMeta | None, advance: Advance, *, verify: bool) -> ReloadProof | None:
         """What is known of reading the checkpoint again when the weights are adopted; with `verify` it is tried.
 
         That reads it to where the tensors are, which have their bytes again afterwards. None = it is not known yet.
@@ -95,11 +95,13 @@ class ModelWeights:
         finally:
             layout.fill_from(host, advance)  # for others who look at the loader's memory, or a failure
 
-    def _believe(self, known: ProofMeta, advance: Advance) -> ReloadProof | None:
+    def _believe(self, known: CopyMeta, advance: Advance) -> ReloadProof | None:
         """What a trial has shown before of these bytes; None if they are others. That of a whole copy is its own."""
         assert self.host is not None
+        if known.proof is None or not known.fits(self.layout):
+            return None
         with suppress(ValueError):
-            proof = known.proof(self.host)
+            proof = known.proof.proof(self.host)
             is_own = self.copy.is_whole or not proof.droppable
             if is_own or proof.checksum == checksum_of(self.layout, self.host, advance):
                 return proof
@@ -184,9 +186,9 @@ class ModelWeights:
             self.range.check()
 
 
-def check_whole(owner: str, copy: HostCopy, layout: WeightLayout) -> ProofMeta | None:
-    """What was shown of a copy that is there already; raises UnfitCopyError if it is not that of such tensors."""
+def check_whole(owner: str, copy: HostCopy, layout: WeightLayout) -> CopyMeta:
+    """What was said of a copy that is there already; raises UnfitCopyError if it is not that of such tensors."""
     said = read_meta(copy.meta)
     if said is None or not said.fits(layout) or copy.tensor.numel() != layout.nbytes:
         raise UnfitCopyError(owner, "its tensors lie otherwise")
-    return said.proof
+    return said

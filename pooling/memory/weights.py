@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 import torch
 
 from tokenpool.errors import CapacityError, SwitchError
-from tokenpool.memory.copies.copy_meta import ProofMeta
+from tokenpool.memory.copies.copy_meta import CopyMeta
 from tokenpool.memory.copies.host_copy import HostCopy, PrivateCopy
 from tokenpool.memory.copy_engine import CopyEngine, CopyJob
 from tokenpool.memory.devices.counted import CountedDevice
@@ -87,7 +87,7 @@ class WeightStore:
         advance: Advance = lambda nbytes: None,
         give_up: Callable[[], None] | None = None,
         copy: HostCopy | None = None,
-        known: ProofMeta | None = None,
+        known: CopyMeta | None = None,
     ) -> ModelWeights:
         """Move `tensors` into a range of their own; they are ON_DEVICE afterwards, at addresses that stay.
 
@@ -142,6 +142,11 @@ class WeightStore:
         entry = self._in_state(owner, WeightState.ON_DEVICE)
         entry.outputs = outputs
         entry.copy.publish(entry.meta())
+
+    def meta(self, owner: str) -> bytes | None:
+        """What is known of reading the checkpoint again, as CopyMeta; None if nobody has tried."""
+        entry = self._models[owner]
+        return entry.meta() if entry.proof is not None else None
 
     def _make_room_for(self, place: WeightRange) -> None:
         try:

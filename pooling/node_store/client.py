@@ -71,9 +71,16 @@ class NodeStore:
     """One per host; its methods may be called from any thread."""
 
     def __init__(
-        self, folder: Path, budget_bytes: int, on_wanted: Callable[[int], object] = lambda nbytes: None
+        self,
+        folder: Path,
+        budget_bytes: int,
+        on_wanted: Callable[[int], object] = lambda nbytes: None,
+        register: Callable[[int, int], Callable[[], None]] = lambda address, nbytes: lambda: None,
     ) -> None:
-        """`on_wanted` is called on a side thread with bytes that this host is asked to give up if it can."""
+        """`on_wanted` is called on a side thread with bytes that this host is asked to give up if it can.
+
+        `register` is `register_host` of the device that copies are made to.
+        """
         self.folder = folder
         self.free_bytes = budget_bytes
         """What nobody needs of the node's budget, as it was at the last answer."""
@@ -81,6 +88,7 @@ class NodeStore:
         """The whole book as it was at the last tick; empty without a keeper."""
         self.budget_bytes = budget_bytes
         self._on_wanted = on_wanted
+        self._register = register
         self._lock = threading.RLock()  # guards what is below
         self._line: socket.socket | None = None
         self._held: dict[str, _Held] = {}
@@ -178,6 +186,7 @@ class NodeStore:
                 self._recount()
                 return held.memory
             memory = SharedMemory.open(file, nbytes)
+            self._tell_device(memory)
             self._held[key] = _Held(memory, meta)
             self._recount()
             return memory
@@ -187,12 +196,19 @@ class NodeStore:
         with self._lock:
             if key in self._held:
                 return False
+            self._tell_device(memory)
             told = self.ask(Seal(key, meta), memory.file) if is_filler else None
             if told is None or not told[0].ok:
                 told = self.ask(Offer(key, memory.nbytes, meta), memory.file)
             self._held[key] = _Held(memory, meta, is_nodes=told is not None and told[0].ok)
             self._recount()
             return True
+
+    def _tell_device(self, memory: SharedMemory) -> None:
+        try:
+            memory.register(self._register)
+        except OSError as error:  # copies are slower
+            logger.warning("a shared host copy cannot be page-locked: %s", error)
 
     def release(self, key: str) -> None:
         """Need a copy no more that was taken over, held again or published."""

@@ -16,6 +16,7 @@ from tests.helpers.devices.device_laws import LAWS
 from tests.helpers.devices.fake_cuda import GRANULARITY, FakeCuda, FakeCudaDevice
 from tokenpool.errors import ConfigError
 from tokenpool.memory.copy_engine import JobCancelled
+from tokenpool.memory.copies.shared_memory import SharedMemory
 from tokenpool.memory.devices.counted import CountedDevice
 from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.devices.cuda import _cpus_near
@@ -300,3 +301,18 @@ def test_a_tensor_lies_where_it_was_asked_for():
     tensor = device.tensor(address + 256, PAGE)
 
     assert (address + 256, PAGE, torch.int8) == (tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor.dtype)
+
+
+def test_a_sealed_mapping_is_page_locked_as_long_as_it_is_there():
+    """Once, however many ask for it, and until the last tensor over it is gone."""
+    device, memory = FakeCudaDevice(), SharedMemory.make(5000)
+    pinned = device.fake.pinned
+    before = dict(pinned)
+    memory.seal()
+    for _ in range(2):
+        memory.register(device.register_host)
+    tensor = memory.tensor
+    del memory
+    assert {**before, tensor.data_ptr(): 5000} == pinned
+    del tensor
+    assert before == pinned

@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import weakref
+from collections.abc import Callable
 
 import torch
 
@@ -39,7 +40,8 @@ class SharedMemory:
         self._close = weakref.finalize(self, os.close, file)
         self._address = _map(file, nbytes, writable=writable)
         memory = (ctypes.c_byte * nbytes).from_address(self._address)
-        weakref.finalize(memory, _libc.munmap, self._address, nbytes).atexit = False
+        self._unregister: list[Callable[[], None]] = []
+        weakref.finalize(memory, _unmap, self._address, nbytes, self._unregister).atexit = False
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
         """Flat uint8, shape (nbytes,); one that is sealed must not be written to: that ends the process."""
 
@@ -69,9 +71,21 @@ class SharedMemory:
         _map(self.file, self.nbytes, writable=False, over=self._address)
         fcntl.fcntl(self.file, fcntl.F_ADD_SEALS, SEALS)
 
+    def register(self, register: Callable[[int, int], Callable[[], None]]) -> None:
+        """Tell a device of the sealed mapping, until it goes; raises what the device raises."""
+        if not self._unregister:
+            self._unregister.append(register(self._address, self.nbytes))
+
     def close(self) -> None:
         """Close the descriptor; the mapping stays as long as a tensor is over it."""
         self._close()
+
+
+def _unmap(address: int, nbytes: int, unregister: list[Callable[[], None]]) -> None:
+    for each in unregister:
+        with contextlib.suppress(OSError):
+            each()
+    _libc.munmap(address, nbytes)
 
 
 def _map(file: int, nbytes: int, *, writable: bool, over: int = 0) -> int:

@@ -218,6 +218,11 @@ class CudaDevice:
         weakref.finalize(memory, self.driver.unpin, address).atexit = False
         return torch.frombuffer(memory, dtype=torch.uint8)  # its storage keeps `memory` alive
 
+    def register_host(self, address: int, nbytes: int) -> Callable[[], None]:
+        """Page-lock a sealed mapping; the function that is returned ends that. Not yet run on hardware."""
+        self.driver.register(address, nbytes)
+        return lambda: self.driver.unregister(address)
+
     def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
         """Issue a copy on the stream for weights; the function that is returned waits for it, once."""
         try:

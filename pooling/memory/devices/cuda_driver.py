@@ -16,6 +16,8 @@ from tokenpool.errors import ConfigError
 
 CUDA_WARNING = "CUDA is not yet run on hardware by this project: see docs/gpu.md for what was and was not checked"
 
+_REGISTER_READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY
+
 CALLS = {
     "cuInit": 1,
     "cuDeviceGet": 1,
@@ -33,6 +35,8 @@ CALLS = {
     "cuMemSetAccess": 4,
     "cuMemHostAlloc": 2,
     "cuMemFreeHost": 1,
+    "cuMemHostRegister": 3,
+    "cuMemHostUnregister": 1,
     "cuMemsetD8Async": 4,
     "cuMemcpyHtoDAsync": 4,
     "cuMemcpyDtoHAsync": 4,
@@ -148,6 +152,17 @@ class CudaDriver:
     def unpin(self, address: int) -> None:
         """Free what `pin` gave."""
         self._on_device("cuMemFreeHost", address)
+
+    def register(self, address: int, nbytes: int) -> None:
+        """Page-lock host memory that others have made, which this process can read and not write.
+
+        Not yet run on hardware.
+        """
+        self._on_device("cuMemHostRegister", address, nbytes, _REGISTER_READ_ONLY)
+
+    def unregister(self, address: int) -> None:
+        """End what `register` began, before the memory is unmapped."""
+        self._on_device("cuMemHostUnregister", address)
 
     # -- streams and events --------------------------------------------------------------------------
 

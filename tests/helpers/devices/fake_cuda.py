@@ -188,6 +188,15 @@ class FakeCuda:
         assert _libc.munmap(address, self.pinned.pop(address)) == 0
         return (Result.CUDA_SUCCESS,)
 
+    def _cuMemHostRegister(self, address: int, nbytes: int, flags: int) -> Any:
+        assert flags == 8 and address not in self.pinned
+        self.pinned[address] = nbytes
+        return (Result.CUDA_SUCCESS,)
+
+    def _cuMemHostUnregister(self, address: int) -> Any:
+        del self.pinned[address]
+        return (Result.CUDA_SUCCESS,)
+
     # -- streams -------------------------------------------------------------------------------------
 
     def _cuStreamCreate(self, flags: int) -> Any:

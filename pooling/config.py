@@ -54,6 +54,14 @@ from tokenpool.tenant_config import TenantConfig, check_tenants
 
 _NAME = re.compile(r"(?!(.*/)?\.{0,2}(/|\Z))[A-Za-z0-9._:/-]+")  # no part is empty, "." or "..": clients drop those
 _STORE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_StoreName = Annotated[
+    Text,
+    Rule(
+        lambda name: _STORE.fullmatch(name) is not None,
+        "{} is no name of a store: write private, shared, or another word of a-z, 0-9 and -",
+        {"pattern": f"^{_STORE.pattern}$"},
+    ),
+]
 _Bound = Annotated[Count, at_least(1, "must be 1 or more, or null for no bound")]
 
 DEFAULT_PAGE_SIZE = 32 << 20
@@ -182,13 +190,7 @@ class PoolConfig(Section):
     """Device memory the pool may use; auto = found out when the host starts."""
     host_memory: Annotated[BytesOrAuto, above(0, "is 0: give a size such as 64GiB, or auto")] = None
     """Host memory the pool may use; auto = found out when the host starts."""
-    host_store: Annotated[
-        Text,
-        Rule(
-            lambda name: _STORE.fullmatch(name) is not None,
-            "{} is no name of a store: write private, shared, or another word of a-z, 0-9 and -", {},
-        ),
-    ] = "private"  # fmt: skip
+    host_store: _StoreName = "private"
     """Where copies of movable weights in host memory lie: `private` = each engine host has its own; else the name of a
     store, such as `shared`: all hosts of this machine and user that name it have one copy of each model together, which
     outlives them. `host_memory` is then the budget of all of them."""

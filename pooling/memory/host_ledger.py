@@ -31,7 +31,7 @@ class NodeBook(Protocol):
     book: dict[str, Any]
     """All of it as plain values, as it was a moment ago."""
 
-    def cover(self, used_bytes: int, make_room: Callable[[int], None]) -> None:
+    def cover(self, used_bytes: int) -> None:
         """Count what this host uses now."""
 
     def set_budget(self, budget_bytes: int) -> None:
@@ -95,7 +95,7 @@ class HostLedger:
 
     def _tell_node(self) -> None:
         if self.node is not None:
-            self.node.cover(self._used_bytes, self.make_room)
+            self.node.cover(self._used_bytes)
 
     def check(self) -> None:
         """Raise AssertionError unless the sum is right and within the budget."""

@@ -145,22 +145,18 @@ class NodeStore:
             if generation == self.generation:
                 self._expected_bytes += nbytes
 
-    def cover(self, used_bytes: int, make_room: Callable[[int], None]) -> None:
+    def cover(self, used_bytes: int) -> None:
         """Have the node count what this host uses beside copies that are the node's; never refused.
 
-        Where there is no room, this host makes some, others are asked to, and the budget is exceeded meanwhile.
+        Where there is no room the budget is exceeded for now, and all hosts are asked to give up what is idle.
         """
         with self._lock:
             self._used_bytes = used_bytes
-            missing = self._own_bytes - self._told_bytes
-            if missing <= 0 or self._line is None:
-                self._settle()
-                return
-            rounded = -(-self._own_bytes // self._chunk_bytes) * self._chunk_bytes
-            if self._hold(rounded) or self._hold(self._own_bytes):
-                return
-        make_room(missing)
-        self._settle()
+            if self._own_bytes > self._told_bytes and self._line is not None:
+                rounded = -(-self._own_bytes // self._chunk_bytes) * self._chunk_bytes
+                if self._hold(rounded) or self._hold(self._own_bytes):
+                    return
+            self._settle()
 
     def set_budget(self, budget_bytes: int) -> None:
         """What the pool says now that the node may use."""

@@ -15,8 +15,8 @@ import torch
 from tests.helpers.devices.device_laws import LAWS
 from tests.helpers.devices.fake_cuda import GRANULARITY, FakeCuda, FakeCudaDevice
 from tokenpool.errors import ConfigError
-from tokenpool.memory.copy_engine import JobCancelled
 from tokenpool.memory.copies.shared_memory import SharedMemory
+from tokenpool.memory.copy_engine import JobCancelled
 from tokenpool.memory.devices.counted import CountedDevice
 from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.devices.cuda import _cpus_near

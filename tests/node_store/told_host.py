@@ -49,7 +49,7 @@ class Host:
         self.copies.pop(key).release()
 
     def cover(self, used: int) -> None:
-        self.store.cover(used, lambda nbytes: None)
+        self.store.cover(used)
 
     def state(self) -> dict[str, Any]:
         return {"there": self.store.is_there, "shared": self.store.shared_bytes, "wanted": self.wanted}

@@ -29,6 +29,14 @@ _FORMATS = ("auto", "hf", "safetensors")
 _MOST_FILES = 4096
 
 
+def checkpoint_state(config: VllmConfig) -> list[tuple[str, list[int]]]:
+    """What tells one state of the checkpoint's files from another; empty if they are not found on this machine."""
+    try:
+        return list(_files(_folder_of(config)))
+    except (OSError, ValueError):  # also what huggingface_hub raises for what was never downloaded
+        return []
+
+
 def content_key(config: VllmConfig) -> str | None:
     """The name of the content, 64 hexadecimal digits; None for a model whose copy is not shared.
 
@@ -40,11 +48,7 @@ def content_key(config: VllmConfig) -> str | None:
         return None
     if load.load_format not in _FORMATS:
         return None
-    try:
-        files = list(_files(_folder_of(config)))
-    except (OSError, ValueError):  # also what huggingface_hub raises for what was never downloaded
-        return None
-    if not files:
+    if not (files := checkpoint_state(config)):
         return None
     lora = config.lora_config
     facts = {
@@ -54,7 +58,7 @@ def content_key(config: VllmConfig) -> str | None:
         "lora": lora.compute_hash() if lora is not None else None,
         "load": [load.load_format, sorted(load.ignore_patterns or ()), _plain(load.model_loader_extra_config)],
         "ranks": [0, ranks],
-        "device": [config.device_config.device_type, torch.get_num_threads()],
+        "device": config.device_config.device_type,
         "code": [tokenpool.__version__, vllm.__version__, torch.__version__, _own_code()],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

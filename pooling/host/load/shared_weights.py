@@ -14,7 +14,7 @@ from collections.abc import Callable
 from vllm.config import VllmConfig
 
 from tokenpool.errors import UnfitCopyError
-from tokenpool.host.load.content import content_key
+from tokenpool.host.load.content import checkpoint_state, content_key
 from tokenpool.host.load.known_proofs import KnownProofs
 from tokenpool.host.load.unread_loader import UNREAD
 from tokenpool.memory.copies.copy_meta import CopyMeta, read_meta
@@ -45,6 +45,7 @@ class SharedWeights:
         self._proofs = KnownProofs()
         self._key = content_key(config) if store is not None and may_map else None
         self._format: str = config.load_config.load_format
+        self._files = checkpoint_state(config) if self._key is not None else []
         self._said: CopyMeta | None = None
 
     @property
@@ -82,7 +83,7 @@ class SharedWeights:
     def loaded(self) -> None:
         """vLLM has made the model."""
         self._config.load_config.load_format = self._format
-        if not self.is_mapped and self._copy is not None and content_key(self._config) != self._key:
+        if not self.is_mapped and self._copy is not None and checkpoint_state(self._config) != self._files:
             logger.warning("the checkpoint has changed while it was read model=%s", self._name)
             self._take_own()
 

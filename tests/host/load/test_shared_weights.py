@@ -139,6 +139,21 @@ def test_a_copy_that_was_given_up_is_mapped_again(cases, reference, reads):
         assert_equal(pooled, {name: case}, reference)
 
 
+def test_what_others_want_is_given_up_while_it_is_idle(cases, reference, folder):
+    """A model with requests keeps its copy; the others' are the node's to evict, and come back when they are needed."""
+    names = ("llama", "qwen3", "gemma3")
+    with pool_of(*(cases[name] for name in names)) as pooled:
+        pooled.submit(cases["qwen3"])
+        pooled.run_once()
+        pooled.host.residency.room.host.give_back(1 << 30)
+        held = {name for name in names if pooled.host.host_ledger.held(name, "weights") >= pooled.host.weights.bytes_of(name)}
+        assert {"qwen3"} == held
+        assert [0, 0, 1] == sorted(copy["hosts"] for copy in book(folder)["copies"].values())
+        pooled.check()
+        pooled.run()
+        assert_equal(pooled, {name: cases[name] for name in ("llama", "gemma3")}, reference)
+
+
 def test_what_was_shown_of_a_checkpoint_is_not_shown_twice(cases, reads, folder):
     """The next keeper knows no copies; the checkpoint is read once, to load it. One that was changed is tried anew."""
     case = cases["llama"]

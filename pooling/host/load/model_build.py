@@ -139,7 +139,7 @@ class ModelBuild:
         loaded = LoaderMemory(tensors)
 
         def give_up() -> None:
-            loaded.poison()
+            loaded.poison(fill=not shared.is_mapped)
             self.give_up_loading()
 
         self._store.adopt(

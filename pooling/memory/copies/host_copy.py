@@ -49,7 +49,8 @@ class HostCopy(Protocol):
 class BufferMaker(Protocol):
     """As much of a device as a private copy needs."""
 
-    host_buffer: Callable[[int], torch.Tensor]
+    def host_buffer(self, nbytes: int, /) -> torch.Tensor:
+        """See `Device`."""
 
 
 class PrivateCopy:

@@ -1,4 +1,4 @@
-# make demo | demo-files | test | test-all | test-api | test-models | test-fast | test-compat | test-deploy | port | dashboards | reference | lint:
+# make demo | demo-files | demo-kinds | test | test-all | test-api | test-models | test-fast | test-compat | test-deploy | test-image | port | dashboards | reference | lint:
 # each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ COMPAT_VLLM = 0.29.0
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup demo demo-files test test-all test-api test-models test-fast test-compat test-deploy dashboards lint ruff types clean
+.PHONY: setup demo demo-files demo-kinds test test-all test-api test-models test-fast test-compat test-deploy test-image dashboards lint ruff types clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
@@ -85,6 +85,12 @@ test-deploy: setup $(VENV)/.ready-deploy $(if $(HELM_BIN),,$(TOOLS)/helm) $(TOOL
 port: setup
 	@$(PY) -m deploy.port "$(VLLM)"
 
+# The CPU image, built without a registry and run as the chart's pod. Needs root, podman, catatonit, buildah, runc and debootstrap.
+TEST_IMAGE = localhost/tokenpool:test-cpu
+test-image: setup $(TOOLS)/helm
+	deploy/build_image.sh cpu $(TEST_IMAGE)
+	TOKENPOOL_TEST_IMAGE=$(TEST_IMAGE) OMP_NUM_THREADS=1 $(PY) -m pytest tests/deploy/test_image.py
+
 dashboards: setup
 	$(PY) -m deploy.dashboards
 
@@ -99,6 +105,10 @@ demo: setup
 # What the commands of the README are tried with.
 demo-files: setup
 	$(PY) -m tokenpool.demo --files build/demo
+
+# A hybrid, a vision model, an embedder, a reranker, Whisper and a quantised model: docs/many_kinds.md.
+demo-kinds: setup
+	$(PY) -m tokenpool.demo.many_kinds build/many-kinds
 
 # Two workers: much of the time a test waits for a process to start. More would need more cores and memory. Random tests
 # try the same cases each time, so that who changes something sees what his change does.

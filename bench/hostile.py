@@ -48,15 +48,10 @@ the metric remembers. `tracebacks` counts those in the server's log.
 from __future__ import annotations
 
 import asyncio
-import json
-import multiprocessing
 import random
 import re
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +59,7 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.parts import common, hostile_wire, sized_models
+from bench.parts import common, hostile_rig, hostile_wire
 from bench.parts.hostile_arms import (
     KEYS,
     OTHERS_LAST,
@@ -77,19 +72,11 @@ from bench.parts.hostile_arms import (
     order_of,
     ttft_p99_ms_of,
 )  # fmt: skip
-from bench.parts.hostile_bodies import EMBED, MODEL
 from bench.parts.hostile_inputs import KINDS
 from bench.parts.hostile_seen import Seen
-from bench.parts.hostile_wire import Tally
-from bench.tenant_fairness import arrivals, wait_until_ready, yielding_process
-from tokenpool.cli.bench import client as bench_client
-from tokenpool.cli.bench.client import BenchRequest, Outcome
-from tokenpool.tenant_config import hash_key
+from bench.tenant_fairness import wait_until_ready, yielding_process
 
-POLITE, POLITE_KEY, ADMIN_KEY = "polite", "polite-key-0123456789", "hostile-admin-01234"
 _FORGETS_S = 62.0  # the longest lag of the last minute
-_SAMPLE_S = 5.0
-_DRAIN_S = 180.0
 _HELD = re.compile(r"event loop .* cpu_seconds=([0-9.]+)")
 
 
@@ -152,14 +139,14 @@ def run(
     """Play all arms `rounds` times."""
     lengths = (input_len, output_len)
     with common.scratch(logs) as (folder, log_folder, stack):
-        server = _serve(folder, log_folder, weight_mib, dtype)
+        server = hostile_rig.serve(folder, log_folder, weight_mib, dtype)
         stack.callback(server.close)
         wait_until_ready([server], start_limit_s)
         elsewhere = stack.enter_context(yielding_process())
-        ports = {"sink": _start_sink(stack), "hostile": server.port}
-        trace = _requests(random.Random(f"{seed} warm"), _FORGETS_S, polite_rate, lengths)
-        asyncio.run(_play(server.port, trace, -1, elsewhere, Nothing()))
-        before = _pids(server)
+        ports = {"sink": hostile_rig.start_sink(stack), "hostile": server.port}
+        trace = hostile_rig.requests(random.Random(f"{seed} warm"), _FORGETS_S, polite_rate, lengths)
+        asyncio.run(hostile_rig.play(server.port, trace, -1, elsewhere, Nothing()))
+        before = hostile_rig.pids(server)
         seen = Seen(server.port, before, KEYS.metrics)
         seen.begin()
         log_path = log_folder / "hostile.log"
@@ -168,23 +155,23 @@ def run(
             part = range(inputs * number // rounds, inputs * (number + 1) // rounds)
             for arm in order_of(number):
                 duration_s = max(5.0, inputs / rounds / rate) * (1.0 if arm == "hostile" else OTHERS_LAST)
-                trace = _requests(random.Random(f"{seed} {number}"), duration_s, polite_rate, lengths)
+                trace = hostile_rig.requests(random.Random(f"{seed} {number}"), duration_s, polite_rate, lengths)
                 attack: Attack = Nothing()
                 if arm in ports:
                     some = range(part.start, part.start + int(len(part) * OTHERS_LAST)) if arm == "sink" else part
                     attack = Hostility(ports[arm], seed, some, rate, kinds)
                 elif arm == "ordinary":
                     attack = Neighbour(server.port, seed * 1000 + number, duration_s, *played.neighbour)
-                used = _used(server)
+                used = hostile_rig.used(server)
                 outcomes, got = asyncio.run(
-                    _watched(server.port, trace, seed * 1000 + number, elsewhere, attack, seen, arm)
+                    hostile_rig.watched(server.port, trace, seed * 1000 + number, elsewhere, attack, seen, arm)
                 )
-                played.add(arm, outcomes, got, duration_s, _used(server) - used)
+                played.add(arm, outcomes, got, duration_s, hostile_rig.used(server) - used)
                 common.progress(
                     f"round {number} {arm}: p99 between tokens {itl_ms_of([outcomes])[99]:.1f} ms, "
                     f"lag so far {1e3 * seen.lag_s:.0f} ms, sent {got.by_class()}"
                 )
-        alive = _is_alive(server, before, lengths)
+        alive = hostile_rig.is_alive(server, before, lengths)
         log = log_path.read_bytes()[begun:].decode(errors="replace")
     return _result(played, seen, alive, log)
 
@@ -228,112 +215,6 @@ def _result(all_played: Played, seen: Seen, alive: int, log: str) -> Hostile:
         polite_problems=problems[:20],
         log=[line[:400] for line in told[:200]],
     )
-
-
-def _serve(folder: Path, logs: Path, weight_mib: float, dtype: str) -> common.Server:
-    paths = sized_models.make_all(folder, {MODEL: weight_mib})
-    embed = common.make_models(folder, ["embed"])["embed-0"]
-    flags = [*common.MODEL_FLAGS[2:], f"--dtype={dtype}"]
-    tenants: list[dict[str, Any]] = [
-        {"name": POLITE, "keys": hash_key(POLITE_KEY)},
-        {"name": "odd", "keys": hash_key(KEYS.odd), "requests_per_minute": 6_000, "max_concurrent": 16},
-        {
-            "name": "greedy", "keys": hash_key(KEYS.greedy),
-            "requests_per_minute": 120, "tokens_per_minute": 3_000, "max_concurrent": 2,
-        },
-    ]  # fmt: skip
-    pool = {
-        "models": [
-            {"name": MODEL, "model": str(paths[MODEL]), "args": ["--max-model-len=2048", "--max-num-seqs=16", *flags]},
-            {"name": EMBED, "model": str(embed), "args": ["--max-model-len=512", "--runner=pooling", *flags]},
-        ],
-        "device_memory": "512MiB",
-        "page_size": "1MiB",
-        "admin_key": ADMIN_KEY,
-        "view_key": KEYS.view,
-        "metrics_key": KEYS.metrics,
-        "tenants": tenants,
-    }
-    pool_file = folder / "pool.yaml"
-    pool_file.write_text(json.dumps(pool))  # JSON is YAML
-    env = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
-    return common.Server([*common.POOL, str(pool_file)], [MODEL, EMBED], logs / "hostile.log", **env)
-
-
-def _requests(draw: random.Random, duration_s: float, rate: float, lengths: tuple[int, int]) -> list[BenchRequest]:
-    """Poisson arrivals of the polite tenant, the same in all arms of a round; at least one."""
-    return [BenchRequest(at, MODEL, *lengths, POLITE) for at in (0.0, *arrivals(draw, rate, duration_s))]
-
-
-async def _watched(
-    port: int, trace: list[BenchRequest], seed: int, elsewhere: Executor, attack: Attack, seen: Seen, arm: str
-) -> tuple[list[Outcome], Tally]:
-    """Play one arm and look at the server all the while."""
-    before = await asyncio.to_thread(seen.look)
-
-    async def sample() -> None:
-        while True:
-            await asyncio.sleep(_SAMPLE_S)
-            await asyncio.to_thread(seen.look)
-
-    sampling = asyncio.create_task(sample())
-    try:
-        return await _play(port, trace, seed, elsewhere, attack)
-    finally:
-        sampling.cancel()
-        with suppress(asyncio.CancelledError):
-            await sampling
-        seen.count(arm, before, await asyncio.to_thread(seen.look))
-
-
-async def _play(
-    port: int, trace: list[BenchRequest], seed: int, elsewhere: Executor, attack: Attack
-) -> tuple[list[Outcome], Tally]:
-    """Send the polite tenant's requests beside an attack; wait until all is over."""
-    url = f"http://127.0.0.1:{port}"
-    await asyncio.wrap_future(elsewhere.submit(Nothing()))  # its process is up
-    sent = asyncio.wrap_future(elsewhere.submit(attack))
-    outcomes = await bench_client.replay(url, trace, seed=seed, drain_s=_DRAIN_S, keys={POLITE: POLITE_KEY})
-    tally = await sent
-    await bench_client.wait_until_idle(url, _DRAIN_S, KEYS.metrics)
-    return outcomes, tally
-
-
-def _used(server: common.Server) -> Counter[str]:
-    """Tokens of the engine that the tenants beside the polite one have had so far."""
-    used: Counter[str] = Counter()
-    for name, told in server.get("/v1/pool/tenants", key=KEYS.view, limit_s=60.0)["tenants"].items():
-        for usage in told["usage"].values() if name != POLITE else ():
-            used.update(usage)
-    return used
-
-
-def _start_sink(stack: ExitStack) -> int:
-    """Start a process that refuses all; returns its port."""
-    spawn = multiprocessing.get_context("spawn")
-    told, tells = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=hostile_wire.serve_refusals, args=(tells,), daemon=True)
-    process.start()
-    stack.callback(process.kill)
-    return int(told.recv())
-
-
-def _pids(server: common.Server) -> tuple[int, int]:
-    """Frontend and engine host."""
-    return server.process.pid, server.get("/v1/pool/state", key=ADMIN_KEY)["host_pid"]
-
-
-def _is_alive(server: common.Server, before: tuple[int, int], lengths: tuple[int, int]) -> int:
-    if server.process.poll() is not None:
-        return 0
-    trace = [BenchRequest(0.0, MODEL, *lengths, POLITE)]
-    keys, url = {POLITE: POLITE_KEY}, f"http://127.0.0.1:{server.port}"
-    outcomes = asyncio.run(bench_client.replay(url, trace, seed=-2, drain_s=_DRAIN_S, keys=keys))
-    with suppress(OSError, TimeoutError):
-        asyncio.run(bench_client.wait_until_idle(url, _DRAIN_S, KEYS.metrics))
-        server.get("/v1/pool/check", key=ADMIN_KEY, body={}, limit_s=60)
-        return int(_pids(server) == before and not outcomes[0].problem)
-    return 0
 
 
 def main() -> None:

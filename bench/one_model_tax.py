@@ -11,7 +11,8 @@ two neighbouring runs:
 Events that reach the client in one piece count as 0 apart: where a side sends in bursts (tokens_per_event above 1, or
 a p99 far above the p50), judge by tpot_mean_ratio and the throughput instead.
 
-With --same both sides are plain vLLM: what the ratios then differ from 1 is the noise of the machine.
+With --same both sides are plain vLLM: what the ratios then differ from 1 is the noise of the machine. With --model
+hybrid the model has layers that keep a state beside layers of attention (Nemotron-H) in the place of a llama.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ PROMPT_TOKENS = 64
 KV_MIB = 64
 WEIGHT_MIB = 8  # the pool's budget holds the weights too: about 1 MiB, and what rounding to pages takes
 SIDES = ("pool", "plain")
+MODELS = {"llama": ("llama", []), "hybrid": ("nemotron_h", ["--no-enable-prefix-caching"])}
+"""By --model the kind of tiny model, and the flags that it cannot do without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +81,24 @@ class OneModelTax:
 
 
 def run(
-    *, rounds: int, tokens: int, requests: int, same: bool, seed: int, start_limit_s: float, logs: Path | None
+    *,
+    model: str,
+    rounds: int,
+    tokens: int,
+    requests: int,
+    same: bool,
+    seed: int,
+    start_limit_s: float,
+    logs: Path | None,
 ) -> OneModelTax:
     """Measure both sides in `rounds` rounds; each user sends `requests` requests of `tokens` tokens in a round."""
     with common.scratch(logs) as (folder, log_folder, stack):
-        ((name, path),) = common.make_models(folder, ["llama"]).items()
+        kind, flags = MODELS[model]
+        ((name, path),) = common.make_models(folder, [kind]).items()
         ready_s, servers = {}, {}
         for side in SIDES:  # one after the other, so that each gets the whole machine to start
             words = _plain_words(path, name) if same or side == "plain" else _pool_words(path, name)
-            servers[side] = common.Server(words, [name], log_folder / f"{side}.log")
+            servers[side] = common.Server([*words, *flags], [name], log_folder / f"{side}.log")
             stack.callback(servers[side].close)
             (ready_s[side],) = common.wait_until_ready([servers[side]], start_limit_s)
             common.progress(f"{side} ready after {ready_s[side]:.1f} s")
@@ -186,6 +198,7 @@ def _summarize(runs: Sequence[Run], ready_s: dict[str, float]) -> OneModelTax:
 def main() -> None:
     """Read the flags, run, report."""
     parser = common.parser(__doc__)
+    parser.add_argument("--model", choices=MODELS, default="llama", help="the kind of model (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="pairs of runs per concurrency (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="per request, at most 448 (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=4, help="per user and run (default: %(default)s)")

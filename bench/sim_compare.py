@@ -7,13 +7,15 @@ Each part is a question; `--parts` chooses some of them, and `--keep FILE` takes
                  of at most twice the SLO, for each seed, in steady state: ten simulated minutes after one of warm-up,
                  with half a minute of traffic behind them. `aegaeon_best` is the best of 20: QMAX 1, 1.5, 2, 4 s and
                  4 to 8 of 16 devices for prefills. [strict_SYSTEM_rRATE, and the ratio]
+                 Also what `slack` does with 110 % of that: `beyond`, at least 85 % of tokens on time wanted and 50 % of
+                 every model.
     hot          One 7B model with 30 requests/s on 2, 4 and 8 GPUs, and on 8 beside 100 models with 0.02 each.
     bound        How many models could be, if switching were free and memory endless, with the same costs?
     fidelity     Does the simulator agree with that of Aegaeon's artifact where it does the same thing? Needs --data DIR
                  with the artifact's requests and results (`sim_effective/*.csv`, `results_sim.csv`).
                  [fidelity_max_points: largest difference of token attainment, any policy and load]
-    production   How many GPUs does a production-shaped trace need for 99 % of tokens on time, with dedicated instances
-                 and pooled? [gpus_saved_pct]
+    production   How many GPUs does a production-shaped trace need, with dedicated instances and pooled, for 99 % of
+                 tokens on time and 90 % of every model's; and two published traces, with --traces DIR? [gpus_saved_pct]
     sensitivity  What do the link, prefetch, resident models, burstiness and skew change, at one load?
     scale        200 GPUs and 1,000 models for ten minutes: how fast is the simulator? [events_per_s]
 
@@ -21,13 +23,14 @@ Same inputs for all systems: Poisson arrivals at one rate per model, lengths of 
 Aegaeon's artifact, costs fitted to its H100 profiles, with what hosts pay (`tokenpool.sim.host_costs`), 16 GB/s to a
 device and 64 GB/s for the 8 of a node, TTFT 10 s, TBT 0.1 s. Failed and unfinished requests count as missed. Numbers of
 models are searched by doubling and halving on a grid of 4, of 8 for `slack`, which takes for granted that more models
-are not served better.
+are not served better. A run that cannot pass any more is ended; its figures are those of the requests up to then.
 Simulated time: it shows what decisions do, and is no measurement of a device.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -39,15 +42,16 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.parts import common, sim_sensitivity
+from bench.parts import common, gpus_saved, sim_sensitivity
 from bench.parts.fidelity import fidelity
 from bench.parts.sim_sensitivity import GPU, LINK_BYTES_PER_S, NUM_GPUS, costs_for
 from tokenpool.config import SLO
-from tokenpool.sim import generate, planner
+from tokenpool.sim import generate
 from tokenpool.sim.compared import bound
 from tokenpool.sim.compared.systems import System, run_system, system
 from tokenpool.sim.gpus import gpu
 from tokenpool.sim.host_costs import HostCosts
+from tokenpool.sim.result import MostMissed
 from tokenpool.sim.workload import Workload
 
 SYSTEMS = ("slack", "request_level", "sllm", "sleep", "mux")
@@ -55,6 +59,9 @@ SYSTEMS = ("slack", "request_level", "sllm", "sleep", "mux")
 RATES = (0.1, 0.5)
 PARTS = ("strict", "hot", "bound", "fidelity", "production", "sensitivity", "scale")
 STEP, GOAL = 4, 0.9
+_BEYOND = 1.1
+_STARTS = {0.1: 96, 0.5: 80}
+"""Where the search for `slack` begins."""
 SLO_10S = SLO(10.0, 0.1)
 WARM_S, WINDOW_S, TAIL_S = 60.0, 600.0, 30.0
 QMAX_S, SPLITS = (1.0, 1.5, 2.0, 4.0), (4, 5, 6, 7, 8)
@@ -71,14 +78,24 @@ def steady(num_models: int, rate_per_s: float, seed: int) -> Workload:
     return generate.poisson(dict.fromkeys(names, rate_per_s), WARM_S + WINDOW_S + TAIL_S, seed, kinds=kinds)
 
 
-def measured(made: System, workload: Workload) -> dict[str, float]:
-    """One run in steady state."""
+def measured(made: System, workload: Workload, *, to_end: bool) -> dict[str, Any]:
+    """One run in steady state; unless `to_end`, it ends when a model cannot reach the goal any more."""
     window_s = WARM_S, WARM_S + WINDOW_S
+    most_missed = None if to_end else _may_miss(workload, window_s)
+    costs = costs_for(workload).__getitem__
     result = run_system(
-        made, workload, costs_for(workload).__getitem__, SLO_10S, drain_s=TAIL_S + 60.0, window_s=window_s
+        made, workload, costs, SLO_10S, drain_s=TAIL_S + 60.0, window_s=window_s, most_missed=most_missed
     )
     found = result.to_json()
-    return {key: found[key] for key in KEPT}
+    return {key: found[key] for key in KEPT} | {"ended_early": result.is_stopped}
+
+
+def _may_miss(workload: Workload, window_s: tuple[float, float]) -> MostMissed:
+    counts = dict.fromkeys(workload.kinds, 0)
+    for request in workload.requests:
+        if window_s[0] <= request.arrival_s < window_s[1]:
+            counts[request.model] += request.output_len
+    return MostMissed(math.inf, {model: (1 - GOAL) * count + 1e-6 for model, count in counts.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +112,13 @@ class SimCompare:
     events_per_s: float | None
     better: Mapping[str, str]
     strict_runs: Sequence[Mapping[str, Any]]
+    beyond: Sequence[Mapping[str, Any]]
+    """Of `slack`, with 110 % of its strict capacity, one seed after the other."""
     aegaeon_settings: Sequence[Mapping[str, Any]]
     hot: Sequence[Mapping[str, Any]]
     fidelity: Sequence[Mapping[str, Any]]
     production: Mapping[str, Any]
+    traced: Sequence[Mapping[str, Any]]
     sensitivity: Sequence[Mapping[str, Any]]
     scale: Mapping[str, Any]
 
@@ -110,6 +130,7 @@ def run(
     systems: Sequence[str],
     keep: Path | None,
     data: Path | None,
+    traces: Path | None,
     seeds: int,
     png: Path | None,
     seed: int,
@@ -130,7 +151,8 @@ def run(
         _plot(runs, png)
     hot = _hot(seed) if "hot" in parts else old.get("hot", [])
     limits = _bounds(seed, rates) if "bound" in parts else {}
-    production = _production(seed) if "production" in parts else old.get("production", {})
+    production = gpus_saved.production(seed) if "production" in parts else old.get("production", {})
+    traced = gpus_saved.traced(seed, traces) if "production" in parts and traces else old.get("traced", [])
     scale = _scale(seed) if "scale" in parts else old.get("scale", {})
     best = {rate: strict.get(f"aegaeon_best_r{rate}") for rate in RATES}
     return SimCompare(
@@ -143,10 +165,12 @@ def run(
         events_per_s=scale.get("events_per_s"),
         better={"strict": "higher", "strict_ratio": "higher", "gpus_saved_pct": "higher", "points": "lower"},
         strict_runs=runs,
+        beyond=[row["beyond"] for row in runs if "beyond" in row],
         aegaeon_settings=settings,
         hot=hot,
         fidelity=fit,
         production=production,
+        traced=traced,
         sensitivity=sim_sensitivity.rows(seed) if "sensitivity" in parts else old.get("sensitivity", []),
         scale=scale,
     )
@@ -165,9 +189,12 @@ def _strict_at(
         made["aegaeon_best"] = _aegaeon(best["qmax_s"], best["prefill_gpus"])
     for name, described in made.items():
         curve = _Curve(described, rate, seeds)
-        found = curve.most_models(*(64, 2 * STEP) if name == "slack" else (16, STEP))
+        found = curve.most_models(*(_STARTS.get(rate, 64), 2 * STEP) if name == "slack" else (16, STEP))
         runs[:] = [row for row in runs if (row["rate"], row["system"]) != (rate, name)]
-        runs.append({"rate": rate, "system": name, "strict": found, "seeds": list(seeds), "runs": curve.points()})
+        row = {"rate": rate, "system": name, "strict": found, "seeds": list(seeds), "runs": curve.points()}
+        if name == "slack":
+            row["beyond"] = curve.beyond(math.ceil(_BEYOND * found))
+        runs.append(row)
         common.progress(f"{rate} requests/s, {name}: {found} models")
 
 
@@ -192,21 +219,24 @@ class _Curve:
 
     def __init__(self, made: System, rate: float, seeds: Sequence[int]) -> None:
         self._made, self._rate, self._seeds = made, rate, seeds
-        self._seen: dict[int, list[dict[str, float]]] = {}
+        self._seen: dict[int, list[dict[str, Any]]] = {}
 
-    def runs(self, num_models: int) -> list[dict[str, float]]:
+    def runs(self, num_models: int) -> list[dict[str, Any]]:
         """By seed, up to the first that fails."""
         if num_models not in self._seen:
             found = self._seen[num_models] = []
             for seed in self._seeds:
-                run = measured(self._made, steady(num_models, self._rate, seed))
-                found.append(run)
-                kept = ("token_deadline_pct", "models_90_pct", "worst_model_pct", "ttft_p99_s")
-                shown = ", ".join(f"{key} {run[key]:.1f}" for key in kept)
-                common.progress(f"{self._made.name} {num_models} x {self._rate}, seed {seed}: {shown}")
-                if not _passes(run):
+                found.append(self._run(num_models, seed))
+                if not _passes(found[-1]):
                     break
         return self._seen[num_models]
+
+    def _run(self, num_models: int, seed: int, *, to_end: bool = False) -> dict[str, Any]:
+        run = measured(self._made, steady(num_models, self._rate, seed), to_end=to_end)
+        kept = ("token_deadline_pct", "models_90_pct", "worst_model_pct", "ttft_p99_s")
+        shown = ", ".join(f"{key} {run[key]:.1f}" for key in kept)
+        common.progress(f"{self._made.name} {num_models} x {self._rate}, seed {seed}: {shown}")
+        return run
 
     def most_models(self, start: int, step: int) -> int:
         """The last multiple of `step` that passes with all seeds, from `start` by doubling and halving; 0 if none."""
@@ -218,6 +248,11 @@ class _Curve:
             low, high = (middle, high) if self._is_good(middle) else (low, middle)
         return low
 
+    def beyond(self, num_models: int) -> dict[str, Any]:
+        """What becomes of so many models, with each seed."""
+        by_seed = [self._run(num_models, seed, to_end=True) for seed in self._seeds]
+        return {"rate": self._rate, "models": num_models, "by_seed": by_seed}
+
     def _is_good(self, num_models: int) -> bool:
         return all(_passes(run) for run in self.runs(num_models))
 
@@ -227,7 +262,8 @@ class _Curve:
 
 
 def _passes(run: Mapping[str, float]) -> bool:
-    return run["worst_model_pct"] >= 100 * GOAL and run["ttft_p99_s"] <= 2 * SLO_10S.ttft_s
+    is_good = run["worst_model_pct"] >= 100 * GOAL and run["ttft_p99_s"] <= 2 * SLO_10S.ttft_s
+    return is_good and not run.get("ended_early")
 
 
 def _ratio(ours: int | None, theirs: int | None) -> float | None:
@@ -269,15 +305,6 @@ def _bounds(seed: int, rates: Sequence[float]) -> dict[str, int]:
     return found
 
 
-def _production(seed: int) -> dict[str, Any]:
-    """The shape of Aegaeon's deployment, twice as many models: 56 on one GPU each, 38 on four."""
-    workload = generate.deployed(2, 900.0, seed=seed)
-    made = planner.plan(workload, costs_for(workload), gpu(GPU), SLO_10S, target=0.99)
-    saved = made.saved_frac("slack")
-    common.progress(f"production: {saved} of the GPUs saved")
-    return made.to_json() | {"gpus_saved_pct": None if saved is None else 100 * saved}
-
-
 def _scale(seed: int) -> dict[str, Any]:
     workload = generate.artifact_like(1000, 0.037, 600.0, seed)
     made = system("slack", 200, GPU, LINK_BYTES_PER_S)
@@ -302,7 +329,9 @@ def _plot(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     for axis, rate in zip(axes[0], rates, strict=True):
         for row in runs:
             if row["rate"] == rate and row["system"] in ("slack", "aegaeon", "aegaeon_best"):
-                points = [(p["models"], min(run["worst_model_pct"] for run in p["by_seed"])) for p in row["runs"]]
+                ended = [p for p in row["runs"] if not any(run.get("ended_early") for run in p["by_seed"])]
+                ended += [row["beyond"]] if "beyond" in row else []
+                points = [(p["models"], min(run["worst_model_pct"] for run in p["by_seed"])) for p in ended]
                 axis.plot(*zip(*points, strict=True), marker=".", label=f"{row['system']}: {row['strict']}")
         axis.axhline(100 * GOAL, color="grey", linewidth=0.8, linestyle="--")
         axis.set(title=f"{rate} requests/s per model", xlabel="models on 16 H100 (simulated)", ylim=(0, 102))
@@ -323,6 +352,7 @@ def main() -> None:
     add("--systems", type=lambda text: text.split(","), default=systems.split(","), help=f"of {systems}")
     add("--keep", type=Path, metavar="FILE", help="result of an earlier run: what is not run now is taken from it")
     add("--data", type=Path, help="folder with the artifact's requests and results, for the part fidelity")
+    add("--traces", type=Path, help="folder with published traces, for the part production")
     add("--seeds", type=int, default=2, help="workloads per number of models (default: %(default)s)")
     add("--png", type=Path, help="draw the worst model over models into this file")
     flags = parser.parse_args()
@@ -333,7 +363,7 @@ def main() -> None:
     if flags.systems != systems.split(","):  # some of them alone have no ratio, and may have no figure
         names = []
     single = {"strict": "worst_model_pct", "production": "gpus_saved_pct", "scale": "events_per_s"}
-    names += [key for part, key in single.items() if part in flags.parts]
+    names += [key for part, key in single.items() if part in flags.parts and (names or part != "strict")]
     common.report("sim_compare", run, flags, names)
 
 

@@ -14,6 +14,7 @@ from tokenpool.patches import (
     kernel_overrides,
     kv_cache_allocation,
     model_inspection,
+    token_ranks,
     weight_iteration,
 )
 from tokenpool.patches.base import Patch, PatchSet, PatchStatus
@@ -30,6 +31,7 @@ PATCHES = PatchSet(
         kernel_overrides.PATCH,
         draft_constraints.PATCH,
         encoder_order.PATCH,
+        token_ranks.PATCH,
         *dependencies.PATCHES,
     )
 )

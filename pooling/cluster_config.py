@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 from tokenpool.errors import check_setting
+from tokenpool.group_config import Groups
 from tokenpool.sections import (
     Count,
     CountOrAuto,
@@ -70,6 +71,11 @@ class ClusterConfig(Section):
     state_dir: ExpandedText | None = None
     """Folder in which the controller makes one for its snapshot, `tokenpool-state-UID` of mode 0700; one that is not
     the user's own, or open to others, is not used. none = the temporary folder."""
+    together: Groups = ()
+    """Models that are placed and kept as one, such as `[chat, embed]`, or a list of such groups: where one of them is
+    the others are."""
+    apart: Groups = ()
+    """Models of which no two share a host, such as `[chat, code]`, or a list of such groups."""
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)

@@ -30,6 +30,7 @@ from tokenpool.access_config import Keys, Roots, check_access, is_path
 from tokenpool.cluster_config import ClusterConfig, check_replicas
 from tokenpool.engine_flags import FLAGS
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
+from tokenpool.group_config import Labels, check_groups
 from tokenpool.sections import (
     Bytes,
     BytesOrAuto,
@@ -138,6 +139,9 @@ class ModelSpec(Section):
     """Hosts of a cluster that serve it, at least; none = as `cluster.replicas` says."""
     max_replicas: Annotated[Count, at_least(1)] | None = None
     """Hosts of a cluster that may serve it, at most; none = as `cluster.max_replicas` says."""
+    hosts: Labels = ()
+    """Labels of the hosts of a cluster that it may be on: one of these, and none that begins with `!`. A label is that
+    of a Ray node (`gpu` or `gpu=h100`), the name of a host or the address of its node; none = any host."""
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
@@ -228,6 +232,9 @@ class PoolConfig(Section):
     """Folders, and owners on the hub, of models that may be added; none = those of the models of the pool file."""
     metrics_key: Keys = field(default=(), repr=False)
     """Keys for `/metrics` and `/load` alone, such as Prometheus'."""
+    open_picker_metrics: Switch = False
+    """Whether `/metrics/picker` answers without a key: an endpoint picker of the Gateway API has none. It tells names
+    of models, how many requests wait and run, and how full the KV is."""
     cpu_link: Annotated[Bytes, above(0, "must be above 0, such as 1GiB")] | None = None
     """What weights and KV move to and from the CPU device per second, to try policies with the copy times of another
     machine; none = as fast as memory is."""
@@ -283,6 +290,7 @@ class PoolConfig(Section):
         check_setting(not self.metrics_key or bool(self.api_key or self.tenants), "metrics_key", problem)
         check_tenants(self.tenants, seen, sum(keys.values(), ()))
         check_replicas(self.cluster, self.models)
+        check_groups(self.cluster, self.models)
         staying = sum(rule.at_start or rule.keep is not None for rule in map(self.loading_of, self.models))
         problem = (
             f"is less than the {show(staying)} models that are loaded at the start, or kept: raise it, or let them "

@@ -154,6 +154,24 @@ _LIST = (
         ("tenant",),
     ),
     Metric("tokenpool:tenant_held_requests", "gauge", "Sequences of a tenant held in front of the engine.", _TENANT),
+    Metric(
+        "tokenpool:pending_requests",
+        "gauge",
+        "Requests without a turn so far: held, read, tokenized, or waiting in an engine, at all frontends.",
+        _MODEL,
+    ),
+    Metric(
+        "tokenpool:kv_usage",
+        "gauge",
+        "KV of all models' requests, paused ones included, by what KV can have beside the model's weights, 0 to 1.",
+        _MODEL,
+    ),
+    Metric(
+        "tokenpool:pool_file_ok",
+        "gauge",
+        "1 while the models are what the pool file says, 0 when it was refused or part of it could not be done.",
+    ),
+    Metric("tokenpool:pool_file_refused", "counter", "Changed pool files that were refused as a whole."),
     Metric("tokenpool:models", "gauge", "Models by their state in /v1/models.", ("state",)),
     Metric("tokenpool:demand_loads", "counter", "Loads of models that requests waited for, tried or done."),
     Metric(
@@ -221,6 +239,11 @@ class LabelledGauge:
         """Know nothing more of the samples of these models, which `forget_models` takes out of the scrape."""
         if self._model is not None:
             self._shown = {labels: value for labels, value in self._shown.items() if labels[self._model] not in models}
+
+    def keep(self, models: Collection[str]) -> None:
+        """Know nothing more of the samples of all other models, which are gone."""
+        if self._model is not None:
+            self.forget({labels[self._model] for labels in self._shown} - set(models))
 
     def _set(self, labels: tuple[str, ...], value: float) -> None:
         if self._shown.get(labels) != value:

@@ -109,6 +109,8 @@ LIVE_ON = Variable("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", str, "", "keeps the server
 BREAKABLE_GRAPHS = Variable("VLLM_USE_BREAKABLE_CUDAGRAPH", str, "",
     "vLLM's own, which it sets itself for some architectures: each model of a pool has its own value")  # fmt: skip
 REDIRECTS = Variable("VLLM_MEDIA_URL_ALLOW_REDIRECTS", str, "", "whether vLLM follows redirects of media")
+MAX_IMAGE_PIXELS = Variable("VLLM_MAX_IMAGE_PIXELS", str, "",
+    "vLLM's own: the most pixels of an image ([security.md](security.md#what-a-request-may-do))")  # fmt: skip
 VARIABLES: Sequence[Variable[Any]] = [each for each in [*globals().values()] if isinstance(each, Variable)]
 
 SECRETS = {variable.name for variable in VARIABLES if variable.is_secret}

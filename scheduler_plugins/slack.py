@@ -23,6 +23,12 @@ _EASE = 0.1
 """Share of the slack of a model whose work has just come that the present turn may last, if it is far ahead."""
 _URGENT_ROUNDS, _URGENT_S = 3, 1.0
 """Tokens due within so many rounds of the pool, or so many seconds, are urgent."""
+_FORGET_S = 60.0
+"""Time constant with which it is forgotten that a model was given up."""
+_LEAST_GAIN_FRAC = 0.1
+"""Share of the horizon that counts as gain even of a model that cannot catch up in it."""
+_SAFE_S, _SAFE_SLACK_S, _SAFE_WEIGHT = 30.0, 2.0, 1e3
+"""A late model that is taken in again stays for so many seconds, or until it has so much slack: with such a weight."""
 
 
 class _Ranked(NamedTuple):
@@ -58,8 +64,11 @@ class Slack:
                  * (H - max(0, slack_i) - max(0, -slack_i) * load_i / (1 - load_i)) tokens on time
 
     where the last term is the time to catch up. If the costs exceed H, models are given up for now, lowest priority
-    first and then lowest gain/cost, until they do not. A model that is given up gathers requests, its gain rises, and
-    it is taken in again.
+    first and then lowest gain/cost, until they do not.
+
+    All take their part. The gain of a model grows by the factor exp(g/2H), where g counts the seconds in which it was
+    given up lately, and it gathers requests: so it is taken in again, and others have their turn to wait. A late model
+    that is taken in stays until it has caught up, or for 30 s: else its copy would be for nothing.
 
     Copies. Only resident models run; of the others the first in rank is prefetched if a resident one ranks behind it,
     and that one is offered for eviction. Waiting for weights would leave the device idle without making the copy
@@ -101,7 +110,7 @@ class Slack:
         self._overdue_frac = overdue_frac
         self._since_s: dict[str, float] = {}  # when each model with work stepped last, or got work
         self._now_s = -_INF
-        self._given_up: frozenset[str] = frozenset()
+        self._overload = _Overload(horizon_s)
         self._select_at_s = -_INF
         self._next_copy_s = -_INF
         self._next_overdue_s = -_INF
@@ -113,8 +122,7 @@ class Slack:
         now_s = pool.now_s
         self._note_waits(pool)
         if now_s >= self._select_at_s:
-            self._given_up, needed_s = _give_up(pool.models, now_s, self._horizon_s)
-            calm = needed_s < _CALM_FRAC * self._horizon_s
+            calm = self._overload.select(pool.models, now_s) < _CALM_FRAC * self._horizon_s
             self._select_at_s = now_s + (_SELECT_CALM_S if calm else _SELECT_EVERY_S)
         ranked = self._ranked(pool.models, now_s)
         ready = [item for item in ranked if item.view.residency is Residency.ON_DEVICE]
@@ -153,6 +161,7 @@ class Slack:
     def _note_waits(self, pool: PoolView) -> None:
         if pool.now_s < self._now_s:  # the host's clock was set back: waits and pauses begin again
             self._since_s = {}
+            self._overload = _Overload(self._horizon_s)
             self._select_at_s = self._next_copy_s = self._next_overdue_s = -_INF
         self._now_s = pool.now_s
         since_s = self._since_s
@@ -167,13 +176,15 @@ class Slack:
     def _ranked(self, models: Sequence[ModelView], now_s: float) -> list[_Ranked]:
         urgent_s = max(_URGENT_S, _URGENT_ROUNDS * sum([self._min_turn_s + view.ready_in_s for view in models]))
         overdue_s = self._max_wait_s if now_s >= self._next_overdue_s else _INF
-        ranked = []
+        ranked, given_up, since_s = [], self._overload.given_up, self._since_s
         for view in models:
-            wait_s = now_s - self._since_s[view.model]
-            slack_s = _slack_s(view, now_s)
-            if wait_s + view.ready_in_s > overdue_s:
+            model, ready_in_s = view.model, view.ready_in_s
+            wait_s = now_s - since_s[model]
+            first_s, next_s = view.first_due_s - view.prefill_s, view.next_due_s - view.step_s  # as in `_slack_s`
+            slack_s = (first_s if first_s < next_s else next_s) - ready_in_s - now_s
+            if wait_s + ready_in_s > overdue_s:
                 rank = _OVERDUE - wait_s
-            elif view.model in self._given_up:
+            elif model in given_up:
                 rank = _GIVEN_UP - wait_s
             elif slack_s < urgent_s:
                 rank = _URGENT + slack_s
@@ -239,30 +250,80 @@ def _phase(view: ModelView, now_s: float) -> Phase:
     return Phase.MIXED
 
 
-def _give_up(models: Sequence[ModelView], now_s: float, horizon_s: float) -> tuple[frozenset[str], float]:
-    """The models to leave aside so that the others can be kept on time, none unless there is too much to do.
+class _Overload:
+    """Which models are left aside so that the others can be kept on time; see `Slack`."""
 
-    Also the seconds that all together need within the horizon.
-    """
-    needed_s = 0.0
-    offers = []
-    for view in models:
-        slack_s = _slack_s(view, now_s)
-        if slack_s >= horizon_s:  # also all without an SLO
-            continue
-        load = min(view.step_s / view.tpot_s, 0.99)
-        cost_s = (horizon_s - slack_s) * load + view.ready_in_s + view.prefill_s
-        late_s = max(0.0, -slack_s) * load / (1 - load)
-        on_time_s = max(0.0, horizon_s - max(0.0, slack_s) - late_s)
-        gain = (view.num_running + view.num_waiting) * on_time_s / view.tpot_s
-        offers.append((view.priority, gain / max(cost_s, 1e-9), -view.index, cost_s, view.model))
-        needed_s += cost_s
-    if needed_s <= horizon_s:
-        return frozenset(), needed_s
-    given_up, left_s = [], needed_s
-    for _, _, _, cost_s, model in sorted(offers):
-        if left_s <= horizon_s:
-            break
-        left_s -= cost_s
-        given_up.append(model)
-    return frozenset(given_up), needed_s
+    def __init__(self, horizon_s: float) -> None:
+        self.given_up: frozenset[str] = frozenset()
+        """None, unless there is too much to do."""
+        self._horizon_s, self._at_s = horizon_s, -_INF
+        self._left_s: dict[str, float] = {}  # seconds in which each was given up, the older the less
+        self._safe_until_s: dict[str, float] = {}  # late models that were taken in again
+
+    def select(self, models: Sequence[ModelView], now_s: float) -> float:
+        """Choose anew; returns the seconds that all models need within the horizon."""
+        horizon_s = self._horizon_s
+        needed_s = 0.0
+        offers = []
+        for view in models:
+            slack_s = _slack_s(view, now_s)
+            if slack_s < horizon_s:  # not those without an SLO
+                cost_s = (horizon_s - slack_s) * _load(view) + view.ready_in_s + view.prefill_s
+                offers.append((view, slack_s, cost_s))
+                needed_s += cost_s
+        before, self.given_up = self.given_up, frozenset()
+        if before or needed_s > horizon_s:
+            self._count(before, now_s)
+            self.given_up = self._chosen(offers, needed_s)
+            self._keep_safe(offers, before, now_s)
+        elif self._left_s or self._safe_until_s:
+            self._left_s, self._safe_until_s = {}, {}
+        self._at_s = now_s
+        return needed_s
+
+    def _chosen(self, offers: list[tuple[ModelView, float, float]], needed_s: float) -> frozenset[str]:
+        given_up, left_s = [], needed_s
+        for _, _, _, cost_s, model in sorted([self._order(*offer) for offer in offers]):
+            if left_s <= self._horizon_s:
+                break
+            left_s -= cost_s
+            given_up.append(model)
+        return frozenset(given_up)
+
+    def _order(self, view: ModelView, slack_s: float, cost_s: float) -> tuple[int, float, int, float, str]:
+        """The model that sorts first is given up first."""
+        horizon_s, load = self._horizon_s, _load(view)
+        on_time_s = horizon_s - slack_s if slack_s > 0 else horizon_s + slack_s * load / (1 - load)
+        least_s = _LEAST_GAIN_FRAC * horizon_s
+        gain = (view.num_running + view.num_waiting) * (on_time_s if on_time_s > least_s else least_s) / view.tpot_s
+        weight = math.exp(self._left_s.get(view.model, 0.0) / (2 * horizon_s))
+        if view.model in self._safe_until_s:
+            weight *= _SAFE_WEIGHT
+        return view.priority, gain * weight / (cost_s or 1e-9), -view.index, cost_s, view.model
+
+    def _count(self, given_up: frozenset[str], now_s: float) -> None:
+        """The models were given up since the last choice."""
+        passed_s = min(now_s - self._at_s, 1.0)
+        kept = math.exp(-passed_s / _FORGET_S)
+        left_s = {model: value * kept for model, value in self._left_s.items() if value > 0.01}
+        for model in given_up:
+            left_s[model] = left_s.get(model, 0.0) + passed_s
+        self._left_s = left_s
+
+    def _keep_safe(self, offers: list[tuple[ModelView, float, float]], before: frozenset[str], now_s: float) -> None:
+        safe, given_up, kept = self._safe_until_s, self.given_up, {}
+        for view, slack_s, _ in offers:
+            model = view.model
+            if model in given_up:
+                continue
+            if model in safe:
+                if slack_s <= _SAFE_SLACK_S and now_s <= safe[model]:
+                    kept[model] = safe[model]
+            elif model in before and slack_s < 0:
+                kept[model] = now_s + _SAFE_S
+        self._safe_until_s = kept
+
+
+def _load(view: ModelView) -> float:
+    load = view.step_s / view.tpot_s
+    return load if load < 0.99 else 0.99

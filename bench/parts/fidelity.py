@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tokenpool.config import SLO
 from tokenpool.sim.compared import artifact
 from tokenpool.sim.compared.systems import run_system, system
-from tokenpool.sim.trace_files import read_requests
+from tokenpool.sim.traces.trace_files import read_requests
 
 _POLICIES = {"sllm": "sllm", "sllm+": "sllm+", "mix6": "aegaeon"}
 _MEASURES = ("artifact_slo_pct", "token_deadline_pct", "request_all_tokens_pct")

@@ -84,11 +84,15 @@ class Rig:
         seed: int,
         *,
         host_memory: int = 16 << 30,
+        link_bytes_per_s: int | None = None,
         weight_bytes: int = 0,
         **flags: Any,
     ) -> None:
         self._weight_bytes, self._flags = weight_bytes, {"enforce_eager": True, **flags}
-        config = HostConfig(pages * page_bytes, page_bytes, kv_pages, movable_weights=True, host_memory=host_memory)
+        config = HostConfig(
+            pages * page_bytes, page_bytes, kv_pages, movable_weights=True, host_memory=host_memory,
+            cpu_link=link_bytes_per_s,
+        )  # fmt: skip
         self.host = EngineHost(config)
         self.script = Script()
         self.host._turns._policy = self.script
@@ -97,7 +101,7 @@ class Rig:
         for name, path in paths.items():
             self.add(name, path, PROMPT_TOKENS + max_steps)
         for name, prompt in zip(paths, common.random_prompts(seed, len(paths), PROMPT_TOKENS), strict=True):
-            self._submit(name, prompt, max_steps)
+            self.submit(name, prompt, max_steps, name)
             self.turn(name, 3)
 
     def add(self, name: str, path: Path, max_tokens: int) -> None:
@@ -133,10 +137,11 @@ class Rig:
 
         core.step_once = timed
 
-    def _submit(self, model: str, prompt: list[int], max_tokens: int) -> None:
+    def submit(self, model: str, prompt: list[int], max_tokens: int, request_id: str) -> None:
+        """Send one more request to a model."""
         core = self.host.models[model].core
         message = EngineCoreRequest(
-            request_id=model,
+            request_id=request_id,
             prompt_token_ids=prompt,
             mm_features=None,
             sampling_params=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),

@@ -36,6 +36,10 @@ def rules() -> dict[str, Any]:
         _alert("TokenpoolModelFailed", f"max by (instance, model_name) ({ours('model_failed')}) > 0", "5m",
                "warning", "{{ $labels.instance }}: {{ $labels.model_name }} cannot be loaded",
                "The others serve, and it is tried again; /v1/models and the log of the pod say why."),
+        _alert("TokenpoolPoolFileRefused", f"min by (instance) ({ours('pool_file_ok')}) == 0", "5m",
+               "warning", "{{ $labels.instance }}: the models are not what the pool file says",
+               "The file was refused, and the models are what they were, or some of it could not be done and is tried "
+               "again; the log of the pod says why."),
         _alert("TokenpoolHostRestarts", f"sum by (instance) (increase({ours('host_restarts')}[1h])) > 3", "0m",
                "warning", "{{ $labels.instance }}: {{ $value | humanize }} restarts of the engine host in an hour",
                "Each restart holds up all streams while the models are loaded again, and some requests may fail."),

@@ -7,6 +7,7 @@ import argparse
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 from tokenpool import settings
@@ -37,6 +38,20 @@ def ask_pool(url: str, key: str | None, path: str, *, body: Any = None, limit_s:
     try:
         with urllib.request.urlopen(request, timeout=limit_s) as response:
             return json.load(response)
+    except urllib.error.HTTPError as error:
+        raise PoolError(f"{url} answers {error.code}: {_reason(error)}") from None
+    except (OSError, ValueError) as error:
+        raise PoolError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
+
+
+def pool_lines(url: str, key: str | None, path: str) -> Iterator[str]:
+    """The lines of an answer as they come; raises PoolError of one line with what the server says."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request) as response:
+            for line in response:
+                yield line.decode().rstrip("\n")
     except urllib.error.HTTPError as error:
         raise PoolError(f"{url} answers {error.code}: {_reason(error)}") from None
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from tokenpool.errors import ConfigError, config_errors_under, show
 from tokenpool.policy.capacity import LINK_BYTES_PER_S
 from tokenpool.sim.costs import costs_of, estimate_costs
 from tokenpool.sim.gpus import gpu
-from tokenpool.sim.trace_files import read_requests
+from tokenpool.sim.traces.client_windows import client_requests, is_client_file, read_client_windows
+from tokenpool.sim.traces.trace_files import read_requests
 from tokenpool.sim.workload import ModelCosts, Workload
 from tokenpool.units import parse_bytes, parse_seconds
+
+_SEED = 1
+"""Of what is drawn from rates of clients."""
 
 
 def add_inputs(parser: Parser, file_flag: str) -> None:
@@ -28,6 +33,11 @@ def add_inputs(parser: Parser, file_flag: str) -> None:
     link = "GB/s from host memory (default: %(default)g)"
     add(file_flag, type=Path, required=True, metavar="FILE", help="requests as CSV or CSV.gz; see docs/planning.md")
     add("--models", type=Path, metavar="FILE", help=costs)
+    add(
+        "--from", dest="from_s", default="0s", metavar="TIME", help="leave out what comes before (default: %(default)s)"
+    )
+    add("--for", dest="for_s", metavar="TIME", help="so much of it; needed where a file holds rates of clients")
+    add("--scale", type=float, default=1.0, metavar="N", help="times the rates of clients (default: %(default)g)")
     add("--gpu", required=True, metavar="NAME", help="such as h100-80g")
     add("--link-gbs", type=float, default=LINK_BYTES_PER_S / 1e9, metavar="N", help=link)
     add("--ttft", default="10s", metavar="TIME", help="time to the first token (default: %(default)s)")
@@ -42,9 +52,7 @@ def slo_of(flags: argparse.Namespace) -> SLO:
 
 def read_inputs(flags: argparse.Namespace, path: Path) -> tuple[Workload, dict[str, ModelCosts]]:
     """The requests, with kinds as `--models` says, and the costs by kind."""
-    workload = read_requests(path)
-    if not workload.requests:
-        raise ConfigError("there are no requests in it", source=str(path))
+    workload = _read_part(flags, path)
     named = _read_models(flags.models) if flags.models else {}
     # Models that nobody asked for need an instance too, where each has its own.
     idle = {name: name for name in named if name != "*" and name not in workload.kinds}
@@ -64,6 +72,26 @@ def read_inputs(flags: argparse.Namespace, path: Path) -> tuple[Workload, dict[s
             else:
                 raise ConfigError(f"expected a kind or a mapping of sizes, not {show(entry)}")
     return Workload(workload.requests, kinds), costs
+
+
+def _read_part(flags: argparse.Namespace, path: Path) -> Workload:
+    """The requests in the time that `--from` and `--for` give."""
+    from_s = parse_seconds(flags.from_s, "--from")
+    for_s = math.inf if flags.for_s is None else parse_seconds(flags.for_s, "--for")
+    if is_client_file(path):
+        if for_s == math.inf:
+            raise ConfigError("holds rates of clients: give a time with --for, such as 20m", source=str(path))
+        with config_errors_under(None, source=str(path)):
+            windows = read_client_windows(path)
+            return client_requests(windows, from_s=from_s, span_s=for_s, seed=_SEED, scale=flags.scale)
+    if flags.scale != 1.0:
+        raise ConfigError("--scale is for files with rates of clients; this one holds requests", source=str(path))
+    read = read_requests(path)
+    kept = [r._replace(arrival_s=r.arrival_s - from_s) for r in read.requests if 0 <= r.arrival_s - from_s < for_s]
+    if not kept:
+        where = "" if not from_s and for_s == math.inf else " in the time of --from and --for"
+        raise ConfigError(f"there are no requests in it{where}", source=str(path))
+    return Workload(kept, read.kinds)
 
 
 def _costs_of_trace(kind: str, gpu_name: str) -> ModelCosts:

@@ -29,6 +29,8 @@ COMMANDS = {
     "top": Command("tokenpool.cli.top.command", "watch a running pool in the terminal"),
     "trace": Command("tokenpool.cli.trace", "save or draw what the device did when"),
     "budget": Command("tokenpool.cli.running.budget", "show or change how much memory a running pool may use"),
+    "drain": Command("tokenpool.cli.running.drain", "empty a host of a cluster, or use it again"),
+    "logs": Command("tokenpool.cli.running.logs", "show the last log lines of a running pool"),
     "sim": Command("tokenpool.cli.sim", "serve a request file in simulated time"),
     "plan": Command("tokenpool.cli.plan", "find the least number of GPUs for a request file"),
     "bench": Command("tokenpool.cli.bench.command", "measure a running server under load"),

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _ACK_LIMIT_S = 5.0
 _WATCH_LIMIT_S = 30.0
 _PARENT_LOOK_S = 0.5
-_CALLS = ("state", "load", "check", "trace", "progress", "metrics", "attach_at", "detach_frontend")
+_CALLS = ("state", "load", "check", "trace", "progress", "metrics", "logs", "attach_at", "detach_frontend")
 
 
 class HostActor:
@@ -60,6 +60,7 @@ class HostActor:
             node=context.get_node_id(),
             address=ray.util.get_node_ip_address(),
             template=Template() if has_template else None,
+            labels=[label for key, value in context.get_node_labels().items() for label in (key, f"{key}={value}")],
         )
         self._gone = threading.Event()
         self._supervisor.start()
@@ -141,6 +142,12 @@ class Controller:
         """See Reconciler.withdraw."""
         self.reconciler.withdraw(name, revision)
         await self._act()
+
+    async def drain(self, host: str, is_wanted: bool) -> list[str]:
+        """See Reconciler.drain; returns the models that still have a seat there."""
+        self.reconciler.drain(host, is_wanted=is_wanted)
+        await self._act()
+        return sorted(name for name, _ in self.reconciler.seats.on_host(host))
 
     async def offer(self, model: str, host: str, life: str, endpoints: Endpoints) -> None:
         """See Reconciler.offer."""

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from tokenpool import settings
@@ -59,8 +59,11 @@ class HostSupervisor:
         node: str = "",
         address: str = "",
         template: Template | None = None,
+        labels: Collection[str] = (),
     ) -> None:
         """`config` holds the fields of a HostConfig; a variable that is None in `env` is kept from the host.
+
+        `labels` are those by which models may ask for it.
 
         Hosts are forked from `template` if that can be.
         """
@@ -71,6 +74,7 @@ class HostSupervisor:
         self._period_s = period_s
         self._env = dict(env or {})
         self._node, self._address, self._machine = node, address, machine_id()
+        self._labels = frozenset((*labels, host, address))
         self._template = template
         self._lock = threading.RLock()  # guards what is below
         self._ordering = threading.Lock()  # one order at a time
@@ -179,6 +183,7 @@ class HostSupervisor:
                 movable=self.config.get("movable_weights", False),
                 models=models,
                 free_pages=self._free_pages,
+                labels=self._labels,
                 overdue=self._guard.reason if self._guard is not None else "",
                 node=self._node,
                 address=self._address,

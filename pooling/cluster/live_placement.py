@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-from tokenpool.cluster.placement import KeepReplicas, Move, Placement, Situation, room_bytes
+from tokenpool.cluster.groups import Together
+from tokenpool.cluster.placement import KeepReplicas, Move, Placement, Situation, has_room, room_bytes
 from tokenpool.cluster.traffic import Rates, Seat, TrafficBook
-from tokenpool.cluster.values import HostedReport, HostReport
+from tokenpool.cluster.values import Deployment, HostedReport, HostReport
 from tokenpool.cluster_config import ClusterConfig
+from tokenpool.group_config import apart_by_model, may_be_on
 from tokenpool.policy.capacity import (
     Action,
     CapacityHost,
@@ -21,6 +23,7 @@ from tokenpool.policy.capacity import (
     CapacityPolicy,
     CapacitySeat,
     CapacityView,
+    HostState,
     Role,
     StepCosts,
     windows,
@@ -44,8 +47,14 @@ def placement_of(config: ClusterConfig) -> Placement:
 
     The windows and rests of the policy grow and shrink together with `capacity_window`.
     """
+    placement = _for_single_models(config)
+    return Together(placement, config.together) if config.together else placement
+
+
+def _for_single_models(config: ClusterConfig) -> Placement:
+    apart = apart_by_model(config.together, config.apart)
     if config.capacity == "fixed":
-        return KeepReplicas(config.replicas)
+        return KeepReplicas(config.replicas, apart)
     window_s, usual = config.capacity_window_s, LiveCapacity()
     scale = window_s / ClusterConfig().capacity_window_s
     policy = LiveCapacity(
@@ -61,6 +70,7 @@ def placement_of(config: ClusterConfig) -> Placement:
         num_prefill=config.prefill_hosts,
         period_s=max(1.0, config.reconcile_period_s),
         window_s=window_s,
+        apart=apart,
     )
 
 
@@ -80,8 +90,9 @@ class LivePlacement:
         num_prefill: int = 0,
         period_s: float = 1.0,
         window_s: float = ClusterConfig().capacity_window_s,
+        apart: Mapping[str, frozenset[str]] | None = None,
     ) -> None:
-        """`replicas` and `max_replicas` are for models that have none of their own.
+        """`replicas` and `max_replicas` are for models that have none of their own; see KeepReplicas for `apart`.
 
         `num_prefill` hosts begin as such that only prefill, and the others only decode; with 0 all do both.
         Traffic is averaged over `window_s` and the shorter `windows` that go with it.
@@ -91,6 +102,7 @@ class LivePlacement:
         self.max_replicas = max_replicas
         self.num_prefill = num_prefill
         self.period_s = period_s
+        self.apart = apart or {}
         self._windows = windows(window_s)
         self._traffic = TrafficBook(window_s)
         self._begun_s: float | None = None
@@ -104,6 +116,10 @@ class LivePlacement:
         """The changes to make now."""
         with _no_collection():
             return self._decide(situation)
+
+    def has_room(self, name: str, situation: Situation) -> bool:
+        """See Placement."""
+        return has_room(name, situation, self.apart)
 
     def _decide(self, situation: Situation) -> list[Move]:
         now_s = situation.now_s
@@ -150,7 +166,7 @@ class LivePlacement:
         for move in asked:
             if move.action == "add":
                 placed[move.model].add(move.host)
-        found = KeepReplicas(self.replicas).decide(replace(situation, placed=placed))
+        found = KeepReplicas(self.replicas, self.apart).decide(replace(situation, placed=placed))
         return [move for move in found if move.model in refused]
 
     def _ask(self, situation: Situation) -> tuple[list[Move], set[str]]:
@@ -220,6 +236,7 @@ class LivePlacement:
             report.device_memory,
             max(0, budget - used),
             situation.roles.get(host, Role.MIXED),
+            HostState.DRAINING if host in situation.draining else HostState.UP,
             seats=seats,
             busy_frac=min(1.0, busy_frac),
             num_copies=sum([seat.is_coming for seat in seats]),
@@ -256,6 +273,8 @@ class LivePlacement:
                 costs=costs.get(name, _NO_COSTS),
                 min_replicas=deployment.replicas or self.replicas,
                 max_replicas=deployment.max_replicas or self.max_replicas,
+                allowed=_allowed(deployment, situation),
+                apart=self.apart.get(name, frozenset()),
                 since_move_s=self._since(self._model_s, name, situation.now_s),
             )
             models.append(model)
@@ -273,6 +292,13 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _allowed(deployment: Deployment, situation: Situation) -> frozenset[str] | None:
+    if not deployment.hosts:
+        return None
+    hosts = situation.hosts.items()
+    return frozenset(host for host, report in hosts if may_be_on(deployment.hosts, report.labels | {host}))
 
 
 def _seat(name: str, hosted: HostedReport | None, rates: Rates, is_leaving: bool) -> CapacitySeat:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from tokenpool.cluster.values import Deployment, HostReport
+from tokenpool.group_config import may_be_on
 from tokenpool.memory.page_counts import model_pages, needed_pages
 from tokenpool.policy.capacity import Role
 
@@ -43,6 +44,8 @@ class Situation:
     """Monotonic clock."""
     roles: Mapping[str, Role] = field(default_factory=dict)
     """Of hosts that were given one; all others do everything."""
+    draining: Set[str] = frozenset()
+    """Hosts that nothing comes to, and that models leave once they are served elsewhere."""
 
 
 class Placement(Protocol):
@@ -52,37 +55,67 @@ class Placement(Protocol):
         """The changes to make now, possibly none."""
         ...
 
+    def has_room(self, name: str, situation: Situation) -> bool:
+        """Whether any host that is there could take a model now, barred or not."""
+        ...
+
 
 class KeepReplicas:
     """Every model on `replicas` hosts, or its own number, on those with the fewest bytes of weights first.
 
-    Nothing moves otherwise.
+    Nothing moves otherwise, but off hosts that drain and off such that a model may not be on.
     """
 
-    def __init__(self, replicas: int) -> None:
+    def __init__(self, replicas: int, apart: Mapping[str, Set[str]] | None = None) -> None:
+        """`apart` has the models that each shares no host with."""
         self.replicas = replicas
+        self.apart = apart or {}
 
     def decide(self, situation: Situation) -> list[Move]:
         """Seats for models that have too few, the largest model first."""
         placed = {name: set(situation.placed.get(name, ())) for name in situation.models}
-        moves = []
+        moves = self._leave(placed, situation)
         order = sorted(situation.models.values(), key=lambda d: (-d.priority, len(placed[d.name]), -d.weight_bytes))
         for deployment in order:
             name, wanted = deployment.name, deployment.replicas or self.replicas
-            while len(placed[name]) < wanted:
+            while self._num_good(deployment, placed[name], situation) < wanted:
                 free = [
                     host
                     for host, report in situation.hosts.items()
                     if host not in placed[name]
                     and (name, host) not in situation.barred
+                    and may_be_there(deployment, report, situation)
+                    and not self._meets(name, host, placed, situation)
                     and fits(deployment, report, deployments_on(host, placed, situation))
                 ]
                 if not free:
                     break
                 best = min(free, key=lambda host: (_load(deployments_on(host, placed, situation)), host))
-                reason = f"{len(placed[name])} of {wanted} replicas"
+                reason = f"{self._num_good(deployment, placed[name], situation)} of {wanted} replicas"
                 moves.append(Move("add", name, best, reason))
                 placed[name].add(best)
+        return moves
+
+    def has_room(self, name: str, situation: Situation) -> bool:
+        """See Placement."""
+        return has_room(name, situation, self.apart)
+
+    def _num_good(self, deployment: Deployment, hosts: Set[str], situation: Situation) -> int:
+        return len(_good(deployment, hosts, situation))
+
+    def _meets(self, name: str, host: str, placed: Mapping[str, Set[str]], situation: Situation) -> bool:
+        others = self.apart.get(name, frozenset())
+        return any(host in placed.get(other, ()) or host in situation.leaving.get(other, ()) for other in others)
+
+    def _leave(self, placed: Mapping[str, Set[str]], situation: Situation) -> list[Move]:
+        """Seats to give up where a model is not to be, once enough others serve it."""
+        moves = []
+        for name, model in situation.models.items():
+            good = _good(model, placed[name], situation)
+            serving = sum(name in situation.hosts[host].models for host in good)
+            if serving >= (model.replicas or self.replicas):
+                reason = f"{serving} others serve it, and this host drains or is not for it"
+                moves += [Move("remove", name, host, reason) for host in sorted(placed[name] - good)]
         return moves
 
 
@@ -102,11 +135,25 @@ def room_bytes(deployment: Deployment, report: HostReport) -> int:
     return model_pages(deployment.weight_bytes, report.page_size, report.kv_floor_pages) * report.page_size
 
 
-def has_room(name: str, situation: Situation) -> bool:
+def may_be_there(deployment: Deployment, report: HostReport, situation: Situation) -> bool:
+    """Whether a host is one for the model, room and other models aside."""
+    return report.host not in situation.draining and may_be_on(deployment.hosts, report.labels | {report.host})
+
+
+def _good(deployment: Deployment, hosts: Set[str], situation: Situation) -> set[str]:
+    there = situation.hosts
+    return {host for host in hosts if host in there and may_be_there(deployment, there[host], situation)}
+
+
+def has_room(name: str, situation: Situation, apart: Mapping[str, Set[str]]) -> bool:
     """Whether any host that is there could take a model now, barred or not."""
     model, placed = situation.models[name], situation.placed
-    hosts = situation.hosts.items()
-    return any(fits(model, report, deployments_on(host, placed, situation)) for host, report in hosts)
+    return any(
+        may_be_there(model, report, situation)
+        and not any(host in placed.get(other, ()) for other in apart.get(name, ()))
+        and fits(model, report, deployments_on(host, placed, situation))
+        for host, report in situation.hosts.items()
+    )
 
 
 def deployments_on(host: str, placed: Mapping[str, Set[str]], situation: Situation) -> list[Deployment]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenpool.cluster.decision_log import Decision, DecisionLog
-from tokenpool.cluster.placement import Move, Placement, Situation, has_room
+from tokenpool.cluster.placement import Move, Placement, Situation
 from tokenpool.cluster.seats import Seat, Seats
 from tokenpool.cluster.values import (
     ClusterView,
@@ -80,6 +80,8 @@ class Reconciler:
         """By (model, host)."""
         self.roles = {host: Role(role) for host, role in (snapshot or {}).get("roles", {}).items()}
         """Of hosts that were given one, also of such that are lost: they come back with it."""
+        self.draining = set((snapshot or {}).get("draining", ()))
+        """Hosts that the operator wants empty, also of such that are lost."""
         self.frontend: str | None = None
         self.version = 0
         """Grows with every change that frontends need to know."""
@@ -132,6 +134,15 @@ class Reconciler:
             self._note("model_unwanted", f"revision {revision}", name)
             self._changed()
 
+    def drain(self, host: str, *, is_wanted: bool) -> None:
+        """Want a host empty, or in use again; raises ConfigError for one that was never there."""
+        if host not in self._last:
+            raise ConfigError(f"there is no host {host!r}: the pool has {', '.join(sorted(self._last)) or 'none'}")
+        if is_wanted is not (host in self.draining):
+            self.draining ^= {host}
+            self._note("drain" if is_wanted else "undrain", "the operator asked for it", host=host)
+            self._changed()
+
     def offer(self, model: str, host: str, life: str, endpoints: Endpoints) -> None:
         """A frontend listens at `endpoints` for this engine."""
         seat = self.seats.get((model, host))
@@ -159,8 +170,8 @@ class Reconciler:
         if last is not None and last.node == report.node and last.number > report.number:
             return  # overtaken by a later one
         self._last[report.host] = report
-        is_other = report.controller != self.identity
-        if report.epoch > self.epoch or (report.epoch == self.epoch and is_other and report.controller):
+        is_others = report.controller not in ("", self.identity)
+        if report.epoch > self.epoch or (report.epoch == self.epoch and is_others):
             self.epoch = report.epoch + 1  # a predecessor whose snapshot did not reach us
             self._changed()
         self._heard_s[report.host] = now_s
@@ -267,7 +278,7 @@ class Reconciler:
         for (name, host), seat in self.seats.items():
             is_placed = seat.state in _TAKEN and self.models.get(name) == seat.deployment
             (placed if is_placed else leaving).setdefault(name, set()).add(host)
-        situation = Situation(self.models, self.hosts, placed, leaving, barred, now_s, self.roles)
+        situation = Situation(self.models, self.hosts, placed, leaving, barred, now_s, self.roles, self.draining)
         moves = self._placement.decide(situation)
         self._note_homeless(situation, moves)
         for move in moves:
@@ -287,8 +298,8 @@ class Reconciler:
         if not self.hosts:
             return  # they are being started
         waiting = {name for name in self.models if not situation.placed[name]} - {move.model for move in moves}
-        for name in [name for name in waiting - self._errors.keys() if not has_room(name, situation)]:
-            problem = f"model {name!r}: no host has room for it; raise device_memory or host_memory, or add hosts"
+        for name in [name for name in waiting - self._errors.keys() if not self._placement.has_room(name, situation)]:
+            problem = f"model {name!r}: no host has room for it, or may take it; add hosts, or raise their memory"
             self._errors[name] = CapacityError(problem)
             self._note("not_placed", "no host has room for it", name)
             self._changed()
@@ -361,16 +372,15 @@ class Reconciler:
             version = self.models[name].version if name in self.models else -1
             models[name] = ModelView(version, of_model, self._errors.get(name))
         lives = {host: report.life for host, report in self.hosts.items()}
-        roles: dict[str, Role] = {
-            host: role for host, role in self.roles.items() if host in lives and role is not Role.MIXED
-        }
+        roles = {host: self.roles[host] for host in self.roles.keys() & lives if self.roles[host] is not Role.MIXED}
         overdue = frozenset(host for host, report in self.hosts.items() if report.overdue)
-        totals = dict(self.log.totals)
-        return ClusterView(self.epoch, self.version, self.revision, models, lives, roles, totals, overdue)
+        totals, draining = dict(self.log.totals), frozenset(self.draining & lives.keys())
+        return ClusterView(self.epoch, self.version, self.revision, models, lives, roles, totals, overdue, draining)
 
     def snapshot(self) -> dict[str, Any]:
         """What the next controller needs beyond what hosts and frontends tell it; small and plain."""
         plain = {"epoch": self.epoch, "revision": self.revision, "seq": self._seq, "hosts": sorted(self.hosts)}
+        plain |= {"draining": sorted(self.draining)} if self.draining else {}
         return plain | ({"roles": dict(self.roles)} if self.roles else {})
 
     def check(self) -> None:

@@ -53,6 +53,8 @@ class Deployment:
     """Hosts that serve it, at least; None = as for all models."""
     max_replicas: int | None = None
     """Hosts that may serve it, at most; None = as for all models."""
+    hosts: tuple[str, ...] = ()
+    """Labels of the hosts that it may be on; see `group_config.may_be_on`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,8 @@ class HostReport:
     models: dict[str, HostedReport] = field(default_factory=dict)
     free_pages: int | None = None
     """Device pages nobody held when the host was asked last; None = never asked."""
+    labels: frozenset[str] = frozenset()
+    """By which a model may ask for it: of its Ray node, `key` and `key=value`, its name, the address of its node."""
     overdue: str = ""
     """Why nobody should count on the host now, such as a pulse that does not come; empty for one that is alive."""
 
@@ -153,6 +157,8 @@ class ClusterView:
     """Decisions of this controller so far, by action."""
     overdue: frozenset[str] = frozenset()
     """Hosts that nobody should count on now; see HostReport."""
+    draining: frozenset[str] = frozenset()
+    """Hosts that the operator wants empty."""
 
 
 class StaleEpochError(PoolError):

@@ -27,7 +27,7 @@ from openai import OpenAI
 from tokenpool import settings
 from tokenpool.demo.tiny_models import make_tiny_model
 from tokenpool.sim.generate import artifact_like
-from tokenpool.sim.trace_files import write_requests
+from tokenpool.sim.traces.trace_files import write_requests
 
 KINDS = ("llama", "qwen2", "gemma3")
 _ADMIN_KEY = "demo-admin-0123456"

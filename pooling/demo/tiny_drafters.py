@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 NUM_DRAFTS = 2
 """Tokens that a drafter is made to guess."""
 _NOISE = 0.02
+_EAGLE3_WORDS = 64
+"""Tokens that an EAGLE-3 layer can guess."""
 
 
 def make_tiny_drafter(method: str, target: Path, directory: Path | str, *, seed: int = 0) -> dict[str, Any]:
@@ -102,6 +104,30 @@ def _eagle(config: dict[str, Any], target: Weights) -> tuple[dict[str, Any], Wei
     return config | {"num_hidden_layers": 1}, layer
 
 
+def _eagle3(config: dict[str, Any], target: Weights) -> tuple[dict[str, Any], Weights]:
+    """The target's last layer on hidden states of two of its layers, with a head for the first few tokens alone."""
+    import torch
+
+    prefix, size = f"model.layers.{config['num_hidden_layers'] - 1}.", config["hidden_size"]
+    layer = {name.removeprefix(prefix): _noisy(w, _NOISE) for name, w in target.items() if name.startswith(prefix)}
+    layer["hidden_norm.weight"] = torch.ones(size, dtype=torch.bfloat16)
+    for name in ("q", "k", "v"):  # of the token and the hidden states
+        weight = layer[f"self_attn.{name}_proj.weight"]
+        layer[f"self_attn.{name}_proj.weight"] = torch.cat((torch.zeros_like(weight), weight), dim=1)
+    weights = {f"midlayer.{name}": weight for name, weight in layer.items()}
+    weights["fc.weight"] = _noisy(_joining(size), _NOISE)
+    weights["norm.weight"] = target["model.norm.weight"].clone()
+    weights["lm_head.weight"] = target["lm_head.weight"][:_EAGLE3_WORDS].clone()
+    weights["d2t"] = torch.zeros(_EAGLE3_WORDS, dtype=torch.long)  # how far the target's id is from the drafter's
+    made = {
+        "num_hidden_layers": 1,
+        "draft_vocab_size": _EAGLE3_WORDS,
+        "num_aux_hidden_states": 2,
+        "eagle_aux_hidden_state_layer_ids": [1, config["num_hidden_layers"]],
+    }
+    return config | made, weights
+
+
 def _medusa(config: dict[str, Any], target: Weights) -> tuple[dict[str, Any], Weights]:
     """Heads on the target's last hidden states, with its words."""
     import torch
@@ -138,5 +164,6 @@ def _noisy(weight: torch.Tensor, size: float) -> torch.Tensor:
 _MAKERS: dict[str, Maker] = {
     "draft_model": _draft_model,
     "eagle": _eagle,
+    "eagle3": _eagle3,
     "medusa": _medusa,
 }

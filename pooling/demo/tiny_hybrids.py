@@ -83,18 +83,30 @@ def falcon_h1() -> PretrainedConfig:
 
 def qwen3_next() -> PretrainedConfig:
     """Qwen3-Next: gated delta nets, for which vLLM's CPU kernel wants heads of 128, attention and experts."""
+    layers = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+    return _qwen3_next(layers, head_dim=32, linear_num_value_heads=2)
+
+
+def qwen3_next_wide() -> PretrainedConfig:
+    """The same with much KV per token and small states.
+
+    vLLM gives a block of KV as many bytes as a state has: here that holds a few dozen tokens, so that short prompts
+    fill blocks, which the prefix cache wants.
+    """
+    layers = ["linear_attention", "linear_attention", "full_attention"]
+    return _qwen3_next(layers, head_dim=128, linear_num_value_heads=1, num_key_value_heads=4)
+
+
+def _qwen3_next(layer_types: list[str], **fields: Any) -> PretrainedConfig:
     from transformers import Qwen3NextConfig
 
     return Qwen3NextConfig(
-        **_COMMON,
-        **_ATTENTION,
-        num_hidden_layers=4,
-        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"],
-        head_dim=32,
+        **{**_COMMON, **_ATTENTION, **fields},
+        num_hidden_layers=len(layer_types),
+        layer_types=layer_types,
         linear_key_head_dim=128,
         linear_value_head_dim=128,
         linear_num_key_heads=1,
-        linear_num_value_heads=2,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=64,

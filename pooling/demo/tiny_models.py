@@ -75,6 +75,13 @@ def _qwen3() -> PretrainedConfig:
     return Qwen3Config(**_common(2))
 
 
+def _rerank() -> PretrainedConfig:
+    """One score for a question and a text."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(**_common(2), num_labels=1, pad_token_id=1)
+
+
 def _gemma3() -> PretrainedConfig:
     from transformers import Gemma3TextConfig
 
@@ -153,12 +160,18 @@ KINDS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2_5_vl": tiny_multimodal.qwen2_5_vl,
     "llava": tiny_multimodal.llava,
     "whisper": tiny_multimodal.whisper,
+    "rerank": _rerank,
+    "qwen3_next_wide": tiny_hybrids.qwen3_next_wide,
 }
 """Kind -> builder of its config."""
+_AUTO_CLASSES = {"rerank": "AutoModelForSequenceClassification"}
+"""Where it is not a model that writes text."""
 
 ENGINE_ARGS: dict[str, dict[str, Any]] = {
-    "deepseek_v2": {"block_size": 16},
+    # With AMX vLLM would take AMX_MLA, which a pool refuses.
+    "deepseek_v2": {"block_size": 16, "attention_backend": "CPU_MLA"},
     "embed": {"runner": "pooling"},
+    "rerank": {"runner": "pooling"},
     # With its prefix cache vLLM 0.32 ends at the first request of such a model on the CPU.
     **{kind: {"enable_prefix_caching": False} for kind in ("mamba2", "granite_hybrid", "nemotron_h", "falcon_h1")},
 }
@@ -186,7 +199,7 @@ def make_tiny_model(kind: str, directory: Path | str, *, seed: int | None = None
         more = processing(kind)
         make_tokenizer(more).save_pretrained(target)
         if more is None:
-            model = random_model(KINDS[kind](), seed)
+            model = random_model(KINDS[kind](), seed, auto_class=_AUTO_CLASSES.get(kind, "AutoModelForCausalLM"))
         else:
             made_by, tokens = more.auto_class, len(more.tokens)
             model = random_model(KINDS[kind](), seed, auto_class=made_by, num_media_tokens=tokens, factors=more.factors)
@@ -283,7 +296,7 @@ def random_model(
             # A zero row gives a special token the logit 0, far under the largest: greedy does not end early.
             output.weight[:NUM_SPECIAL_TOKENS] = 0
             # Where head and embeddings are one, the tokens that stand for media need their rows.
-            output.weight[VOCAB_SIZE + (num_media_tokens if config.tie_word_embeddings else 0) :] = 0
+            output.weight[VOCAB_SIZE + (num_media_tokens if getattr(config, "tie_word_embeddings", False) else 0) :] = 0
         _sharpen(model, gemma=config.model_type.startswith(("gemma", "vaultgemma")), factors=factors)
     return model
 

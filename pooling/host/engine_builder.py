@@ -175,7 +175,7 @@ class EngineBuilder:
         )
 
         def give_up_loading() -> None:
-            give_back_loading_memory(device)
+            give_back_loading_memory(device, ledger.num_usable, self._lane.pause)
             ledger.give(spec.name, PageUse.WEIGHTS, lent)
             lent.clear()
 

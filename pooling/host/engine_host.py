@@ -93,8 +93,7 @@ class EngineHost:
         books, spare_bytes = (device, self.ledger, self.host_ledger), spare_host_bytes(device, config.host_memory)
         self.weights = WeightStore(*books, poison=poison, copier=side(), fetcher=side(name="weights-fetch"))
         self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device, spare_bytes=spare_bytes))
-        self.trace = TraceLog()
-        copies = CopyModel()
+        self.trace, copies = TraceLog(), CopyModel()
         room = RoomMaker(self.models, self.allocator, self.weights, self.swapper, self.host_ledger, copies, self.trace)
         self.residency = ResidencyManager(room, self.weights, self.swapper, copies, self.trace)
         policy = load_turn_policy(config.policy, dict(config.policy_options))
@@ -116,8 +115,7 @@ class EngineHost:
         self._current: HostedModel | None = None
         self._previous: HostedModel | None = None  # whose turn ended; its last outputs may still be due
         self._calls = LoopCalls(self.pulse)
-        self._next_index = 0
-        self._stopping = False
+        self._next_index, self._stopping = 0, False
         self._naps = 0  # in a row
         self.budget.begin_with(config.device_budget)
 
@@ -190,7 +188,8 @@ class EngineHost:
 
     def nap_s(self) -> float | None:
         """How long the loop sleeps unless it is woken, after a `run_once` without a step; None = until it is woken."""
-        if self.budget.is_parked or all(hosted.asleep is not None for hosted in self._active.values()):
+        asleep = all(hosted.asleep is not None for hosted in self._active.values())
+        if self.budget.is_parked or (asleep and not self.swapper.has_unsaved):
             return None
         self._naps = min(self._naps + 1, 8)
         return min(_NAP_S * 2 ** (self._naps - 1), _LONGEST_NAP_S)
@@ -216,6 +215,7 @@ class EngineHost:
         self._relief.review()
         hosted, admit = self._choose() or (None, False)
         if hosted is None or not self._make_ready(hosted):
+            self.swapper.copy_ahead()
             return False
         if hosted is not self._current:
             self._switch_to(hosted)
@@ -251,6 +251,7 @@ class EngineHost:
 
     def _after_step(self, hosted: HostedModel) -> None:
         self.swapper.after_step(hosted)
+        self.swapper.copy_ahead()
         hosted.core.forget_finished()
         if not hosted.core.has_work():
             self._active.pop(hosted.name, None)

@@ -31,6 +31,7 @@ from tokenpool.host.state import host_load, host_state, host_trace, model_state
 from tokenpool.logs import log_to_stderr
 from tokenpool.patches import apply_all
 from tokenpool.process.affinity import unpinned
+from tokenpool.recent_logs import recent_lines
 from tokenpool.settings import CONTROL_KEY
 from tokenpool.wire.addresses import EngineAddresses
 from tokenpool.wire.control import ControlServer
@@ -94,6 +95,7 @@ def main(control_path: str, config_json: str) -> None:
         "add_packed": add_packed,
         "progress": host.progress.snapshot,
         "metrics": scrape,
+        "logs": recent_lines,
         "pulse": lambda: host.pulse.snapshot(host.progress.snapshot(), engines),
     }
     with unpinned():

@@ -8,6 +8,9 @@ host's tier under the same hashes, vLLM's prefix cache finds them, and only the 
              ◄── where, which ────────
              ── import_kv(offer) ────► engine on the target host ── read_kv ──► source host, chunk by chunk
 
+Models whose layers keep a state hand over all blocks of a request instead, and the request ends at its source with that
+(kv/request_image.py): `given_up` says so.
+
 The hash of a block names all tokens up to its end, the adapter and the salt. vLLM's default hash is the same in every
 process; with `--prefix-caching-hash-algo xxhash` set PYTHONHASHSEED, else nothing is found and all is computed again.
 """
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokenpool.errors import HostError
+from tokenpool.host.kv import request_image
 from tokenpool.wire.control import ControlServer, call_host
 
 if TYPE_CHECKING:
@@ -37,7 +41,8 @@ _CHUNK_BYTES = 8 << 20
 """Bytes asked for at a time: while they are copied the host makes no step."""
 
 Offer = dict[str, Any]
-"""`address` and `access` of the exchange that has the blocks, `model`, their `keys` in order, `block_bytes`."""
+"""`address` and `access` of the exchange that has the blocks, `model`, their `keys` in order, `block_bytes`, and
+whether the request was `given_up`: it has to be sent on whatever becomes of the blocks."""
 
 
 class KVExchange:
@@ -58,6 +63,9 @@ class KVExchange:
 
     def add(self, hosted: HostedModel) -> None:
         """Let the model's frontends call its engine's `export_kv` and `import_kv`."""
+        pool = hosted.build.pool
+        if pool is not None and self._host.group is None and request_image.can_carry(hosted.core):
+            request_image.Arrivals(hosted.core, pool, self._host.swapper.tier)
         hosted.core.export_kv = lambda request_id: self._export(hosted, request_id)
         hosted.core.import_kv = lambda offer: self._import(hosted, offer)
 
@@ -69,26 +77,31 @@ class KVExchange:
         """Copy the full blocks of a request into the tier and say where they are; without blocks if it has none."""
         pool, core = hosted.build.pool, hosted.core
         keys: list[bytes] = []
-        # Each rank has its part of a block; only that of the first could be read.
-        if pool is not None and pool.link is not None and self._host.group is None:
+        given_up = False
+        if pool is not None and self._host.group is None:  # else only the first rank's part of a block could be read
             core.drain_batches()
             self._host.swapper.after_step(hosted)
-            for manager in core.scheduler.kv_cache_manager.coordinator.single_type_managers:
-                blocks = [b for b in manager.req_to_blocks.get(request_id, ()) if b.block_hash is not None]
-                pool.link.offer(blocks)
-                keys += [bytes(b.block_hash) for b in blocks if b.block_hash in pool.link.stored]
+            if request_image.can_carry(core):
+                keys = request_image.give_up(core, pool, self._host.swapper.tier, request_id)
+                given_up = bool(keys)
+            if not keys and pool.link is not None:
+                keys = _offer_cached(core, pool.link, request_id)
         self.exported_blocks += len(keys)
         return {
             "address": self._address,
             "access": self._access,
             "model": hosted.name,
             "keys": keys,
+            "given_up": given_up,
             "block_bytes": pool.view.block_bytes if pool is not None else 0,
         }
 
     def _read(self, model: str, keys: Sequence[bytes]) -> list[tuple[bytes, int | None, bytes]]:
         """Key, tag and bytes of those blocks that are still here."""
-        return list(self._host.swapper.tier.read(model, keys))
+        tier = self._host.swapper.tier
+        blocks = list(tier.read(model, keys))
+        request_image.forget(tier, model, list(keys))
+        return blocks
 
     def _import(self, hosted: HostedModel, offer: Offer) -> Future[int]:
         """Fetch the blocks that are missing here; the result is how many there are now. Never fails for want of room.
@@ -96,9 +109,10 @@ class KVExchange:
         HostError when the source is gone, or its blocks are of another size.
         """
         done: Future[int] = Future()
-        if hosted.build.pool is None or hosted.build.pool.link is None:
+        pool = hosted.build.pool
+        if pool is None or (pool.link is None and not request_image.can_carry(hosted.core)):
             done.set_result(0)
-        elif offer["block_bytes"] != hosted.build.pool.view.block_bytes:
+        elif offer["block_bytes"] != pool.view.block_bytes:
             done.set_exception(HostError(f"KV blocks of {hosted.name!r} are of another size on the other host"))
         else:
             threading.Thread(target=self._fetch, args=(hosted.name, offer, done), name="kv-fetch", daemon=True).start()
@@ -128,3 +142,13 @@ class KVExchange:
                 stored += tier.put(model, key, tag, torch.frombuffer(bytearray(data), dtype=torch.uint8))
         self.imported_blocks += stored
         return stored
+
+
+def _offer_cached(core: Any, link: Any, request_id: str) -> list[bytes]:
+    """Put the full blocks of a request into the tier, which goes on; returns their keys."""
+    keys: list[bytes] = []
+    for manager in core.scheduler.kv_cache_manager.coordinator.single_type_managers:
+        blocks = [b for b in manager.req_to_blocks.get(request_id, ()) if b.block_hash is not None]
+        link.offer(blocks)
+        keys += [bytes(b.block_hash) for b in blocks if b.block_hash in link.stored]
+    return keys

@@ -12,6 +12,7 @@ is never used. Granting a slab therefore changes no tensor: it backs a page and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class KVArena:
         self.make_room: Callable[[int], None] = lambda count: None
         """Called before pages are taken for null blocks; the allocator frees as many or raises CapacityError."""
         self._reserved_bytes = self.span_bytes + self.null_bytes
-        self.base = device.reserve(self._reserved_bytes)
+        self.base = device.reserve(self._reserved_bytes, harmless=True)
         self._mapped: set[int] = set()
         self._null_pages: list[int] = []
         self._views: dict[str, ArenaView] = {}
@@ -114,11 +115,13 @@ class KVArena:
             self.ledger.give(NULL_OWNER, PageUse.NULL, pages)
 
     def _find_null_gap(self, nbytes: int) -> int:
+        # So that no border of a slab cuts a block in two where blocks fill a slab, and else as late as can be.
+        align = math.lcm(_ALIGN, math.gcd(nbytes, self.slab_bytes))
         end = 0
         for view in sorted(self._views.values(), key=lambda v: v.offset):
             if view.offset - end >= nbytes:
                 break
-            end = -(-(view.offset + view.block_bytes) // _ALIGN) * _ALIGN
+            end = -(-(view.offset + view.block_bytes) // align) * align
         if end + nbytes > self.null_bytes:
             raise CapacityError(
                 f"no place for another null block of {nbytes} bytes: {len(self._views)} models fill the "
@@ -143,10 +146,8 @@ class KVArena:
 
     def min_blocks_per_slab(self, view: ArenaView) -> int:
         """Blocks that any slab holds at least, wherever its border falls."""
-        whole, rest = divmod(self.slab_bytes, view.block_bytes)
-        if rest == 0 and (self.null_bytes - view.offset) % view.block_bytes == 0:
-            return whole
-        return (self.slab_bytes - view.block_bytes + 1) // view.block_bytes
+        step = math.gcd(view.offset, view.block_bytes, self.slab_bytes)  # a block begins so many bytes behind a border
+        return (self.slab_bytes - view.block_bytes + step) // view.block_bytes
 
     def map_slab(self, slab: int) -> None:
         """Back `slab` with zeroed memory."""
@@ -156,11 +157,11 @@ class KVArena:
         self._mapped.add(slab)
 
     def unmap_slab(self, slab: int) -> None:
-        """Take `slab`'s memory away; later accesses fault."""
+        """Let `slab`'s memory go, behind copies that are under way; see `Device.park`."""
         self._mapped.remove(slab)
         if self.poison:
             self.device.fill(self._address(slab), self.slab_bytes, 0xFF)
-        self.device.unmap(self._address(slab), self.slab_bytes)
+        self.device.park(self._address(slab), self.slab_bytes)
 
     def _address(self, slab: int) -> int:
         return self.base + self.null_bytes + slab * self.slab_bytes

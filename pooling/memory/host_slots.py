@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from tokenpool.errors import CapacityError
-from tokenpool.memory.devices.device import Device
+from tokenpool.memory.devices.device import BlockCopy, Copies, Device
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 
 FREE_SLOTS = "free kv slots"
@@ -27,6 +28,14 @@ class SlotBuffer:
     """Free slots as a heap: the lowest goes first, so that a run of slots stays a run."""
     occupants: dict[int, Any] = field(default_factory=dict)
     """What is in each used slot, for whoever took it; its owner's name at first."""
+    copies: Copies | None = None
+    """The last of those that nobody waited for."""
+
+    def settle(self) -> None:
+        """Wait until the host may read and write it."""
+        if self.copies is not None:
+            self.copies.wait()
+            self.copies = None
 
     @property
     def nbytes(self) -> int:
@@ -137,6 +146,7 @@ class SlotPool:
         self.buffers += made
 
     def _free(self, buffer: SlotBuffer) -> None:
+        buffer.settle()
         self.buffers.remove(buffer)
         self._host.give(FREE_SLOTS, self.use, buffer.nbytes)
 
@@ -149,3 +159,16 @@ class SlotPool:
             assert set(buffer.free) | buffer.occupants.keys() == slots, "a slot is lost"
         empty_bytes = sum(b.nbytes for b in self.buffers if not b.occupants)
         assert empty_bytes <= self._spare_bytes, f"{empty_bytes} bytes of empty buffers are kept"
+
+
+def in_runs(places: Iterable[tuple[Slot, int]], block_bytes: int) -> list[BlockCopy]:
+    """What to copy; blocks that are neighbours in `places`, on the device and in a host buffer go together."""
+    runs: list[tuple[SlotBuffer, int, int, int]] = []  # buffer, first slot, address, count
+    for slot, address in places:
+        if runs:
+            buffer, first, start, count = runs[-1]
+            if slot == (buffer, first + count) and address == start + count * block_bytes:
+                runs[-1] = (buffer, first, start, count + 1)
+                continue
+        runs.append((slot.buffer, slot.index, address, 1))
+    return [(address, buffer.view(first, count)) for buffer, first, address, count in runs]

@@ -4,20 +4,23 @@
 An image holds the blocks of one model's paused requests until they come back; it is never dropped. A cached block is
 found by model and content key, least recently used ones go first, and all of them go when host memory is needed.
 Imports no vllm: a key is any bytes that name a block's content.
+
+Copies of cached blocks are begun and not waited for: one device's copies end in the order in which they were begun, so
+a block that is still on its way here can be sent back at once. Whoever touches host memory itself waits for them.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tokenpool.memory.devices.device import BlockCopy, Copies, Device
 from tokenpool.memory.host_ledger import HostLedger, HostUse
-from tokenpool.memory.host_slots import FREE_SLOTS, Slot, SlotBuffer, SlotPool
+from tokenpool.memory.host_slots import FREE_SLOTS, Slot, SlotPool, in_runs
 
 _LEAST_BUFFER, _MOST_BUFFER = 1 << 20, 32 << 20
 
@@ -63,6 +66,14 @@ class CachedBlock:
     """Tick of the last use."""
 
 
+class OfferedBlock(NamedTuple):
+    """A block on the device whose bytes are complete, or will be when the engine has done what it was told by now."""
+
+    key: bytes
+    tag: int | None
+    address: int
+
+
 @dataclass(slots=True)
 class _SizeClass:
     """All that is stored in blocks of one size."""
@@ -91,6 +102,7 @@ class HostKVTier:
         self._classes: dict[int, _SizeClass] = {}  # by block_bytes
         self._entries: dict[str, dict[bytes, CachedBlock]] = {}  # by model, then by key
         self._images: list[KVImage] = []
+        self._under_way: deque[Copies] = deque()  # of cached blocks
         self._tick = 0
 
     # -- images --------------------------------------------------------------------------------------
@@ -136,18 +148,12 @@ class HostKVTier:
                 self.drop_block(image, index)
 
     def _copies(self, image: KVImage, addresses: Iterable[tuple[int, int]]) -> list[BlockCopy]:
-        """What to copy; blocks that are neighbours both on the device and in a host buffer go together."""
-        runs: list[tuple[SlotBuffer, int, int, int]] = []  # buffer, first slot, address, count
+        places = []
         for index, address in addresses:
             slot = image.slots[index]
             assert slot is not None, "dropped"
-            if runs:
-                buffer, first, start, count = runs[-1]
-                if slot == (buffer, first + count) and address == start + count * image.block_bytes:
-                    runs[-1] = (buffer, first, start, count + 1)
-                    continue
-            runs.append((slot.buffer, slot.index, address, 1))
-        return [(address, buffer.view(first, count)) for buffer, first, address, count in runs]
+            places.append((slot, address))
+        return in_runs(places, image.block_bytes)
 
     # -- cached blocks -------------------------------------------------------------------------------
 
@@ -155,23 +161,37 @@ class HostKVTier:
         """What is cached for `model`, by key; a live view, the same object as long as the tier lives."""
         return self._entries.setdefault(model, {})
 
-    def offer(self, model: str, key: bytes, tag: int | None, address: int, block_bytes: int) -> bool:
-        """Copy a device block whose bytes are complete into the tier; False if there is no memory for it."""
-        if self._refresh(model, key):
-            return True
-        slot = self._cached_slot(model, block_bytes)
-        if slot is None:
-            return False
+    def offer(
+        self, model: str, blocks: Iterable[OfferedBlock], block_bytes: int, *, most_bytes: int | None = None
+    ) -> Copies | None:
+        """Begin to copy device blocks into the tier, in one batch; None if nothing is to be copied.
+
+        `blocks` come in the order in which they may be dropped again. Those that are here already stay; of the others
+        the last ones are taken, as many as there is memory for and at most `most_bytes`. Nobody may write to the
+        blocks on the device before the copies have ended.
+        """
+        new = {block.key: block for block in blocks if not self._refresh(model, block.key)}
+        kept = list(new.values())[-max(1, most_bytes // block_bytes) if most_bytes is not None else 0 :]
+        slots = self._cached_slots(model, len(kept), block_bytes) if kept else []
+        self.counters.refusals += len(new) - len(slots)
+        kept = kept[len(kept) - len(slots) :]
+        if not kept:
+            return None
+        slot_of = dict(zip(sorted(block.address for block in kept), slots, strict=True))
+        copies = in_runs(((slot, address) for address, slot in slot_of.items()), block_bytes)
         try:
-            self.device.copy_out(slot.view(), address)
+            begun = self.device.begin_copies_out(copies)
         except OSError:  # a cache may forget
-            self._class(block_bytes).cached.give(model, slot)
-            self.counters.refusals += 1
-            return False
-        self.counters.cached_out_bytes += block_bytes
-        self.counters.copies += 1
-        self._insert(model, key, tag, slot)
-        return True
+            for slot in slots:
+                self._class(block_bytes).cached.give(model, slot)
+            self.counters.refusals += len(slots)
+            return None
+        for block in kept:
+            self._insert(model, block.key, block.tag, slot_of[block.address])
+        self._note(begun, slots)
+        self.counters.cached_out_bytes += len(kept) * block_bytes
+        self.counters.copies += len(copies)
+        return begun
 
     def offer_from_image(self, image: KVImage, index: int, key: bytes, tag: int | None) -> bool:
         """Copy a block of an image among the cached ones; the image keeps its own."""
@@ -182,26 +202,51 @@ class HostKVTier:
         slot = self._cached_slot(image.model, image.block_bytes)
         if slot is None:
             return False
+        slot.buffer.settle()
         slot.view().copy_(source.view())
         self._insert(image.model, key, tag, slot)
         return True
 
-    def load(self, model: str, key: bytes, address: int) -> int | None:
-        """Copy a cached block, which must be here, to the device; returns its tag. The tier keeps it."""
-        entry = self._entries[model][key]
-        block_bytes = entry.slot.buffer.block_bytes
-        self.device.copy_in(address, entry.slot.view())
-        self._refresh(model, key)
-        self.counters.hits += 1
-        self.counters.cached_in_bytes += block_bytes
-        self.counters.copies += 1
-        return entry.tag
+    def begin_load(self, model: str, places: Mapping[bytes, int]) -> Copies:
+        """Begin to copy cached blocks, all of which must be here, to these addresses by key. The tier keeps them.
+
+        Raises OSError, and any part is there, when the device refuses.
+        """
+        slots = {self._entries[model][key].slot: address for key, address in places.items()}
+        block_bytes = next(iter(slots)).buffer.block_bytes
+        copies = in_runs(sorted(slots.items(), key=lambda place: place[1]), block_bytes)
+        begun = self.device.begin_copies_in(copies)
+        self._note(begun, slots)
+        for key in places:
+            self._refresh(model, key)
+        self.counters.hits += len(places)
+        self.counters.cached_in_bytes += len(places) * block_bytes
+        self.counters.copies += len(copies)
+        return begun
+
+    def tag_of(self, model: str, key: bytes) -> int | None:
+        """What a block that is here was offered with."""
+        return self._entries[model][key].tag
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether copies of cached blocks are under way."""
+        while self._under_way and self._under_way[0].done():
+            self._under_way.popleft()
+        return bool(self._under_way)
+
+    def _note(self, copies: Copies, slots: Iterable[Slot]) -> None:
+        if not copies.done():
+            self._under_way.append(copies)
+            for slot in slots:
+                slot.buffer.copies = copies
 
     def read(self, model: str, keys: Iterable[bytes]) -> Iterator[tuple[bytes, int | None, bytes]]:
         """Key, tag and a copy of the bytes of those cached blocks that are here."""
         for key in keys:
             if self._refresh(model, key):
                 entry = self._entries[model][key]
+                entry.slot.buffer.settle()
                 yield key, entry.tag, entry.slot.view().numpy().tobytes()
 
     def put(self, model: str, key: bytes, tag: int | None, data: torch.Tensor) -> bool:
@@ -211,6 +256,7 @@ class HostKVTier:
         slot = self._cached_slot(model, data.numel())
         if slot is None:
             return False
+        slot.buffer.settle()
         slot.view().copy_(data)
         self._insert(model, key, tag, slot)
         return True
@@ -260,17 +306,29 @@ class HostKVTier:
         return True
 
     def _cached_slot(self, model: str, block_bytes: int) -> Slot | None:
-        """A free slot, one of new memory, or that of the least recently used block of this size."""
+        slots = self._cached_slots(model, 1, block_bytes)
+        if not slots:
+            self.counters.refusals += 1
+            return None
+        return slots[0]
+
+    def _cached_slots(self, model: str, count: int, block_bytes: int) -> list[Slot]:
+        """Up to `count` slots: free ones, those of new memory, or those of least recently used blocks of this size."""
         size_class = self._class(block_bytes)
-        slots = size_class.cached
-        if not slots.num_free and not slots.try_grow():
-            if size_class.lru:
-                self._remove(next(iter(size_class.lru.values())), keep_buffer=True)
-                self.counters.evictions += 1
-            elif not self.drop_cached(block_bytes) or not slots.try_grow():
-                self.counters.refusals += 1
-                return None
-        return slots.take(model, 1)[0]
+        slots, lru = size_class.cached, size_class.lru
+        try:
+            while slots.num_free < count and slots.try_grow():
+                pass
+        except (OSError, MemoryError):  # the machine has less than the budget says: a cache may do with what it has
+            pass
+        while slots.num_free < count and lru:
+            self._remove(next(iter(lru.values())), keep_buffer=True)
+            self.counters.evictions += 1
+        while slots.num_free < count and self.drop_cached(block_bytes) and slots.try_grow():
+            pass
+        taken = slots.take(model, min(count, slots.num_free))
+        slots.drop_empty()
+        return taken
 
     def _insert(self, model: str, key: bytes, tag: int | None, slot: Slot) -> None:
         self._tick += 1

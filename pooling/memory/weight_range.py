@@ -35,6 +35,7 @@ class WeightRange:
         self._poison = poison
         self._nbytes = self.num_pages * ledger.page_size
         self.address = device.reserve(self._nbytes) if self._nbytes else 0
+        self._back: Callable[[int, int], None] = lambda address, nbytes: None
 
     def release(self) -> None:
         """Give the range back, with the pages under it if there are any."""
@@ -44,11 +45,11 @@ class WeightRange:
             self._device.release(self.address, self._nbytes)
 
     def map(self) -> None:
-        """Put free pages under the range; CapacityError or SwitchError change nothing."""
+        """Take free pages for the range, which `copy_in` puts there; CapacityError or SwitchError change nothing."""
         assert not self.pages, f"the range of {self.owner!r} is mapped already"
         pages = self._ledger.take(self.owner, PageUse.WEIGHTS, self.num_pages)
         try:
-            self._device.map_zeroed(self.address, self._nbytes)
+            self._back = self._device.map_later(self.address, self._nbytes)
         except Exception as error:
             self._ledger.give(self.owner, PageUse.WEIGHTS, pages)
             raise SwitchError(self.owner, "map", f"the device gives no memory: {error}") from error
@@ -57,6 +58,7 @@ class WeightRange:
     def unmap(self) -> None:
         """Take the pages away, with `poison` filled with 0xFF before; later accesses fault."""
         if self._poison:
+            self._back(self.address, self._nbytes)  # a copy may have been given up
             self._device.fill(self.address, self._nbytes, 0xFF)
         self._device.unmap(self.address, self._nbytes)
         self._ledger.give(self.owner, PageUse.WEIGHTS, self.pages)
@@ -77,6 +79,7 @@ class WeightRange:
         try:
             for start in range(0, self.layout.nbytes, chunk_bytes):
                 chunk = host[start : min(start + chunk_bytes, self.layout.nbytes)]
+                self._back(self.address + start, chunk.numel())  # under the copies before it
                 in_flight.append((self._device.begin_copy_in(self.address + start, chunk), chunk.numel()))
                 if len(in_flight) == self._device.copies_in_flight:
                     finish_one()

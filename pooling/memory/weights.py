@@ -35,9 +35,6 @@ from tokenpool.memory.weight_reload import Advance, Reload, ReloadProof
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 8 << 20
-"""Bytes copied between two looks at whether a job was cancelled: under 1 ms over PCIe 4, a few ms in host memory."""
-
 
 class WeightStore:
     """All movable weights of one device; called on the host loop's thread only.
@@ -54,7 +51,7 @@ class WeightStore:
         host: HostLedger,
         *,
         poison: bool = False,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         copier: CopyEngine | None = None,
         fetcher: CopyEngine | None = None,
     ) -> None:
@@ -65,7 +62,8 @@ class WeightStore:
         """What stays on the device beside the ranges; `remove` takes an owner out of it too."""
         self.host = host
         self.poison = poison
-        self.chunk_bytes = chunk_bytes
+        self.chunk_bytes = chunk_bytes or device.chunk_bytes
+        """Bytes copied between two looks at whether a job was cancelled."""
         self.copier = copier or CopyEngine()
         self.fetcher = fetcher or CopyEngine(name="weights-fetch")
         self.make_room: Callable[[int], None] = lambda pages: None

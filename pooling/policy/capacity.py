@@ -125,6 +125,10 @@ class CapacityModel:
     """Seats that it may have, one more where none of them decodes, or none prefills; None = any number."""
     pinned: tuple[str, ...] = ()
     """Hosts chosen by the operator: it gets a seat on each of them and nowhere else. () = the policy chooses."""
+    allowed: frozenset[str] | None = None
+    """Hosts that it may be on; None = any."""
+    apart: frozenset[str] = frozenset()
+    """Models that it shares no host with, as they share none with it."""
     since_move_s: float = _INF
     """Seconds since its last seat came or began to leave; inf = never."""
 

@@ -19,7 +19,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from tokenpool.policy.capacity import CapacityModel, CapacityView, HostState, Role
+from tokenpool.policy.capacity import LINK_BYTES_PER_S, CapacityModel, CapacityView, HostState, Role
 
 _DEFAULT_TPOT_S = 0.1
 _DEFAULT_TTFT_S = 10.0
@@ -32,7 +32,7 @@ _MIN_BUSY_FRAC = 0.6
 _WORST_FRAC = 0.9
 """Share of tokens on time below which one model alone makes its host count as late."""
 _MAX_SCALE = 3.0
-_UNSURE = 1.1
+_UNSURE = 1.6
 """What the load of a host must exceed, times the load that is full, while there is no measurement of it as it is."""
 _TRAFFIC = attrgetter(
     "arrivals_per_s", "recent_arrivals_per_s", "input_tokens_per_s", "output_tokens_per_s", "tpot_s", "ttft_s",
@@ -71,9 +71,10 @@ class Board:
         self.taken: list[set[int]] = [set() for _ in models]
         """Hosts by model where it has, or is losing, a seat."""
         self.stranded: list[tuple[int, int]] = []
-        """(model, host) of seats on hosts that drain."""
+        """(model, host) of seats on hosts that drain, or that the model may not be on."""
         self.bereft: set[int] = set()
         """Models that had a seat on a host that is lost."""
+        self._apart = [[self.model_of[other] for other in m.apart if other in self.model_of] for m in models]
         self._read_seats()
         self._read_traffic(models)
         self._sum_up(target)
@@ -93,11 +94,23 @@ class Board:
                 taken[m].add(h)
                 if seat.is_leaving:
                     continue
-                if state is HostState.UP:
+                if state is HostState.UP and self.may_be_on(m, h, among=here):
                     seats[m].append(h)
                     here.append(m)
                 else:
                     self.stranded.append((m, h))
+
+    def may_be_on(self, m: int, h: int, among: Sequence[int] | None = None) -> bool:
+        """Whether a host is one of those that a model may be on, and no model is there that it is apart from.
+
+        With `among` these are the models that are there; else those that leave it count too.
+        """
+        allowed = self.view.models[m].allowed
+        if allowed is not None and self.view.hosts[h].host not in allowed:
+            return False
+        if among is not None:
+            return not any(other in among for other in self._apart[m])
+        return not any(h in self.taken[other] for other in self._apart[m])
 
     def _read_traffic(self, models: Sequence[CapacityModel]) -> None:
         columns = np.array([_TRAFFIC(model) for model in models], float).reshape(len(models), 7).T
@@ -116,6 +129,7 @@ class Board:
         """Whether the traffic is about to go: nothing is moved for it."""
         requests = np.maximum(arrivals, 1e-9)
         context = (inputs + outputs / 2) / requests
+        self.doubt_frac = 1 / np.sqrt(np.maximum(1.0, arrivals * self.view.windows.long_s))
         self.tokens_per_s = outputs * self.rise
         self.long_n = outputs * tpot_s
         self.n = self.long_n * self.rise
@@ -145,17 +159,20 @@ class Board:
             return total(busy * self.per_step[m] + x_d * n[m] * self.per_request[m] + x_e * prefill[m]) / self.speed
 
         self.work = work(self.n, self.prefill)
+        doubt = -np.expm1(-x_d * self.n[m] * (1 + self.doubt_frac[m])) + np.expm1(-x_d * self.n[m])
+        doubt = doubt * self.per_step[m] + x_d * self.n[m] * self.doubt_frac[m] * self.per_request[m]
+        self.doubt = (np.sqrt(total(doubt**2)) / self.speed).tolist()
         self.held = total(-np.expm1(-(x_d * self.n[m] + x_e * self.prefill[m])) * self.weight_bytes[m])
         self.tokens = total(np.where(self.decode[h], x_d, 0.0) * self.tokens_per_s[m])
-        self.scale = self._scales(work(self.long_n, self.long_prefill), target)
+        self.scale = self._scales(work(self.long_n, self.long_prefill) + self._link_part(), target)
 
-    def _scales(self, work: np.ndarray, target: float) -> np.ndarray:
-        """How much more, or less, hosts have to do than predicted, from the share of tokens that came on time."""
-        scale = np.ones(len(work))
-        self.limit = np.full(len(work), _UNSURE * self.full)
+    def _scales(self, predicted: np.ndarray, target: float) -> np.ndarray:
+        """How much more, or less, hosts have to do than `predicted`, from the share of tokens that came on time."""
+        scale = np.ones(len(predicted))
+        self.limit = np.full(len(predicted), _UNSURE * self.full)
         """Load above which a host is relieved: more where only the prediction says so."""
         for h, host in enumerate(self.view.hosts):
-            if not self.is_up[h] or work[h] <= 0 or host.since_move_s < self.view.windows.seat_s:
+            if not self.is_up[h] or predicted[h] <= 0 or host.since_move_s < self.view.windows.seat_s:
                 continue
             due = on_time = 0.0
             worst_frac = 1.0
@@ -171,9 +188,9 @@ class Board:
                 good_frac = min(good_frac, worst_frac)
             self.limit[h] = self.full
             if good_frac < target and host.busy_frac >= _MIN_BUSY_FRAC:
-                scale[h] = min(_MAX_SCALE, max(1.0, self.full / max(good_frac, 0.1) / work[h]))
+                scale[h] = min(_MAX_SCALE, max(1.0, self.full / max(good_frac, 0.1) / predicted[h]))
             elif good_frac >= target:
-                scale[h] = min(1.0, self.full / work[h])
+                scale[h] = min(1.0, self.full / predicted[h])
         return scale
 
     # -- loads -----------------------------------------------------------------------------------------
@@ -190,14 +207,19 @@ class Board:
         self.entry_list, self.decode_list = self.entry.tolist(), self.decode.tolist()
 
     def _loads(self) -> np.ndarray:
+        return self.scale * (self.work + self._link_part())
+
+    def _link_part(self) -> np.ndarray:
         over = np.maximum(0.0, self.held - _WEIGHTS_FRAC * self.device_bytes)
-        return self.scale * self.work + over / (self.link * _DEFAULT_TTFT_S)
+        return over / (self.link * _DEFAULT_TTFT_S)
 
     def load(self, h: int, more_work: float = 0.0, more_held: float = 0.0) -> float:
         """Share of the host's time that its work needs to be on time, with the share of its link's that is short."""
-        load = self.scale[h] * (self.work[h] + more_work)
+        load = self.work[h] + more_work
         over = self.held[h] + more_held - self.room[h]
-        return load + over / (self.link[h] * _DEFAULT_TTFT_S) if over > 0 else load
+        if over > 0:
+            load += over / (self.link[h] * _DEFAULT_TTFT_S)
+        return self.scale[h] * load
 
     def lost(self, load: float, tokens: float) -> float:
         """Tokens per second that come late on a host with that load."""
@@ -225,6 +247,12 @@ class Board:
                 values = by_kind[kind] = steps + x_e * prefill, held, x_d * self.tokens_per_s[m]
             found.append((h, values[0] / self.speed[h], values[1], values[2]))
         return found
+
+    def alone(self, m: int) -> float:
+        """Share of a usual host that the model needs with one seat, with what its weights take of the link."""
+        steps = -math.expm1(-self.n[m]) * self.per_step[m] + self.n[m] * self.per_request[m] + self.prefill[m]
+        held = -math.expm1(-(self.n[m] + self.prefill[m])) * self.weight_bytes[m]
+        return float(steps + held / (LINK_BYTES_PER_S * _DEFAULT_TTFT_S))
 
     def share_of(self, m: int, h: int) -> float:
         """Share of the host's time that the model needs there now."""
@@ -286,4 +314,8 @@ class Board:
         fits = self.is_up & (self.free_bytes >= model.weight_bytes)
         fits &= self.device_bytes >= model.weight_bytes + model.min_kv_bytes
         fits &= self.num_copies < max_copies
+        if model.allowed is not None:
+            fits &= np.fromiter((host.host in model.allowed for host in self.view.hosts), bool, len(fits))
+        for other in self._apart[m]:
+            fits[list(self.taken[other])] = False
         return fits

@@ -93,8 +93,9 @@ def finish(view: CapacityView) -> CapacityView:
 
 
 def check(view: CapacityView) -> None:
-    """Raise ValueError if a host holds more than its memory, a model twice, or a pinned model where it may not be."""
+    """Raise ValueError if a host holds more than its memory, a model twice, or what comes may not be there."""
     pinned = {model.model: model.pinned for model in view.models if model.pinned}
+    models = {model.model: model for model in view.models}
     for host in view.hosts:
         names = [seat.model for seat in host.seats]
         if host.free_host_bytes < 0:
@@ -104,6 +105,11 @@ def check(view: CapacityView) -> None:
         for seat in host.seats:
             if seat.is_coming and host.host not in pinned.get(seat.model, (host.host,)):
                 raise ValueError(f"{seat.model} is pinned elsewhere than {host.host}")
+            model = models.get(seat.model)
+            if seat.is_coming and model and model.allowed is not None and host.host not in model.allowed:
+                raise ValueError(f"{seat.model} may not be on {host.host}")
+            if seat.is_coming and model and (met := model.apart & set(names)):
+                raise ValueError(f"{seat.model} meets {', '.join(met)} on {host.host}")
 
 
 def _host(hosts: dict[str, CapacityHost], name: str | None) -> CapacityHost:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenpool.errors import check_setting, show
-from tokenpool.policy.capacity import Action, CapacityDecision, CapacityView
+from tokenpool.policy.capacity import Action, CapacityDecision, CapacityView, HostState
 from tokenpool.policy.capacity_board import Board
 from tokenpool.policy.capacity_roles import change_role
 from tokenpool.policy.placement import best_home
@@ -105,8 +105,7 @@ class _Deciding:
                 m not in board.bereft,
                 -models[m].priority,
                 bool(board.seats[m]),
-                -float(board.tokens_per_s[m]),
-                -models[m].weight_bytes,
+                -board.alone(m),
                 m,
             ),
         )
@@ -119,7 +118,7 @@ class _Deciding:
                 count, source = len(board.seats[m]), drained.pop(m, None)
                 action = Action.PLACE if source is None else Action.MOVE
                 if source is not None:
-                    why = f"{self.view.hosts[source].host} is draining"
+                    why = self._why_not_there(source)
                 elif count:
                     why = f"{count} of {max(1, models[m].min_replicas)} replicas"
                 else:
@@ -174,8 +173,12 @@ class _Deciding:
                 return
             if self._lacks(m) or (model.model, name) in moved or name in model.pinned:
                 continue  # what is pinned stays until the operator says otherwise
-            reason = f"{model.model}: {name} is draining, {len(board.seats[m])} other hosts have it"
+            reason = f"{model.model}: {self._why_not_there(h)}, {len(board.seats[m])} other hosts have it"
             self.made.append(CapacityDecision(Action.DROP, reason, model.model, name))
+
+    def _why_not_there(self, h: int) -> str:
+        host = self.view.hosts[h]
+        return f"{host.host} is draining" if host.state is HostState.DRAINING else f"it may not be on {host.host}"
 
     # -- seats that are worth it -----------------------------------------------------------------------
 
@@ -232,9 +235,9 @@ class _Deciding:
                 if gain <= 0 or gain < settings.min_gain_frac * board.tokens[h]:
                     continue
                 limit = settings.target_load
-                if action is Action.REPLICATE:  # a model may be too much for two hosts as well
+                if action is Action.REPLICATE and part > limit:  # a model may be too much for two hosts as well
                     limit = max(limit, board.load(h))
-                if board.loads_after(m, after)[g] > limit:
+                if board.loads_after(m, after)[g] + board.doubt[g] > limit:
                     continue
                 net = gain * (settings.horizon_s - copy_s) - copy_s * settings.copy_drag * board.tokens[g]
                 if net > 0 and (best is None or net * _NEAR_FRAC > best[0]):
@@ -251,6 +254,7 @@ class _Deciding:
         for g in targets:
             if (
                 g not in board.taken[m]
+                and board.may_be_on(m, g)
                 and board.free_bytes[g] >= model.weight_bytes
                 and board.device_bytes[g] >= model.weight_bytes + model.min_kv_bytes
                 and board.num_copies[g] < self.settings.max_copies

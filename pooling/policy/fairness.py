@@ -108,6 +108,29 @@ class FairQueue(Generic[_T]):
         self._served[tenant] = self._served.get(tenant, 0.0) + cost / self._weight_of(tenant)
 
 
+class FairTurns:
+    """Whose turn is next where a turn costs the same whoever has it, and one may do for several tenants.
+
+    As in `FairQueue`, each has a counter of the turns it has had, divided by its weight, and one that comes back after
+    a pause starts at the counter of the turn taken last.
+    """
+
+    def __init__(self, weight_of: Callable[[str], float] = lambda tenant: 1.0) -> None:
+        self._weight_of = weight_of
+        self._had: dict[str, float] = {}
+        self._virtual = 0.0
+
+    def counter(self, tenant: str) -> float:
+        """The one with the smallest is next."""
+        return max(self._had.get(tenant, 0.0), self._virtual)
+
+    def take(self, tenant: str) -> None:
+        """The tenant has a turn."""
+        self._virtual = self.counter(tenant)
+        self._had = {name: had for name, had in self._had.items() if had > self._virtual}
+        self._had[tenant] = self._virtual + 1.0 / self._weight_of(tenant)
+
+
 class SeatShares:
     """How many of an engine's seats, which are requests that run at a time, each tenant may take.
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 ALL_CPUS = frozenset(os.sched_getaffinity(0))
 """The cores of this process before anything was bound."""
-_LAST = 10  # of the 19 steps of niceness: a tenth of the time that one without any gets
+_LAST = 10
 
 
 def use_all_cpus() -> None:
@@ -22,17 +22,29 @@ def use_all_cpus() -> None:
     os.sched_setaffinity(0, ALL_CPUS)
 
 
-def yield_to_others(thread: int | None = None) -> None:
+def yield_to_others(thread: int | None = None, niceness: int = _LAST) -> None:
     """Let a thread, and those that it starts from now on, have the cores only where others leave them.
 
-    `thread` is its id in the system; None = the calling one. For work that can take seconds beside steps or an event
+    `thread` is its id in the system; None = the calling one. `niceness` is of 19 steps: with 10 it gets a tenth of
+    what a thread without any gets, with 15 a thirtieth. For work that can take seconds beside steps or an event
     loop. Where the system refuses, or the thread has ended, all stays as it is.
     """
     if thread is None:
         thread = threading.get_native_id()
     with suppress(OSError):
         os.sched_setaffinity(thread, ALL_CPUS)
-        os.setpriority(os.PRIO_PROCESS, thread, max(_LAST, os.getpriority(os.PRIO_PROCESS, thread)))
+        os.setpriority(os.PRIO_PROCESS, thread, max(niceness, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def leave_to_others(thread: int) -> None:
+    """Let a thread, by its id in the system, compute where a core would idle: work that nobody waits for any more.
+
+    Even many of them take next to nothing from the others, while sixteen that yield have half of a core. For what
+    holds no lock that others wait for. Where the system has no such class of threads, they yield.
+    """
+    yield_to_others(thread)
+    with suppress(OSError, AttributeError):
+        os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 
 @contextmanager

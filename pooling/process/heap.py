@@ -14,6 +14,7 @@ from prometheus_client import values
 
 _WORTH_BYTES = 8 << 20
 _WAIT_S = 5.0
+_AGAIN_S = 20.0
 
 
 def release_engine(error: BaseException | None = None) -> None:
@@ -53,6 +54,9 @@ def trim_heap() -> bool:
 class HeapTrimmer:
     """Trims the heap some time after much was freed. glibc keeps what lies between pieces that are in use.
 
+    Once nothing large has come for a while it does so again, and collects cycles before: threads may have computed on
+    for requests that were over, and errors of requests hold each other, with what was wrong, until they are collected.
+
     Lives on one event loop, beside which it trims, at most once in `_WAIT_S` seconds.
     """
 
@@ -60,6 +64,7 @@ class HeapTrimmer:
         self._trim = trim
         self._num_bytes = 0  # since the last time
         self._is_due = False
+        self._again: asyncio.TimerHandle | None = None
 
     def freed(self, num_bytes: int) -> None:
         """So much has been freed, or will be in a moment; called on the loop."""
@@ -67,6 +72,8 @@ class HeapTrimmer:
         if self._num_bytes >= _WORTH_BYTES and not self._is_due:
             self._is_due = True
             loop = asyncio.get_running_loop()
+            if self._again is not None:
+                self._again.cancel()
             loop.call_later(_WAIT_S, self._begin, loop)
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -75,5 +82,14 @@ class HeapTrimmer:
 
     def _end(self, done: asyncio.Future[object]) -> None:
         self._is_due = False
-        if not done.cancelled():
-            done.exception()  # a heap that is not trimmed is no fault of a request
+        _look_at(done)
+        self._again = done.get_loop().call_later(_AGAIN_S, self._collect_and_trim, done.get_loop())
+
+    def _collect_and_trim(self, loop: asyncio.AbstractEventLoop) -> None:
+        gc.collect()  # on the loop: what is collected may belong to it
+        loop.run_in_executor(None, self._trim).add_done_callback(_look_at)
+
+
+def _look_at(done: asyncio.Future[object]) -> None:
+    if not done.cancelled():
+        done.exception()  # a heap that is not trimmed is no fault of a request

@@ -28,7 +28,7 @@ from tokenpool.settings import METRICS_FOLDER
 def serve(config: PoolConfig, cluster: str | None = None, pool_file: str | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns 0 after a clean drain.
 
-    `cluster` is the address of a Ray cluster, `auto` or `local`; there `pool_file` is watched for changes.
+    `cluster` is the address of a Ray cluster, `auto` or `local`. Models that come and go in `pool_file` come and go.
     """
     log_to_stderr()
     try:
@@ -38,7 +38,7 @@ def serve(config: PoolConfig, cluster: str | None = None, pool_file: str | None 
         raise ConfigError(f"cannot listen on {where}: {error.strerror}", key="port") from None
     try:
         if cluster is None:
-            _serve_here(config, sock)
+            _serve_here(config, pool_file, sock)
         else:
             _serve_cluster(config, cluster, pool_file, sock)
     finally:
@@ -47,24 +47,24 @@ def serve(config: PoolConfig, cluster: str | None = None, pool_file: str | None 
 
 
 def local_pool(
-    config: PoolConfig, plans: list[ModelPlan], template: Template | None, outer: Starlette
+    config: PoolConfig, plans: list[ModelPlan], template: Template | None, pool_file: str | None, outer: Starlette
 ) -> Pool[LocalHosts]:
-    """A pool on one host of this machine, which this process answers for."""
+    """A pool on one host of this machine, which this process answers for; `pool_file` is followed."""
     pool = Pool(config, plans, outer, partial(LocalHosts, config, template=template))
-    outer.state.operator = PoolOperator(pool, demand=Demand(pool.models, pool.hosts, config.max_loaded))
+    outer.state.operator = PoolOperator(pool, pool_file, Demand(pool.models, pool.hosts, config.max_loaded))
     return pool
 
 
-def _serve_here(config: PoolConfig, sock: socket.socket) -> None:
+def _serve_here(config: PoolConfig, pool_file: str | None, sock: socket.socket) -> None:
     template = Template() if config.host_template else None
     config, plans = plan_pool(config, partial(begin_template, template) if template else None)
     if config.frontends == 1:
-        run(config, plans, partial(local_pool, config, plans, template), sock)
+        run(config, plans, partial(local_pool, config, plans, template, pool_file), sock)
         return
     from tokenpool.serve.frontends.shared_host import host_frontends
     from tokenpool.serve.frontends.supervisor import supervise
 
-    supervise(config, plans, partial(host_frontends, config, plans, template, sock), sock)
+    supervise(config, plans, partial(host_frontends, config, plans, template, pool_file, sock), sock)
 
 
 def _serve_cluster(config: PoolConfig, cluster: str, pool_file: str | None, sock: socket.socket) -> None:

@@ -16,7 +16,7 @@ from tokenpool.policy.turns import TurnPolicy
 from tokenpool.sim.device import SimDevice
 from tokenpool.sim.device_memory import Node
 from tokenpool.sim.device_spec import DeviceSpec
-from tokenpool.sim.result import SimResult
+from tokenpool.sim.result import MostMissed, SimResult
 from tokenpool.sim.seat import Seat
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts, Workload
@@ -101,6 +101,7 @@ class Cluster:
         self._heap: list[tuple[float, int, Any, int | Timeline]] = []  # a Waked with an int, a Receiver with a request
         self._sequence = 0
         self._result = SimResult()
+        self._most_missed: MostMissed | None = None
         nodes = _nodes(specs)
         self.devices = [
             SimDevice(i, spec, make_policy(), self._seat, self._at, self._done, self._hand_over, nodes[i])
@@ -114,13 +115,19 @@ class Cluster:
             raise ValueError(f"{type(router).__name__} cannot hand requests over: give all devices the role mixed")
 
     def run(
-        self, workload: Workload, *, drain_s: float = 600.0, window_s: tuple[float, float] = (0.0, _INF)
+        self,
+        workload: Workload,
+        *,
+        drain_s: float = 600.0,
+        window_s: tuple[float, float] = (0.0, _INF),
+        most_missed: MostMissed | None = None,
     ) -> SimResult:
         """Serve a workload; what has not ended `drain_s` after the last arrival counts as failed.
 
-        All requests are served; those that arrive in `window_s`, from and up to, are measured.
+        All requests are served; those that arrive in `window_s`, from and up to, are measured. The run ends early when
+        requests that have ended missed more tokens than `most_missed` says.
         """
-        self._result.window_s = window_s
+        self._result.window_s, self._most_missed = window_s, most_missed
         started = time.perf_counter()
         heap, requests = self._heap, workload.requests
         count, position = len(requests), 0
@@ -130,7 +137,7 @@ class Cluster:
         open_requests = self._result.open
         if isinstance(self.router, LookingRouter):
             self._look_from(self.router, 0.0)
-        while True:
+        while not self._result.is_stopped:
             if heap and heap[0][0] <= next_s:
                 time_s, _, device, what = heapq.heappop(heap)
                 if time_s > end_s:
@@ -179,6 +186,8 @@ class Cluster:
 
     def _done(self, request: Timeline) -> None:
         self._result.add(request)
+        if self._most_missed is not None:
+            self._result.stop_beyond(self._most_missed, request)
 
     def _hand_over(self, request: Timeline, now_s: float, copy_s: float) -> None:
         assert self._hand_overs is not None

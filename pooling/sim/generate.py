@@ -21,7 +21,7 @@ from operator import itemgetter
 
 from tokenpool.errors import check_setting, show
 from tokenpool.sim.costs import artifact_costs, kind_on
-from tokenpool.sim.trace_files import ARTIFACT_KINDS
+from tokenpool.sim.traces.trace_files import ARTIFACT_KINDS
 from tokenpool.sim.workload import SimRequest, Workload
 
 MEAN_RATE_PER_S = 0.037

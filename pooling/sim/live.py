@@ -35,7 +35,7 @@ from tokenpool.sim.device import SimDevice
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.first_seats import first_seats
 from tokenpool.sim.live_measures import WINDOWS, Punctuality, Traffic
-from tokenpool.sim.result import SimResult
+from tokenpool.sim.result import MostMissed, SimResult
 from tokenpool.sim.router import FrontendRouter
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts, Workload
@@ -136,7 +136,12 @@ class LivePool(Cluster):
     # -- the run -----------------------------------------------------------------------------------------
 
     def run(
-        self, workload: Workload, *, drain_s: float = 600.0, window_s: tuple[float, float] = (0.0, _INF)
+        self,
+        workload: Workload,
+        *,
+        drain_s: float = 600.0,
+        window_s: tuple[float, float] = (0.0, _INF),
+        most_missed: MostMissed | None = None,
     ) -> SimResult:
         """See `Cluster.run`."""
         requests, settings = workload.requests, self._settings
@@ -153,7 +158,16 @@ class LivePool(Cluster):
         for time_s, h in self._failures:
             self._at(time_s, Call(partial(self._lose, h)), 0)
         self._look_from(self._frontend, 0.0)
-        return super().run(workload, drain_s=drain_s, window_s=window_s)
+        self._result.placement = self.first
+        self._count_host_bytes()
+        return super().run(workload, drain_s=drain_s, window_s=window_s, most_missed=most_missed)
+
+    def _count_host_bytes(self) -> None:
+        """Keep the most that a node has held."""
+        held = [sum([self._model_costs[model].weight_bytes for model in seats]) for seats in self._seats]
+        size = self._settings.hosts_per_node
+        most = max([sum(held[i : i + size]) for i in range(0, len(held), size)])
+        self._result.host_bytes_per_node = max(self._result.host_bytes_per_node, most)
 
     def route(self, request: Timeline, now_s: float, devices: Sequence[SimDevice]) -> Receiver:
         """See `Router`."""
@@ -203,9 +217,12 @@ class LivePool(Cluster):
             for model in [model for model, seat in seats.items() if seat.is_leaving]:
                 self._try_unload(h, model)
         if self._capacity is not None:
-            for decision in self._capacity.decide(self._view(now_s)):
+            made = self._capacity.decide(self._view(now_s))
+            for decision in made:
                 self.decisions.append((now_s, decision))
                 self._carry_out(decision, now_s)
+            if made:
+                self._count_host_bytes()
         if now_s < self._last_arrival_s or self._result.open:
             self._at(now_s + self._settings.period_s, Call(self._tick), 0)
 

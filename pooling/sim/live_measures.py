@@ -43,7 +43,7 @@ class Traffic:
         """The model as a controller sees it."""
         window_s = max(1, min(_LONG_S, int(now_s)))
         per_s = self._arrivals.per_s(now_s, window_s)
-        length = self._tokens / self._weight if self._weight else _FIRST_GUESS_TOKENS
+        length = (self._tokens + 5 * _FIRST_GUESS_TOKENS) / (self._weight + 5)
         return CapacityModel(
             model,
             costs.weight_bytes,

@@ -36,8 +36,18 @@ class GroupPlan:
     """Share of the devices' time in steps; this and the next two as in `SimResult`."""
     waited_frac: float
     link_frac: float
+    worst_model: str | None = None
+    """The model with the least share of tokens on time."""
+    worst_frac: float = 1.0
+    headroom_frac: float = 0.0
+    """Share of the devices that the work due at its peak leaves free, at least: see `sim.compared.bound`."""
+    host_bytes_per_node: float = 0.0
+    """Most weights in the host memory of a node at a time; with dedicated instances none need be there."""
+    placement: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """In a pool: the devices that each model begins on."""
     binding: str | None = None
-    """With one device less, doubling this helps most: `compute`, `link` or `memory`. None = not known, or nothing."""
+    """With one device less, doubling this helps most: `compute`, `link` or `memory`; with the most that were tried, if
+    they do not suffice. None = not known, or nothing."""
     instances: Mapping[str, int] = field(default_factory=dict)
     """With dedicated instances: how many of each model."""
 
@@ -51,6 +61,11 @@ class GroupPlan:
             "busy_frac": self.busy_frac,
             "waited_frac": self.waited_frac,
             "link_frac": self.link_frac,
+            "worst_model": self.worst_model,
+            "worst_model_pct": 100 * self.worst_frac,
+            "headroom_pct": 100 * self.headroom_frac,
+            "host_bytes_per_node": self.host_bytes_per_node,
+            "placement": {model: list(hosts) for model, hosts in self.placement.items()},
             "binding": self.binding,
             "instances": dict(self.instances),
         }
@@ -69,6 +84,17 @@ class SystemPlan:
         return None if None in counts else sum(count for count in counts if count)
 
     @property
+    def spare_gpus(self) -> int | None:
+        """With one instance more in each group, so that one may fail; None as `num_gpus`."""
+        count = self.num_gpus
+        return None if count is None else count + sum(group.gpus_per_instance for group in self.groups)
+
+    @property
+    def worst(self) -> GroupPlan:
+        """The group with the worst model."""
+        return min(self.groups, key=lambda group: group.worst_frac)
+
+    @property
     def attainment(self) -> float:
         """Share of all tokens on time, 0 to 1."""
         num_tokens = sum(group.num_tokens for group in self.groups)
@@ -82,6 +108,7 @@ class Plan:
     gpu: str
     slo: SLO
     target: float
+    model_target: float
     num_models: int
     num_requests: int
     """In the workload."""
@@ -107,6 +134,8 @@ class Plan:
             saved = self.saved_frac(name)
             systems[name] = {
                 "gpus": system.num_gpus,
+                "gpus_and_spare": system.spare_gpus,
+                "worst_model_pct": 100 * system.worst.worst_frac,
                 "saved_pct": None if saved is None else 100 * saved,
                 "token_deadline_pct": 100 * system.attainment,
                 "groups": [group.to_json() for group in system.groups],
@@ -116,6 +145,7 @@ class Plan:
             "ttft_s": self.slo.ttft_s,
             "tpot_s": self.slo.tpot_s,
             "target_pct": 100 * self.target,
+            "model_target_pct": 100 * self.model_target,
             "models": self.num_models,
             "requests": self.num_requests,
             "requests_simulated": self.num_simulated,

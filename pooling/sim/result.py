@@ -5,14 +5,21 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tokenpool.sim.timeline import Timeline
 
 if TYPE_CHECKING:
     from tokenpool.sim.device import SimDevice
+
+
+class MostMissed(NamedTuple):
+    """Tokens that may be missed before a run is ended."""
+
+    of_all: float
+    of_model: Mapping[str, float]
 
 
 @dataclass(slots=True)
@@ -46,6 +53,12 @@ class SimResult:
     """Simulated seconds up to the last token."""
     window_s: tuple[float, float] = (0.0, math.inf)
     """Arrival times from and up to which requests are measured. What devices did is of the whole run."""
+    is_stopped: bool = False
+    """Too much was missed already: the run was ended, and what had not arrived by then counts nowhere."""
+    host_bytes_per_node: float = 0.0
+    """Most weights in the host memory of one node at a time, where hosts have seats; 0 elsewhere."""
+    placement: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    """Devices that each model began on, where hosts have seats."""
     models: dict[str, list[int]] = field(default_factory=dict, repr=False)
     """Tokens that were asked for, and those on time, by model."""
     open: set[Timeline] = field(default_factory=set, repr=False)
@@ -72,6 +85,12 @@ class SimResult:
             self._ttft_s.append(ttft_s)
             self.first_on_time += ttft_s <= request.ttft_s
         self.time_weighted_sum += request.time_weighted()
+
+    def stop_beyond(self, most: MostMissed, request: Timeline) -> None:
+        """Note whether too much was missed, now that a request has ended."""
+        count, on_time = self.models.get(request.spec.model, (0, 0))
+        if count - on_time > most.of_model[request.spec.model] or self.num_tokens - self.tokens_on_time > most.of_all:
+            self.is_stopped = True
 
     def close(self, devices: Sequence[SimDevice], num_events: int, wall_s: float) -> None:
         """The run is over."""

@@ -25,7 +25,7 @@ import pytest
 
 SIDES = ("plain", "pool")
 _PROGRAMS = {
-    "plain": ("-m", "vllm.entrypoints.launchers.api_server.entry", "--model"),
+    "plain": (str(Path(__file__).parents[2] / "bench/parts/plain_vllm.py"), "--model"),
     "pool": ("-m", "tokenpool.cli.main", "serve"),
 }
 # What a side is given beyond the flags of the test. 64 MiB of KV are 128 ki tokens of the tiny models.

@@ -78,6 +78,29 @@ def test_models_without_requests_have_an_instance(trace, tmp_path, capsys):
     assert (16, 1) == (systems["dedicated"]["gpus"], systems["slack"]["gpus"])
 
 
+def test_rates_of_clients(tmp_path, capsys):
+    """Each client is a model; the time must be given, and others have no rates to scale."""
+    path, models = tmp_path / "clients.csv", tmp_path / "models.yaml"
+    rows = "".join(f"{i},{600 * k},{1 / (i + 1)},1,Gamma,0.8,1\n" for i in range(4) for k in range(3))
+    path.write_text("client,window_start_s,rate_rps,cv,distribution,param1,param2\n" + rows)
+    models.write_text("'*': qwen2.5-7b\n")
+    assert 2 == main(sim(str(path), "slack", "--models", str(models)))
+    assert "give a time with --for" in capsys.readouterr().err
+    part = ("--from", "10m", "--for", "1m", "--scale", "0.5")
+    assert 0 == main(sim(str(path), "slack", "--models", str(models), *part))
+    assert "for 4 models on 2 x h100-80g" in capsys.readouterr().out
+
+
+def test_a_part_of_the_time(trace, capsys):
+    """Requests of the trace that come in it, from its begin on."""
+    assert 0 == main(sim(trace, "slack", "--from", "10s", "--for", "5s"))
+    assert "10 requests for 6 models" in capsys.readouterr().out
+    assert 2 == main(sim(trace, "slack", "--from", "1h"))
+    assert "no requests in it in the time of --from and --for" in capsys.readouterr().err
+    assert 2 == main(sim(trace, "slack", "--scale", "2"))
+    assert "--scale is for files with rates of clients" in capsys.readouterr().err
+
+
 def test_nothing_to_simulate(tmp_path, capsys):
     """A file without requests is an error, not a perfect score."""
     path = tmp_path / "empty.csv"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tokenpool.cluster.live_placement import LivePlacement
-from tokenpool.cluster.placement import KeepReplicas
+from tokenpool.cluster.placement import KeepReplicas, Placement
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import (
     Deployment,
@@ -39,6 +39,7 @@ class MemoryHost:
         self.num_lives = 0
         self.epoch, self.controller = 0, ""
         self.refuses: dict[str, Exception] = {}
+        self.labels: frozenset[str] = frozenset()
         self.start()
 
     def start(self) -> None:
@@ -54,6 +55,7 @@ class MemoryHost:
         return HostReport(
             self.name, self.life, self.epoch, self.controller, self.changes, number, node="n", address="10.0.0.1",
             device_memory=self.pages * MIB, page_size=MIB, models=dict(self.models),
+            labels=self.labels,
         )  # fmt: skip
 
     def order(self, order: Order) -> int:
@@ -74,15 +76,22 @@ class MemoryHost:
 class Rig:
     """A controller, its hosts, and a frontend that offers endpoints and leaves when asked."""
 
-    def __init__(self, *hosts: MemoryHost, replicas: int = 1, snapshot: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        *hosts: MemoryHost,
+        replicas: int = 1,
+        snapshot: dict[str, Any] | None = None,
+        placement: Placement | None = None,
+    ) -> None:
         self.now_s = 100.0
+        self.placement = placement
         self.hosts = {host.name: host for host in hosts}
         self.replicas = replicas
         self.control = self.controller(snapshot, "first", num_hosts=len(hosts))
 
     def controller(self, snapshot: dict[str, Any] | None, identity: str, num_hosts: int = 0) -> Reconciler:
         return Reconciler(
-            KeepReplicas(self.replicas), host_timeout_s=5.0, now_s=self.now_s, snapshot=snapshot,
+            self.placement or KeepReplicas(self.replicas), host_timeout_s=5.0, now_s=self.now_s, snapshot=snapshot,
             identity=identity, num_hosts=num_hosts, wall_clock=lambda: self.now_s,
         )  # fmt: skip
 

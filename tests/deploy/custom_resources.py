@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Closed JSON schemas of the custom resources that the deployment files make.
 
-They hold the fields that we write, by the definitions of KubeRay 1.5 (ray.io/v1), Prometheus Operator 0.80 and Gateway
-API 1.2, and nothing else, so that a misspelt field is an error. Pod templates are checked by Kubernetes' own schema.
+They hold the fields that we write, by the definitions of KubeRay 1.5 (ray.io/v1), Prometheus Operator 0.80, Gateway API
+1.2, its Inference Extension 1.0 (InferencePool v1, as its API reference lists the fields) and KEDA 2.16 (ScaledObject
+v1alpha1, with the metadata that its Prometheus scaler reads), and nothing else, so that a misspelt field is an error.
+Pod templates are checked by Kubernetes' own schema.
 """
 
 from __future__ import annotations
@@ -53,8 +55,27 @@ _ENDPOINT = closed(
 _RULE = closed({"alert": TEXT, "expr": TEXT, "for": TEXT, "labels": TEXTS, "annotations": TEXTS})
 
 _RULES = closed({"groups": array(closed({"name": TEXT, "rules": array(_RULE)}))})
-_MATCHES = array(closed({"path": closed({"type": {"enum": ["Exact", "PathPrefix"]}, "value": TEXT})}))
-_BACKENDS = array(closed({"name": TEXT, "port": COUNT}))
+_SERVICE = closed({"name": TEXT, "port": COUNT})
+_INFERENCE_POOL = closed(
+    {"group": {"const": "inference.networking.k8s.io"}, "kind": {"const": "InferencePool"}, "name": TEXT}
+)
+_MATCH = closed(
+    {"path": closed({"type": {"enum": ["Exact", "PathPrefix"]}, "value": TEXT})},
+    {"headers": array(closed({"type": {"enum": ["Exact", "RegularExpression"]}, "name": TEXT, "value": TEXT}))},
+)
+_PORT = closed({"number": {"type": "integer", "minimum": 1, "maximum": 65535}})
+_POLICY = closed({"type": {"enum": ["Pods", "Percent"]}, "value": {"type": "integer", "minimum": 1}})
+_POLICY["properties"]["periodSeconds"] = {"type": "integer", "minimum": 1, "maximum": 1800}
+_SCALING = closed({"policies": array(_POLICY)}, {"stabilizationWindowSeconds": COUNT | {"maximum": 3600}})
+_BEHAVIOR = closed({"scaleUp": _SCALING, "scaleDown": _SCALING})
+_TRIGGER = closed(
+    {
+        "type": {"const": "prometheus"},
+        "metricType": {"enum": ["AverageValue", "Value"]},
+        "metadata": closed(dict.fromkeys(("serverAddress", "query", "threshold"), TEXT)),
+    },
+    {"authenticationRef": closed({"name": TEXT})},
+)
 
 SPECS: dict[tuple[str, str], Schema] = {
     ("ray.io/v1", "RayCluster"): _CLUSTER,
@@ -71,10 +92,43 @@ SPECS: dict[tuple[str, str], Schema] = {
         {
             "parentRefs": array(closed({"name": TEXT}, {"namespace": TEXT, "sectionName": TEXT})),
             "rules": array(
-                closed({"matches": _MATCHES, "backendRefs": _BACKENDS, "timeouts": closed({"request": TEXT})})
+                closed(
+                    {
+                        "matches": array(_MATCH),
+                        "backendRefs": array({"oneOf": [_SERVICE, _INFERENCE_POOL]}),
+                        "timeouts": closed({"request": TEXT}),
+                    }
+                )
             ),
         },
         {"hostnames": array(TEXT)},
+    ),
+    ("inference.networking.k8s.io/v1", "InferencePool"): closed(
+        {
+            "selector": _SELECTOR,
+            "targetPorts": array(_PORT) | {"maxItems": 8},
+            "endpointPickerRef": closed(
+                {"name": TEXT, "port": _PORT}, {"failureMode": {"enum": ["FailOpen", "FailClose"]}}
+            ),
+        }
+    ),
+    ("keda.sh/v1alpha1", "ScaledObject"): closed(
+        {
+            "scaleTargetRef": closed({"name": TEXT}),
+            "minReplicaCount": COUNT,
+            "maxReplicaCount": COUNT,
+            "pollingInterval": COUNT,
+            "triggers": array(_TRIGGER),
+        },
+        {
+            "advanced": closed(
+                {
+                    "horizontalPodAutoscalerConfig": closed(
+                        {"behavior": closed({"scaleUp": _SCALING, "scaleDown": _SCALING})}
+                    )
+                }
+            )
+        },
     ),
 }
 

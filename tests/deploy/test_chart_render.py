@@ -87,6 +87,7 @@ def test_names_are_unique_and_carry_the_release(manifests):
     names = [(m["kind"], m["metadata"]["name"]) for m in manifests]
     assert len(set(names)) == len(names)
     assert all(name.startswith(f"{RELEASE}-") for _, name in names)
+    assert all(name.endswith("-ns") for kind, name in names if kind == "PriorityClass"), "it has no namespace"
 
 
 def test_selectors_find_the_pods_that_answer_http(manifests):
@@ -96,8 +97,9 @@ def test_selectors_find_the_pods_that_answer_http(manifests):
     servers = [pod for pod in labels if pod["app.kubernetes.io/component"] == "server"]
     assert len(servers) == 1
     selectors = [only(manifests, "Service")["spec"]["selector"]]
-    for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor"):
-        selectors += [m["spec"]["selector"]["matchLabels"] for m in of_kind(manifests, kind)]
+    for kind in ("Deployment", "PodDisruptionBudget", "PodMonitor", "InferencePool"):
+        found = [m for m in of_kind(manifests, kind) if not m["metadata"]["name"].endswith("-hosts")]
+        selectors += [m["spec"]["selector"]["matchLabels"] for m in found]
     for selector in selectors:
         assert [pod for pod in labels if selects(selector, pod)] == servers
     for policy in of_kind(manifests, "NetworkPolicy"):
@@ -117,14 +119,22 @@ def test_ports_agree_from_the_pool_file_to_the_monitor(manifests, tmp_path, monk
     assert (service_port["name"], service_port["targetPort"]) == ("http", "http")
     for kind, endpoints in (("ServiceMonitor", "endpoints"), ("PodMonitor", "podMetricsEndpoints")):
         for monitor in of_kind(manifests, kind):
-            assert [(e["port"], e["path"]) for e in monitor["spec"][endpoints]] == [("http", "/metrics")]
-    for route in of_kind(manifests, "HTTPRoute"):
-        assert route["spec"]["rules"][0]["backendRefs"][0]["port"] == service_port["port"]
+            name = "metrics" if monitor["metadata"]["name"].endswith("-hosts") else "http"
+            assert [(e["port"], e["path"]) for e in monitor["spec"][endpoints]] == [(name, "/metrics")]
+    pools = {m["metadata"]["name"] for m in of_kind(manifests, "InferencePool")}
+    for (backend,) in (r["backendRefs"] for m in of_kind(manifests, "HTTPRoute") for r in m["spec"]["rules"]):
+        assert backend["name"] in pools if pools else backend["port"] == service_port["port"]
+    for inference_pool in of_kind(manifests, "InferencePool"):
+        assert inference_pool["spec"]["targetPorts"] == [{"number": port}]
     for ingress in of_kind(manifests, "Ingress"):
         backend = ingress["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
         assert backend == {"name": only(manifests, "Service")["metadata"]["name"], "port": {"name": "http"}}
     policy = only(manifests, "NetworkPolicy")["spec"]
-    assert [rule["ports"] for rule in policy["ingress"] if "ports" in rule] == [[{"port": port, "protocol": "TCP"}]]
+    told = [
+        p["containerPort"] for _, _, c in containers(manifests) for p in c.get("ports", ()) if p["name"] == "metrics"
+    ]
+    expected = [{"port": number, "protocol": "TCP"} for number in (port, *told)]
+    assert [rule["ports"] for rule in policy["ingress"] if "ports" in rule] == [expected]
 
 
 def test_probes_ask_open_routes(manifests):
@@ -345,7 +355,7 @@ def test_a_changed_pool_file_makes_new_pods(helm):
         ("pool.devcie_memory=1GiB", "devcie_memory"),
         ("pool.device_memory=auto", "device_memory"),
         ("pool.models[0].nmae=x", "nmae"),
-        ("replicas=2", "replicas"),
+        ("replicas=x", "replicas"),
         ("pool.host_memory=7g", "host_memory"),
         ("device=gpu", "device"),
         ("gpu.count=2", "gpu.count"),

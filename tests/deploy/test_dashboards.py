@@ -154,6 +154,7 @@ FIRES = {
     "TokenpoolRefusing": [series("0+60x60", "tokenpool:refused_requests_total", model_name="a", status="429")],
     "TokenpoolHostDown": [series("2x60", "tokenpool:models", state="unavailable")],
     "TokenpoolModelFailed": [series("1x60", "tokenpool:model_failed", model_name="a")],
+    "TokenpoolPoolFileRefused": [series("0x60", "tokenpool:pool_file_ok")],
     "TokenpoolHostRestarts": [series("0+1x60", "tokenpool:host_restarts_total")],
     "TokenpoolCrashedSteps": [series("0+1x60", "tokenpool:crashed_steps_total", model_name="a")],
     "TokenpoolLedgerMismatch": [series("0x60", "tokenpool:ledger_ok")],

@@ -6,6 +6,7 @@ Nothing here runs on another thread, and all randomness is of one seed, so two r
 
 from __future__ import annotations
 
+import ctypes
 import random
 import time
 from collections import Counter, deque
@@ -136,8 +137,10 @@ class StepOutput(Future):
 
 
 class _LateCopies:
-    def __init__(self, device: SimDevice, work: Callable[[], Copies], places: list[range], due_s: float) -> None:
-        self._device, self._work, self.places, self.due_s = device, work, places, due_s
+    def __init__(
+        self, device: SimDevice, work: Callable[[], Any], places: list[range], buffers: list[torch.Tensor], due_s: float
+    ) -> None:
+        self._device, self._work, self.places, self.buffers, self.due_s = device, work, places, buffers, due_s
         self.is_done = False
         self.seconds = 0.0
 
@@ -160,12 +163,18 @@ class SimDevice(CpuDevice):
 
     def __init__(self, clock: Clock, faults: Faults, lateness_s: float) -> None:
         super().__init__(keeps_bytes=True)
+        self.copies_beside = True
         self._clock, self._faults, self._lateness_s = clock, faults, lateness_s
         self._queue: deque[_LateCopies] = deque()
 
     def map_zeroed(self, address: int, nbytes: int) -> None:
         self._faults.maybe("map_zeroed")
         super().map_zeroed(address, nbytes)
+
+    def map_unset(self, address: int, nbytes: int) -> None:
+        self._faults.maybe("map_zeroed")
+        super().map_unset(address, nbytes)
+        self.fill(address, nbytes, 0xFF)
 
     def copy_in(self, address: int, source: torch.Tensor) -> None:
         self._faults.maybe("copy_in")
@@ -178,13 +187,15 @@ class SimDevice(CpuDevice):
     def begin_copies_in(self, copies: Sequence[BlockCopy]) -> Copies:
         self._faults.maybe("copy_in")
         for address, source in copies:
-            self.fill(address, source.numel(), 0xFF)
+            if not self._under_way(address, source.numel()):
+                ctypes.memset(address, 0xFF, source.numel())
         return self._later(copies, lambda: self._do(copies, super(SimDevice, self).copy_in))
 
     def begin_copies_out(self, copies: Sequence[BlockCopy]) -> Copies:
         self._faults.maybe("copy_out")
         for _, target in copies:
-            target.zero_()
+            if not any(_overlap(target, buffer) for queued in self._queue for buffer in queued.buffers):
+                target.zero_()
         return self._later(copies, lambda: self._do(copies, lambda a, b: super(SimDevice, self).copy_out(b, a)))
 
     def _do(self, copies: Sequence[BlockCopy], copy: Callable[[int, torch.Tensor], None]) -> None:
@@ -194,7 +205,7 @@ class SimDevice(CpuDevice):
     def _later(self, copies: Sequence[BlockCopy], work: Callable[[], Any]) -> _LateCopies:
         places = [range(address, address + buffer.numel()) for address, buffer in copies]
         due_s = self._clock.now_s + self._faults.random.random() * self._lateness_s
-        self._queue.append(_LateCopies(self, work, places, due_s))
+        self._queue.append(_LateCopies(self, work, places, [buffer for _, buffer in copies], due_s))
         return self._queue[-1]
 
     def happen(self) -> None:
@@ -208,12 +219,23 @@ class SimDevice(CpuDevice):
             self._clock.now_s = max(self._clock.now_s, self._queue[0].due_s)
             self._queue.popleft().do()
 
+    def settle(self, address: int, nbytes: int) -> None:
+        for copies in self._under_way(address, nbytes):
+            self.run_to(copies)
+
+    def _under_way(self, address: int, nbytes: int) -> list[_LateCopies]:
+        end = address + nbytes
+        return [c for c in self._queue if any(place.start < end and address < place.stop for place in c.places)]
+
     def unmap(self, address: int, nbytes: int) -> None:
-        for copies in self._queue:
-            for place in copies.places:
-                if place.start < address + nbytes and address < place.stop:
-                    raise Violation("memory is taken away that is being copied")
+        if self._under_way(address, nbytes):
+            raise Violation("memory is taken away that is being copied")
         super().unmap(address, nbytes)
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    start, stop = one.data_ptr(), one.data_ptr() + one.numel()
+    return other.data_ptr() < stop and start < other.data_ptr() + other.numel()
 
 
 class _SimJob(CopyJob):

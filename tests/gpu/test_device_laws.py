@@ -67,3 +67,19 @@ def test_a_graph_reads_the_page_that_is_mapped_now(device):
             assert target.eq(2 * value).all()
             device.unmap(address + PAGE, PAGE)
     device.release(address, 2 * PAGE)
+
+
+def test_a_stray_read_of_the_arena_finds_zeros(device):
+    """Slabs that were never granted, and those whose page went elsewhere, can be read."""
+    from tokenpool.memory.arena import KVArena
+    from tokenpool.memory.ledger import PageLedger
+
+    arena = KVArena(device, PageLedger(4, PAGE))
+    everything = device.tensor(arena.base, arena._reserved_bytes)
+    assert not everything.any()
+    arena.map_slab(1)
+    device.tensor(arena._address(1), PAGE).fill_(3)
+    arena.unmap_slab(1)
+    device.release_unused()
+    assert not everything.any()
+    arena.close()

@@ -15,7 +15,7 @@ MakeRequests = Callable[[str, int, str | None], list[RequestSpec]]
 """From a kind, its place among the kinds, and the path of its adapter if it has one."""
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 MTP = {"method": "mtp", "num_speculative_tokens": 1}
-METHODS = ("draft_model", "eagle", "medusa")
+METHODS = ("draft_model", "eagle", "eagle3", "medusa")
 """Drafters with a checkpoint of their own."""
 
 

@@ -159,8 +159,10 @@ def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
 
 def prepare(*, plain_gemm: bool) -> None:
     """What is done to this process before its first engine; see `run_plain`."""
+    import torch
     from vllm.model_executor.models import registry
 
+    torch.cpu._init_amx()  # see bench/parts/plain_vllm.py
     if plain_gemm:
         use_plain_gemm()
     # Inspecting an architecture in a further process costs 10 s each; it protects only CUDA initialisation.
@@ -246,12 +248,19 @@ def _run_case(case: Case) -> dict[str, Result]:
     return results
 
 
-def generate(llm: Any, case: Case) -> dict[str, Result]:
-    """Step the engine here: `generate` drops the scheduler's requests, which count the preemptions."""
+def generate(llm: Any, case: Case, *, gap: int = 0) -> dict[str, Result]:
+    """Step the engine here: `generate` drops the scheduler's requests, which count the preemptions.
+
+    `gap` steps lie between two requests.
+    """
     engine = llm.llm_engine
     scheduler = engine.engine_core.engine_core.scheduler
     adapters = sorted({request.lora for request in case.requests if request.lora})
-    scheduled = {}
+    scheduled, outputs = {}, {}
+
+    def step() -> None:
+        outputs.update({output.request_id: output for output in engine.step() if output.finished})
+
     for request in case.requests:
         internal_id = engine.add_request(
             request.request_id,
@@ -260,9 +269,10 @@ def generate(llm: Any, case: Case) -> dict[str, Result]:
             lora_request=_lora_request(adapters, request.lora),
         )
         scheduled[request.request_id] = scheduler.requests[internal_id]
-    outputs = {}
+        for _ in range(gap):
+            step()
     while engine.has_unfinished_requests():
-        outputs |= {output.request_id: output for output in engine.step() if output.finished}
+        step()
     return {name: _result(outputs[name], request.num_preemptions) for name, request in scheduled.items()}
 
 

@@ -90,15 +90,15 @@ class PoolServerProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self._flags = list(flags)
         self._env = {**os.environ, **ENV, **(env or {})}
-        self._pool_file = Path(self._folder.name, "pool.yaml")
+        self.pool_file = Path(self._folder.name, "pool.yaml")
         self._log_file = Path(self._folder.name, "log")
         self._log = ""
 
     def __enter__(self) -> PoolServerProcess:
-        self._pool_file.write_text(yaml.safe_dump(self.pool, sort_keys=False))
+        self.pool_file.write_text(yaml.safe_dump(self.pool, sort_keys=False))
         with self._log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tokenpool.cli.main", "serve", str(self._pool_file), *self._flags],
+                [sys.executable, "-m", "tokenpool.cli.main", "serve", str(self.pool_file), *self._flags],
                 cwd=REPOSITORY, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:

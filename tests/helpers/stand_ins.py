@@ -245,7 +245,7 @@ async def stand_in_pool(
     settings = {"device_memory": 1 << 30, "host_memory": 1 << 30, "shutdown_timeout_s": 0.2} | settings
     config = PoolConfig(models=models, **settings)
     outer = build_outer_app()
-    world.pool = local_pool(config, plans, None, outer)
+    world.pool = local_pool(config, plans, None, None, outer)
     world.operator = outer.state.operator
     try:
         yield world

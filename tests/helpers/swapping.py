@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 
+from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.kv.slab_block_pool import SlabBlockPool
 from tokenpool.memory.arena import KVArena
 from tokenpool.memory.devices.cpu import CpuDevice
+from tokenpool.memory.host_ledger import HostLedger
+from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.memory.ledger import PageLedger
 from tokenpool.memory.slab_allocator import SlabAllocator
 
@@ -132,3 +135,13 @@ class FakeModel:
         """The step is done."""
         if self.pool.link is not None:
             self.pool.link.mark_computed()
+
+
+def make_swapper(allocator, models: list[FakeModel], budget: int = 4 << 20) -> KVSwapper:
+    host = HostLedger(budget)
+    tier = HostKVTier(host, allocator.arena.device, buffer_bytes=64 << 10)
+    host.make_room = tier.drop_cached
+    swapper = KVSwapper(tier)
+    for model in models:
+        swapper.add(model)
+    return swapper

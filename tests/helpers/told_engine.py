@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,13 @@ from tokenpool.wire.addresses import EngineAddresses
 from tokenpool.wire.continued_request import ContinuedRequest
 
 _LIMIT_S = 30
-_ANSWERS = {"is_sleeping": False, "add_lora": True, "remove_lora": True, "export_kv": {"keys": []}, "import_kv": 0}
+_ANSWERS = {
+    "is_sleeping": False,
+    "add_lora": True,
+    "remove_lora": True,
+    "export_kv": {"keys": [], "given_up": False},
+    "import_kv": 0,
+}
 
 
 def make_request(request_id: str, *, resumable: bool = False, **params: Any) -> EngineCoreRequest:
@@ -52,6 +58,9 @@ class ToldEngine:
     def __init__(self, base: Path) -> None:
         self.addresses = EngineAddresses((f"ipc://{base}.in",), (f"ipc://{base}.out",))
         self.calls: list[str] = []
+        self.answers: dict[str, Any] = dict(_ANSWERS)
+        self.on_call: Callable[[str], Any] = lambda method: None
+        """Told of a utility call before it is answered."""
         self._context = zmq.asyncio.Context()
         self._input = self._context.socket(zmq.DEALER)
         self._input.setsockopt(zmq.IDENTITY, b"\x00\x00")
@@ -102,5 +111,6 @@ class ToldEngine:
             elif kind == EngineCoreRequestType.UTILITY:
                 _, call_id, method, _ = decode(frames)
                 self.calls.append(method)
-                answer = UtilityOutput(call_id, result=UtilityResult(_ANSWERS[method]))
+                self.on_call(method)
+                answer = UtilityOutput(call_id, result=UtilityResult(self.answers[method]))
                 self._send(EngineCoreOutputs(utility_output=answer))

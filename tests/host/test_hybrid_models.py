@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.cases import make_cases, mixed
-from tests.helpers.plain import Case, run_plain
+from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
 from tests.host.test_switching import RandomTurns, _assert_equal, _use
 from tokenpool.errors import ModelRefusedError
 
@@ -60,6 +60,53 @@ def test_states_come_and_go_at_random_token_boundaries_and_no_stream_changes(poo
     assert pool.host.residency.counters.weight_evictions > 30
     assert pool.host.swapper.counters.blocks_in > 30
     _assert_equal(pool, reference, KINDS, least=20)
+
+
+@pytest.fixture(scope="module")
+def prefixed(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """Two gated delta nets; one has requests of one prefix, one after another, each of which finds the one before."""
+
+    def requests(kind: str, index: int, lora: str | None) -> list[RequestSpec]:
+        shared, *ends = prompts_for(7, 7, lengths=(200, 30, 45, 61, 5, 90, 30))
+        return [RequestSpec(f"{kind}-{i}", shared + end, 24) for i, end in enumerate(ends)]
+
+    folder, args = tmp_path_factory.mktemp("prefixed"), {"max_num_seqs": 1, "enable_prefix_caching": True}
+    return make_cases(folder, ["qwen3_next_wide"], requests, **args)["qwen3_next_wide"]
+
+
+def test_cached_states_leave_for_host_memory_and_come_back(pool, prefixed):
+    """A prefix that is found again after its blocks of KV and of states left the device gives what plain vLLM gives."""
+    from vllm.v1.core.kv_cache_utils import get_group_id
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    plain = run_plain([prefixed], plain_gemm=True)[prefixed.name]
+    assert all(len(set(result.tokens)) > 8 for result in plain.values())
+    pool.add(prefixed)
+    hosted, tier = pool.host.models[prefixed.name], pool.host.swapper.tier
+    groups = hosted.core.scheduler.kv_cache_config.kv_cache_groups
+    states = {index for index, group in enumerate(groups) if isinstance(group.kv_cache_spec, MambaSpec)}
+    assert states and len(states) < len(groups)
+    loaded: list[int] = []
+    load = tier.load
+
+    def watch(model: str, key: bytes, address: int) -> int | None:
+        loaded.append(get_group_id(key))
+        return load(model, key, address)
+
+    tier.load = watch
+    pool.submit(prefixed)
+
+    def leave(step: int) -> None:
+        if step % 7 == 6 and not pool.host.swapper.is_out(prefixed.name):
+            hosted.core.drain_batches()
+            pool.host.swapper.out(hosted)
+            pool.host.swapper.into(hosted)
+            pool.check()
+
+    pool.run(each_step=leave)
+    assert states & set(loaded), "no state came out of host memory"
+    assert set(range(len(groups))) - states & set(loaded), "no KV did"
+    _assert_equal(pool, {prefixed.name: plain}, [prefixed.name], least=6)
 
 
 def test_what_ends_vllm_on_the_cpu_is_refused_by_name(pool, cases):

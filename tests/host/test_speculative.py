@@ -23,6 +23,10 @@ PAGES = 24
 """For the weights of one or two models and their drafters, at most 10 pages, and some KV."""
 LIMIT_S = 60.0
 CUTS = (1, 2, 17, 47)
+NOISE = 0.02
+"""Of logprobs. In plain vLLM too a request with a drafter has the same tokens alone and beside others, but logprobs
+that differ by a thousandth or so: its kernels round the rows of drafts as the step has others. Which requests share a
+step is not the same in a pool. Without drafters there is no such noise."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,8 @@ def test_a_drafter_changes_no_stream_while_all_come_and_go(pool, cases, referenc
     assert pool.host.residency.counters.weight_evictions > 30
     assert pool.host.swapper.counters.blocks_in > 30
     assert torch.get_num_threads() == num_threads, "the sums of all models would be split in another way"
-    _assert_equal(pool, reference, cases, least=20)
+    _assert_equal(pool, reference, cases, least=20, noise=NOISE)
+    _assert_equal(pool, reference, [name for name in cases if name.endswith("-")], least=4)
     for name, case in cases.items():
         bare = f"{name.partition('-')[0]}-"
         assert _greedy(case, pool.results(name)) == _greedy(cases[bare], reference[bare]), name
@@ -118,7 +123,7 @@ def test_the_weights_of_both_are_read_again_from_their_checkpoints(pool, cases, 
     store.finish(name)
     pool.run()
 
-    _assert_equal(pool, reference, [name], least=4)
+    _assert_equal(pool, reference, [name], least=4, noise=NOISE)
 
 
 @pytest.mark.slow

@@ -48,6 +48,10 @@ class Faults:
                 faults.maybe("map_zeroed")
                 super().map_zeroed(address, nbytes)
 
+            def map_unset(self, address, nbytes):
+                faults.maybe("map_zeroed")
+                super().map_unset(address, nbytes)
+
             def copy_in(self, address, source):
                 faults.maybe("copy_in")
                 super().copy_in(address, source)

@@ -62,10 +62,7 @@ static int host_alloc(void **out, size_t size, unsigned flags) {
   return 0;
 }
 static int host_free(void *address) { SAY("cuMemFreeHost %#llx", address, 0, 0, 0); return 0; }
-static int host_register(void *address, size_t size, unsigned flags) {
-  SAY("cuMemHostRegister %#llx %#llx %llu", address, size, flags, 0);
-  return 0;
-}
+static int host_register(void *address, size_t size, unsigned flags) { SAY("cuMemHostRegister %#llx %#llx %llu", address, size, flags, 0); return 0; }
 static int host_unregister(void *address) { SAY("cuMemHostUnregister %#llx", address, 0, 0, 0); return 0; }
 static int stream_create(void **out, unsigned flags) { SAY("cuStreamCreate %llu", flags, 0, 0, 0); *out = (void *)0xd000; return 0; }
 static int stream_sync(void *stream) { SAY("cuStreamSynchronize %#llx", stream, 0, 0, 0); return 0; }
@@ -94,8 +91,7 @@ static const struct { const char *name; void *function; } functions[] = {
     {"cuMemGetAllocationGranularity", granularity}, {"cuMemAddressReserve", reserve},
     {"cuMemAddressFree", address_free}, {"cuMemCreate", create}, {"cuMemRelease", release}, {"cuMemMap", map},
     {"cuMemSetAccess", set_access}, {"cuMemUnmap", unmap}, {"cuMemHostAlloc", host_alloc},
-    {"cuMemHostRegister", host_register}, {"cuMemHostUnregister", host_unregister},
-    {"cuMemFreeHost", host_free}, {"cuStreamCreate", stream_create}, {"cuStreamSynchronize", stream_sync},
+    {"cuMemFreeHost", host_free}, {"cuMemHostRegister", host_register}, {"cuMemHostUnregister", host_unregister}, {"cuStreamCreate", stream_create}, {"cuStreamSynchronize", stream_sync},
     {"cuStreamWaitEvent", wait_event}, {"cuEventCreate", event_create}, {"cuEventRecord", event_record},
     {"cuEventSynchronize", event_sync}, {"cuEventQuery", event_query}, {"cuEventElapsedTime", elapsed}, {"cuMemsetD8Async", memset_async}, {"cuMemcpyHtoDAsync", copy_in},
     {"cuMemcpyDtoHAsync", copy_out},

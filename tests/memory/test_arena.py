@@ -299,3 +299,15 @@ def test_a_slab_without_memory_is_inaccessible():
         assert (-signal.SIGSEGV if direct else 0) == child.returncode, child.stderr
         if not direct:
             assert [0, -signal.SIGSEGV, -signal.SIGSEGV] == [int(line) for line in child.stdout.split()]
+
+
+@laws
+@given(sizes=st.lists(st.sampled_from([1000, 4096, 12288, 8 << 10, 16 << 10, 32 << 10, PAGE]), max_size=6))
+def test_blocks_that_fill_a_slab_fill_each(sizes):
+    """Whoever was added before: where a whole number of blocks fits a slab, each slab holds as many."""
+    with arena_of(16) as arena:
+        for index, block_bytes in enumerate(sizes):
+            view = arena.open_view(str(index), block_bytes)
+            least = min(len(arena.block_ids(view, slab)) for slab in range(4))
+            assert least >= arena.min_blocks_per_slab(view)
+            assert PAGE % block_bytes or least == PAGE // block_bytes == arena.min_blocks_per_slab(view)

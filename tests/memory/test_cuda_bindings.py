@@ -39,7 +39,9 @@ timed = driver.event(timed=True)
 print(driver.has_happened(event), driver.has_happened(timed), driver.elapsed_s(timed, timed))
 driver.synchronize(stream)
 driver.unpin(host)
-driver.register(0xf000, 4096)
+driver.register(0xf000, 4097)
+driver.unregister(0xf000)
+driver.register(0xf000, 4096, read_only=True)
 driver.unregister(0xf000)
 driver.unmap(address, 2 << 20)
 driver.destroy(handle)
@@ -77,6 +79,8 @@ cuEventQuery 0xe001
 cuEventElapsedTime 0xe001 0xe001
 cuStreamSynchronize 0xd000
 cuMemFreeHost 0xc000
+cuMemHostRegister 0xf000 0x1001 0
+cuMemHostUnregister 0xf000
 cuMemHostRegister 0xf000 0x1000 8
 cuMemHostUnregister 0xf000
 cuMemUnmap 0xa00000000000 0x200000

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import random
 import sys
 import threading
 
@@ -15,13 +16,14 @@ import torch
 from tests.helpers.devices.device_laws import LAWS
 from tests.helpers.devices.fake_cuda import GRANULARITY, FakeCuda, FakeCudaDevice
 from tokenpool.errors import ConfigError
+from tokenpool.memory.arena import KVArena
 from tokenpool.memory.copies.shared_memory import SharedMemory
 from tokenpool.memory.copy_engine import JobCancelled
 from tokenpool.memory.devices.counted import CountedDevice
 from tokenpool.memory.devices.cpu import CpuDevice
-from tokenpool.memory.devices.cuda import _cpus_near
 from tokenpool.memory.devices.cuda_driver import CudaDriver, CudaError
-from tokenpool.memory.ledger import PageLedger
+from tokenpool.memory.devices.pinned import LARGE_BYTES, cpus_near
+from tokenpool.memory.ledger import PageLedger, PageUse
 from tokenpool.memory.weight_layout import WeightLayout
 from tokenpool.memory.weight_range import WeightRange
 
@@ -134,7 +136,7 @@ def test_weights_come_in_beside_the_engine():
 
     assert here.eq(3).all()
     assert not device.fake.is_idle(device.compute)
-    assert 2 == device.copies_in_flight
+    assert 4 == device.copies_in_flight
 
 
 def test_no_copy_is_under_way_when_a_job_is_cancelled():
@@ -153,9 +155,34 @@ def test_no_copy_is_under_way_when_a_job_is_cancelled():
 
     with pytest.raises(JobCancelled):
         place.copy_in(host, PAGE, advance)
-    assert 3 == device.fake.count("cuMemcpyHtoDAsync")
+    assert 5 == device.fake.count("cuMemcpyHtoDAsync")
     assert device.fake.is_idle(device._weight_stream)
     place.release()
+
+
+def test_pages_of_weights_are_mapped_under_the_copies_before_them():
+    """Nothing is mapped before the first byte is copied; a copy that fails or is given up can be made again."""
+    device = FakeCudaDevice()
+    device.make_pages(6)
+    tensors = [torch.nn.Parameter(torch.arange(5 * PAGE // 8 + 100), requires_grad=False)]
+    place = WeightRange("a", WeightLayout(tensors), CountedDevice(device), PageLedger(8, PAGE), poison=False)
+    host = device.host_buffer(6 * PAGE).fill_(3)
+    for failing in ("cuMemMap", "cuMemSetAccess", None):
+        place.map()
+        assert not device.fake.mapped, "pages were mapped before they are needed"
+        device.fake.allowed = {failing: 2} if failing else {}
+        if failing:
+            with pytest.raises(CudaError, match=failing):
+                place.copy_in(host, PAGE + PAGE // 2, lambda nbytes: None)
+            assert device.fake.is_idle(device._weight_stream)
+        device.fake.allowed = {}
+        place.copy_in(host, PAGE + PAGE // 2, lambda nbytes: None)
+        assert device.tensor(place.address, place.layout.nbytes).eq(3).all()
+        place.unmap()
+        assert not device.fake.mapped
+    place.map()  # and left before anything is copied
+    place.release()
+    assert 6 * PAGE == device.release_unused()
 
 
 def test_many_blocks_go_in_one_batch():
@@ -254,14 +281,32 @@ def test_pinned_memory_lives_as_long_as_a_slice_of_it():
     assert 0 == device.host_buffer(0).numel()
 
 
+def test_large_pinned_memory_is_touched_by_threads_and_locked_then(monkeypatch):
+    """All of it is zero, locked while a slice of it lives and no longer, and nothing stays when the driver refuses."""
+    device, size = FakeCudaDevice(), LARGE_BYTES + 4321
+    part = device.host_buffer(size)[size - 100 :]
+    assert [size] == list(device.fake.pinned.values())
+    assert not part.any()
+    part.fill_(1)
+    gc.collect()
+    assert device.fake.pinned
+    del part
+    gc.collect()
+    assert not device.fake.pinned
+    device.fake.allowed = {"cuMemHostRegister": 0}
+    with pytest.raises(CudaError, match="cuMemHostRegister"):
+        device.host_buffer(size)
+    assert (2, 1) == (device.fake.count("cuMemHostRegister"), device.fake.count("cuMemHostUnregister"))
+
+
 def test_pinned_memory_is_touched_on_the_gpus_node(monkeypatch, tmp_path):
     """The thread that pins runs on the cores that sysfs names for the GPU, and on its old ones afterwards."""
     before = os.sched_getaffinity(0)
     near = tmp_path / "0000:3b:00.0"
     near.mkdir()
     (near / "local_cpulist").write_text("0,2-4\n")
-    assert {0, 2, 3, 4} == _cpus_near("0000:3b:00.0", tmp_path)
-    assert not _cpus_near("0000:99:00.0", tmp_path)
+    assert {0, 2, 3, 4} == cpus_near("0000:3b:00.0", tmp_path)
+    assert not cpus_near("0000:99:00.0", tmp_path)
     device, set_to = FakeCudaDevice(), []
     device._near_cpus = frozenset({min(before)})
     real = os.sched_setaffinity
@@ -301,6 +346,153 @@ def test_a_tensor_lies_where_it_was_asked_for():
     tensor = device.tensor(address + 256, PAGE)
 
     assert (address + 256, PAGE, torch.int8) == (tensor.data_ptr(), tensor.untyped_storage().nbytes(), tensor.dtype)
+
+
+def _arena(num_pages: int, **options) -> tuple[FakeCudaDevice, PageLedger, KVArena]:
+    device = FakeCudaDevice(**options)
+    device.make_pages(num_pages)
+    ledger = PageLedger(num_pages, PAGE)
+    return device, ledger, KVArena(device, ledger)
+
+
+def _waits(device: FakeCudaDevice) -> int:
+    return sum(device.fake.count(name) for name in ("cuEventSynchronize", "cuStreamSynchronize"))
+
+
+@pytest.mark.parametrize("first", ["_stream", "compute"])
+def test_a_slab_changes_hands_without_a_wait_or_a_mapping(first):
+    """The step in flight still finds its bytes, and so do copies that were begun; the next step finds zeros."""
+    device, _, arena = _arena(4)
+    arena.map_slab(2)
+    address, seen, host = arena._address(2), [], device.host_buffer(PAGE)
+    page = device.tensor(address, PAGE)
+    device.run_engine()
+    calls, waits = [device.fake.count(name) for name in ("cuMemMap", "cuMemUnmap", "cuMemSetAccess")], _waits(device)
+    device.fake.launch(lambda: page.fill_(7), device.compute)
+    device.fake.launch(lambda: seen.append(int(page[5])), device.compute)
+    copies = device.begin_copies_out([(address, host[: PAGE // 2])])
+    arena.unmap_slab(2)
+    device.fake.launch(lambda: page[-1].fill_(9), device.compute)  # after the copies were begun
+    arena.map_slab(2)
+    device.fake.launch(lambda: seen.append(int(page.sum())), device.compute)
+
+    assert waits == _waits(device), "the host waited"
+    assert not seen
+    device.fake._cuStreamSynchronize(getattr(device, first))  # whichever stream of the GPU is ahead
+    device.run_engine()
+    assert [7, 0] == seen
+    copies.wait()
+    assert host[: PAGE // 2].eq(7).all()
+    assert calls == [device.fake.count(name) for name in ("cuMemMap", "cuMemUnmap", "cuMemSetAccess")]
+    arena.close()
+
+
+def test_a_stray_read_of_the_arena_is_harmless_everywhere():
+    """Slabs never granted, parked ones, and places whose page went to weights can all be read; the latter as zeros."""
+    device, _, arena = _arena(4)
+    device.run_engine()
+    assert not device.tensor(arena.base, arena._reserved_bytes).any()
+    arena.map_slab(0)
+    arena.map_slab(1)
+    device.run_engine()
+    here = device.tensor(arena._address(0), 2 * PAGE)
+    here.fill_(3)
+    arena.unmap_slab(0)
+    arena.unmap_slab(1)
+    assert here.eq(3).all(), "a parked slab keeps its page"
+    weights = device.reserve(3 * PAGE)
+    device.map_unset(weights, 3 * PAGE)  # one more page than is free elsewhere: the slab that was parked first goes
+    assert not here[:PAGE].any()
+    assert here[PAGE:].eq(3).all()
+    device.unmap(weights, 3 * PAGE)
+    device.release(weights, 3 * PAGE)
+    assert 4 * PAGE == device.release_unused()
+    assert not device.tensor(arena.base, arena._reserved_bytes).any()
+    arena.close()
+    assert not device.fake.mapped
+
+
+@pytest.mark.parametrize("call", ["cuMemMap", "cuMemSetAccess", "cuMemsetD8Async"])
+def test_a_failed_grant_leaves_the_arena_harmless(call):
+    """The zero page is back at the place, and the page is free again."""
+    device, _, arena = _arena(2)
+    device.run_engine()
+    device.fake.allowed = {call: 0}
+    with pytest.raises(CudaError, match=call):
+        arena.map_slab(0)
+    device.fake.allowed = {}
+    if call == "cuMemsetD8Async":
+        assert not device.tensor(arena.base, arena._reserved_bytes).any()
+    arena.map_slab(0)
+    device.run_engine()
+    arena.map_slab(1)
+    assert 2 * PAGE == device.page_bytes
+    arena.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parked_pages_are_one_books_pages(seed):
+    """Slabs and weights come and go at random: bytes of granted slabs stay theirs, and pages are never made anew."""
+    rng = random.Random(seed)
+    device, ledger, arena = _arena(6)
+    slabs: dict[int, int] = {}
+    ranges: list[tuple[int, list[int], int]] = []
+    for value in range(1, 80):
+        kind = rng.random()
+        if kind < 0.4 and ledger.num_free:
+            (slab,) = ledger.take("m", PageUse.KV)
+            arena.map_slab(slab)
+            device.run_engine()
+            page = device.tensor(arena._address(slab), PAGE)
+            assert not page.any(), "a granted slab holds old bytes"
+            page.fill_(value)
+            slabs[slab] = value
+        elif kind < 0.65 and slabs:
+            slab = rng.choice(sorted(slabs))
+            del slabs[slab]
+            arena.unmap_slab(slab)
+            ledger.give("m", PageUse.KV, [slab])
+        elif kind < 0.8 and ledger.num_free > 1:
+            pages = ledger.take("w", PageUse.WEIGHTS, rng.randint(1, ledger.num_free))
+            address = device.reserve(len(pages) * PAGE)
+            device.map_unset(address, len(pages) * PAGE)
+            host = device.host_buffer(len(pages) * PAGE).fill_(value)
+            device.begin_copy_in(address, host)()
+            ranges.append((address, pages, value))
+        elif ranges:
+            address, pages, _ = ranges.pop(rng.randrange(len(ranges)))
+            device.unmap(address, len(pages) * PAGE)
+            device.release(address, len(pages) * PAGE)
+            ledger.give("w", PageUse.WEIGHTS, pages)
+        device.run_engine()
+        for slab, held in slabs.items():
+            assert device.tensor(arena._address(slab), PAGE).eq(held).all()
+        for address, pages, held in ranges:
+            assert device.tensor(address, len(pages) * PAGE).eq(held).all()
+        device.tensor(arena.base, arena._reserved_bytes)[:: PAGE // 2].sum()  # stray reads
+        arena.check()
+        assert 6 * PAGE == device.page_bytes
+        assert 7 == device.fake.count("cuMemCreate"), "six pages and the zero page"
+    for address, pages, _ in ranges:
+        device.release(address, len(pages) * PAGE)
+    arena.close()
+
+
+def test_a_page_comes_to_a_place_or_goes_when_no_kernel_can_be_reading_there():
+    """The first grant of a slab, and taking a parked page away, wait for the engine; both may be read by then."""
+    device, _, arena = _arena(2)
+    seen = []
+    device.fake.launch(lambda: seen.append("read the page of zeros"), device.compute)
+    arena.map_slab(0)
+    assert ["read the page of zeros"] == seen
+    device.fake.launch(lambda: seen.append("read a parked page"), device.compute)
+    arena.unmap_slab(0)
+    assert 1 == len(seen)
+    weights = device.reserve(2 * PAGE)
+    device.map_unset(weights, 2 * PAGE)
+    assert 2 == len(seen)
+    device.release(weights, 2 * PAGE)
+    arena.close()
 
 
 def test_a_sealed_mapping_is_page_locked_as_long_as_it_is_there():

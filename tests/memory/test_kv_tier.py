@@ -9,10 +9,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.helpers.devices.late_device import LateDevice
 from tokenpool.errors import CapacityError
 from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.host_ledger import HostLedger, HostUse
-from tokenpool.memory.kv_tier import HostKVTier
+from tokenpool.memory.kv_tier import HostKVTier, OfferedBlock
 
 pytestmark = pytest.mark.cpu
 
@@ -24,11 +25,17 @@ SPAN = 64 << 10
 KEYS = [bytes([n]) * 4 for n in range(6)]
 
 
+def offer(tier: HostKVTier, model: str, key: bytes, tag: int | None, address: int, block_bytes: int) -> bool:
+    """Offer one block; whether the tier has it now."""
+    tier.offer(model, [OfferedBlock(key, tag, address)], block_bytes)
+    return key in tier.entries_of(model)
+
+
 class Region:
     """Mapped device memory, one area per model, each block of which can be given a value."""
 
-    def __init__(self) -> None:
-        self.device = CpuDevice()
+    def __init__(self, device: CpuDevice | None = None) -> None:
+        self.device = device or CpuDevice()
         self.base = self.device.reserve(len(BLOCK_BYTES) * SPAN)
         self.device.map_zeroed(self.base, len(BLOCK_BYTES) * SPAN)
 
@@ -52,7 +59,8 @@ class TierMachine(RuleBasedStateMachine):
 
     @initialize(budget=st.integers(2000, 16000), buffer=st.sampled_from([512, 2048, 8192]), spare=st.integers(0, 3000))
     def start(self, budget: int, buffer: int, spare: int) -> None:
-        self.region = Region()
+        self.late = LateDevice(chance=0.2)
+        self.region = Region(self.late)
         self.host = HostLedger(budget)
         self.tier = HostKVTier(self.host, self.region.device, buffer_bytes=buffer, spare_bytes=spare)
         self.host.make_room = self.tier.drop_cached
@@ -120,7 +128,7 @@ class TierMachine(RuleBasedStateMachine):
         value = self.new_value()
         self.region.fill(model, 0, value)
         known = key in self.tier.entries_of(model)
-        taken = self.tier.offer(model, key, value, self.region.address(model, 0), BLOCK_BYTES[model])
+        taken = offer(self.tier, model, key, value, self.region.address(model, 0), BLOCK_BYTES[model])
         assert taken == (key in self.tier.entries_of(model))
         if taken and not known:
             self.cached[model, key] = (value, value)
@@ -129,8 +137,56 @@ class TierMachine(RuleBasedStateMachine):
     def load(self, model: str, key: bytes) -> None:
         if key in self.tier.entries_of(model):
             value, tag = self.cached[model, key]
-            assert tag == self.tier.load(model, key, self.region.address(model, 1))
+            assert tag == self.tier.tag_of(model, key)
+            self.tier.begin_load(model, {key: self.region.address(model, 1)}).wait()
             assert value == self.region.value(model, 1)
+
+    @rule(
+        model=st.sampled_from("abc"),
+        keys=st.lists(st.sampled_from(KEYS), min_size=2, unique=True),
+        most=st.integers(0, 4),
+    )
+    def offer_many(self, model: str, keys: list[bytes], most: int) -> None:
+        """What is new goes in one batch, the last ones first where there is a limit, and is found at once."""
+        before = dict(self.tier.entries_of(model))
+        offered = []
+        for block, key in enumerate(keys):
+            value = self.new_value()
+            self.region.fill(model, block, value)
+            offered.append(OfferedBlock(key, value, self.region.address(model, block)))
+        self.tier.offer(model, offered, BLOCK_BYTES[model], most_bytes=most * BLOCK_BYTES[model] if most else None)
+        here = self.tier.entries_of(model)
+        new = [block for block in offered if block.key not in before]
+        taken = [block for block in new if block.key in here]
+        assert taken == new[len(new) - len(taken) :], "an older block was taken and a younger one was not"
+        assert not most or len(taken) <= most
+        self.cached.update(((model, block.key), (block.tag, block.tag)) for block in taken)
+
+    @rule(model=st.sampled_from("abc"))
+    def load_all(self, model: str) -> None:
+        """Blocks that are on their way out come back at once, to places of their own."""
+        keys = sorted(self.tier.entries_of(model))
+        if keys:
+            places = {key: self.region.address(model, 2 + index) for index, key in enumerate(keys)}
+            self.tier.begin_load(model, places).wait()
+            assert [self.cached[model, key][0] for key in keys] == [
+                self.region.value(model, 2 + index) for index in range(len(keys))
+            ]
+
+    @rule(model=st.sampled_from("abc"), number=st.integers(1, 3))
+    def read_or_put(self, model: str, number: int) -> None:
+        """The host itself reads and writes slots behind copies that are under way there."""
+        for key, tag, data in list(self.tier.read(model, KEYS)):
+            assert ({self.cached[model, key][0]}, self.cached[model, key][1]) == (set(data), tag)
+        key, value = KEYS[number], self.new_value()
+        known = key in self.tier.entries_of(model)
+        if self.tier.put(model, key, value, torch.full((BLOCK_BYTES[model],), value, dtype=torch.uint8)) and not known:
+            self.cached[model, key] = (value, value)
+
+    @precondition(lambda self: self.late.queue)
+    @rule()
+    def copies_go_on(self) -> None:
+        self.late.run_to(self.late.queue[0])
 
     @rule(model=st.sampled_from("abc"), key=st.sampled_from(KEYS))
     def discard(self, model: str, key: bytes) -> None:
@@ -202,11 +258,56 @@ def test_neighbours_go_in_one_copy(region):
     assert (8 * 512, 8 * 512) == (tier.counters.paused_out_bytes, tier.counters.paused_in_bytes)
 
 
+def test_what_is_offered_together_goes_in_one_batch(region):
+    """Neighbours go in one copy, whatever the order of the offer, and nobody waits."""
+    device = LateDevice(chance=0.0)
+    late = Region(device)
+    tier = make_tier(late, 1 << 20)
+    order = (3, 0, 1, 7, 2)
+    for block in order:
+        late.fill("a", block, block + 1)
+    tier.offer("a", [OfferedBlock(bytes([b]), None, late.address("a", b)) for b in order], 512)
+    assert (1, 2, 0) == (len(device.queue), tier.counters.copies, device.waits)
+    assert tier.is_copying
+    back = tier.begin_load("a", {bytes([b]): late.address("a", 8 + b) for b in order})
+    assert (2, 0) == (len(device.queue), device.waits)
+    back.wait()
+    assert [1, 2, 3, 4, 8] == [late.value("a", 8 + block) for block in sorted(order)]
+    assert not tier.is_copying
+    late.close()
+
+
+def test_no_memory_goes_while_it_is_copied_to(region):
+    """Who takes cached blocks' memory away waits for the copies that are under way there."""
+    device = LateDevice(chance=0.0)
+    late = Region(device)
+    tier = make_tier(late, 2048, buffer_bytes=1024)
+    offer(tier, "a", KEYS[0], None, late.address("a", 0), 512)
+    assert device.queue
+    tier.host.take("w", HostUse.WEIGHTS, 2048)
+    assert not device.queue
+    tier.check()
+    late.close()
+
+
+def test_a_device_that_refuses_a_copy_costs_the_cache_a_block(region, monkeypatch):
+    """A failed batch leaves no entry and no slot behind."""
+    tier = make_tier(region, 1 << 20)
+
+    def refuse(copies):
+        raise OSError("no")
+
+    monkeypatch.setattr(region.device, "begin_copies_out", refuse)
+    assert not offer(tier, "a", KEYS[0], None, region.address("a", 0), 512)
+    assert (1, 0) == (tier.counters.refusals, tier.host.held("a", HostUse.CACHED_KV))
+    tier.check()
+
+
 def test_models_never_hit_each_other(region):
     """One key of two models names two blocks."""
     tier = make_tier(region, 1 << 20)
     region.fill("a", 0, 7)
-    assert tier.offer("a", KEYS[0], None, region.address("a", 0), 512)
+    assert offer(tier, "a", KEYS[0], None, region.address("a", 0), 512)
     assert KEYS[0] in tier.entries_of("a")
     assert KEYS[0] not in tier.entries_of("c")
     tier.forget("c")
@@ -217,9 +318,9 @@ def test_the_least_recently_used_block_goes_first(region):
     """A full tier drops what was not used for longest, and a hit counts as a use."""
     tier = make_tier(region, 4 * 512)
     for key in KEYS[:4]:
-        tier.offer("a", key, None, region.address("a", 0), 512)
-    tier.load("a", KEYS[0], region.address("a", 1))
-    tier.offer("a", KEYS[4], None, region.address("a", 0), 512)
+        offer(tier, "a", key, None, region.address("a", 0), 512)
+    tier.begin_load("a", {KEYS[0]: region.address("a", 1)}).wait()
+    offer(tier, "a", KEYS[4], None, region.address("a", 0), 512)
     assert [KEYS[0], KEYS[2], KEYS[3], KEYS[4]] == sorted(tier.entries_of("a"))
     assert 1 == tier.counters.evictions
 
@@ -228,10 +329,10 @@ def test_cached_blocks_give_way_to_paused_requests(region):
     """An image gets the memory of cached blocks of any size, also without the ledger's hook."""
     tier = HostKVTier(HostLedger(4096), region.device, buffer_bytes=1024)
     for key in KEYS[:4]:
-        assert tier.offer("b", key, None, region.address("b", 0), 768)
+        assert offer(tier, "b", key, None, region.address("b", 0), 768)
     image = tier.new_image("a", 512, 8)
     assert 0 == len(tier.entries_of("b"))
-    assert not tier.offer("b", KEYS[0], None, region.address("b", 0), 768)
+    assert not offer(tier, "b", KEYS[0], None, region.address("b", 0), 768)
     assert 1 == tier.counters.refusals
     with pytest.raises(CapacityError, match="'free kv slots' needs 512 bytes of host memory for paused_kv"):
         tier.new_image("a", 512, 1)
@@ -244,7 +345,7 @@ def test_little_is_lost_when_a_little_is_needed(region):
     """Cached blocks go by whole buffers: these are small where the budget is."""
     tier, block = make_tier(region, 8 << 20), SIZES[0]
     keys = [str(number).encode() for number in range(tier.host.budget_bytes // block)]
-    assert all(tier.offer("a", key, None, region.address("a", 0), block) for key in keys)
+    assert all(offer(tier, "a", key, None, region.address("a", 0), block) for key in keys)
     tier.host.take("w", HostUse.WEIGHTS, block)
 
     assert 0 < len(keys) - len(tier.entries_of("a")) <= (1 << 20) / block
@@ -286,7 +387,7 @@ def test_a_device_without_memory_leaves_the_books_right(region, monkeypatch):
 def test_snapshot_names_what_is_held(region):
     """State and metrics get plain values."""
     tier = make_tier(region, 1 << 20, buffer_bytes=4096)
-    tier.offer("a", KEYS[0], None, region.address("a", 0), 512)
+    offer(tier, "a", KEYS[0], None, region.address("a", 0), 512)
     snapshot = tier.snapshot()
     assert ({"a": 1}, 4096, 512) == tuple(snapshot[k] for k in ("cached_blocks", "cached_bytes", "cached_out_bytes"))
 
@@ -295,13 +396,14 @@ def test_cached_blocks_go_from_one_tier_to_another(region):
     source, target = make_tier(region, 4096), make_tier(region, 512)
     for block, key in enumerate(KEYS[:2]):
         region.fill("a", block, 7 + block)
-        source.offer("a", key, block, region.address("a", block), SIZES[0])
+        offer(source, "a", key, block, region.address("a", block), SIZES[0])
     taken = list(source.read("a", KEYS[:3]))
     assert [(key, tag, set(data)) for key, tag, data in taken] == [(KEYS[0], 0, {7}), (KEYS[1], 1, {8})]
     for key, tag, data in taken:  # there is room for one: the second takes the place of the first
         assert target.put("a", key, tag, torch.frombuffer(bytearray(data), dtype=torch.uint8))
     assert list(target.entries_of("a")) == [KEYS[1]]
-    assert target.load("a", KEYS[1], region.address("a", 5)) == 1
+    assert target.tag_of("a", KEYS[1]) == 1
+    target.begin_load("a", {KEYS[1]: region.address("a", 5)}).wait()
     assert region.value("a", 5) == 8
     target.check()
     nothing = make_tier(region, 0)

@@ -115,7 +115,7 @@ def test_writing_through_one_alias_shows_in_the_other(rig):
     tail.zero_()
 
 
-@pytest.mark.parametrize("call", ["reserve", "map_zeroed", "host_buffer", "copy_in"])
+@pytest.mark.parametrize("call", ["reserve", "map_later", "host_buffer", "copy_in"])
 def test_a_failed_adoption_leaves_no_trace(rig, call):
     """Whichever device call fails, the tensors are where they were and nothing is held."""
     tensors = big_tensors(3)
@@ -143,10 +143,10 @@ def test_weights_are_not_on_the_device_twice(fails):
 
     def give_up() -> None:
         seen.append((rig.ledger.num_free, [ref() for ref in alive]))
-        rig.device.allowed = {"map_zeroed": 0} if fails else {}
+        rig.device.allowed = {"map_later": 0} if fails else {}
 
     if fails:
-        with pytest.raises(SwitchError, match="map_zeroed failed"):
+        with pytest.raises(SwitchError, match="map_later failed"):
             rig.store.adopt("a", tensors, give_up=give_up)
     else:
         rig.store.adopt("a", tensors, give_up=give_up)
@@ -245,7 +245,7 @@ def test_a_device_that_gives_no_memory_leaves_the_model_warm(rig):
     values = bytes_of(tensors := big_tensors(5))
     rig.store.adopt("a", tensors)
     rig.store.evict("a")
-    rig.device.allowed = {"map_zeroed": 0}
+    rig.device.allowed = {"map_later": 0}
     with pytest.raises(SwitchError, match="'a': map failed: the device gives no memory"):
         rig.store.map("a")
     rig.check()

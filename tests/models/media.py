@@ -45,7 +45,13 @@ _QWEN_TOWER: dict[str, Any] = {
     "deepstack_visual_indexes": [0, 1],
     "initializer_range": 0.12,
 }
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+}
 _LINEAR: dict[str, Any] = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
@@ -85,6 +91,8 @@ _LLAVA_NEXT: dict[str, dict[str, Any]] = {
         "image_token": "<image>",
     },
 }
+_NEW_LINES = tuple("\n" * size for size in (1, 2, 3, 4))
+"""vLLM's class looks for tokens of these."""
 _GEMMA3: dict[str, dict[str, Any]] = {
     "preprocessor_config.json": {
         "image_processor_type": "Gemma3ImageProcessor",
@@ -177,7 +185,7 @@ MEDIA = {
             "boi_token_index": TEXT_VOCAB, "eoi_token_index": TEXT_VOCAB + 1, "image_token_index": TEXT_VOCAB + 2,
         },
         without=tuple(COMMON), media=f"image:{TEXT_VOCAB}",
-        processing=Processing(_IMAGE_TEXT, ("<boi>", "<eoi>", "<image>"), _GEMMA3),
+        processing=Processing(_IMAGE_TEXT, ("<boi>", "<eoi>", "<image>", *_NEW_LINES), _GEMMA3),
         tokenizer={"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"},
     ),
     "mistral3": Kind(

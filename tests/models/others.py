@@ -41,8 +41,8 @@ STATES = {
     "qwen3_5": Kind("Qwen3_5Text", _LINEAR),
     "qwen3_5_moe": Kind("Qwen3_5MoeText", {**_LINEAR, **_EXPERTS}),
     "lfm2": Kind("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,
-                          "conv_L_cache": 3, "block_auto_adjust_ff_dim": False, "conv_dim": 128,
-                     "conv_dim_out": 128}, without=("head_dim",)),
+                          "conv_L_cache": 3, "block_auto_adjust_ff_dim": False}, without=("head_dim",),
+                 after={"block_dim": 128, "conv_dim": 128, "conv_dim_out": 128, "block_ff_dim": 256}),
     "lfm2_moe": Kind("Lfm2Moe", {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3,
                                  "conv_L_cache": 3, "num_experts": 4, "num_experts_per_tok": 2,
                                  "moe_intermediate_size": 64, "num_dense_layers": 1}, without=("head_dim",)),
@@ -71,18 +71,30 @@ _MODERN: dict[str, Any] = {"cls_token_id": 0, "sep_token_id": 1, "local_attentio
 _NO_GROUPS = ("head_dim", "num_key_value_heads")
 
 
-def _encoder(config: str, task: str, auto: str, more: dict[str, Any] | None = None) -> Kind:
-    return pooling(config, task, auto, more, without=_NO_GROUPS)
+_ABSOLUTE = {"position_embedding_type": "absolute"}
+_NOMIC: dict[str, Any] = {
+    "activation_function": "swiglu",
+    **dict.fromkeys(("mlp_fc1_bias", "mlp_fc2_bias", "qkv_proj_bias", "rotary_emb_interleaved"), False),
+    "rotary_emb_scale_base": None,
+    "layer_norm_epsilon": 1e-12,
+    "n_inner": 256,
+    "n_embd": 128,
+    "n_layer": 2,
+}
+
+
+def _encoder(config: str, task: str, auto: str, more: dict[str, Any] | None = None, **fields: Any) -> Kind:
+    return pooling(config, task, auto, more, without=_NO_GROUPS, **fields)
 
 
 POOLING = {
     "bert": _encoder("Bert", "embed", _EMBED, _BERT),
     "roberta": _encoder("Roberta", "embed", _EMBED, _ROBERTA),
-    "xlm_roberta": _encoder("XLMRoberta", "embed", _EMBED, _ROBERTA),
+    "xlm_roberta": _encoder("XLMRoberta", "embed", _EMBED, _ROBERTA, after=_ABSOLUTE),
     "modernbert": _encoder("ModernBert", "embed", _EMBED, _MODERN),
     "eurobert": pooling("EuroBert", "embed", _EMBED, {"mask_token_id": 2}),
-    "gte": _encoder("Gte", "embed", _EMBED),
-    "nomic_bert": _encoder("NomicBert", "embed", _EMBED),
+    "gte": _encoder("Gte", "embed", _EMBED, after={"position_embedding_type": "rope"}),
+    "nomic_bert": _encoder("NomicBert", "embed", _EMBED, after=_NOMIC),
     "qwen3_embed": Kind("embed", demo="embed", task="embed", args={"runner": "pooling"}),
     "llama_embed": pooling("Llama", "embed", _EMBED),
     "mistral_embed": pooling("Mistral", "embed", _EMBED),
@@ -90,7 +102,7 @@ POOLING = {
     "gemma3_embed": pooling("Gemma3Text", "embed", _EMBED, {"use_bidirectional_attention": True, "sliding_window": 64}),
     "bert_seqcls": _encoder("Bert", "classify", _SCORE, {**_BERT, **_LABELS}),
     "roberta_seqcls": _encoder("Roberta", "classify", _SCORE, {**_ROBERTA, **_LABELS}),
-    "xlmr_seqcls": _encoder("XLMRoberta", "classify", _SCORE, {**_ROBERTA, **_ONE_LABEL}),
+    "xlmr_seqcls": _encoder("XLMRoberta", "classify", _SCORE, {**_ROBERTA, **_ONE_LABEL}, after=_ABSOLUTE),
     "modernbert_seqcls": _encoder("ModernBert", "classify", _SCORE, {**_MODERN, **_LABELS}),
     "gpt2_seqcls": pooling("GPT2", "classify", _SCORE, {"n_positions": 2048, **_LABELS}, without=_NO_GROUPS),
     "llama_seqcls": pooling("Llama", "classify", _SCORE, _LABELS),

@@ -23,12 +23,13 @@ Entries = dict[str, dict[str, Any]]
 _HEAD = """# Models
 
 Which kinds of model a pool serves, each tried with random weights against plain vLLM. `make test-models` writes this
-page from `bench/results/models_cpu.json`; a kind that has not run is not listed.
+page from `bench/results/models_cpu.json`, which merges runs of groups of kinds; a kind that has not run is not listed.
 
 Each kind is a tiny checkpoint, made on the spot from a config class of transformers, of an architecture that vLLM
-serves. {requests} requests, greedy and sampled in turns, run in plain vLLM, one process per kind. The same requests run
-in a pool on memory for the largest model and a few pages more, with up to {group} kinds, a random turn policy, and
-device memory that is filled with NaN when something leaves it. Tokens and logprobs must be the same to the last bit.
+serves. {requests} requests, greedy and sampled in turns, or {texts} texts where vectors come of them, run in plain
+vLLM, one process per kind. The same requests run in a pool on memory for the largest model and a few pages more, with
+up to {group} kinds, a random turn policy, and device memory that is filled with NaN when something leaves it. Tokens
+and logprobs must be the same to the last bit.
 
 | column | meaning |
 |---|---|
@@ -38,12 +39,17 @@ device memory that is filled with NaN when something leaves it. Tokens and logpr
 | evictions | how often its weights, and KV that was in use, left the device meanwhile |
 | features | what the class takes: LoRA adapters, a prefix cache (as vLLM chooses), media; how it is quantised; {ran} |
 
-"one by one": plain vLLM itself gives this kind other tokens, or other logprobs, in a batch than alone, so that its
-requests were sent one after the other, without prefix cache, and compared with plain vLLM's answers to the same.
+"one by one": plain vLLM itself gives this kind other tokens, or other logprobs, alone, or when requests come later than
+others, so that its requests were sent one after the other, without prefix cache, and compared with plain vLLM's answers
+to the same.
 "few tokens": a stream has fewer than {few} different tokens and proves little.
 """
 _COLUMNS = "| kind | class | plain | pooled | equal | evictions | features |\n|---|---|---|---|---|---|---|"
+_NOTE = "kinds ran in groups, some at earlier commits than others"
 _CLOSE = f"`≈`: so many of these differ by at most {NOISE:g}"
+_NOTHING_TO_COMPARE = """So that there is nothing to compare with.
+On CUDA a pool refuses none of these for layers that keep a state (Mamba 1, as in Jamba, Kimi's delta attention,
+convolutions); none of them is tested."""
 _RAN = "in bold what ran too and was equal: an adapter beside requests without, or drafts by n-grams"
 
 
@@ -53,7 +59,7 @@ def write(entries: Entries) -> None:
     known = [name for kinds in SECTIONS.values() for name in kinds]
     merged = {name: {**kept, **entries}[name] for name in known if name in kept or name in entries}
     packages = {name: version(name) for name in ("transformers", "torch")}
-    told = {"vllm": vllm_version(), **packages, "result": summary(merged), "kinds": merged}
+    told = {"note": _NOTE, "vllm": vllm_version(), **packages, "result": summary(merged), "kinds": merged}
     RESULTS.write_text(json.dumps(told, indent=1) + "\n")
     PAGE.write_text(page(told))
 
@@ -83,9 +89,10 @@ def summary(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 def page(told: Mapping[str, Any]) -> str:
     """The page of some results."""
-    from tests.models.run import GROUP, NUM_REQUESTS
+    from tests.models.run import GROUP, NUM_REQUESTS, NUM_TEXTS
 
-    head = _HEAD.format(requests=NUM_REQUESTS, group=GROUP, vllm=told["vllm"], close=_CLOSE, ran=_RAN, few=FEW_TOKENS)
+    words = {"requests": NUM_REQUESTS, "texts": NUM_TEXTS, "group": GROUP, "vllm": told["vllm"], "few": FEW_TOKENS}
+    head = _HEAD.format(close=_CLOSE, ran=_RAN, **words)
     versions = f"vLLM {told['vllm']}, transformers {told['transformers']}, torch {told['torch']}"
     parts = [head, f"{versions}; `{told['result']}`\n"]
     entries = told["kinds"]
@@ -100,7 +107,7 @@ def page(told: Mapping[str, Any]) -> str:
     refused = {name: e for name, e in entries.items() if e.get("plain") and not e.get("pooled")}
     parts += _reasons("Refused by the pool", "Plain vLLM runs these.", refused)
     not_plain = {name: e for name, e in entries.items() if not e.get("plain")}
-    parts += _reasons("Not run by plain vLLM on a CPU", "So that there is nothing to compare with.", not_plain)
+    parts += _reasons("Not run by plain vLLM on a CPU", _NOTHING_TO_COMPARE, not_plain)
     parts += _differing(entries)
     return "\n".join(parts)
 

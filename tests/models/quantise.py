@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.helpers.quantized import SCHEMES, make_w8a8
+from tokenpool.demo.tiny_quantized import SCHEMES, make_w8a8
 
 GROUP = 32
 """Weights that share a scale, along the inputs."""

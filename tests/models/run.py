@@ -30,7 +30,7 @@ from tests.models.table import KINDS
 from tests.models.verdict import compare, distinct_tokens
 
 FOLDER = ROOT / "build" / "models"
-NUM_REQUESTS, NUM_TOKENS = 4, 40
+NUM_REQUESTS, NUM_TOKENS, NUM_TEXTS = 4, 40, 8
 BATCH, GROUP = 16, 6
 PLAIN_LIMIT_S, POOL_LIMIT_S = 90.0, 240.0
 SMALL_PAGE = 256 << 10
@@ -48,9 +48,9 @@ class Tried:
 
     @property
     def page(self) -> int:
-        """Smallest page that holds a block."""
-        page_size = SMALL_PAGE
-        while page_size < self.facts["block_bytes"]:
+        """Smallest page that holds a block, wherever in a row of them it begins."""
+        page_size, block = SMALL_PAGE, self.facts["block_bytes"]
+        while block and page_size % block and page_size < 2 * block:
             page_size *= 2
         return page_size
 
@@ -59,8 +59,13 @@ class Tried:
         return -(-self.facts["weight_bytes"] // page_size)
 
     def pages_to_serve(self, page_size: int) -> int:
-        """Pages of its weights and of the KV of one request, with one for what lies across two."""
-        return self.pages(page_size) + -(-self.facts["request_bytes"] // page_size) + 1
+        """Pages of its weights and of the KV of one request, of which a page may hold no part of a block."""
+        block = self.facts["block_bytes"]
+        if not block:
+            return self.pages(page_size) + 1
+        whole, rest = divmod(page_size, block)
+        in_a_page = whole if rest == 0 else max(1, (page_size - block + 1) // block)
+        return self.pages(page_size) + -(-self.facts["request_bytes"] // block // in_a_page) + 1
 
 
 def make_all(names: Sequence[str], folder: Path) -> dict[str, str]:
@@ -76,7 +81,8 @@ def make_all(names: Sequence[str], folder: Path) -> dict[str, str]:
 
 def case_of(name: str, kind: Kind, folder: Path) -> Case:
     """The requests of a kind: greedy and sampled ones in turns, some with the same beginning."""
-    made = mixed(NUM_REQUESTS, NUM_TOKENS)(name, list(KINDS).index(name), None)
+    count = NUM_REQUESTS if kind.task is None else NUM_TEXTS
+    made = mixed(count, NUM_TOKENS)(name, list(KINDS).index(name), None)
     if kind.task is not None:
         made = [replace(r, task=kind.task, temperature=0.0, seed=None) for r in made]
     if kind.media is not None:
@@ -84,13 +90,14 @@ def case_of(name: str, kind: Kind, folder: Path) -> Case:
     return Case(name, str(folder / name), {"max_model_len": 512, **kind.args}, made)
 
 
-def run_plain(cases: Iterable[Case], folder: Path, *, alone: bool = False, movable: bool = True) -> dict[str, Answer]:
-    """Each case in plain vLLM; `alone`: its requests one after the other, none from a prefix cache.
+def run_plain(cases: Iterable[Case], folder: Path, *, how: str = "batch", movable: bool = True) -> dict[str, Answer]:
+    """Each case in plain vLLM, its requests at once; or `alone`, one after the other, none from a prefix cache; or
+    `staggered`, each some steps after the one before.
 
     Its linear layers have the kernels of weights that are `movable`.
     """
-    common = {"alone": alone, "plain_gemm": movable}
-    pieces = [{"name": case.name, "case": _fields(case, alone), **common} for case in cases]
+    common = {"how": how, "plain_gemm": movable}
+    pieces = [{"name": case.name, "case": _fields(case, how == "alone"), **common} for case in cases]
     return run_pieces("tests.models.plain_side", pieces, folder, PLAIN_LIMIT_S, VLLM_PLUGINS="")
 
 
@@ -101,7 +108,9 @@ def run_pools(
     pieces = []
     for index, group in enumerate(groups):
         page_size = max(tried.page for tried in group)
-        pages = max(tried.pages_to_serve(page_size) for tried in group) + 1 + len(group)
+        pages = max(tried.pages_to_serve(page_size) for tried in group) + 1
+        pages += sum(tried.facts["block_bytes"] > 0 for tried in group)  # for a null block each
+        pages += sum(-(-tried.facts["encoder_bytes"] // page_size) for tried in group)  # booked for each at any time
         if not movable:
             pages += 2 * sum(tried.pages(page_size) for tried in group)
         pieces.append(
@@ -203,19 +212,23 @@ def _alone(entries: dict[str, Answer], tried: dict[str, Tried], folder: Path) ->
     differ = [one for name, one in tried.items() if name in entries and entries[name].get("same") is False]
     if not differ:
         return
-    answers = run_plain([one.case for one in differ], folder / "plain-alone", alone=True)
+    cases = [one.case for one in differ]
+    answers = run_plain(cases, folder / "plain-alone", how="alone")
+    staggered = run_plain(cases, folder / "plain-staggered", how="staggered")
     ran = [(one, answers[one.case.name]) for one in differ if "error" not in answers[one.case.name]]
     groups = [[replace(one, results=a["results"]), *_twins(one)] for one, a in ran]
     pools = run_pools(groups, folder / "pools-alone", alone=True)
-    for (one, answer), (single, _), pool in zip(ran, groups, pools, strict=True):
+    for (one, answer), (single, *_), pool in zip(ran, groups, pools, strict=True):
         own = compare(one.results, answer["results"])
+        later = compare(one.results, staggered[one.case.name].get("results", {}))
         noise = {
             "plain_alone": own.equal + own.close,
-            "plain_noise": own.largest,
+            "plain_staggered": later.equal + later.close,
+            "plain_noise": max(own.largest, later.largest),
             "in_batch": entries[one.case.name]["equal"],
         }
-        if own.same and own.equal == own.total:
-            continue  # plain vLLM gives the same alone and in a batch: the difference is the pool's
+        if own.equal == own.total == later.equal:
+            continue  # plain vLLM gives the same however requests meet: the difference is the pool's
         _note(entries, [single], pool)
         entries[one.case.name] |= {**noise, "alone": True}
 

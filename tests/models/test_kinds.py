@@ -14,10 +14,14 @@ import pytest
 from tests.models.run import try_kinds
 from tests.models.table import KINDS
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = pytest.mark.vllm
 
-FEW = ("apertus", "falcon_alibi", "glm4_moe_lite", "granite_micro", "llama4", "zamba2")
-"""Biases by distance, latent KV, attention alone of a hybrid's class, chunked attention with experts, states."""
+GENERATING = ("arcee", "cohere2", "falcon_alibi", "gemma3n", "granite_micro", "llama4", "zamba2")
+"""vLLM's backend for transformers, windows, biases by distance, layers that share KV, the class of a hybrid with
+attention alone, attention in chunks with experts, states. Latent KV is in test_token_exactness."""
+OTHERS = ("bert", "xlmr_seqcls", "q_gptq", "q_w4a16")
+"""Vectors, scores, 4-bit weights in two formats."""
+FEW = GENERATING + OTHERS
 
 
 @pytest.fixture(scope="module")

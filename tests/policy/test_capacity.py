@@ -209,6 +209,42 @@ def test_evidence_goes_before_prediction():
     assert [Action.REPLICATE] == [d.action for d in made]
 
 
+def test_evidence_counts_for_the_link_too():
+    """Weights that do not fit together load the link, by prediction; if all tokens are on time nothing moves."""
+    names = [f"m{i}" for i in range(10)]
+    fine = [CapacitySeat(name, tokens_per_s=100.0, on_time_frac=1.0) for name in names]
+    models = [model(name, 0.3, 15) for name in names]
+    hosts = [host("h0", *fine, busy_frac=0.9, since_move_s=60.0), host("h1")]
+    assert [] == POLICY.decide(view(hosts, models))
+    late = [replace(seat, on_time_frac=0.6) for seat in fine]
+    made = POLICY.decide(view([replace(hosts[0], seats=tuple(late)), hosts[1]], models))
+    assert {Action.MOVE} == {d.action for d in made}
+
+
+@pytest.mark.parametrize(("rate", "moves"), [(3.0, False), (5.0, True)])
+def test_prediction_alone_must_be_far_beyond(rate: float, moves: bool):
+    """Two models that came just now and may be somewhat too much together stay; if they must be, one moves."""
+    hosts = [host("h0", "a", "b", since_move_s=1.0), host("h1")]
+    made = POLICY.decide(view(hosts, [model("a", rate), model("b", rate)]))
+    assert moves == bool(made)
+
+
+def test_a_seat_more_does_not_overload_another_host():
+    """A model is not spread over hosts that would then be late themselves, unless it alone is more than one can do."""
+    late = [CapacitySeat(name, tokens_per_s=600.0, on_time_frac=0.6) for name in ("a", "b")]
+    hosts = [host("h0", *late, busy_frac=1.0, since_move_s=60.0), host("h1", "c", since_move_s=60.0)]
+    models = [model("a", 3.0), model("b", 3.0), model("c", 3.5)]
+    assert [] == POLICY.decide(view(hosts, models))
+
+
+def test_first_seats_go_to_the_most_demanding_first():
+    """Loads of hosts come out alike, whatever the order of the models."""
+    models = [model(f"s{i}", 1.2) for i in range(6)] + [model(f"l{i}", 1.0, 30) for i in range(4)]
+    rest, _ = settled(view([host(f"h{i}", free=500) for i in range(4)], models))
+    assert [1] * 4 == [sum(seat.model.startswith("l") for seat in h.seats) for h in rest.hosts]
+    assert [2, 2, 3, 3] == sorted(len(h.seats) for h in rest.hosts)
+
+
 def test_a_move_must_be_worth_its_bytes():
     """Where the copy takes longer than the horizon nothing moves."""
     late = [CapacitySeat(name, tokens_per_s=600.0, on_time_frac=0.5) for name in ("a", "b")]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenpool.policy.fairness import RECENT_S, FairQueue, SeatShares, token_cost
+from tokenpool.policy.fairness import RECENT_S, FairQueue, FairTurns, SeatShares, token_cost
 
 pytestmark = pytest.mark.cpu
 
@@ -184,3 +184,18 @@ def test_a_tenant_that_may_not_is_passed_over_and_keeps_its_place():
     taken = queue.pop("b")
     assert taken is not None and taken[:2] == ("b", 2)
     assert queue.next_tenant() == "a"
+
+
+def test_turns_go_to_the_one_that_has_had_fewest_for_its_weight() -> None:
+    """Two that always want one get them by weight; one that comes late has no credit for the time before."""
+    turns = FairTurns({"a": 1.0, "b": 2.0, "late": 1.0}.__getitem__)
+    taken = []
+    for _ in range(12):
+        taken.append(min("ab", key=turns.counter))
+        turns.take(taken[-1])
+    assert (taken.count("a"), taken.count("b")) == (4, 8)
+    for _ in range(4):
+        taken.append(min(("a", "b", "late"), key=turns.counter))
+        turns.take(taken[-1])
+    assert taken[-4:].count("late") == 1
+    assert len(turns._had) <= 3

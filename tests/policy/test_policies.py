@@ -186,6 +186,38 @@ def test_slack_comes_back_to_what_it_gave_up():
     assert max(b - a for a, b in zip([0, *turns_of_b], turns_of_b, strict=False)) <= 110
 
 
+def test_slack_gives_up_one_after_the_other():
+    """Three models of 50 % load each: for a minute each of them is left aside in its turn."""
+    policy = Slack(max_wait_s=1000.0)
+    current, runs = None, []
+    for i in range(600):
+        now_s = 0.1 * i  # due first is what ran longest ago
+        ages = [next((n for n, run in enumerate(reversed(runs)) if run == name), i) for name in "abc"]
+        views = [
+            running(name, k, now_s + 0.9 - 0.001 * ages[k], step_s=0.05, num_running=2 + (name == "a"))
+            for k, name in enumerate("abc")
+        ]
+        current = policy.decide(pool(now_s, current, *views)).run
+        runs.append(current)
+    assert min(runs.count(name) for name in "abc") > 100
+
+
+def test_slack_keeps_a_late_model_that_it_has_taken_in_again():
+    """It may catch up, though by itself it yields least: else its weights came for nothing."""
+    policy = Slack(max_wait_s=1000.0)
+    half = dict(step_s=0.05)
+    others = [running(name, k, 0.0, num_running=6, **half) for k, name in enumerate("ac")]
+    current, runs = None, []
+    for i in range(1200):
+        now_s = 0.1 * i
+        views = [view._replace(next_due_s=now_s + 0.3) for view in others]
+        late = running("b", 2, now_s - 4.0, num_running=4, **half)
+        current = policy.decide(pool(now_s, current, *views, late)).run
+        runs.append(current)
+    first = runs.index("b")
+    assert 250 < runs[first : first + 300].count("b")
+
+
 def test_slack_shares_the_rest_among_models_without_slo():
     """Nothing is due: the turns go round, longest wait first; a due token goes before them."""
     policy = Slack(min_turn_s=0.0)

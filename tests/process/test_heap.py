@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,32 @@ def test_the_heap_is_trimmed_once_after_much_was_freed(monkeypatch: pytest.Monke
     asyncio.run(main())
     assert len(threads) == 2
     assert threading.get_ident() not in threads
+
+
+def test_it_is_trimmed_once_more_when_nothing_large_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What threads still held at the first time, and what only a collection finds, goes then."""
+    monkeypatch.setattr(heap, "_WAIT_S", 0.01)
+    monkeypatch.setattr(heap, "_AGAIN_S", 0.2)
+
+    class Fault(Exception):
+        """An error that refers to itself, as those do that a frame keeps."""
+
+    alive: list[bool] = []
+
+    async def main() -> None:
+        gc.disable()
+        try:
+            fault = Fault()
+            fault.itself = fault  # type: ignore[attr-defined]
+            seen = weakref.ref(fault)
+            del fault
+            trimmer = HeapTrimmer(lambda: alive.append(seen() is not None))
+            trimmer.freed(heap._WORTH_BYTES)
+            async with asyncio.timeout(60):
+                while len(alive) < 2:
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
+
+    asyncio.run(main())
+    assert alive == [True, False]

@@ -55,6 +55,28 @@ def test_a_hot_model_scales(num_gpus):
     assert serve(hot, num_gpus).token_attainment > 0.995
 
 
+def test_nothing_is_late_where_everything_fits():
+    """Two models for each of four devices, TTFT 2 s, TPOT 25 ms: none is moved to a device that is too busy for it."""
+    rates = dict.fromkeys([f"m{i}" for i in range(8)], 0.3)
+    workload = generate.poisson(rates, 120.0, 1, kinds=dict.fromkeys(rates, "qwen2.5-7b"))
+    made = system("slack", 4, GPU, LINK)
+    costs = costs_of("qwen2.5-7b", GPU)
+    result = run_system(made, workload, lambda _: costs, SLO(2.0, 0.025), window_s=(30.0, float("inf")))
+    assert result.worst_model > 0.99
+
+
+def test_a_pool_at_its_limit_is_left_as_it_is():
+    """Somewhat more equal models than eight devices can serve well: no model starves, and none is moved for it."""
+    models = [f"m{i:02}" for i in range(64)]
+    kinds = {name: generate.ARTIFACT_KINDS[i % 10] for i, name in enumerate(models)}
+    workload = generate.poisson(dict.fromkeys(models, 0.1), 240.0, 1, kinds=kinds)
+    result = run_system(
+        system("slack", 8, GPU, LINK), workload, lambda kind: costs_of(kind, GPU), SLO_10S, window_s=(60.0, 210.0)
+    )
+    assert result.worst_model > 0.75
+    assert result.token_attainment > 0.97
+
+
 def test_a_hot_model_does_not_suffer_beside_cold_ones():
     """One hundred models with a request in 50 seconds each."""
     rates = {"hot": 30.0, **{f"c{i}": 0.02 for i in range(100)}}

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenpool.errors import ConfigError
-from tokenpool.sim.trace_files import read_requests, read_trace_file, write_requests
+from tokenpool.sim.traces.client_windows import client_requests, read_client_windows
+from tokenpool.sim.traces.trace_files import read_requests, read_trace_file, write_requests
 from tokenpool.sim.workload import SimRequest, Workload
 
 pytestmark = pytest.mark.cpu
@@ -229,3 +230,57 @@ def test_a_broken_json_line_is_named(tmp_path, line):
     good = '{"timestamp": 1, "input_length": 1, "output_length": 1}\n'
     with pytest.raises(ConfigError, match="line 2"):
         read_requests(write(tmp_path, good + line + "\n", "t.jsonl"))
+
+
+# -- rates of clients ------------------------------------------------------------------------------------
+
+CLIENTS = "client,window_start_s,rate_rps,cv,distribution,param1,param2\n"
+
+
+def test_clients_become_models(tmp_path: Path):
+    """Each asks as often as its rates say, in the windows that lie in the time, and never twice alike by chance."""
+    rows = "0,0,2.0,1.0,Gamma,1.0,9\n0,600,0.5,2.9,Weibull,0.43,9\n7,600,1.0,1.2,Gamma,0.75,9\n"
+    windows = read_client_windows(write(tmp_path, CLIENTS + rows, "clients.csv.gz"))
+    made = client_requests(windows, from_s=300.0, span_s=900.0, seed=1)
+    counts = [
+        sum(r.model == name and from_s <= r.arrival_s < from_s + span_s for r in made.requests)
+        for name, from_s, span_s in (
+            ("client-0", 0, 300),
+            ("client-0", 300, 600),
+            ("client-7", 0, 300),
+            ("client-7", 300, 600),
+        )
+    ]
+    assert 500 < counts[0] < 700 and 150 < counts[1] < 450 and counts[2] == 0 and 480 < counts[3] < 720
+    assert made == client_requests(windows, from_s=300.0, span_s=900.0, seed=1)
+    tenth = client_requests(windows, from_s=300.0, span_s=900.0, seed=1, scale=0.1)
+    assert 0.05 < len(tenth.requests) / len(made.requests) < 0.2
+
+
+@pytest.mark.parametrize(
+    "row", ["0,0,-1,1,Gamma,1,1", "0,0,1,1,Normal,1,1", "0,x,1,1,Gamma,1,1", "0,0,1,1,Gamma,0,1", "0,0"]
+)
+def test_broken_rates_are_refused_with_their_line(tmp_path: Path, row: str):
+    """The message says what a row holds."""
+    path = write(tmp_path, CLIENTS + "0,0,1,1,Gamma,1,1\n" + row + "\n")
+    with pytest.raises(ConfigError, match=r"line 3.*broken row: expected a client"):
+        read_client_windows(path)
+
+
+def test_rates_are_no_requests(tmp_path: Path):
+    """Who wants requests of them is told which flag is missing."""
+    path = write(tmp_path, CLIENTS + "0,0,1,1,Gamma,1,1\n")
+    with pytest.raises(ConfigError, match="--for"):
+        read_requests(path)
+    with pytest.raises(ConfigError, match="no client asks for anything from 700 s on"):
+        client_requests(read_client_windows(path), from_s=700.0, span_s=60.0, seed=1)
+
+
+def test_columns_of_swissai(tmp_path: Path):
+    """Requests that failed have no tokens, and are left out."""
+    header = "id,status,created_at,finished_at,model,model_parameters,reported_token_input,reported_token_output\n"
+    rows = "a,success,2025-01-31 18:17:03.5+00:00,x,big,70B,100,20\nb,error,2025-01-31 18:17:04+00:00,x,big,70B,,\n"
+    rows += "c,success,2025-01-31 18:17:05.25+00:00,x,small,8B,7,3\n"
+    trace = read_trace_file(write(tmp_path, header + rows))
+    assert ("swissai", 1) == (trace.layout, trace.num_dropped)
+    assert [SimRequest(0.0, "big", 100, 20), SimRequest(1.75, "small", 7, 3)] == trace.workload.requests

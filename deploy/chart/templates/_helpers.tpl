@@ -100,7 +100,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "tokenpool.processBytes" -}}
 {{- $base := include "tokenpool.bytes" .Values.memory.base | int64 -}}
 {{- $each := include "tokenpool.bytes" .Values.memory.perModel | int64 -}}
-{{- add $base (mul $each (len .Values.pool.models)) -}}
+{{- add $base (mul $each (max (len .Values.pool.models) .Values.memory.models)) -}}
 {{- end -}}
 
 {{- /* Bytes for the frontends, where there are several. */ -}}
@@ -148,6 +148,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- define "tokenpool.poolFile" -}}
 {{- $pool := deepCopy .Values.pool -}}
 {{- $_ := set $pool "port" .Values.port -}}
+{{- if .Values.inferencePool.enabled -}}
+{{- $_ := set $pool "open_picker_metrics" true -}}
+{{- end -}}
 {{- range $setting, $refs := dict "api" .Values.keys.api "view" .Values.keys.view "admin" .Values.keys.admin "metrics" .Values.keys.metrics -}}
 {{- $names := list -}}
 {{- range $i, $ref := $refs -}}
@@ -162,4 +165,35 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- $_ := set $pool "cluster" (merge (default dict $pool.cluster) $derived) -}}
 {{- end -}}
 {{- toYaml $pool -}}
+{{- end -}}
+
+{{- /* Arguments: root context, and a model's name or "" for all of them. A name of a model may have signs that one of an object may not. */ -}}
+{{- define "tokenpool.inferencePoolName" -}}
+{{- $full := include "tokenpool.fullname" (index . 0) -}}
+{{- with index . 1 -}}
+{{- $plain := regexReplaceAll "[^a-z0-9]+" (lower .) "-" | trunc 40 | trimAll "-" -}}
+{{- printf "%s-%s-%s" $full $plain (sha256sum . | trunc 6) -}}
+{{- else -}}
+{{- $full -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "tokenpool.priorityClass" -}}
+{{- if .Values.priorityClass.create -}}
+{{- /* It belongs to no namespace. */ -}}
+{{- printf "%s-%s" (include "tokenpool.fullname" .) .Release.Namespace -}}
+{{- else -}}
+{{- .Values.priorityClassName -}}
+{{- end -}}
+{{- end -}}
+
+{{- /* Takes the value `autoscaling`. A pod that goes drains its requests, and one that comes loads its models. */ -}}
+{{- define "tokenpool.scalingBehavior" -}}
+scaleUp:
+  policies:
+    - {type: Pods, value: {{ .upPods }}, periodSeconds: {{ .upSeconds }}}
+scaleDown:
+  stabilizationWindowSeconds: {{ .downSeconds }}
+  policies:
+    - {type: Pods, value: 1, periodSeconds: {{ .downSeconds }}}
 {{- end -}}

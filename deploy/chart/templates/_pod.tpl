@@ -19,7 +19,7 @@ imagePullSecrets:
   - name: {{ . }}
   {{- end }}
 {{- end }}
-{{- with .Values.priorityClassName }}
+{{- with include "tokenpool.priorityClass" . }}
 priorityClassName: {{ . }}
 {{- end }}
 {{- with .Values.nodeSelector }}
@@ -56,6 +56,24 @@ volumes:
       claimName: {{ . }}
       readOnly: true
   {{- end }}
+{{- end -}}
+
+{{- /* Arguments: root context, and the component whose pods are spread. */ -}}
+{{- define "tokenpool.topologySpread" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- with $root.Values.topologySpread }}
+topologySpreadConstraints:
+  {{- range . }}
+  - topologyKey: {{ .topologyKey }}
+    maxSkew: {{ default 1 .maxSkew }}
+    whenUnsatisfiable: {{ default "ScheduleAnyway" .whenUnsatisfiable }}
+    labelSelector:
+      matchLabels:
+        {{- include "tokenpool.selectorLabels" $root | nindent 8 }}
+        app.kubernetes.io/component: {{ $component }}
+  {{- end }}
+{{- end }}
 {{- end -}}
 
 {{- define "tokenpool.containerBase" -}}

@@ -25,7 +25,7 @@ from tokenpool.cli.pool_query import add_url_flag
 from tokenpool.config import SLO
 from tokenpool.errors import ConfigError, show
 from tokenpool.sim.generate import poisson, shipped_lengths
-from tokenpool.sim.trace_files import read_requests
+from tokenpool.sim.traces.trace_files import read_requests
 from tokenpool.units import parse_seconds
 
 

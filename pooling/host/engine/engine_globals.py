@@ -18,6 +18,7 @@ from tokenpool.host.engine.process_choices import (
     ModuleAttribute,
     variables_read_anew,
 )
+from tokenpool.process.cpu_tiles import ask_for_tiles
 
 _SWITCHED = (
     ("vllm.v1.worker.workspace", "_manager"),
@@ -41,6 +42,7 @@ class EngineGlobals:
     """
 
     def __init__(self) -> None:
+        ask_for_tiles()
         self._slots: list[ModuleAttribute | KernelChoices | BreakableGraphs] = [
             *(ModuleAttribute(importlib.import_module(module), name) for module, name in _SWITCHED),
             KernelChoices(),

@@ -4,28 +4,38 @@
 With vLLM's `auto`, the frontend accepts what one of several backends takes, but an engine keeps that of its first
 request for all: the others' grammars fail there, or become the first one's. So one request would decide for all.
 
-What grammars cost is bounded: those that are being compiled leave the cores to steps, those in use are metered.
+What grammars cost is bounded: those that are being compiled leave the cores to steps, those in use are metered, and
+make their masks beside the steps unless drafts are to be checked.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from tokenpool.host.engine.grammar_cost import MeteredGrammar
+from tokenpool.host.engine.grammar_cost import AheadGrammar, MeteredGrammar
 from tokenpool.process.affinity import yield_to_others
+
+_COMPILES = 15  # xgrammar compiles with eight threads of its own, which together would have half of a core at 10
+_MAY_BE_LATE = "drop_stale_output" in inspect.signature(Scheduler._preempt_request).parameters  # not in vLLM 0.29
 
 
 class _OneBackend(StructuredOutputManager):
     """Compiles on a thread that yields the cores, and meters what comes of it."""
 
     def _create_grammar(self, request: Request) -> StructuredOutputGrammar:
-        yield_to_others()
-        return MeteredGrammar(super()._create_grammar(request), request)
+        yield_to_others(niceness=_COMPILES)
+        grammar = super()._create_grammar(request)
+        if self.vllm_config.num_speculative_tokens or not _MAY_BE_LATE:
+            return MeteredGrammar(grammar, request)
+        assert self.backend is not None
+        return AheadGrammar(grammar, request, self.backend.allocate_token_bitmask(1))
 
 
 class PooledGrammars(StructuredOutputManager):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from typing import Any
 
+from tokenpool.host.engine.grammar_hold import GrammarHold
 from tokenpool.host.kv.kv_transit import schedule_arrived
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
@@ -26,6 +27,7 @@ class StepWatch:
         self.results = 0
         """Steps that computed something and whose output came."""
         self._scheduler = scheduler
+        self._hold = GrammarHold(scheduler)
         manager = scheduler.kv_cache_manager
         self._schedule, self._update = scheduler.schedule, scheduler.update_from_output
         self._allocate = manager.allocate_slots
@@ -33,11 +35,18 @@ class StepWatch:
         manager.allocate_slots = self._allocate_or_note
 
     def _schedule_and_keep(self, *args: Any) -> Any:
-        transit = getattr(self._scheduler.kv_cache_manager.block_pool, "transit", None)
-        if transit is None:
-            self.scheduled = self._schedule(*args)
-        else:
-            self.scheduled = schedule_arrived(self._scheduler, transit, lambda: self._schedule(*args))
+        pool = self._scheduler.kv_cache_manager.block_pool
+        transit, link = getattr(pool, "transit", None), getattr(pool, "link", None)
+
+        def schedule() -> Any:
+            if transit is None:
+                return self._schedule(*args)
+            return schedule_arrived(self._scheduler, transit, lambda: self._schedule(*args))
+
+        self.scheduled = self._hold.schedule(schedule)
+        if link is not None:
+            link.step_scheduled(self.scheduled)
+            link.precede_compute()
         self.in_flight.append(self.scheduled)
         return self.scheduled
 
@@ -47,6 +56,8 @@ class StepWatch:
         if failed:
             _name_grammars(outputs, failed)
         self.in_flight = [output for output in self.in_flight if output is not scheduler_output]
+        if (link := getattr(self._scheduler.kv_cache_manager.block_pool, "link", None)) is not None:
+            link.step_computed(scheduler_output)
         self.results += scheduler_output.total_num_scheduled_tokens > 0
         return outputs
 

@@ -34,6 +34,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from tokenpool.errors import CapacityError, SwitchError
 from tokenpool.host.kv.kv_transit import Group, KVTransit, blocks_of
 from tokenpool.host.kv.runner_adapter import RunnerAdapter, adapter_of
+from tokenpool.host.kv.slab_block_pool import SlabBlockPool
+from tokenpool.host.kv.tier_link import TierLink
 from tokenpool.memory.kv_tier import HostKVTier, KVImage
 from tokenpool.memory.states import KVState, check_transition
 
@@ -105,6 +107,7 @@ class KVSwapper:
         self.on_moved: Callable[[KVMove], None] = lambda move: None
         """Told of each move whose copies have ended."""
         self._adapters: dict[str, RunnerAdapter] = {}
+        self._pools: dict[str, SlabBlockPool] = {}
         self._swaps: dict[str, _Swap] = {}
 
     # -- models --------------------------------------------------------------------------------------
@@ -114,10 +117,12 @@ class KVSwapper:
         if hosted.build.pool is not None:
             self._adapters[hosted.name] = adapter_of(hosted.name, hosted.core.model_executor)
             hosted.build.pool.use_tier(self.tier)
+            self._pools[hosted.name] = hosted.build.pool
 
     def forget(self, model: str) -> None:
         """The model is removed, resident or not: drop all that host memory has of it."""
         self._adapters.pop(model, None)
+        self._pools.pop(model, None)
         swap = self._swaps.pop(model, None)
         if swap is not None:
             swap.transit.wait()
@@ -129,6 +134,26 @@ class KVSwapper:
         pool = hosted.build.pool
         if pool is not None and pool.link is not None and not hosted.core.batch_queue:
             pool.link.mark_computed()
+
+    @property
+    def has_unsaved(self) -> bool:
+        """Whether `copy_ahead` has something to do, now or when the copies under way have ended."""
+        return self._next_unsaved() is not None
+
+    def copy_ahead(self) -> None:
+        """Between two steps: begin to save a few cached blocks that no request uses, unless some are on their way."""
+        link = self._next_unsaved()
+        if link is not None and not self.tier.is_copying:
+            link.copy_ahead()
+
+    def _next_unsaved(self) -> TierLink | None:
+        """None also while a model is alone and a quarter of the pages is free: nothing is about to be lost."""
+        links = self._links()
+        found = next((link for link in links if link.has_unsaved), None)
+        return found if found is not None and (len(links) > 1 or found.is_short_of_pages) else None
+
+    def _links(self) -> list[TierLink]:
+        return [pool.link for pool in self._pools.values() if pool.link is not None]
 
     def is_out(self, model: str) -> bool:
         """Whether the model's KV is off the device or leaves it: it must not be stepped."""

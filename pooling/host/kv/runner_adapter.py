@@ -79,14 +79,17 @@ class RunnerAdapterV2:
     def remap(self, ids: IdMap) -> None:
         """Rewrite the tables in place, in stream order, and ids that are staged for them.
 
-        Rows are mapped whole: what lies behind a request's last block is rewritten before it is read.
+        Of the rows of known requests, as far as the longest of them goes: all else is rewritten before it is read.
         """
         tables = self._runner.block_tables
+        rows = sorted(self._runner.req_states.req_id_to_index.values())
         splits = getattr(tables, "blocks_per_kv_block", [1] * len(tables.block_tables))
-        for table, split in zip(tables.block_tables, splits, strict=True):
+        for group, (table, split) in enumerate(zip(tables.block_tables, splits, strict=True)):
             staged = table._staged_write_contents
             staged[:] = ids.translate(np.array(staged, dtype=np.int64), split).tolist()
-            _translate_tensor(table.gpu, ids, split)
+            num_columns = int(tables.num_blocks.np[group, rows].max(initial=0))
+            if num_columns:
+                _translate_rows(table.gpu, rows, num_columns, ids, split)
 
     def is_between_steps(self) -> bool:
         """See `RunnerAdapter`."""
@@ -137,17 +140,23 @@ def _try_all(adapter: RunnerAdapter) -> None:
     adapter.can_resume("")
 
 
-def _translate_tensor(table: torch.Tensor, ids: IdMap, split: int) -> None:
-    """`IdMap.translate` on the device that holds `table`, in place."""
-    blocks = torch.div(table, split, rounding_mode="floor")
-    parts = table - blocks * split
-    if not len(ids.old):
-        table.copy_(parts)
-        return
-    old = torch.from_numpy(ids.old).to(table.device, table.dtype)
-    new = torch.from_numpy(ids.new).to(table.device, table.dtype)
-    places = torch.searchsorted(old, blocks).clamp_(max=len(ids.old) - 1)
-    table.copy_(torch.where(old[places] == blocks, new[places], 0) * split + parts)
+def _translate_rows(table: torch.Tensor, rows: list[int], num_columns: int, ids: IdMap, split: int) -> None:
+    """`IdMap.translate` on the device that holds `table`, in place; takes memory for these rows and columns only."""
+    where = _to_device_of(table, np.array(rows, dtype=np.int64))
+    before = table[where, :num_columns]
+    blocks = torch.div(before, split, rounding_mode="floor")
+    after = before - blocks * split
+    if len(ids.old):
+        old, new = (_to_device_of(table, part.astype(np.int32)) for part in ids)
+        places = torch.searchsorted(old, blocks, out_int32=True).clamp_(max=len(ids.old) - 1)
+        after += torch.where(old[places] == blocks, new[places], 0) * split
+    table[where, :num_columns] = after.to(table.dtype)
+
+
+def _to_device_of(table: torch.Tensor, values: np.ndarray) -> torch.Tensor:
+    """A copy of `values` there, which a GPU makes in its stream's order and nobody waits for."""
+    here = torch.from_numpy(values)
+    return here.pin_memory().to(table.device, non_blocking=True) if table.is_cuda else here.to(table.device)
 
 
 _ADAPTERS: dict[tuple[str, str], Callable[[Any], RunnerAdapter]] = {

@@ -100,7 +100,7 @@ class SlabBlockPool(BlockPool):
         if self.enable_caching and self._head_is_cached() and self._allocator.num_free_for(name):
             self._grow(front=True)  # keep cached blocks while a page is free
         if self.link is not None:
-            self.link.offer(self._first_free(num_blocks))
+            self.link.give_away(self._first_free(num_blocks))
         new_blocks = super().get_new_blocks(num_blocks)
         for block in new_blocks:
             self._mark_used(block)
@@ -239,7 +239,7 @@ class SlabBlockPool(BlockPool):
         """
         assert not self._detached
         if self.link is not None:
-            self.link.mark_computed()
+            self.link.leave()
         used = self.used_blocks()
         # Off the list, oldest first: this is the order in which the tier would drop them again.
         self._lose(self.free_block_queue.popleft_n(self.free_block_queue.num_free_blocks))
@@ -308,7 +308,7 @@ class SlabBlockPool(BlockPool):
         if self._reuse_watchers:
             self._notify_reuse(blocks)
         if self.link is not None:
-            self.link.offer(blocks)
+            self.link.give_away(blocks)
         for block in blocks:
             self._maybe_evict_cached_block(block)
 
@@ -347,11 +347,7 @@ class SlabBlockPool(BlockPool):
         return not _BLOCK_KNOWS_POOL or block.pool is self
 
     def _head_is_cached(self) -> bool:
-        queue = self.free_block_queue
-        if queue.num_free_blocks == 0:
-            return False
-        head = queue.fake_free_list_head.next_free_block
-        return head is not None and head.block_hash is not None
+        return any(block.block_hash is not None for block in self._first_free(1))
 
     def _mark_used(self, block: KVCacheBlock) -> None:
         slab = self._arena.slab_of(self.view, block.block_id)
@@ -364,6 +360,8 @@ class SlabBlockPool(BlockPool):
         freed = {b.block_id: b for b in blocks if b.ref_cnt == 0 and not b.is_null and self._is_mine(b)}
         if self.transit is not None:
             self.transit.wait_for(freed.values())
+        if self.link is not None:
+            self.link.note_free(freed.values())
         for block_id in freed:
             slab = self._arena.slab_of(self.view, block_id)
             self._used[slab] -= 1

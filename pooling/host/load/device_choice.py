@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from vllm.platforms import current_platform
@@ -19,6 +20,8 @@ from tokenpool.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
+_PAGES_AT_ONCE = 8
+"""Made without a pause; 1 to 3 ms each by public figures."""
 WORKERS = {
     "cpu": "tokenpool.host.engine.cpu_worker.PooledCPUWorker",
     "cuda": "tokenpool.host.engine.cuda_worker.PooledCUDAWorker",
@@ -55,10 +58,18 @@ def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_
     return num_pages
 
 
-def give_back_loading_memory(device: Device) -> None:
-    """After loading: what the loader had is given back to the GPU, to back pages again."""
-    if isinstance(device, CudaDevice):
-        torch.cuda.empty_cache()
+def give_back_loading_memory(device: Device, num_pages: int, pause: Callable[[], None]) -> None:
+    """After loading: what the loader had is given back to the GPU, and backs pages again, up to `num_pages` in all.
+
+    Pages are made now, a few between two calls of `pause`, and not when a step needs them.
+    """
+    if not isinstance(device, CudaDevice):
+        return
+    torch.cuda.empty_cache()
+    with suppress(OSError):  # something of the loader's is left: the others are made when they are needed
+        for count in range(device.page_bytes // device.granularity, num_pages, _PAGES_AT_ONCE):
+            device.make_pages(min(count + _PAGES_AT_ONCE, num_pages))
+            pause()
 
 
 def make_all_pages(device: Device, num_pages: int) -> Device:

@@ -22,7 +22,7 @@ class CountedDevice:
         self.copies_in_flight = device.copies_in_flight
         self.reserve = device.reserve
         self.release = device.release
-        self.map_zeroed = device.map_zeroed
+        self.map_later = device.map_later
         self.unmap = device.unmap
         self.fill = device.fill
         self.tensor = device.tensor

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -23,6 +24,7 @@ _MAP_NORESERVE = 0x4000
 _MADV_DONTNEED = 4
 _HUGE_PAGE = 2 << 20
 _LEAST_MAPPED_BYTES = 1 << 20
+_BURST_BYTES = 64 << 20
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -70,17 +72,25 @@ class CpuDevice:
 
     granularity = mmap.PAGESIZE
     copies_in_flight = 1
+    chunk_bytes = 8 << 20
 
     def __init__(self, *, keeps_bytes: bool = False, link_bytes_per_s: int | None = None) -> None:
         self.keeps_bytes = keeps_bytes
         self.link_bytes_per_s = link_bytes_per_s
         """Copies to and from the device are held to this speed, as by a bus; None = as fast as memory is."""
         self._bus: ThreadPoolExecutor | None = None
+        self._on_bus: deque[tuple[Future[float], Sequence[BlockCopy]]] = deque()
+        self.burst_bytes = _BURST_BYTES
         if link_bytes_per_s is not None:
             self._bus = ThreadPoolExecutor(1, thread_name_prefix="kv-copy")
+            self.burst_bytes = link_bytes_per_s // 100
+        self.copies_beside = self._bus is not None
 
-    def reserve(self, nbytes: int) -> int:
-        """Reserve `nbytes` of address range without access; raises OSError when the kernel refuses."""
+    def reserve(self, nbytes: int, *, harmless: bool = False) -> int:
+        """Reserve `nbytes` of address range without access; raises OSError when the kernel refuses.
+
+        Never harmless: a stray access ends the process, so that tests see it.
+        """
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         start = _libc.mmap(None, nbytes + _HUGE_PAGE, _PROT_NONE, flags, -1, 0)
         if start in (None, _MAP_FAILED):
@@ -107,18 +117,39 @@ class CpuDevice:
         if self.keeps_bytes:
             self.fill(address, nbytes, 0)
 
+    def map_unset(self, address: int, nbytes: int) -> None:
+        """Allow access to the range."""
+        _check(_libc.mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
+
+    def map_later(self, address: int, nbytes: int) -> Callable[[int, int], None]:
+        """A `map_unset`: it takes no time here."""
+        self.map_unset(address, nbytes)
+        return lambda start, size: None
+
     def unmap(self, address: int, nbytes: int) -> None:
         """Forbid access and, unless the device keeps bytes, drop the memory."""
         if not self.keeps_bytes:
             _check(_libc.madvise(address, nbytes, _MADV_DONTNEED), "madvise")
         _check(_libc.mprotect(address, nbytes, _PROT_NONE), "mprotect")
 
+    def park(self, address: int, nbytes: int) -> None:
+        """An `unmap` behind the copies that are under way there: here a stray access must show."""
+        self.settle(address, nbytes)
+        self.unmap(address, nbytes)
+
+    def settle(self, address: int, nbytes: int) -> None:
+        """Wait for the copies of blocks in the range that are under way."""
+        for seconds, copies in self._on_bus:
+            if any(start < address + nbytes and address < start + buffer.numel() for start, buffer in copies):
+                seconds.result()
+
     def release_unused(self) -> int:
         """Nothing: what is unmapped has gone back to the kernel."""
         return 0
 
     def fill(self, address: int, nbytes: int, byte: int) -> None:
-        """Set every byte of a mapped range."""
+        """Set every byte of a mapped range, after copies of it that are under way."""
+        self.settle(address, nbytes)
         ctypes.memset(address, byte, nbytes)
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
@@ -167,7 +198,10 @@ class CpuDevice:
             return time.perf_counter() - start
 
         if self._bus is not None:
-            return _CpuCopies(self._bus.submit(work))
+            while self._on_bus and self._on_bus[0][0].done():
+                self._on_bus.popleft()
+            self._on_bus.append((self._bus.submit(work), copies))
+            return _CpuCopies(self._on_bus[-1][0])
         done: Future[float] = Future()
         done.set_result(work())
         return _CpuCopies(done)

@@ -1,39 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A CUDA GPU as a `Device`: physical pages are made once and mapped where they are needed.
-
-    handles    | 0 | 1 | 2 | 3 | ...        made at the first need, one per page of the ledger, kept
-                 |       |   |
-    addresses  | a |   | b | c |   | ...    ranges reserved by `reserve`; a page without a handle faults
+"""A CUDA GPU as a `Device`; which page lies where is told in cuda_pages.py.
 
 What keeps the order right:
 
 * The engine computes on torch's current stream of the thread that calls (the host loop's). `unmap` waits on the host
   until all that is on this stream is done; copies of blocks and `fill` wait for it on the device.
-* Zeroing, copies of blocks and `fill` run on a stream of their own. Zeroing waits for nothing, for a page was drained
-  when it was taken away; the host goes on, and the engine's stream and that of weights wait for it. Whoever begins
-  copies of blocks is told when they are done, or lets the engine's stream wait.
+* Zeroing, copies of blocks and `fill` run on a stream of their own. The host goes on, and the engine's stream and that
+  of weights wait for zeroing. Zeroing a page that was drained when it was taken away waits for nothing; that of a
+  parked one comes after what the engine computes and after copies that were begun. Whoever begins copies of blocks is
+  told when they are done, or lets the engine's stream wait.
+* A page is taken away from where it is parked after both streams have drained.
 * `begin_copy_in`, for weights on their way into a range that nobody uses yet, waits for zeroing only and has its own
   stream, which one side thread feeds.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from tokenpool.errors import ConfigError
 from tokenpool.memory.devices.cuda_driver import CudaDriver, CudaError
+from tokenpool.memory.devices.cuda_pages import CudaPages
 from tokenpool.memory.devices.device import BlockCopy, Copies
 from tokenpool.memory.devices.dlpack import CUDA, tensor_at
+from tokenpool.memory.devices.pinned import cpus_near, pinned_buffer
 
 BatchCopy = Callable[[Sequence[tuple[int, int, int]], int], None]
 """Issues copies (target address, source address, bytes) on a stream; one side of each is pinned host memory."""
@@ -85,8 +80,11 @@ class CudaDevice:
     2 MiB, or without a GPU.
     """
 
-    copies_in_flight = 2
-    """One runs while the next is being issued: the link never waits for the host."""
+    copies_in_flight = 4
+    """One runs while the next ones are being issued: the link never waits for the host, which may be busy."""
+    chunk_bytes = 32 << 20
+    copies_beside = True
+    burst_bytes = 512 << 20
 
     _dlpack_type = CUDA
 
@@ -112,86 +110,77 @@ class CudaDevice:
         self._spare_events: list[int] = []  # of copies that are done
         self.timed_events: list[int] = []
         """Events that nobody uses."""
-        self._free: list[Any] = []
-        self._mapped: dict[int, Any] = {}
-        self._near_cpus = _cpus_near(self.driver.pci_bus_id())
+        self._pages = CudaPages(self.driver, page_bytes, self._drain)
+        self._near_cpus = cpus_near(self.driver.pci_bus_id())
 
     # -- addresses and pages -------------------------------------------------------------------------
 
-    def reserve(self, nbytes: int) -> int:
+    def reserve(self, nbytes: int, *, harmless: bool = False) -> int:
         """Reserve a range of addresses; raises CudaError when the driver refuses."""
-        return self.driver.reserve(nbytes)
+        address = self.driver.reserve(nbytes)
+        if harmless:
+            self._pages.make_harmless(address, nbytes)
+            self._zero(address, self.granularity)  # the same page everywhere
+        return address
 
     def release(self, address: int, nbytes: int) -> None:
         """Give the range back; pages still mapped there are free afterwards."""
-        inside = [place for place in range(address, address + nbytes, self.granularity) if place in self._mapped]
-        if inside:
-            self._wait_for_compute()
-        for place in inside:
-            self._unmap(place, self.granularity)
+        if self._pages.is_used(address, nbytes):
+            self._drain()
+            self._pages.clear(address, nbytes)
         self.driver.free(address, nbytes)
 
     def map_zeroed(self, address: int, nbytes: int) -> None:
         """Put free pages under the range and zero them; raises CudaError and maps nothing if memory is short."""
-        places = range(address, address + nbytes, self.granularity)
-        handles = self._take(len(places))
-        done = 0
+        was_parked = self._pages.put(address, nbytes)
         try:
-            for place, handle in zip(places, handles, strict=True):
-                self.driver.map(place, self.granularity, handle)
-                done += 1
-            self.driver.allow(address, nbytes)
-            self.driver.fill(address, nbytes, 0, self._stream)
-            self.driver.record(self._zeroed, self._stream)
-            self.driver.wait_event(self.compute_stream(), self._zeroed)
-            self.driver.wait_event(self._weight_stream, self._zeroed)
+            if was_parked:
+                self._follow_compute()
+            self._zero(address, nbytes)
         except BaseException:
-            if done:
-                with suppress(CudaError):  # the first error says what is wrong
-                    self.driver.synchronize(self._stream)
-                    self.driver.unmap(address, done * self.granularity)
-            self._free += handles
+            with suppress(CudaError):  # the first error says what is wrong
+                self._drain()
+            self._pages.take_away(address, nbytes)
             raise
-        self._mapped.update(zip(places, handles, strict=True))
+
+    def map_unset(self, address: int, nbytes: int) -> None:
+        """Put free pages under the range as they are; raises CudaError and maps nothing if memory is short."""
+        self._pages.put(address, nbytes)
+
+    def map_later(self, address: int, nbytes: int) -> Callable[[int, int], None]:
+        """Take free pages for the range; the function returned maps some, as copies get to them."""
+        return self._pages.promise(address, nbytes)
 
     def unmap(self, address: int, nbytes: int) -> None:
         """Take the pages away once the engine's stream has drained; their bytes stay until they are mapped again."""
         self._wait_for_compute()
-        self._unmap(address, nbytes)
+        self._pages.take_away(address, nbytes)
+
+    def park(self, address: int, nbytes: int) -> None:
+        """Leave the pages where they are, for whoever maps here again; they go when pages are short elsewhere."""
+        self._pages.park(address, nbytes)
 
     @property
     def page_bytes(self) -> int:
         """Memory of all pages, whether they are mapped or not."""
-        return (len(self._free) + len(self._mapped)) * self.granularity
+        return self._pages.num_made * self.granularity
 
     def make_pages(self, count: int) -> None:
         """Make pages until there are `count`; raises CudaError, those that were made stay, when memory is short."""
-        while len(self._free) + len(self._mapped) < count:
-            self._free.append(self.driver.create(self.granularity))
+        self._pages.make(count)
 
     def release_unused(self) -> int:
-        """Give the memory of pages that are mapped nowhere back to the GPU; returns its bytes.
+        """Give the memory of pages that are parked, or mapped nowhere, back to the GPU; returns its bytes.
 
         For others in this process, such as a loader; it is made anew when it is needed.
         """
-        count = len(self._free)
-        while self._free:
-            self.driver.destroy(self._free.pop())
-        return count * self.granularity
+        return self._pages.release_unused()
 
-    def _unmap(self, address: int, nbytes: int) -> None:
-        self.driver.unmap(address, nbytes)
-        self._free += [self._mapped.pop(place) for place in range(address, address + nbytes, self.granularity)]
-
-    def _take(self, count: int) -> list[Any]:
-        taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        try:
-            while len(taken) < count:
-                taken.append(self.driver.create(self.granularity))
-        except BaseException:
-            self._free += taken
-            raise
-        return taken
+    def _zero(self, address: int, nbytes: int) -> None:
+        self.driver.fill(address, nbytes, 0, self._stream)
+        self.driver.record(self._zeroed, self._stream)
+        self.driver.wait_event(self.compute_stream(), self._zeroed)
+        self.driver.wait_event(self._weight_stream, self._zeroed)
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
         """An int8 tensor of shape (nbytes,) over the range, mapped or not; it does not keep the range reserved."""
@@ -206,21 +195,12 @@ class CudaDevice:
     # -- host memory and copies ----------------------------------------------------------------------
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
-        """Page-locked memory of exactly that size on the GPU's NUMA node, freed with its last tensor.
-
-        Not torch's pinned memory, which is rounded up to a power of two and cached.
-        """
-        if not nbytes:
-            return torch.empty(0, dtype=torch.uint8)
-        with _running_on(self._near_cpus):
-            address = self.driver.pin(nbytes)
-        memory = (ctypes.c_byte * nbytes).from_address(address)
-        weakref.finalize(memory, self.driver.unpin, address).atexit = False
-        return torch.frombuffer(memory, dtype=torch.uint8)  # its storage keeps `memory` alive
+        """Page-locked memory of exactly that size on the GPU's NUMA node, freed with its last tensor."""
+        return pinned_buffer(self.driver, nbytes, self._near_cpus)
 
     def register_host(self, address: int, nbytes: int) -> Callable[[], None]:
         """Page-lock a sealed mapping; the function that is returned ends that. Not yet run on hardware."""
-        self.driver.register(address, nbytes)
+        self.driver.register(address, nbytes, read_only=True)
         return lambda: self.driver.unregister(address)
 
     def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
@@ -297,32 +277,11 @@ class CudaDevice:
         self.driver.record(self._event, self.compute_stream())
         self.driver.synchronize_event(self._event)
 
+    def _drain(self) -> None:
+        """Wait on the host for all that the engine computes and for all copies of blocks."""
+        self._follow_compute()
+        self.driver.synchronize(self._stream)
+
     def _follow_compute(self) -> None:
         self.driver.record(self._event, self.compute_stream())
         self.driver.wait_event(self._stream, self._event)
-
-
-def _cpus_near(pci_bus_id: str, devices: Path = Path("/sys/bus/pci/devices")) -> frozenset[int]:
-    """The cores of the GPU's NUMA node; empty = not known."""
-    try:
-        text = (devices / pci_bus_id / "local_cpulist").read_text().strip()
-    except OSError:
-        return frozenset()
-    cpus: set[int] = set()
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        cpus.update(range(int(first), int(last or first) + 1))
-    return frozenset(cpus)
-
-
-@contextmanager
-def _running_on(cpus: frozenset[int]) -> Iterator[None]:
-    """Run this thread on `cpus`, if any: pages come from the node of the thread that touches them first."""
-    before = os.sched_getaffinity(0)
-    try:
-        if cpus:
-            with suppress(OSError):  # none of them is ours: memory of another node is slower and works
-                os.sched_setaffinity(0, cpus)
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

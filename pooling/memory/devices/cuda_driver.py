@@ -153,15 +153,15 @@ class CudaDriver:
         """Free what `pin` gave."""
         self._on_device("cuMemFreeHost", address)
 
-    def register(self, address: int, nbytes: int) -> None:
-        """Page-lock host memory that others have made, which this process can read and not write.
+    def register(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
+        """Page-lock host memory that is there; its address and size need no alignment.
 
-        Not yet run on hardware.
+        With `read_only` others have made it, and this process cannot write it: not yet run on hardware.
         """
-        self._on_device("cuMemHostRegister", address, nbytes, _REGISTER_READ_ONLY)
+        self._on_device("cuMemHostRegister", address, nbytes, _REGISTER_READ_ONLY if read_only else 0)
 
     def unregister(self, address: int) -> None:
-        """End what `register` began, before the memory is unmapped."""
+        """End what `register` did, before the memory is unmapped."""
         self._on_device("cuMemHostUnregister", address)
 
     # -- streams and events --------------------------------------------------------------------------

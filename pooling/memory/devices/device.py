@@ -39,9 +39,19 @@ class Device(Protocol):
     granularity: int
     copies_in_flight: int
     """Copies of `begin_copy_in` that should be under way at a time, so that the link is always busy."""
+    chunk_bytes: int
+    """Bytes of each of these: the more, the less often somebody has to be awake, and the later a copy is given up."""
+    copies_beside: bool
+    """Whether `begin_copies_in` and `begin_copies_out` return before the copies have ended."""
+    burst_bytes: int
+    """What is copied between host and device in about 10 ms."""
 
-    def reserve(self, nbytes: int) -> int:
-        """Reserve `nbytes` of address range without memory behind it; returns its address."""
+    def reserve(self, nbytes: int, *, harmless: bool = False) -> int:
+        """Reserve `nbytes` of address range without memory behind it; returns its address.
+
+        With `harmless` a place without memory of its own may be read, where the device can do so: it reads as zero,
+        or as old bytes where it is parked.
+        """
 
     def release(self, address: int, nbytes: int) -> None:
         """Give a reserved range back; nothing may use it any more."""
@@ -49,14 +59,30 @@ class Device(Protocol):
     def map_zeroed(self, address: int, nbytes: int) -> None:
         """Back the range with memory that the engine, and copies, read as zero; if it raises OSError, with none."""
 
+    def map_unset(self, address: int, nbytes: int) -> None:
+        """Back the range with memory of any bytes, for whoever overwrites all of it; raises as `map_zeroed`."""
+
+    def map_later(self, address: int, nbytes: int) -> Callable[[int, int], None]:
+        """Take memory for a range as `map_unset` does; the function returned puts part of it there.
+
+        It is given an address and bytes within the range, must be called before that part is used, on any thread, and
+        may be called again; it raises OSError. `unmap` of the range takes all away, whatever was put there.
+        """
+
     def unmap(self, address: int, nbytes: int) -> None:
-        """Take the memory away: any later access faults instead of reading stale bytes."""
+        """Take the memory away: any later access faults instead of reading stale bytes. No copy of it is under way."""
+
+    def park(self, address: int, nbytes: int) -> None:
+        """Let the memory go after all that the engine and begun copies do with it; later bytes are of no meaning.
+
+        Where accesses fault afterwards this waits for those copies; where they are harmless it waits for nothing.
+        """
 
     def release_unused(self) -> int:
         """Give memory that is behind no page, and was kept for the next, back to whoever has it; returns its bytes."""
 
     def fill(self, address: int, nbytes: int, byte: int) -> None:
-        """Set every byte of a mapped range to `byte`."""
+        """Set every byte of a mapped range to `byte`, after all that begun copies do with it."""
 
     def tensor(self, address: int, nbytes: int) -> torch.Tensor:
         """An int8 tensor of shape (nbytes,) over the range, its own storage, no copy."""

@@ -28,14 +28,17 @@ class MirroredDevice:
     def __init__(self, device: Device, repeat: Repeat) -> None:
         self.granularity = device.granularity
         self.copies_in_flight = device.copies_in_flight
+        self.chunk_bytes = device.chunk_bytes
+        self.copies_beside = device.copies_beside
+        self.burst_bytes = device.burst_bytes
         self._device = device
         self._repeat = repeat
         self._lock = threading.Lock()  # the others must see a buffer before a copy that uses it
 
-    def reserve(self, nbytes: int) -> int:
+    def reserve(self, nbytes: int, *, harmless: bool = False) -> int:
         """Reserve the range on every rank; returns the first rank's address."""
-        address = self._device.reserve(nbytes)
-        self._repeat("reserve", (address, nbytes))
+        address = self._device.reserve(nbytes, harmless=harmless)
+        self._repeat("reserve", (address, nbytes, harmless))
         return address
 
     def release(self, address: int, nbytes: int) -> None:
@@ -48,10 +51,25 @@ class MirroredDevice:
         self._device.map_zeroed(address, nbytes)
         self._repeat("map_zeroed", (address, nbytes))
 
+    def map_unset(self, address: int, nbytes: int) -> None:
+        """Back the range on every rank, as `map_zeroed`."""
+        self._device.map_unset(address, nbytes)
+        self._repeat("map_unset", (address, nbytes))
+
+    def map_later(self, address: int, nbytes: int) -> Callable[[int, int], None]:
+        """A `map_unset` of all: the others do things in order."""
+        self.map_unset(address, nbytes)
+        return lambda start, size: None
+
     def unmap(self, address: int, nbytes: int) -> None:
         """Take the memory away on every rank."""
         self._device.unmap(address, nbytes)
         self._repeat("unmap", (address, nbytes))
+
+    def park(self, address: int, nbytes: int) -> None:
+        """Let the memory go on every rank."""
+        self._device.park(address, nbytes)
+        self._repeat("park", (address, nbytes))
 
     def release_unused(self) -> int:
         """Give unused memory back on every rank; returns the first rank's bytes."""
@@ -118,8 +136,8 @@ class Mirror:
         """Repeat a call; returns what it returns here. Raises what the device raises, KeyError for unknown places."""
         return getattr(self, f"_{name}")(*args)
 
-    def _reserve(self, theirs: int, nbytes: int) -> None:
-        self._ranges.append((theirs, nbytes, self.device.reserve(nbytes)))
+    def _reserve(self, theirs: int, nbytes: int, harmless: bool = False) -> None:
+        self._ranges.append((theirs, nbytes, self.device.reserve(nbytes, harmless=harmless)))
 
     def _release(self, theirs: int, nbytes: int) -> None:
         self.device.release(self.address(theirs), nbytes)
@@ -128,8 +146,14 @@ class Mirror:
     def _map_zeroed(self, theirs: int, nbytes: int) -> None:
         self.device.map_zeroed(self.address(theirs), nbytes)
 
+    def _map_unset(self, theirs: int, nbytes: int) -> None:
+        self.device.map_unset(self.address(theirs), nbytes)
+
     def _unmap(self, theirs: int, nbytes: int) -> None:
         self.device.unmap(self.address(theirs), nbytes)
+
+    def _park(self, theirs: int, nbytes: int) -> None:
+        self.device.park(self.address(theirs), nbytes)
 
     def _release_unused(self) -> None:
         self.device.release_unused()

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from starlette.responses import Response
 from starlette.types import Message, Scope
@@ -30,6 +30,16 @@ _UNQUEUED_PATHS = (
 )  # fmt: skip
 """POST routes that wait for no token."""
 _KINDS = {429: "RateLimitError", 503: "ServiceUnavailableError"}
+
+
+class HeldQueue(Protocol):
+    """Requests that wait for a model that is not loaded."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many each tenant has."""
 
 
 class EngineQueue(NamedTuple):
@@ -118,17 +128,21 @@ class Gate:
         self._forecast = Forecast(load["first_token_in_s"], load["prefill_s"], time.monotonic())
         self._admitted_since = 0
 
-    def admit(self, scope: Scope, path: str, tenant: str | None = None) -> Ticket | Response:
+    def admit(
+        self, scope: Scope, path: str, tenant: str | None = None, held: HeldQueue | None = None
+    ) -> Ticket | Response:
         """Take a request in, which counts at once, or return the answer that refuses it.
 
-        A full queue refuses those tenants that hold their part of it; one that holds less comes in.
+        A full queue refuses those tenants that hold their part of it; one that holds less comes in. `held` is where
+        requests wait for the model while it is not loaded: there all wait, also what wants no token.
         """
-        if not waits_for_tokens(scope, path):
+        is_counted = waits_for_tokens(scope, path)
+        if not is_counted and held is None:
             return Ticket(None)
-        answer = self._decide(tenant)
+        answer = self._decide(tenant, held) if is_counted else self._decide_held(tenant, held)
         if not isinstance(answer, Reject):
-            self._admitted_since += 1
-            return Ticket(self)
+            self._admitted_since += is_counted
+            return Ticket(self if is_counted else None)
         self._refused[answer.status] += 1
         message = f"{answer.reason[:1].upper()}{answer.reason[1:]}; retry after {answer.retry_after_s} s."
         headers = {"retry-after": str(answer.retry_after_s)}
@@ -139,11 +153,10 @@ class Gate:
         refused, self._refused = self._refused, dict.fromkeys(_KINDS, 0)
         return refused
 
-    def _decide(self, tenant: str | None) -> Admit | Reject | None:
+    def _decide(self, tenant: str | None, held: HeldQueue | None) -> Admit | Reject | None:
         bound, tokens_bound = self.limits.max_waiting, self.limits.max_waiting_tokens
-        reached = bound if bound is not None and self.unanswered >= bound else None
-        line, is_full = self.line, reached is not None
-        if reached is not None and tenant is not None and line is not None and line.is_within_share(tenant, reached):
+        is_full = bound is not None and self.unanswered >= bound
+        if is_full and self._is_within_share(tenant, held):
             return None
         if not is_full and tokens_bound is None and not self.wants_forecast:
             return None
@@ -157,6 +170,27 @@ class Gate:
             wait_s=self._wait_s(tenant),
             ttft_s=self.ttft_s,
         )
+
+    def _decide_held(self, tenant: str | None, held: HeldQueue | None) -> Admit | Reject | None:
+        """Judge a request that wants no token, but waits until the model is loaded."""
+        num_held, bound = len(held) if held is not None else 0, self.limits.max_waiting
+        if bound is None or num_held < bound or self._is_within_share(tenant, held):
+            return None
+        return judge(
+            self.model,
+            AdmissionLimits(bound),
+            num_waiting=num_held,
+            waiting_tokens=0,
+            prompt_tokens=0,
+            wait_s=self.last_wait_s,
+            ttft_s=self.ttft_s,
+        )
+
+    def _is_within_share(self, tenant: str | None, held: HeldQueue | None) -> bool:
+        bound = self.limits.max_waiting
+        if bound is None or tenant is None or self.line is None:
+            return False
+        return self.line.is_within_share(tenant, bound, held.counts if held is not None else {})
 
     def _wait_s(self, tenant: str | None) -> float:
         """Seconds that a new request would wait, as far as is known."""

@@ -28,6 +28,9 @@ SLEEP_PATHS = frozenset({"/sleep", "/wake_up", "/is_sleeping"})
 OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/ping", "/pool"})
 """Probes, and the status page, which asks for the admin key itself: answered without a key."""
 
+PICKER_PATH = "/metrics/picker"
+"""What an endpoint picker reads, which has no key: open if the pool file says so, with a model's name behind it too."""
+
 TENANT_KEY = "tokenpool.tenant"
 """Where the scope of a request has the account of its tenant, in a pool with tenants."""
 
@@ -98,6 +101,11 @@ def is_sleep_path(path: str) -> bool:
     return path in SLEEP_PATHS or (path.startswith("/models/") and path.endswith(tuple(SLEEP_PATHS)))
 
 
+def is_picker_path(path: str) -> bool:
+    """Tell whether a route path is `PICKER_PATH`, of the pool or of one model."""
+    return path == PICKER_PATH or path.startswith(f"{PICKER_PATH}/")
+
+
 def touches_pool_api(path: str) -> bool:
     """Tell whether any reading of `path` names the admin API.
 
@@ -135,6 +143,7 @@ class ApiKeyAuth:
     | path                  | needs                                                               |
     |-----------------------|---------------------------------------------------------------------|
     | in `open_paths`       | nothing; the path must match exactly. `CLIENT_KEY` tells of a key   |
+    | `is_picker_path`      | nothing, with `opens_picker`                                        |
     | GET, ``/v1/pool``     | a view or admin key; without any configured, always refused with 403|
     | touches ``/v1/pool``  | an admin key; without any configured, always refused with 403       |
     | `is_sleep_path`       | the same, with `guards_sleep`                                       |
@@ -153,6 +162,7 @@ class ApiKeyAuth:
         tenant_keys: Iterable[tuple[bytes, object]] = (),
         default_tenant: object = None,
         open_paths: Iterable[str] = OPEN_PATHS,
+        opens_picker: bool = False,
         guards_sleep: bool = False,
     ) -> None:
         """`tenant_keys` are SHA-256 digests, each with what the request's scope then has at `TENANT_KEY`.
@@ -169,6 +179,7 @@ class ApiKeyAuth:
         self._user_digests = [*api_digests, *self._admin_digests, *(digest for digest, _ in tenants)]
         self._owners = [default_tenant] * (len(self._user_digests) - len(tenants)) + [owner for _, owner in tenants]
         self._open_paths = frozenset(open_paths)
+        self._opens_picker = opens_picker
         self._guards_sleep = guards_sleep
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -188,12 +199,15 @@ class ApiKeyAuth:
         if not self._is_open:
             found = _carried_key(scope, self._user_digests)
             if found is None:
-                return None if route_path(scope) in self._open_paths else _unauthorized("Missing or invalid API key.")
+                return None if self._is_open_path(route_path(scope)) else _unauthorized("Missing or invalid API key.")
             owner = self._owners[found]
         scope[CLIENT_KEY] = True
         if owner is not None:
             scope[TENANT_KEY] = owner
         return None
+
+    def _is_open_path(self, path: str) -> bool:
+        return path in self._open_paths or (self._opens_picker and is_picker_path(path))
 
     def _admin_refusal(self, scope: Scope) -> Response | None:
         looks = scope.get("method") in _LOOKING_METHODS

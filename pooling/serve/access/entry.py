@@ -112,14 +112,15 @@ class Access:
         if account is not None:
             if (refusal := self._blame(asked.scope, account.config.name)) is not None:
                 account.refused[model.name, REASON] += 1
-                raise RefusedError(refusal)
+                raise RefusedError(refusal, close_code=_TRY_AGAIN_LATER)
             if (refusal := account.refusal(asked.scope, model.name, asked.sequences)) is not None:
-                raise RefusedError(refusal)
-        ticket = model.gate.admit(asked.scope, asked.path, account.config.name if account is not None else None)
+                raise RefusedError(refusal, close_code=_TRY_AGAIN_LATER)
+        held = None if model.is_ready else model.hold
+        ticket = model.gate.admit(asked.scope, asked.path, account.config.name if account is not None else None, held)
         if isinstance(ticket, Response):
             if account is not None:
                 account.refused[model.name, "queue"] += 1
-            raise RefusedError(ticket)
+            raise RefusedError(ticket, close_code=_TRY_AGAIN_LATER)
         if account is None:
             return ticket, None
         return ticket, account.begin(asked.scope, model.name, asked.num_body_bytes, asked.sequences)
@@ -139,9 +140,8 @@ def _dressed(send: Send, call: Call | None) -> Send:
 
 async def _wait(model: Entered, call: Call | None, asked: Asked, receive: Receive, stream: HeldStream) -> bool:
     """Wait until the model is loaded, and for the call's turn; False if the client was answered or has gone."""
-    listen = receive if asked.can_wait else None
     try:
-        if not model.is_ready and not await model.hold.wait(model, listen, stream if asked.is_stream else None):
+        if not model.is_ready and not await _hold(model, call, asked, receive, stream):
             return False
         if call is None:
             return True
@@ -155,6 +155,12 @@ async def _wait(model: Entered, call: Call | None, asked: Asked, receive: Receiv
             raise RefusedError(refused.response, close_code=_TRY_AGAIN_LATER) from refused
         await stream.refuse(refused.response, asked.scope, receive)
         return False
+
+
+async def _hold(model: Entered, call: Call | None, asked: Asked, receive: Receive, stream: HeldStream) -> bool:
+    """Wait until the model is loaded; False if the client has gone."""
+    tenant = call.account.config.name if call is not None else ""
+    return await model.hold.wait(model, receive, stream if asked.is_stream else None, tenant)
 
 
 async def _in_line(model: Entered, call: Call, asked: Asked, receive: Receive) -> bool:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenpool import settings
 from tokenpool.config import PoolConfig
-from tokenpool.serve.access.auth import OPEN_PATHS, TENANT_KEY, ApiKeyAuth, error_response, route_path
+from tokenpool.serve.access.auth import OPEN_PATHS, TENANT_KEY, ApiKeyAuth, error_response, is_picker_path, route_path
 from tokenpool.serve.access.tenants import TenantBook
 from tokenpool.tenant_config import DEFAULT_TENANT
 
@@ -30,6 +30,7 @@ def guarded(router: ASGIApp, config: PoolConfig, tenants: TenantBook | None) -> 
     readers = [(hashlib.sha256(key.encode()).digest(), _METRICS_READER) for key in config.metrics_key]
     options["tenant_keys"] = [*options.get("tenant_keys", ()), *readers]
     options |= {"admin_keys": config.admin_key, "view_keys": config.view_key}
+    options["opens_picker"] = config.open_picker_metrics
     options["guards_sleep"] = bool(settings.DEV_MODE.get())
     return ApiKeyAuth(_Guard(router), api_keys=config.api_key, **options)
 
@@ -49,7 +50,7 @@ class _Guard:
         answer: Response | None = None
         if owner is _METRICS_READER:
             scope = {key: value for key, value in scope.items() if key != TENANT_KEY}
-            if path not in _NUMBERS | OPEN_PATHS:
+            if path not in _NUMBERS | OPEN_PATHS and not is_picker_path(path):
                 answer = _forbidden("A metrics key reads /metrics and /load only.")
         elif owner.config.name != DEFAULT_TENANT and is_of_the_pool(path):
             if path == "/load":

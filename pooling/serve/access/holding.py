@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,6 +64,7 @@ class Held(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
+    tenant: str
     due_s: float
     until_s: float
     news: asyncio.Future[Response | None]
@@ -79,18 +81,27 @@ class Hold:
     """Seconds in which a first token is due; inf without an SLO."""
     _waiters: dict[_Waiter, None] = field(default_factory=dict)
     _closed: Callable[[], Response] | None = None
+    _counts: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         """Requests that wait."""
         return len(self._waiters)
 
     @property
-    def due_s(self) -> float:
-        """When the most urgent one is due, on the monotonic clock; inf if none waits.
+    def counts(self) -> Mapping[str, int]:
+        """Requests that wait, by tenant; '' without tenants."""
+        return self._counts
+
+    @property
+    def due_by_tenant(self) -> dict[str, float]:
+        """When each tenant's most urgent one is due, on the monotonic clock.
 
         That is by the model's SLO, or else when it has waited for as long as it may.
         """
-        return min((waiter.due_s for waiter in self._waiters), default=math.inf)
+        due: dict[str, float] = {}
+        for waiter in self._waiters:
+            due[waiter.tenant] = min(waiter.due_s, due.get(waiter.tenant, math.inf))
+        return due
 
     @property
     def since_s(self) -> float:
@@ -114,7 +125,7 @@ class Hold:
         self._closed = answer
         self.refuse(answer)
 
-    async def wait(self, model: Held, receive: Receive | None, stream: HeldStream | None) -> bool:
+    async def wait(self, model: Held, receive: Receive, stream: HeldStream | None, tenant: str = "") -> bool:
         """Wait until `model` is ready; False if the client has gone away, of which `receive` tells.
 
         A `stream` is told how far loading is. Raises RefusedError.
@@ -123,8 +134,9 @@ class Hold:
             raise RefusedError(self._closed())
         now_s, loop = time.monotonic(), asyncio.get_running_loop()
         due_s = min(self.ttft_s, self.limit_s)
-        waiter = _Waiter(now_s + due_s, now_s + self.limit_s, loop.create_future())
+        waiter = _Waiter(tenant, now_s + due_s, now_s + self.limit_s, loop.create_future())
         self._waiters[waiter] = None
+        self._counts[tenant] += 1
         try:
             while not model.is_ready:  # nothing is awaited after that, or the model might leave before it is used
                 if not model.may_come:
@@ -132,31 +144,31 @@ class Hold:
                 if waiter.news.done():
                     waiter.news = loop.create_future()
                 model.want()
-                gone = asyncio.create_task(_disconnect(receive)) if receive is not None else None
+                gone = asyncio.create_task(_disconnect(receive))
                 try:
                     if not await self._news(waiter, gone, model, stream):
                         return False
                 finally:
-                    if gone is not None:
-                        gone.cancel()
-                        with contextlib.suppress(asyncio.CancelledError):
-                            await gone
+                    gone.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await gone
             return True
         finally:
             del self._waiters[waiter]
+            self._counts[tenant] -= 1
+            if not self._counts[tenant]:
+                del self._counts[tenant]
 
-    async def _news(
-        self, waiter: _Waiter, gone: asyncio.Task[None] | None, model: Held, stream: HeldStream | None
-    ) -> bool:
+    async def _news(self, waiter: _Waiter, gone: asyncio.Task[None], model: Held, stream: HeldStream | None) -> bool:
         """Wait until the waiter is let in; False if its client has gone. Raises RefusedError."""
-        ends: set[asyncio.Future[Any]] = {waiter.news} if gone is None else {waiter.news, gone}
+        ends: set[asyncio.Future[Any]] = {waiter.news, gone}
         while True:
             left_s = waiter.until_s - time.monotonic()
             if left_s <= 0:
                 raise RefusedError(self._too_late(model))
             wait_s = left_s if stream is None else min(left_s, PROGRESS_PERIOD_S)
             await asyncio.wait(ends, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-            if gone is not None and gone.done():
+            if gone.done():
                 return False
             if waiter.news.done():
                 if (answer := waiter.news.result()) is not None:
@@ -171,5 +183,5 @@ class Hold:
 
 
 async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
+    while not (await receive())["type"].endswith(".disconnect"):
         pass

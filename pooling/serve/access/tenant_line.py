@@ -14,7 +14,8 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from starlette.types import Receive
@@ -25,6 +26,9 @@ from tokenpool.serve.access.tenant_call import Call
 ENGINE_QUEUE = 4
 """Sequences without a token that the engine has at a time. More would fill its steps better while prompts are short,
 but all of them go before a tenant that comes now."""
+LATE_S = 1.0
+"""A sequence that has had no token for so long waits for more than a step, such as its grammar. It is no reason for
+other tenants to wait; its own has no more than `ENGINE_QUEUE` of either kind there."""
 ALONE_QUEUE = 64
 """The same for further sequences of calls that have some already, while no other tenant uses the model."""
 ASIDE_AT_ONCE = 4
@@ -40,13 +44,19 @@ class LineSeat:
     def __init__(self, line: TenantLine, tenant: str, charged: float) -> None:
         self.cost = 0.0
         self._line, self._tenant, self._charged = line, tenant, charged
-        self._has_begun = self._is_closed = False
+        self._has_begun = self._is_closed = self._is_late = False
+        self._timer = asyncio.get_running_loop().call_later(LATE_S, self._become_late)
+
+    def _become_late(self) -> None:
+        self._is_late = True
+        self._line._became_late(self._tenant)
 
     def begin(self) -> None:
         """The sequence has its first token: the next one may go to the engine."""
         if not self._has_begun:
             self._has_begun = True
-            self._line._begun(self._tenant)
+            self._timer.cancel()
+            self._line._begun(self._tenant, self._is_late)
 
     def close(self) -> None:
         """The sequence is over: its seat is free, and its tenant pays what it cost."""
@@ -106,6 +116,7 @@ class TenantLine:
         """Who has how many of the engine's seats, and of how many."""
         self._engine_queue = engine_queue
         self._ahead: Counter[str] = Counter()  # sequences let through that have no token yet
+        self._late: Counter[str] = Counter()  # of these, the ones that have had none for LATE_S
         self._aside: dict[str, _Places] = {}
 
     def __len__(self) -> int:
@@ -121,10 +132,13 @@ class TenantLine:
         own = self.num_held(tenant)
         return own + sum(min(own + 1, self.num_held(name)) for name in self._queue.tenants if name != tenant)
 
-    def is_within_share(self, tenant: str, bound: int) -> bool:
-        """Whether others have sequences here and a tenant less than an equal part of a line of `bound`."""
-        tenants = {*self._queue.tenants, tenant}
-        return len(tenants) > 1 and self.num_held(tenant) < bound // len(tenants)
+    def is_within_share(self, tenant: str, bound: int, held: Mapping[str, int] = MappingProxyType({})) -> bool:
+        """Whether others have sequences here and a tenant less than an equal part of a line of `bound`.
+
+        `held` counts, by tenant, what waits until the model is loaded and is not here yet.
+        """
+        tenants = {*self._queue.tenants, *held, tenant}
+        return len(tenants) > 1 and self.num_held(tenant) + held.get(tenant, 0) < bound // len(tenants)
 
     async def enter(self, call: Call, receive: Receive) -> bool:
         """Wait for the place of the call's first sequence; False if its client has gone away meanwhile.
@@ -161,9 +175,15 @@ class TenantLine:
 
     def _let_through(self) -> None:
         now_s = time.monotonic()
-        while (tenant := self._queue.next_tenant(lambda name: self.shares.may_take(name, now_s))) is not None:
-            if self._ahead[tenant] and self._ahead.total() >= self._bound_for(tenant, now_s):
-                return
+        stuck: set[str] = set()
+        while (tenant := self._queue.next_tenant(lambda name: self._may_go(name, now_s, stuck))) is not None:
+            if self._ahead[tenant]:
+                bound = self._bound_for(tenant, now_s)
+                if self._ahead.total() - self._late.total() >= bound:
+                    return
+                if self._ahead[tenant] >= bound:
+                    stuck.add(tenant)
+                    continue
             taken = self._queue.pop(tenant)
             assert taken is not None
             _, (_, granted), charged = taken
@@ -175,14 +195,22 @@ class TenantLine:
             else:
                 granted.set_result(seat)
 
+    def _may_go(self, tenant: str, now_s: float, stuck: Set[str]) -> bool:
+        return tenant not in stuck and self.shares.may_take(tenant, now_s)
+
     def _bound_for(self, tenant: str, now_s: float) -> int:
         """Sequences without a token that the engine may have. While a tenant is alone, the further ones of its lists
         fill the engine's steps; who comes then waits for them once."""
         is_further, _ = self._queue.head(tenant)
         return ALONE_QUEUE if is_further and not self.shares.others(tenant, now_s) else self._engine_queue
 
-    def _begun(self, tenant: str) -> None:
+    def _became_late(self, tenant: str) -> None:
+        self._late[tenant] += 1
+        self._let_through()
+
+    def _begun(self, tenant: str, was_late: bool) -> None:
         self._ahead[tenant] -= 1
+        self._late[tenant] -= was_late
         self._let_through()
 
     def _ended(self, tenant: str, charged: float, cost: float) -> None:

@@ -169,25 +169,30 @@ class PoolEngineClient(AsyncMPClient):
     async def move_with_kv(self, request_id: str, host: str | None = None) -> bool:
         """`move`, with the KV computed so far; returns whether it went along.
 
-        The request goes on where it is until its full blocks are in the other host's memory. If they cannot be had,
-        it moves all the same and is computed again. Raises KeyError as `move` does.
+        The request goes on where it is until its full blocks are in the other host's memory; one whose model keeps
+        states ends there as its blocks are copied. If they cannot be had, it moves all the same and is computed again.
+        Raises KeyError as `move` does.
         """
         entry = self.journal.get(request_id)
         source = entry.place if entry is not None else None
-        if entry is None or source is None:
+        if entry is None or source is None or entry.obstacle() is not None:
             raise KeyError(request_id)
         target = self._links[host] if host is not None else self._choose(entry)
         if target is None or target is source:
             return False
-        with_kv = False
+        with_kv, given_up = False, True  # unless its engine says that it still has it
         try:
             async with asyncio.timeout(_KV_LIMIT_S):
                 offer = await source.call("export_kv", entry.wire_id)
+                given_up = offer["given_up"]
                 with_kv = bool(offer["keys"]) and await target.call("import_kv", offer) > 0
         except Exception as error:  # of vLLM's making: the engines' words, or a connection that is gone
             logger.warning("request moves without its KV id=%s reason=%s", request_id, error)
-        if self.journal.get(request_id) is entry and entry.place is source and not target.closed:
-            self.move(request_id, target.host)
+        if self.journal.get(request_id) is entry and entry.place is source:
+            if self._links.get(target.host) is target and not target.closed:
+                self.move(request_id, target.host)
+            elif given_up:
+                self.move(request_id)
         return with_kv
 
     def set_role(self, host: str, role: Role) -> None:

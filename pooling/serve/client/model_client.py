@@ -41,6 +41,7 @@ from tokenpool.serve.http.port import drop_port_parts, without_port_flags
 from tokenpool.serve.launch.model_plan import ModelPlan, first_line
 from tokenpool.serve.launch.names import names_of
 from tokenpool.serve.launch.start_checks import load_plugins
+from tokenpool.serve.media.image_bounds import bound_media
 from tokenpool.wire.addresses import EngineAddresses
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,12 @@ class ModelClient:
         flags = without_port_flags(self.plan.args)
         self.app = app = await asyncio.to_thread(build_app, flags, tasks, self.engine.model_config)
         drop_port_parts(app)
+        if self.engine.model_config.is_multimodal_model:
+            bound_media()
+        if "realtime" in tasks:
+            from tokenpool.serve.media.realtime_bounds import bound_realtime  # imports what only such models need
+
+            bound_realtime()
         stop_at_first_faults(app)
         await init_app_state(self.engine, app.state, self.plan.args, tasks)
         keep_apart(getattr(app.state, "openai_serving_responses", None))

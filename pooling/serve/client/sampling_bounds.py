@@ -38,6 +38,16 @@ def refuse_long_lists(params: SamplingParams) -> None:
     _refuse("vllm_xargs", "values or more", _count_values(params.extra_args), MAX_EXTRA)
 
 
+def refuse_undrafted(params: SamplingParams) -> None:
+    """Raise VLLMValidationError for what crashes a step of a model with a drafter.
+
+    Its sampler takes the log probabilities of chosen tokens for those of all.
+    """
+    if params.logprob_token_ids is not None:
+        message = "logprob_token_ids is not supported with speculative decoding: ask for logprobs instead."
+        raise VLLMValidationError(message, parameter="logprob_token_ids")
+
+
 def _count_values(value: object) -> int:
     """Values in lists and mappings, at any depth; what is beyond the bound is not looked at."""
     count, stack = 0, [value]

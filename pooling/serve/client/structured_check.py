@@ -18,7 +18,8 @@ from collections.abc import AsyncGenerator
 from http import HTTPStatus
 from typing import Any
 
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, LoRAAdapterNotFoundError, VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine import EngineCoreRequest
@@ -29,7 +30,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from tokenpool.serve.access.tenant_call import CURRENT_CALL, current_tenant
 from tokenpool.serve.client.check_worker import CHECK_LIMIT_S, ChecksBusyError, CheckWorker
 from tokenpool.serve.client.grammar_bounds import grammar_problem
-from tokenpool.serve.client.sampling_bounds import refuse_long_lists, refuse_many_logprobs
+from tokenpool.serve.client.sampling_bounds import refuse_long_lists, refuse_many_logprobs, refuse_undrafted
 from tokenpool.serve.client.sendable import refuse_unsendable
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
@@ -37,6 +38,7 @@ _NO_ANSWER = (
     "The grammar or schema could not be compiled, allows no answer, or takes too long for each token: "
     "use another or a simpler one."
 )
+_NOT_ADDED = "Call to add_lora method failed"
 _KEPT = 256
 _TOO_LONG = f"The grammar or schema takes longer than {CHECK_LIMIT_S:g} s to check: use a simpler one."
 _BUSY = "Grammars of other requests are being checked; retry after 5 s."
@@ -97,12 +99,15 @@ class _CheckedInputProcessor(InputProcessor):
     The bounds of `sampling_bounds` hold for all.
     """
 
+    speculative_config: Any = None
     unchecked: InputProcessor
     """The same without a config of structured outputs, by which vLLM knows that there is nothing to validate."""
 
     def _validate_params(self, params: Any, *args: Any) -> Any:
         if isinstance(params, SamplingParams):
             refuse_long_lists(params)
+            if self.speculative_config is not None:
+                refuse_undrafted(params)
         constraint = getattr(params, "structured_outputs", None)
         if isinstance(constraint, CheckedOutputs):
             return self.unchecked._validate_params(params, *args)
@@ -119,7 +124,10 @@ class _CheckedInputProcessor(InputProcessor):
 
 
 class _CheckedLLM(AsyncLLM):
-    """Has the constraint of each request judged before anything else is done for it."""
+    """Has the constraint of each request judged before anything else is done for it.
+
+    What no engine can send, or read an adapter from, is the client's fault.
+    """
 
     judge: SpecJudge
     worker: CheckWorker
@@ -131,6 +139,15 @@ class _CheckedLLM(AsyncLLM):
         if constraint is not None and not isinstance(constraint, CheckedOutputs):
             params.structured_outputs = await check(constraint, self.judge, self.worker)
         return await super().add_request(request_id, prompt, params, *args, **options)
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """As AsyncLLM's; raises LoRAAdapterNotFoundError for all that no adapter can be read from."""
+        try:
+            return await super().add_lora(lora_request)
+        except Exception as error:
+            if not str(error).startswith(_NOT_ADDED):
+                raise
+            raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path) from error
 
     async def _add_request(self, request: EngineCoreRequest, *args: Any, **options: Any) -> None:
         refuse_unsendable(request)

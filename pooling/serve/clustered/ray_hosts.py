@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenpool.cluster.session import Session
 from tokenpool.cluster.values import ClusterView, Deployment
-from tokenpool.errors import HostError
+from tokenpool.errors import HostError, PoolError
 from tokenpool.metric_registry import metric
 from tokenpool.model_life import Life
 from tokenpool.policy.routing import LOADS_PERIOD_S
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _DECISIONS = metric("decisions").make()
 _RETRY_S = 0.2
 _CALL_LIMIT_S = 30.0
-_LOOKS = ("state", "load", "progress", "metrics")
+_LOOKS = ("state", "load", "progress", "metrics", "logs")
 _LOOK_LIMIT_S = 5.0
 """For what is asked all the time; a host that builds a model answers late."""
 _RETRY_CALLS_S = 60.0
@@ -280,6 +280,7 @@ class RayHosts:
         cluster: dict[str, Any] = {}
         if (view := self.view) is not None:
             cluster = {"epoch": view.epoch, "revision": view.revision, "hosts": view.hosts, "roles": view.roles}
+            cluster["draining"] = sorted(view.draining)
         try:
             async with asyncio.timeout(_LOOK_LIMIT_S):
                 described = await self.tell("describe")
@@ -314,6 +315,26 @@ class RayHosts:
         except Exception as error:
             raise HostError(f"the controller does not answer: {type(error).__name__}") from error
         return decided
+
+    async def logs(self, seen: Mapping[str, int]) -> list[dict[str, Any]]:
+        """See Hosts."""
+        answers = await self.ask("logs", dict(seen))
+        return [
+            line | {"process": host}
+            for host, lines in answers.items()
+            for line in ([] if isinstance(lines, Exception) else lines)
+        ]
+
+    async def drain(self, host: str, is_wanted: bool) -> list[str]:
+        """See Hosts."""
+        try:
+            models: list[str] = await self.tell("drain", host, is_wanted)
+        except Exception as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, PoolError):
+                raise cause from None
+            raise HostError(f"the controller does not answer: {type(error).__name__}") from error
+        return models
 
     async def check(self) -> None:
         """See Hosts."""

@@ -101,6 +101,7 @@ class SeatFollower(ABC):
             {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s} if slo else {},
             plan.spec.replicas,
             plan.spec.max_replicas,
+            plan.spec.hosts,
         )
 
     @property

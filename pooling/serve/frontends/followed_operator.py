@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tokenpool.config import ModelSpec
 from tokenpool.errors import ModelUnavailableError
+from tokenpool.recent_logs import in_order, recent_lines
 from tokenpool.serve.frontends.followed_hosts import FollowedHosts
 from tokenpool.serve.pool.pool import Pool
 from tokenpool.wire.budget import BudgetOrder, BudgetState
@@ -79,6 +81,15 @@ class FollowedOperator:
         """See Operator."""
         decided: list[dict[str, Any]] | None = await self._ask("decisions", limit)
         return decided
+
+    async def logs(self, seen: Mapping[str, int]) -> list[dict[str, Any]]:
+        """See Operator; of this frontend, the supervisor and the hosts, not of the other frontends."""
+        return in_order([*recent_lines(seen), *await self._ask("logs", seen)])
+
+    async def drain(self, host: str, is_wanted: bool) -> list[str]:
+        """See Operator."""
+        models: list[str] = await self._ask("drain", host, is_wanted)
+        return models
 
     async def check(self) -> None:
         """See Operator."""

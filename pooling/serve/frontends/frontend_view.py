@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tokenpool.cluster.values import ModelView
@@ -51,8 +53,8 @@ class ModelUse(NamedTuple):
 
     num_held: int = 0
     """Requests that wait for it to be loaded."""
-    due_s: float = math.inf
-    """When the most urgent of them is due."""
+    due_by_tenant: Mapping[str, float] = MappingProxyType({})
+    """When the most urgent of each tenant's is due."""
     since_s: float = math.inf
     """Since when the first of them waits."""
     inflight: int = 0

@@ -115,7 +115,15 @@ class Frontends:
         of_operator = self._operator
         told: list[Callable[..., Any]] = [of_operator.trace, of_operator.host_metrics, of_operator.decisions]
         told += [of_operator.budget, of_operator.sleep, of_operator.wake, of_operator.asleep]
-        told += [of_operator.check, of_operator.add_model, of_operator.remove_model, self.state, self.report]
+        told += [
+            of_operator.logs,
+            of_operator.drain,
+            of_operator.check,
+            of_operator.add_model,
+            of_operator.remove_model,
+            self.state,
+            self.report,
+        ]
         return [self.view, self.joined, self.drained, self.failed, self.uses, *told, *self._hosts.calls()]
 
     async def stop(self) -> None:

@@ -142,15 +142,15 @@ def _clients_of(model: PoolModel) -> HostClients | None:
 
 
 def host_frontends(
-    config: PoolConfig, plans: list[ModelPlan], template: Template | None, sock: socket.socket
+    config: PoolConfig, plans: list[ModelPlan], template: Template | None, pool_file: str | None, sock: socket.socket
 ) -> Frontends:
-    """Several frontends, which answer at `sock`, of a pool on one host of this machine."""
+    """Several frontends, which answer at `sock`, of a pool on one host of this machine; `pool_file` is followed."""
     sayings = Sayings(config.frontends)
     load = partial(load_for_all, sayings)
     make_hosts = partial(LocalHosts, config, load=load, template=template)
     pool = Pool(config, plans, Starlette(), make_hosts, make_hold=ToldHold)
     shared = SharedHost(pool.hosts, pool.models, sayings)
-    operator = PoolOperator(pool, demand=Demand(pool.models, pool.hosts, config.max_loaded))
+    operator = PoolOperator(pool, pool_file, Demand(pool.models, pool.hosts, config.max_loaded))
     frontends = Frontends(pool, operator, shared, sayings, sock)
     pool.hosts.count_requests = frontends.count_requests
     return frontends

@@ -23,9 +23,13 @@ class ToldHold(Hold):
         return sum(use.num_held for use in self.told.values())
 
     @property
-    def due_s(self) -> float:
+    def due_by_tenant(self) -> dict[str, float]:
         """See Hold."""
-        return min((use.due_s for use in self.told.values()), default=math.inf)
+        due: dict[str, float] = {}
+        for use in self.told.values():
+            for tenant, due_s in use.due_by_tenant.items():
+                due[tenant] = min(due_s, due.get(tenant, math.inf))
+        return due
 
     @property
     def since_s(self) -> float:
@@ -64,4 +68,4 @@ def use_of(model: PoolModel) -> ModelUse:
     """What this frontend has of a model."""
     app, client = model.app, model.client
     inflight = app.inflight + (client.num_unfinished if client is not None else 0)
-    return ModelUse(len(app.hold), app.hold.due_s, app.hold.since_s, inflight, app.last_used_s)
+    return ModelUse(len(app.hold), app.hold.due_by_tenant, app.hold.since_s, inflight, app.last_used_s)

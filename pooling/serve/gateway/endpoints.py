@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import Counter
 from http import HTTPStatus
@@ -24,11 +25,14 @@ from tokenpool.errors import CapacityError, ConfigError, ModelRefusedError, Mode
 from tokenpool.metric_registry import LabelledGauge, metric
 from tokenpool.model_life import Life
 from tokenpool.serve.access.auth import CLIENT_KEY, TENANT_KEY, error_response
+from tokenpool.serve.gateway.drain import change_host
 from tokenpool.serve.gateway.host_metrics import merged
 from tokenpool.serve.gateway.json_body import TooLongError, json_body, too_long
 from tokenpool.serve.gateway.lending import is_sleeping, set_budget, show_budget, sleep, wake_up
+from tokenpool.serve.gateway.logs import pool_logs
 from tokenpool.serve.gateway.model_app import ModelApp
 from tokenpool.serve.gateway.model_choice import unknown_model, usable
+from tokenpool.serve.gateway.picker import numbers_of, picker_metrics, recent_state
 from tokenpool.serve.gateway.status.status_page import status_page
 from tokenpool.serve.gateway.tenant_metrics import show_tenants
 from tokenpool.serve.launch.added_models import check_added
@@ -37,6 +41,10 @@ from tokenpool.units import parse_seconds
 _REFUSED = metric("refused_requests").make()
 _MODELS = LabelledGauge("models")
 _MODEL_FAILED = LabelledGauge("model_failed")
+_PENDING = LabelledGauge("pending_requests")
+_KV_USAGE = LabelledGauge("kv_usage")
+_STATE_LIMIT_S = 2.0
+"""For the pool's state, in a scrape."""
 
 
 def build_outer_app() -> Starlette:
@@ -50,6 +58,8 @@ def build_outer_app() -> Starlette:
         Route("/load", load, methods=get),
         Route("/version", version, methods=get),
         Route("/metrics", metrics, methods=get),
+        Route("/metrics/picker", picker_metrics, methods=get),
+        Route("/metrics/picker/{name:path}", picker_metrics, methods=get),
         Route("/pool", status_page, methods=get),
         Route("/v1/models", list_models, methods=get),
         Route("/v1/models/{name:path}", show_model, methods=get),
@@ -57,6 +67,8 @@ def build_outer_app() -> Starlette:
         Route("/v1/pool/trace", pool_trace, methods=get),
         Route("/v1/pool/tenants", pool_tenants, methods=get),
         Route("/v1/pool/decisions", pool_decisions, methods=get),
+        Route("/v1/pool/logs", pool_logs, methods=get),
+        Route("/v1/pool/hosts/{name:path}", change_host, methods=["POST"]),
         Route("/v1/pool/budget", show_budget, methods=get),
         Route("/v1/pool/budget", set_budget, methods=["POST"]),
         Route("/v1/pool/check", pool_check, methods=["POST"]),
@@ -112,7 +124,15 @@ async def metrics(request: Request) -> Response:
         for status, count in model.gate.take_refused().items():
             _REFUSED.labels(name, str(status)).inc(count)
     _MODELS.replace(Counter((model.state,) for model in pool.router.models.values()))
+    for gauge in (_MODEL_FAILED, _PENDING, _KV_USAGE):
+        gauge.keep(pool.router.models)
     _MODEL_FAILED.replace({(name,): float(m.state == Life.FAILED) for name, m in pool.router.models.items()})
+    with contextlib.suppress(PoolError, TimeoutError):  # a host that hangs must not keep its own alarm from being told
+        async with asyncio.timeout(_STATE_LIMIT_S):
+            state = await recent_state(request.app)
+        numbers = {name: numbers_of(state, name) for name in pool.router.models.keys() & state["models"].keys()}
+        _PENDING.replace({(name,): number.waiting for name, number in numbers.items()})
+        _KV_USAGE.replace({(name,): number.kv_usage for name, number in numbers.items()})
     if pool.tenants is not None:
         show_tenants(pool.tenants, pool.router.models)
     text = await asyncio.to_thread(merged, get_prometheus_registry(), await request.app.state.operator.host_metrics())

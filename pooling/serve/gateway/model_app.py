@@ -121,6 +121,12 @@ class ModelApp:
         """Tell whether vLLM may find an adapter for a name it has not seen (LoRA resolver plugins)."""
         return bool(getattr(self.handler("openai_serving_models"), "lora_resolvers", ()))
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether it was started with LoRA; so it is taken to be where it does not tell."""
+        config = getattr(getattr(self.handler("openai_serving_models"), "engine_client", None), "vllm_config", None)
+        return config is None or config.lora_config is not None
+
     def has_response(self, response_id: str, owner: str = "") -> bool:
         """Tell whether vLLM's Responses API of this model has stored `response_id`, for that tenant."""
         return has_response(self.handler("openai_serving_responses"), response_id, owner)

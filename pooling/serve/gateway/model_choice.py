@@ -114,6 +114,8 @@ class ModelChoice:
         """
         if not isinstance(adapter, str) or not adapter:
             return
+        if not model.takes_adapters:
+            raise bad_request(f"The model `{model.name}` takes no adapters: start it with --enable-lora.", "model")
         if problem := name_problem(adapter):
             raise bad_request(f"The name {show(adapter)} {problem}.", key)
         if any(adapter in other.aliases() | other.claimed for other in self._all if other is not model):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from tokenpool.config import ModelSpec
@@ -71,6 +72,14 @@ class Operator(Protocol):
 
     async def decisions(self, limit: int | None) -> list[dict[str, Any]] | None:
         """What decided where models are, oldest first; None where nothing is decided. Raises PoolError."""
+        ...
+
+    async def logs(self, seen: Mapping[str, int]) -> list[dict[str, Any]]:
+        """The log lines that are kept of all processes and newer than `seen`, by source; see `recent_logs`."""
+        ...
+
+    async def drain(self, host: str, is_wanted: bool) -> list[str]:
+        """Empty a host of a cluster, or use it again; returns the models that are there. Raises PoolError."""
         ...
 
     async def check(self) -> None:

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenpool import settings
-from tokenpool.serve.access.auth import POOL_PREFIX, SLEEP_PATHS, TENANT_KEY, route_path
+from tokenpool.serve.access.auth import PICKER_PATH, POOL_PREFIX, SLEEP_PATHS, TENANT_KEY, route_path
 from tokenpool.serve.access.entry import Access, Asked
 from tokenpool.serve.access.held_stream import asks_for_stream
 from tokenpool.serve.access.refused import RefusedError, bad_request
@@ -31,13 +31,15 @@ from tokenpool.serve.gateway.model_choice import ModelChoice
 from tokenpool.serve.http.body_budget import Body, BodyBudget
 from tokenpool.serve.http.request_body import adapter_name, fault_of, replay
 from tokenpool.serve.http.request_note import note_of
+from tokenpool.serve.http.websocket_frames import WatchedSocket
 
 OUTER_PATHS = frozenset(
-    {"/v1/models", "/metrics", "/health", "/ready", "/live", "/load", "/version", "/ping", "/pool", POOL_PREFIX}
-)
+    {"/v1/models", "/metrics", "/health", "/ready", "/live", "/load", "/version", "/ping", "/pool", POOL_PREFIX,
+     PICKER_PATH}
+)  # fmt: skip
 """Answered once for the whole pool."""
 
-OUTER_PREFIXES = ("/v1/models/", f"{POOL_PREFIX}/")
+OUTER_PREFIXES = ("/v1/models/", f"{POOL_PREFIX}/", f"{PICKER_PATH}/")
 
 _LOAD_ADAPTER = {"/v1/load_lora_adapter": "lora_name", "/adapters": "name"}
 """Paths at which vLLM loads an adapter, and the key of its name."""
@@ -107,7 +109,8 @@ class ModelRouter:
                 await send({"type": "websocket.close", "code": refused.close_code, "reason": ""})
 
     async def _route(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._bodies.body() as body:
+        account: Account | None = scope.get(TENANT_KEY)
+        with self._bodies.body(account.config.name if account is not None else "") as body:
             await self._serve(path, scope, receive, send, body)
 
     async def _serve(self, path: str, scope: Scope, receive: Receive, send: Send, buffer: Body) -> None:
@@ -117,6 +120,9 @@ class ModelRouter:
         choice = ModelChoice(self._models.values(), account)
         model, scope = choice.by_prefix(path, scope)
         body, app_receive = b"", receive
+        if scope["type"] == "websocket":
+            socket = WatchedSocket(receive, send)
+            receive, app_receive, send = socket.peek, socket.receive, socket.send
         if _has_body(scope, headers):
             with self._bodies.reading(scope, account, model.name if model else ""):
                 read = await buffer.read(headers, receive)

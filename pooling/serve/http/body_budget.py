@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope
 
 from tokenpool.process.heap import HeapTrimmer
 from tokenpool.serve.access.auth import error_response
+from tokenpool.serve.access.byte_shares import ByteShares
 from tokenpool.serve.access.refused import RefusedError
 from tokenpool.serve.access.tenants import Account
 
@@ -29,20 +30,19 @@ class BodyBudget:
 
     def __init__(self, max_request_bytes: int) -> None:
         self.max_request_bytes = max_request_bytes
-        self.max_bytes = LARGEST_BODIES * max_request_bytes
-        self.num_bytes = 0
-        """Of all bodies that are there."""
+        self.shares = ByteShares(LARGEST_BODIES * max_request_bytes)
+        """All bodies that are there; a tenant leaves room for others."""
         self._being_read: Counter[str] = Counter()  # by tenant
         self._trimmer = HeapTrimmer()
 
     @contextmanager
-    def body(self) -> Iterator[Body]:
-        """One request's body, which is gone at the end of the block."""
-        body = Body(self)
+    def body(self, owner: str = "") -> Iterator[Body]:
+        """One request's body, of a tenant by its name, which is gone at the end of the block."""
+        body = Body(self, owner)
         try:
             yield body
         finally:
-            self.num_bytes -= body.num_bytes
+            self.shares.give_back(owner, body.num_bytes)
             self._trimmer.freed(body.num_bytes)
 
     @contextmanager
@@ -67,10 +67,10 @@ class BodyBudget:
 class Body:
     """The body of one request."""
 
-    def __init__(self, budget: BodyBudget) -> None:
+    def __init__(self, budget: BodyBudget, owner: str = "") -> None:
         self.num_bytes = 0
         """What it takes of the budget."""
-        self._budget = budget
+        self._budget, self._owner = budget, owner
 
     async def read(self, headers: Headers, receive: Receive) -> bytes | None:
         """Return the whole body, or None if the client went away. One chunk is returned without a copy.
@@ -80,30 +80,34 @@ class Body:
         announced = headers.get("content-length", "")
         # 18 digits: beyond any limit, and int() refuses very long ones.
         if announced.isascii() and announced.isdigit():
-            self._check(int(announced.lstrip("0")[:18] or 0), 0)
+            self._check_size(num_bytes := int(announced.lstrip("0")[:18] or 0))
+            if not self._budget.shares.fits(self._owner, num_bytes):
+                raise self._no_room()
         chunks: list[bytes] = []
         while True:
             message = await receive()
             if message["type"] != "http.request":
                 return None
             if chunk := message.get("body", b""):
-                self._check(self.num_bytes + len(chunk), self.num_bytes)
+                self._check_size(self.num_bytes + len(chunk))
+                if not self._budget.shares.take(self._owner, len(chunk)):
+                    raise self._no_room()
                 chunks.append(chunk)
                 self.num_bytes += len(chunk)
-                self._budget.num_bytes += len(chunk)
             if not message.get("more_body", False):
                 return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    def _check(self, num_bytes: int, counted_bytes: int) -> None:
-        """See whether the body may have `num_bytes`, of which the budget knows `counted_bytes`."""
-        budget = self._budget
-        if num_bytes > budget.max_request_bytes:
-            message = f"The request body is larger than the limit of {budget.max_request_bytes} bytes."
+    def _check_size(self, num_bytes: int) -> None:
+        limit = self._budget.max_request_bytes
+        if num_bytes > limit:
+            message = f"The request body is larger than the limit of {limit} bytes."
             raise RefusedError(error_response(413, "RequestTooLargeError", message))
-        if budget.num_bytes - counted_bytes + num_bytes > budget.max_bytes:
-            message = (
-                f"The bodies of other requests take {budget.num_bytes} of {budget.max_bytes} bytes here, which leaves "
-                f"too little room for this one; retry after {_RETRY_AFTER_S} s."
-            )
-            headers = {"retry-after": str(_RETRY_AFTER_S)}
-            raise RefusedError(error_response(503, "ServiceUnavailableError", message, None, headers))
+
+    def _no_room(self) -> RefusedError:
+        shares = self._budget.shares
+        message = (
+            f"The bodies of other requests take {shares.num_bytes} of {shares.max_bytes} bytes here, which leaves "
+            f"too little room for this one; retry after {_RETRY_AFTER_S} s."
+        )
+        headers = {"retry-after": str(_RETRY_AFTER_S)}
+        return RefusedError(error_response(503, "ServiceUnavailableError", message, None, headers))

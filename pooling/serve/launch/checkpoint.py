@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenpool.errors import ConfigError
 
-_PATTERNS = ("*.safetensors", "*.bin", "*.pt")
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 """In the order in which vLLM looks: the first of which there are files is taken."""
 
 
@@ -21,7 +21,7 @@ def checkpoint_bytes(folder: Path) -> int:
     """
     if not os.path.isdir(folder):
         return 0
-    for pattern in _PATTERNS:
+    for pattern in WEIGHT_FILES:
         if files := sorted(folder.glob(pattern)):
             _check_index(folder / f"model{pattern[1:]}.index.json")
             return sum(_file_bytes(file) for file in files)

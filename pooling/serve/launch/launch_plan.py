@@ -25,6 +25,7 @@ from tokenpool.serve.launch.flag_table import POOL_SETTINGS
 from tokenpool.serve.launch.flags import changed_flags, parse_serve_flags, spell_out
 from tokenpool.serve.launch.model_plan import ModelPlan
 from tokenpool.serve.launch.names import check_names
+from tokenpool.serve.launch.plugged_formats import check_formats
 from tokenpool.serve.launch.poolability import check_flags, check_words
 from tokenpool.serve.launch.port_flags import settle_logging, share_port_flags
 from tokenpool.serve.launch.start_checks import check_start, draft_model_of
@@ -59,6 +60,7 @@ def plan_model(spec: ModelSpec, for_tenants: bool = False) -> ModelPlan:
         args = parse_serve_flags(words)
         if "--served-model-name" not in given:
             args.served_model_name = [spec.name]
+        check_formats(spec.name, args, draft_model_of(args))
         weight_bytes = checkpoint_bytes(path)
         if args.load_format in _WEIGHT_FORMATS and path.is_dir() and not weight_bytes:
             raise ConfigError(f"{path} has no weights", key="model")

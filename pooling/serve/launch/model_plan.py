@@ -15,6 +15,7 @@ from vllm.usage.usage_lib import UsageContext
 from tokenpool.config import ModelSpec
 from tokenpool.errors import ConfigError, PoolError
 from tokenpool.serve.launch.media_packages import check_packages, missing_package
+from tokenpool.serve.launch.plugged_formats import unknown_format
 from tokenpool.serve.launch.poolability import check_config, check_media
 from tokenpool.serve.launch.small_engines import keep_engine_small
 from tokenpool.settings import BREAKABLE_GRAPHS
@@ -57,6 +58,8 @@ class ModelPlan:
         except PoolError:
             raise
         except Exception as error:  # vLLM raises many kinds for a bad model or flag; all mean "does not start"
+            if refusal := unknown_format(self.spec.name, error):
+                raise refusal from error
             raise ConfigError(missing_package(error) or first_line(error), key=f"model {self.spec.name!r}") from error
         check_config(self.spec.name, config)
         check_packages(self.spec.name, config.model_config)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from tokenpool.errors import ConfigError, show
 from tokenpool.serve.launch.model_plan import ModelPlan
 
-_SEGMENT = re.compile(r"(?!\.{1,2}\Z)[^/\x00-\x1f\x7f]+")
+_SEGMENT = re.compile(r"(?!\.{1,2}\Z)[^/\x00-\x1f\x7f\ud800-\udfff]+")
 MOST_LETTERS = 512
 """Of a name; longer ones are no use in a URL."""
 
@@ -22,6 +22,8 @@ def name_problem(name: object) -> str | None:
         return f"is longer than {MOST_LETTERS} letters"
     if not all(_SEGMENT.fullmatch(part) for part in name.split("/")):
         return "is a path or has control characters: no part between slashes may be empty, . or .."
+    if name != name.strip():
+        return "begins or ends with a space"
     return None
 
 

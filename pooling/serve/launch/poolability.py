@@ -12,10 +12,11 @@ from vllm.platforms import current_platform
 from tokenpool.errors import ModelRefusedError
 from tokenpool.serve.launch.flag_table import REFUSED
 from tokenpool.serve.launch.flags import changed_flags
+from tokenpool.serve.launch.plugged_formats import check_format
 
 _OUTSIDE = "serve it with plain vLLM outside the pool"
 
-DRAFTERS = ("ngram", "draft_model", "eagle", "medusa", "mtp")
+DRAFTERS = ("ngram", "draft_model", "eagle", "eagle3", "medusa", "mtp")
 """Methods of speculative decoding that can be pooled, by vLLM's names."""
 
 _ONLY_ASKED_FOR = ("--grpc-port", "--data-parallel-multi-port-external-lb")
@@ -48,6 +49,7 @@ def check_config(name: str, config: Any) -> None:
     for present, feature, hint in _features(config):
         if present:
             raise ModelRefusedError(name, feature, hint)
+    check_format(name, config)
     if config.speculative_config is not None:
         _check_drafter(name, config)
 

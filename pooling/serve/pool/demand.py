@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads models that requests wait for and unloads those that nobody uses, one at a time.
 
-Which model is next depends on who waits: the most urgent request of all comes first. For one more than `max_loaded` the
-model goes that has been idle for longest; if none is idle, and somebody has waited for PATIENCE_S, the one that has the
-least to do takes nothing new, and goes when it has finished.
+Which model is next depends on who waits: tenants have turns, and the most urgent request of one comes first. For one
+more than `max_loaded` the model goes that has been idle for longest; if none is idle, and somebody has waited for
+PATIENCE_S, the one that has the least to do takes nothing new, and goes when it has finished.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Demand:
         wanted = [model for model in self._models.to_load() if model.client is None and len(model.app.hold)]
         wanted = [model for model in wanted if model.app.state in _TO_LOAD]
         if wanted and await self.make_room(wanted[0]):
+            self._models.take_turn(wanted[0])
             try:
                 await self._hosts.retry(wanted[0])
                 _LOADS.inc(wanted[0].client is not None)

@@ -115,6 +115,14 @@ class ManagedHosts(Hosts, Protocol):
         """What decided where models are, oldest first; None where nothing is decided. Raises PoolError."""
         ...
 
+    async def logs(self, seen: Mapping[str, int]) -> list[dict[str, Any]]:
+        """Their log lines newer than `seen`; none of those that do not answer."""
+        ...
+
+    async def drain(self, host: str, is_wanted: bool) -> list[str]:
+        """Empty one of them, or use it again; see Operator."""
+        ...
+
     async def check(self) -> None:
         """Check their books; raises what is wrong."""
         ...

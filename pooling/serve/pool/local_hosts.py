@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import multiprocess
 
 from tokenpool.config import PoolConfig
-from tokenpool.errors import CapacityError, HostError, ModelBusyError, ModelUnavailableError, PoolError
+from tokenpool.errors import CapacityError, ConfigError, HostError, ModelBusyError, ModelUnavailableError, PoolError
 from tokenpool.metric_registry import metric
 from tokenpool.model_life import Life
 from tokenpool.process.ending import HOST_END_S, KILL_S, within
@@ -185,11 +185,12 @@ class LocalHosts:
         """
         waiting, tried = await self.count_requests(), set[PoolModel]()
 
-        def last(model: PoolModel) -> tuple[int, float, int]:
-            return model.host_deaths, model.app.hold.due_s, -waiting.get(model.name, 0)
+        def last(model: PoolModel) -> tuple[int, tuple[float, float], int]:
+            return model.host_deaths, self._models.claim(model), -waiting.get(model.name, 0)
 
         while left := [model for model in self._models.to_load() if model not in tried and self._may_load(model)]:
             tried.add(model := min(left, key=last))
+            self._models.take_turn(model)
             await self._load(model)
 
     def _may_load(self, model: PoolModel) -> bool:
@@ -307,6 +308,22 @@ class LocalHosts:
     async def decisions(self, limit: int | None) -> list[dict[str, Any]] | None:
         """See Hosts."""
         return None
+
+    async def logs(self, seen: Mapping[str, int]) -> list[dict[str, Any]]:
+        """See Hosts."""
+        if self.process is None:
+            return []
+        try:
+            lines: list[dict[str, Any]] = await self.process.call("logs", dict(seen))
+        except PoolError:  # the next one begins anew
+            return []
+        return lines
+
+    async def drain(self, host: str, is_wanted: bool) -> list[str]:
+        """See Hosts."""
+        raise ConfigError(
+            "there is one host here, and no other that could take its models: stop the server", key="host"
+        )
 
     async def check(self) -> None:
         """See Hosts."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from tokenpool.config import Loading, PoolConfig
 from tokenpool.errors import PoolError
 from tokenpool.model_life import Life
+from tokenpool.policy.fairness import FairTurns
 from tokenpool.process.keeper import Backoff
 from tokenpool.serve.access.admission import Gate
 from tokenpool.serve.access.holding import Hold
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 MAX_HOST_DEATHS = 3
 """So many hosts may die in a row while they load a model."""
 _RETRY_AFTER_S = 5.0
+_NO_CLAIM = (math.inf, math.inf, "")
 
 
 @dataclass(slots=True, eq=False)
@@ -196,6 +198,8 @@ class Models(Mapping[str, PoolModel]):
         self._num_parts = num_parts
         self._make_hold = make_hold
         self._models: dict[str, PoolModel] = {}
+        weights = {tenant.name: tenant.weight for tenant in config.tenants}
+        self._turns = FairTurns(lambda tenant: weights.get(tenant, 1.0))
         self.wanted = asyncio.Event()
         """Set when a request begins to wait for a model."""
         self.progress_of: Callable[[str], str] = lambda name: ""
@@ -265,10 +269,24 @@ class Models(Mapping[str, PoolModel]):
     def to_load(self) -> list[PoolModel]:
         """Those that a new host is to load, in that order.
 
-        What its forerunners died of comes last, and before it first what requests wait for, the most urgent ones.
+        What its forerunners died of comes last, and before it first what requests wait for: of the tenant that has had
+        the fewest loads for its weight, the most urgent ones.
         """
         wanted = [m for m in self.values() if m.is_settled and not m.is_given_up and m.is_wanted]
-        return sorted(wanted, key=lambda model: (model.host_deaths, model.app.hold.due_s))
+        return sorted(wanted, key=lambda model: (model.host_deaths, self.claim(model)))
+
+    def claim(self, model: PoolModel) -> tuple[float, float]:
+        """The best claim to its load of those who wait for it: turns that its tenant has had, and when it is due."""
+        return min(self._claims(model), default=_NO_CLAIM)[:2]
+
+    def take_turn(self, model: PoolModel) -> None:
+        """A model is loaded for those who wait: whoever had the best claim on it has had that turn."""
+        if claims := self._claims(model):
+            self._turns.take(min(claims)[2])
+
+    def _claims(self, model: PoolModel) -> list[tuple[float, float, str]]:
+        due_by_tenant = model.app.hold.due_by_tenant
+        return [(self._turns.counter(tenant), due_s, tenant) for tenant, due_s in due_by_tenant.items()]
 
     def loaded(self) -> list[PoolModel]:
         """Those of which something is built, least recently used first."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from functools import partial
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from tokenpool.config import ModelSpec
@@ -14,9 +13,10 @@ from tokenpool.errors import ConfigError, HostError, ModelUnavailableError, Pool
 from tokenpool.model_life import Life
 from tokenpool.process.ending import let_finish
 from tokenpool.process.metric_files import forget_models
+from tokenpool.recent_logs import in_order, recent_lines
 from tokenpool.serve.launch.launch_plan import plan_added
 from tokenpool.serve.launch.names import check_names, names_of
-from tokenpool.serve.launch.pool_file import follow_pool_file
+from tokenpool.serve.launch.pool_file import PoolFile
 from tokenpool.serve.pool.demand import Demand
 from tokenpool.serve.pool.hosts import ManagedHosts
 from tokenpool.serve.pool.models import reason_of
@@ -41,9 +41,18 @@ class PoolOperator:
         self._models = pool.models
         pool.works["trying failed models"] = self._try_failed
         if pool_file:
-            pool.works["following the pool file"] = partial(follow_pool_file, pool_file, self)
+            pool.works["following the pool file"] = PoolFile(pool_file, self, pool.config.models).follow
         self.after_change: Callable[[], Awaitable[None]] = _nothing
         """Called when a model was added or removed, before whoever asked for that is told."""
+
+    async def check_model(self, spec: ModelSpec) -> None:
+        """Raise PoolError if this could not take the place of the model of its name. Nothing of it is loaded."""
+        others = [model for model in self._models.values() if model.name != spec.name]
+        plan = await asyncio.to_thread(
+            plan_added, spec, [model.plan for model in others], bool(self._pool.config.tenants)
+        )
+        check_names([plan], {alias: f"model {m.name!r}" for m in others for alias in m.app.aliases()})
+        await asyncio.to_thread(plan.engine_config)
 
     async def add_model(self, spec: ModelSpec) -> dict[str, Any]:
         """See Operator."""
@@ -169,6 +178,14 @@ class PoolOperator:
     async def decisions(self, limit: int | None) -> list[dict[str, Any]] | None:
         """See Operator."""
         return await self._pool.hosts.decisions(limit)
+
+    async def logs(self, seen: Mapping[str, int]) -> list[dict[str, Any]]:
+        """See Operator."""
+        return in_order([*recent_lines(seen), *await self._pool.hosts.logs(seen)])
+
+    async def drain(self, host: str, is_wanted: bool) -> list[str]:
+        """See Operator."""
+        return await self._pool.hosts.drain(host, is_wanted)
 
     async def check(self) -> None:
         """See Operator."""

@@ -28,7 +28,7 @@ from tokenpool.sim.gpus import GpuSpec
 from tokenpool.sim.gpus import gpu as gpu_spec
 from tokenpool.sim.host_costs import FREE, HostCosts
 from tokenpool.sim.live import LivePool, LiveSettings
-from tokenpool.sim.result import SimResult
+from tokenpool.sim.result import MostMissed, SimResult
 from tokenpool.sim.workload import ModelCosts, Workload
 
 KindCosts = Callable[[str], ModelCosts]
@@ -123,13 +123,14 @@ def run_system(
     *,
     drain_s: float = 600.0,
     window_s: tuple[float, float] = (0.0, math.inf),
+    most_missed: MostMissed | None = None,
 ) -> SimResult:
-    """Serve a workload; `costs` takes the kind of a model. See `Cluster.run` for the times."""
+    """Serve a workload; `costs` takes the kind of a model. See `Cluster.run` for the rest."""
     make_policy = functools.partial(_make_policy, system)
     models = charged_models(system, workload, costs)
     if system.make_router is None:
         pool = LivePool(system.specs, make_policy, models, slo, LiveCapacity(), live_settings(system.specs))
-        return pool.run(workload, drain_s=drain_s, window_s=window_s)
+        return pool.run(workload, drain_s=drain_s, window_s=window_s, most_missed=most_missed)
     router = system.make_router(system.specs, models)
     cluster = Cluster(system.specs, make_policy, router, models.__getitem__, slo, give_up_s=system.give_up_s)
     for device in cluster.devices:
@@ -138,7 +139,7 @@ def run_system(
     if isinstance(router, Static):
         for model, index in router.placement.items():
             cluster.devices[index].preload(model)
-    return cluster.run(workload, drain_s=drain_s, window_s=window_s)
+    return cluster.run(workload, drain_s=drain_s, window_s=window_s, most_missed=most_missed)
 
 
 def charged_models(system: System, workload: Workload, costs: KindCosts) -> dict[str, ModelCosts]:

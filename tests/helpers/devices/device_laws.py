@@ -14,7 +14,7 @@ from tests.helpers.devices.weight_rig import LIMIT_S, bytes_of, random_tensors
 from tokenpool.memory.arena import KVArena
 from tokenpool.memory.devices.device import Device
 from tokenpool.memory.host_ledger import HostLedger
-from tokenpool.memory.kv_tier import HostKVTier
+from tokenpool.memory.kv_tier import HostKVTier, OfferedBlock
 from tokenpool.memory.ledger import PageLedger, PageUse
 from tokenpool.memory.weights import WeightStore
 
@@ -131,4 +131,39 @@ def kv_comes_back_elsewhere(device: Device, page: int, seed: int = 1) -> None:
     device.release(address, 2 * num_blocks * block)
 
 
-LAWS = (bytes_go_there_and_back, slabs_are_zero_at_each_grant, weights_come_back, kv_comes_back_elsewhere)
+def cached_blocks_come_back_unwaited(device: Device, page: int, seed: int = 1) -> None:
+    """Blocks are saved, overwritten and brought back to other places, while nobody waits but the engine's stream."""
+    rng, block, num_blocks = random.Random(seed), page // 16, 32
+    address = device.reserve(2 * num_blocks * block)
+    device.map_zeroed(address, 2 * num_blocks * block)
+    _engine_is_done(device)
+    here = device.tensor(address, 2 * num_blocks * block).view(2 * num_blocks, block)
+    tier = HostKVTier(HostLedger(num_blocks * block), device, buffer_bytes=5 * block)
+    for turn in range(4):
+        values = {bytes([turn, index]): rng.randrange(1, 127) for index in rng.sample(range(num_blocks), 12)}
+        for key, value in values.items():
+            here[key[1]] = value
+        saved = tier.offer("a", [OfferedBlock(key, None, address + key[1] * block) for key in values], block)
+        assert saved is not None
+        saved.precede_compute()
+        _engine_is_done(device)
+        here[:num_blocks] = 0  # on the engine's stream
+        places = dict(zip(values, rng.sample(range(num_blocks, 2 * num_blocks), 12), strict=True))
+        tier.begin_load("a", {key: address + place * block for key, place in places.items()}).precede_compute()
+        _engine_is_done(device)
+        for key, place in places.items():
+            assert here[place].eq(values[key]).all().item()
+        tier.check()
+    assert {key: {value} for key, value in values.items()} == {
+        key: set(data) for key, _, data in tier.read("a", values)
+    }, "the host reads what has not arrived"
+    device.release(address, 2 * num_blocks * block)
+
+
+LAWS = (
+    bytes_go_there_and_back,
+    slabs_are_zero_at_each_grant,
+    weights_come_back,
+    kv_comes_back_elsewhere,
+    cached_blocks_come_back_unwaited,
+)

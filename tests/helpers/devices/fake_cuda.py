@@ -155,7 +155,7 @@ class FakeCuda:
 
     def _cuMemMap(self, address: int, nbytes: int, offset: int, handle: int, flags: int) -> Any:
         inside = any(start <= address and address + nbytes <= start + size for start, size in self.reserved.items())
-        if not inside or address in self.mapped or handle in self.mapped.values() or (offset, flags) != (0, 0):
+        if not inside or address in self.mapped or (offset, flags) != (0, 0):
             return (Result.CUDA_ERROR_INVALID_VALUE,)
         assert _libc.mmap(address, nbytes, 0, mmap.MAP_SHARED | _FIXED, self.handles[handle], 0) == address
         self.mapped[address] = handle
@@ -189,11 +189,12 @@ class FakeCuda:
         return (Result.CUDA_SUCCESS,)
 
     def _cuMemHostRegister(self, address: int, nbytes: int, flags: int) -> Any:
-        assert flags == 8 and address not in self.pinned
+        assert address not in self.pinned and flags in (0, 8)
         self.pinned[address] = nbytes
         return (Result.CUDA_SUCCESS,)
 
     def _cuMemHostUnregister(self, address: int) -> Any:
+        ctypes.string_at(address, 1)  # is still there
         del self.pinned[address]
         return (Result.CUDA_SUCCESS,)
 

@@ -7,6 +7,7 @@ memory away that is still to be copied is an error at once.
 
 from __future__ import annotations
 
+import ctypes
 import random
 from collections import deque
 from collections.abc import Callable
@@ -19,10 +20,11 @@ class LateCopies:
 
     seconds = 1e-3
 
-    def __init__(self, device: LateDevice, work: Callable[[], None], places: list[range]) -> None:
+    def __init__(self, device: LateDevice, work: Callable[[], None], places: list[range], buffers: list) -> None:
         self._device = device
         self._work = work
         self.places = places
+        self.buffers = buffers
         self.is_done = False
 
     def do(self) -> None:
@@ -47,6 +49,7 @@ class LateDevice(CpuDevice):
 
     def __init__(self, seed: int = 1, chance: float = 0.3) -> None:
         super().__init__(keeps_bytes=True)
+        self.copies_beside = True
         self.queue: deque[LateCopies] = deque()
         self.waits = 0
         """How often the host waited for a copy that was not done."""
@@ -55,17 +58,24 @@ class LateDevice(CpuDevice):
 
     def begin_copies_in(self, copies):
         for address, source in copies:
-            self.fill(address, source.numel(), 0xFF)
+            if not self._under_way(address, source.numel()):
+                ctypes.memset(address, 0xFF, source.numel())
         return self._queue(lambda: CpuDevice.begin_copies_in(self, copies), copies)
 
     def begin_copies_out(self, copies):
         for _, target in copies:
-            target.zero_()
+            if not self._is_on_its_way(target):
+                target.zero_()
         return self._queue(lambda: CpuDevice.begin_copies_out(self, copies), copies)
+
+    def _is_on_its_way(self, target) -> bool:
+        """Whether earlier copies still read or write these host bytes; these come after them."""
+        start, stop = target.data_ptr(), target.data_ptr() + target.numel()
+        return any(b.data_ptr() < stop and start < b.data_ptr() + b.numel() for c in self.queue for b in c.buffers)
 
     def _queue(self, work, copies) -> LateCopies:
         places = [range(address, address + buffer.numel()) for address, buffer in copies]
-        self.queue.append(LateCopies(self, work, places))
+        self.queue.append(LateCopies(self, work, places, [buffer for _, buffer in copies]))
         return self.queue[-1]
 
     def happen(self) -> None:
@@ -77,6 +87,14 @@ class LateDevice(CpuDevice):
         """Do all copies up to these."""
         while not last.is_done:
             self.queue.popleft().do()
+
+    def _under_way(self, address: int, nbytes: int) -> list[LateCopies]:
+        end = address + nbytes
+        return [c for c in self.queue if any(place.start < end and address < place.stop for place in c.places)]
+
+    def settle(self, address: int, nbytes: int) -> None:
+        for copies in self._under_way(address, nbytes):
+            copies.wait()
 
     def unmap(self, address: int, nbytes: int) -> None:
         for copies in self.queue:

@@ -95,9 +95,11 @@ class Breaking(CpuDevice):
         self._count("reserve")
         return super().reserve(nbytes)
 
-    def map_zeroed(self, address: int, nbytes: int) -> None:
-        self._count("map_zeroed")
-        super().map_zeroed(address, nbytes)
+    def map_later(self, address: int, nbytes: int):
+        self._count("map_later")
+        back = super().map_later(address, nbytes)
+        self.fill(address, nbytes, 0xFF)
+        return back
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         self._count("host_buffer")

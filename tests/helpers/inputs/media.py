@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import base64
 import io
+import tempfile
 import wave
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,22 @@ def image(seed: int) -> Image.Image:
 def video(seed: int) -> np.ndarray:
     """Four frames, (4, height, width, 3) uint8."""
     return np.random.default_rng(seed).integers(0, 256, (4, 56, 56, 3), dtype=np.uint8)
+
+
+def mp4(seed: int) -> bytes:
+    """A video file of eight frames, each a colour with a bar, all of the seed."""
+    import cv2
+
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "video.mp4"))
+        writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*"mp4v"), 4.0, (56, 56))
+        for _ in range(8):
+            frame = np.full((56, 56, 3), rng.integers(0, 256, 3), np.uint8)
+            frame[:, rng.integers(0, 50) :] = rng.integers(0, 256, 3)
+            writer.write(frame)
+        writer.release()
+        return Path(path).read_bytes()
 
 
 def sound(seed: int, seconds: float = 2.0) -> np.ndarray:

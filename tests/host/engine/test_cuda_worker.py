@@ -139,12 +139,16 @@ def test_a_loader_finds_memory_on_a_gpu(monkeypatch):
     with pytest.raises(CapacityError, match="too many"):
         device_choice.make_room_for_loading(device, make_room, 21)
     assert 0 == device_choice.make_room_for_loading(CpuDevice(), make_room, 7)
-    device_choice.give_back_loading_memory(device)
-    device_choice.give_back_loading_memory(CpuDevice())
+    device.fake.handles_left = 17
+    pauses = []
+    device_choice.give_back_loading_memory(device, 18, lambda: pauses.append(len(device.fake.handles)))
+    device_choice.give_back_loading_memory(CpuDevice(), 18, lambda: pauses.append(0))
+    assert [9, 17, 18] == pauses, "pages are made a few at a time"
+    device_choice.give_back_loading_memory(device, 30, lambda: pauses.append(0))  # of which none is left: no error
 
     assert [7, 21] == asked
-    assert ["loader's memory"] == freed
-    assert 1 == len(device.fake.handles)
+    assert ["loader's memory"] * 2 == freed
+    assert 18 == len(device.fake.handles)
     assert 1 << 30 == device_choice.spare_host_bytes(device, 8 << 30)
     assert 0 == device_choice.spare_host_bytes(CpuDevice(), 8 << 30)
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from vllm.v1 import structured_output
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -25,8 +26,12 @@ class Backend:
     def __init__(self, vllm_config: Any, tokenizer: Any, vocab_size: int) -> None:
         pass
 
-    def compile_grammar(self, kind: Any, spec: str, **_: Any) -> str:
-        return f"{spec} by {self.name}"
+    def compile_grammar(self, kind: Any, spec: str, **_: Any) -> Any:
+        names = {"spec": f"{spec} by {self.name}", "is_terminated": lambda: False, "fill_bitmask": lambda *_: None}
+        return SimpleNamespace(**names)
+
+    def allocate_token_bitmask(self, rows: int) -> torch.Tensor:
+        return torch.zeros((rows, 1), dtype=torch.int32)
 
     def destroy(self) -> None:
         self.ended.append(self.name)
@@ -41,7 +46,7 @@ def manager(monkeypatch):
     made = StructuredOutputManager.__new__(StructuredOutputManager)
     model = SimpleNamespace(get_vocab_size=lambda: 8, skip_tokenizer_init=False)
     scheduler = SimpleNamespace(max_num_seqs=1)
-    made.vllm_config = SimpleNamespace(model_config=model, scheduler_config=scheduler)
+    made.vllm_config = SimpleNamespace(model_config=model, scheduler_config=scheduler, num_speculative_tokens=0)
     made.backend, made.tokenizer, made._use_async_grammar_compilation = None, None, True
     made.executor, made.fill_bitmask_parallel_threshold = ThreadPoolExecutor(1), 128
     use_all_backends(made)
@@ -53,7 +58,7 @@ def compiled(manager: StructuredOutputManager, spec: str, backend: str) -> str:
     structured = SimpleNamespace(structured_output_key=("regex", spec), grammar=None)
     params = SimpleNamespace(structured_outputs=SimpleNamespace(_backend=backend), all_stop_token_ids=set())
     manager.grammar_init(SimpleNamespace(request_id=spec, structured_output_request=structured, sampling_params=params))
-    return structured.grammar.result(20)._grammar
+    return structured.grammar.result(20)._grammar.spec
 
 
 @pytest.mark.parametrize("first", ["xgrammar", "guidance"])

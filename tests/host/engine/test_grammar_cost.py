@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import queue
+import random
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from vllm.v1.structured_output.backend_xgrammar import XgrammarGrammar
 
 from tokenpool.host.engine import grammar_cost
-from tokenpool.host.engine.grammar_cost import Allowance, MeteredGrammar
+from tokenpool.host.engine.grammar_cost import AheadGrammar, Allowance, MeteredGrammar
 from tokenpool.process.side_call import SideCalls
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
@@ -134,10 +136,13 @@ class Endless:
     def rollback(self, num_tokens: int) -> None:
         self.rollbacks += 1
 
+    def is_terminated(self) -> bool:
+        return False
+
 
 def test_a_bitmask_that_takes_seconds_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its grammar is spent when its time is over; what it writes in the end reaches no batch."""
-    monkeypatch.setattr(grammar_cost, "_BITMASKS", SideCalls("bitmask", 1))
+    monkeypatch.setattr(grammar_cost, "_CALLS", SideCalls("bitmask", 1))
     known = MeteredGrammar(grammar("(a|b)*"), asking(), allowance(0.0))
     assert drive(known, 20) == 20
     endless, request = Endless(), asking()
@@ -197,3 +202,107 @@ def test_a_token_that_it_refuses_is_named_as_the_reason() -> None:
     assert metered.accept_tokens("r", [ord("a")]) and request.stop_reason is None
     assert not metered.accept_tokens("r", [ord("a")])
     assert request.stop_reason == GRAMMAR_FAILED and not metered.is_spent
+
+
+def ahead(inner: Any, request: Any = None, left_s: float = 0.0) -> AheadGrammar:
+    return AheadGrammar(inner, request or asking(), torch.zeros((1, 8), dtype=torch.int32), allowance(left_s))
+
+
+def drive_ahead(metered: AheadGrammar, steps: int, draw: random.Random) -> list[int]:
+    """Tokens as a step samples them, each after its mask is there."""
+    mask, tokens = xgrammar.allocate_token_bitmask(1, len(VOCAB)), []
+    for _ in range(steps):
+        while metered.is_late:
+            pass
+        if metered.is_terminated():
+            break
+        metered.fill_bitmask(mask, 0)
+        allowed = [i for i in range(len(VOCAB)) if int(mask[0, i // 32]) >> (i % 32) & 1]
+        if not allowed or not metered.accept_tokens("r", [draw.choice(allowed)]):
+            break
+        tokens.append(allowed)
+    return tokens
+
+
+@pytest.mark.parametrize("regex", ["[a-z]{1,40}", "(a|b)*c", "ab|cd", "(a|bc){2,9}d?"])
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_made_ahead_are_those_that_are_made_when_asked_for(regex: str, seed: int) -> None:
+    """Token by token, to the end of the grammar."""
+    plain, mask, draw = grammar(regex), xgrammar.allocate_token_bitmask(1, len(VOCAB)), random.Random(seed)
+    expected = []
+    while len(expected) < 60 and not plain.is_terminated():
+        plain.fill_bitmask(mask, 0)
+        expected.append([i for i in range(len(VOCAB)) if int(mask[0, i // 32]) >> (i % 32) & 1])
+        assert plain.accept_tokens("r", [draw.choice(expected[-1])])
+    assert expected == drive_ahead(ahead(grammar(regex)), 60, random.Random(seed))
+
+
+def test_a_token_that_its_mask_forbids_is_refused() -> None:
+    request = asking()
+    metered = ahead(grammar("ab"), request)
+    assert metered.accept_tokens("r", [ord("a")]) and request.stop_reason is None
+    assert not metered.accept_tokens("r", [ord("a")])
+    assert request.stop_reason == GRAMMAR_FAILED and not metered.is_spent
+
+
+class Gated:
+    """A grammar whose masks the test lets through, one by one; it computes nothing meanwhile."""
+
+    def __init__(self) -> None:
+        self.gates: queue.Queue[int] = queue.Queue()
+        self.accepted: list[int] = []
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        self.accepted += tokens
+        return True
+
+    def is_terminated(self) -> bool:
+        return False
+
+    def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
+        bitmask[batch_index].fill_(self.gates.get(timeout=60))
+
+
+def test_no_step_waits_for_a_mask_that_is_late() -> None:
+    """It allows all meanwhile and says so; the mask of a later step is the right one, and tokens are in order."""
+    gated = Gated()
+    gated.gates.put(2)
+    metered = ahead(gated)
+    mask = torch.zeros((2, 8), dtype=torch.int32)
+    metered.fill_bitmask(mask, 1)
+    assert (mask[1] == 2).all() and not metered.was_late
+    assert metered.accept_tokens("r", [1])
+    metered.fill_bitmask(mask, 1)
+    assert (mask[1] == -1).all() and metered.was_late and metered.is_late
+    gated.gates.put(4)
+    while metered.is_late:
+        pass
+    metered.fill_bitmask(mask, 0)
+    assert (mask[0] == 4).all() and gated.accepted == [1]
+
+
+def test_one_that_is_late_for_seconds_is_spent_without_a_step() -> None:
+    """Looking at it is enough; its call is left, and counts among those that go on."""
+    calls: SideCalls[Any] = SideCalls("grammar", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar_cost, "_CALLS", calls)
+        endless, request = Endless(), asking()
+        metered = ahead(endless, request)
+        assert metered.is_spent and not metered.is_late and calls.is_full
+        assert not metered.accept_tokens("r", [1]) and request.stop_reason == GRAMMAR_FAILED
+        assert endless.is_done.wait(60)
+
+
+def test_whoever_drops_a_grammar_leaves_its_call() -> None:
+    """A request that has ended has nobody who looks at what its grammar still computes."""
+    calls: SideCalls[Any] = SideCalls("grammar", 1)
+    gate = threading.Event()
+    handle = calls.begin(lambda: gate.wait(60))
+    assert not calls.is_full
+    del handle
+    assert calls.is_full
+    gate.set()
+    again = calls.begin(lambda: None)
+    while calls.is_full:
+        pass
+    assert again.wait(60)

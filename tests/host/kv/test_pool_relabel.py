@@ -14,26 +14,14 @@ from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from tests.helpers.devices.late_device import LateDevice
-from tests.helpers.swapping import HASHES, PAGE, FakeModel, key_of, make_allocator
+from tests.helpers.swapping import HASHES, PAGE, FakeModel, key_of, make_allocator, make_swapper
 from tokenpool.errors import CapacityError
-from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.kv.pool_relabel import IdMap
-from tokenpool.memory.host_ledger import HostLedger, HostUse
-from tokenpool.memory.kv_tier import HostKVTier
+from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import PageUse
 from tokenpool.memory.states import KVState
 
 pytestmark = pytest.mark.vllm
-
-
-def make_swapper(allocator, models: list[FakeModel], budget: int = 4 << 20) -> KVSwapper:
-    host = HostLedger(budget)
-    tier = HostKVTier(host, allocator.arena.device, buffer_bytes=64 << 10)
-    host.make_room = tier.drop_cached
-    swapper = KVSwapper(tier)
-    for model in models:
-        swapper.add(model)
-    return swapper
 
 
 class SwapMachine(RuleBasedStateMachine):
@@ -65,6 +53,7 @@ class SwapMachine(RuleBasedStateMachine):
         return data.draw(st.sampled_from(fitting)) if fitting else None
 
     def fill(self, index: int, blocks: list[KVCacheBlock]) -> None:
+        self.models[index].pool.link.precede_compute()
         for block in blocks:
             self.next_value += 1
             self.models[index].write(block, self.next_value)
@@ -74,6 +63,7 @@ class SwapMachine(RuleBasedStateMachine):
         """A step that reads or writes these blocks waits for them."""
         if (transit := self.models[index].pool.transit) is not None:
             transit.precede_compute(blocks)
+        self.models[index].pool.link.precede_compute()
 
     def held(self, index: int) -> list[KVCacheBlock]:
         return [block for blocks in self.requests[index].values() for block in blocks]
@@ -128,6 +118,7 @@ class SwapMachine(RuleBasedStateMachine):
         if not model.pool.get_num_free_blocks():
             return
         block = model.pool.get_new_blocks(1)[0]
+        model.pool.link.precede_compute()
         model.write(block, -7)
         if model.pool.cached_block_hash_to_block.get_one_block(key_of(hash_index)) is not None:
             model.pool.free_blocks([block])
@@ -208,6 +199,35 @@ class SwapMachine(RuleBasedStateMachine):
         assert index is not None
         idle = self.models[index].pool.num_idle_slabs
         assert min(count, idle) == self.swapper.drop_cached(self.models[index], count)
+
+    @rule(data=st.data(), hash_index=st.integers(0, 7), ahead=st.booleans())
+    def lose_and_hit(self, data: st.DataObject, hash_index: int, ahead: bool) -> None:
+        """A block is computed and freed, its slab goes, and the next request finds it again."""
+        index = self.pick(data, out=False)
+        if index is None or not self.models[index].pool.get_num_free_blocks():
+            return
+        model = self.models[index]
+        if model.pool.get_cached_block(HASHES[hash_index], [0]) is None:
+            self.run(data, 1, False)
+            if not (held := self.held(index)) or held[-1].block_hash is not None:
+                return
+            model.cache(held[-1], hash_index)
+            value = model.content(hash_index, 0)
+            model.write(held[-1], value)
+            self.value[id(held[-1])] = (held[-1], value)
+            model.mark_computed()
+            self.end(index, list(self.requests[index])[-1])
+        if ahead:
+            model.pool.link.copy_ahead()
+        self.swapper.drop_cached(model, 8)
+        self.hit(data, hash_index, [0])
+
+    @rule(data=st.data())
+    def copy_ahead(self, data: st.DataObject) -> None:
+        """Between two steps a few free blocks are saved without a need."""
+        index = self.pick(data, out=False)
+        if index is not None:
+            self.models[index].pool.link.copy_ahead()
 
     # -- out and in ----------------------------------------------------------------------------------
 
@@ -325,7 +345,7 @@ class SwapMachine(RuleBasedStateMachine):
             for index in range(len(HASHES)):
                 for group in (0, 1):
                     entry = model.pool.link.stored.get(key_of(index, group))
-                    if entry is not None:
+                    if entry is not None and (entry.slot.buffer.copies is None or entry.slot.buffer.copies.is_done):
                         view = entry.slot.view()
                         value = ctypes.c_int64.from_address(view.data_ptr()).value
                         assert model.content(index, group) == value, "bytes never computed were stored"

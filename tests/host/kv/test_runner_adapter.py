@@ -51,7 +51,9 @@ def make_v2(*groups: StagedTable) -> SimpleNamespace:
     states = {name: StagedTable(torch.zeros(2), [1]) for name in ("all_token_ids", "total_len", "num_computed_tokens")}
     req_states = SimpleNamespace(req_id_to_index={"a": 0, "b": 1}, **states)
     return SimpleNamespace(
-        block_tables=SimpleNamespace(block_tables=list(groups)),
+        block_tables=SimpleNamespace(
+            block_tables=list(groups), num_blocks=SimpleNamespace(np=np.full((max(1, len(groups)), 2), 2, np.int32))
+        ),
         req_states=req_states,
         _remove_request=req_states.req_id_to_index.pop,
         execute_model_state=None,
@@ -78,21 +80,22 @@ def test_lists_and_valid_rows_of_the_first_runner(split):
 
 @pytest.mark.parametrize("split", [1, 2])
 def test_tables_of_the_second_runner(split):
-    """Device tables and staged ids of every group change in place."""
-    rows = torch.tensor([[3, 4, 7, 0], [9, 9, 4, 3]], dtype=torch.int32)
-    rows = (rows[:, :, None] * split + torch.arange(split)).reshape(2, -1).to(torch.int32)
+    """Device tables and staged ids of every group change in place, as far as requests have blocks."""
+    rows = torch.tensor([[3, 4, 7, 0, 4], [9, 9, 4, 3, 9], [3, 3, 3, 3, 3]], dtype=torch.int32)
+    rows = (rows[:, :, None] * split + torch.arange(split)).reshape(3, -1).to(torch.int32)
     groups = [StagedTable(rows.clone()) for _ in range(2)]
-    tables = SimpleNamespace(block_tables=groups)
+    num_blocks = SimpleNamespace(np=np.array([[3 * split, 4 * split, 5 * split]] * 2, np.int32))
+    tables = SimpleNamespace(block_tables=groups, num_blocks=num_blocks)
     if split > 1:
         tables.blocks_per_kv_block = [split] * 2
     runner = make_v2()
     adapter = RunnerAdapterV2(runner)
-    runner.block_tables = tables
+    runner.block_tables, runner.req_states = tables, make_v2().req_states
     groups[1]._staged_write_contents += [4 * split, 7 * split + split - 1]
     addresses = [group.gpu.data_ptr() for group in groups]
     adapter.remap(IDS)
-    expected = torch.tensor([[40, 3, 0, 0], [9, 9, 3, 40]])
-    expected = (expected[:, :, None] * split + torch.arange(split)).reshape(2, -1)
+    expected = torch.tensor([[40, 3, 0, 0, 4], [9, 9, 3, 40, 9], [3, 3, 3, 3, 3]])
+    expected = (expected[:, :, None] * split + torch.arange(split)).reshape(3, -1)
     assert all(expected.tolist() == group.gpu.tolist() for group in groups)
     assert addresses == [group.gpu.data_ptr() for group in groups]
     assert ([], [3 * split, split - 1]) == tuple(group._staged_write_contents for group in groups)
@@ -104,13 +107,13 @@ def test_nothing_survived():
     runner = make_v1()
     RunnerAdapterV1(runner).remap(nothing)
     assert [0, 0, 0, 4] == runner.input_batch.block_table.block_tables[0].block_table.np[0].tolist()
-    group = StagedTable(torch.tensor([[5, 6]], dtype=torch.int32))
+    group = StagedTable(torch.tensor([[5, 6], [6, 5]], dtype=torch.int32))
     runner = make_v2()
     adapter = RunnerAdapterV2(runner)
-    runner.block_tables.block_tables = [group]
+    runner.block_tables.block_tables, runner.req_states = [group], make_v2().req_states
     group._staged_write_contents.append(7)
     adapter.remap(nothing)
-    assert ([[0, 0]], [0]) == (group.gpu.tolist(), group._staged_write_contents)
+    assert ([[0, 0], [0, 0]], [0]) == (group.gpu.tolist(), group._staged_write_contents)
 
 
 def test_a_crashed_step_leaves_nothing_in_the_first_runner():

@@ -62,3 +62,30 @@ def test_a_model_whose_weights_stay_is_refused_on_a_gpu(build, monkeypatch, fixe
         return
     with pytest.raises(ModelRefusedError, match="w13.*moe-backend marlin"):
         build._refuse_mostly_fixed({"w13": fixed}, movable)
+
+
+@pytest.mark.parametrize(
+    ("kind", "prefix_cache", "told"),
+    [
+        ("MAMBA1", False, "Mamba 1 layers, for which vLLM has no CPU kernel; serve it on a GPU"),
+        ("MAMBA2", True, "the prefix cache of Mamba 2 layers.*add --no-enable-prefix-caching"),
+        ("MAMBA2", False, None),
+        ("GDN_ATTN", True, None),
+        ("SHORT_CONV", True, None),
+        ("LINEAR", True, None),
+    ],
+)
+def test_states_without_a_kernel_are_refused_on_the_cpu_alone(build, monkeypatch, kind, prefix_cache, told):
+    """By name, and only what would end at the first request; a GPU is let try all, untested."""
+    layer = SimpleNamespace(mamba_type=SimpleNamespace(name=kind))
+    build._config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context={"layers.0": layer, "layers.1": object()}),
+        cache_config=SimpleNamespace(enable_prefix_caching=prefix_cache),
+    )
+    if told is None:
+        build._refuse_states()
+    else:
+        with pytest.raises(ModelRefusedError, match=told):
+            build._refuse_states()
+    monkeypatch.setattr(model_build, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    build._refuse_states()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.cases import mixed
 from tests.helpers.plain import Case, Result, run_plain
-from tests.helpers.quantized import SCHEMES, make_w8a8
+from tokenpool.demo.tiny_quantized import SCHEMES, make_w8a8
 
 pytestmark = pytest.mark.vllm
 

@@ -225,6 +225,7 @@ def test_nobody_is_lost_or_answered_twice(seed: int) -> None:
         async with asyncio.timeout(10):
             await asyncio.gather(*tasks.values())
         assert not len(pool.model.hold) and pool.model.gate.unanswered == 0 and pool.model.inflight == 0
+        assert not pool.model.hold.counts and not pool.model.hold.due_by_tenant
         assert len(pool.began) == len(set(pool.began))
         for number in tasks:
             starts = [m for m in pool.answers[number] if m["type"] == "http.response.start"]
@@ -245,3 +246,66 @@ def test_the_table_of_lives() -> None:
         for new in set(Life) - MOVES[old] - {old}:
             with pytest.raises(AssertionError, match=f"a model that is {old} cannot become {new}"):
                 check_move(old, new)
+
+
+def socket_task(pool: Pool, gone: asyncio.Event, sent: list[Any]) -> asyncio.Task[None]:
+    """A websocket that has sent nothing yet, until its client goes."""
+    messages = [{"type": "websocket.connect"}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        await gone.wait()
+        return {"type": "websocket.disconnect", "code": 1006}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    scope = make_scope("/v1/realtime", type="websocket")
+    del scope["method"]
+    return asyncio.create_task(pool.router(scope, receive, send))
+
+
+def test_a_websocket_whose_client_goes_waits_no_more() -> None:
+    """Nobody waits for the model then; one that stays gets its app, which hears of the connection."""
+
+    async def test() -> None:
+        pool, heard = Pool(), []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            heard.append((await receive())["type"])
+
+        pool.model.app = app
+        gone, stays = asyncio.Event(), asyncio.Event()
+        tasks = [socket_task(pool, event, []) for event in (gone, stays)]
+        await turns()
+        assert len(pool.model.hold) == 2
+        gone.set()
+        await tasks[0]
+        assert len(pool.model.hold) == 1 and not pool.model.hold.counts.get("a")
+        pool.model.move(Life.READY)
+        await tasks[1]
+        assert heard == ["websocket.connect"]
+
+    run(test)
+
+
+def test_all_that_waits_for_a_model_is_bounded() -> None:
+    """Websockets, and requests that want no token, wait in the same queue: beyond `max_waiting` they are refused."""
+
+    async def test() -> None:
+        pool = Pool(gate=Gate.of("a", Admission(max_waiting=2), None))
+        never, sent = asyncio.Event(), list[Any]()
+        held = [socket_task(pool, never, []), pool.ask(0, "/tokenize")]
+        await turns()
+        await socket_task(pool, never, sent)
+        await pool.ask(1, "/tokenize")
+        assert (pool.status(1), sent[0]["code"], len(pool.model.hold)) == (429, 1013, 2)
+        assert "wait for model" in pool.text(1)
+        pool.model.move(Life.READY)
+        await held[1]
+        assert pool.status(0) == 200
+        held[0].cancel()
+        await asyncio.wait(held)
+
+    run(test)

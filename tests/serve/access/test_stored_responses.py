@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,5 +114,119 @@ def test_a_background_task_keeps_its_call():
         await task
         await asyncio.sleep(0)
         assert 0 == account.num_sequences
+
+    asyncio.run(main())
+
+
+class Serving:
+    """The parts of vLLM's Responses API that streams of stored responses go through."""
+
+    def __init__(self) -> None:
+        self.response_store: Any = {}
+        self.msg_store: Any = {}
+        self.event_store: Any = {}
+        self.background_tasks: Any = {}
+        self.ends = asyncio.Event()
+
+    def create_error_response(self, **fields: Any) -> dict[str, Any]:
+        return fields
+
+    async def responses_background_stream_generator(self, response_id: str, starting_after: Any = None) -> Any:
+        raise NotImplementedError
+        yield
+
+    async def retrieve_responses(self, response_id: str, starting_after: Any, stream: Any) -> Any:
+        found = self.response_store.get(response_id)
+        if found is None or not stream:
+            return found
+        return self.responses_background_stream_generator(response_id, starting_after)
+
+    def begin(self, response_id: str, *, num_events: int = 3, last: str = "response.completed") -> None:
+        """A background stream that has had some events; its last one comes when `ends` is set."""
+        events, news = deque(SimpleNamespace(type="delta") for _ in range(num_events)), asyncio.Event()
+        self.event_store[response_id], self.response_store[response_id] = (events, news), "a response"
+
+        async def run() -> None:
+            try:
+                await self.ends.wait()
+                events.append(SimpleNamespace(type=last))
+            finally:
+                news.set()
+
+        task = asyncio.create_task(run())
+        self.background_tasks[response_id] = task
+        task.add_done_callback(lambda _: self.background_tasks.pop(response_id, None))
+
+    async def events(self, response_id: str, starting_after: Any = None) -> list[str]:
+        return [event.type async for event in await self.retrieve_responses(response_id, starting_after, True)]
+
+
+@pytest.mark.parametrize("end", ["response.completed", "response.failed", "cancelled"])
+@pytest.mark.parametrize("after", [None, 1, 1000])
+def test_a_stream_of_a_stored_response_ends(end: str, after: int | None):
+    """However who makes it ends: of two readers at once, of one that comes later, and of one that asks for what is
+    not there yet."""
+
+    async def main() -> None:
+        serving = Serving()
+        keep_apart(serving)
+        serving.begin("r", last=end)
+        readers = [asyncio.create_task(serving.events("r", after)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert not any(reader.done() for reader in readers)
+        if end == "cancelled":
+            serving.background_tasks["r"].cancel()
+        serving.ends.set()
+        whole = ["delta"] * 3 + [end] * (end != "cancelled")
+        expected = whole if after is None else whole[after + 1 :]
+        async with asyncio.timeout(5):
+            assert [expected] * 3 == [*await asyncio.gather(*readers), await serving.events("r", after)]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("response_id", "after", "param"), [("plain", None, "stream"), ("r", -1, "starting_after")])
+def test_a_stream_that_cannot_be_is_refused(response_id: str, after: Any, param: str):
+    """With an error that says why, before anything is sent."""
+
+    async def main() -> None:
+        serving = Serving()
+        keep_apart(serving)
+        serving.begin("r")
+        serving.response_store["plain"] = "a response"
+        refused = await serving.retrieve_responses(response_id, after, True)
+        assert (400, param) == (refused["status_code"], refused["param"])
+        assert None is await serving.retrieve_responses("none", after, True)
+        serving.ends.set()
+
+    asyncio.run(main())
+
+
+def test_the_oldest_of_a_tenant_goes_when_it_has_too_much():
+    """With all that is stored of it, unless it runs; another tenant's stays, and so does the newest."""
+
+    async def main() -> None:
+        accounts, serving = Pool(tenant("a"), tenant("b")).book.accounts, Serving()
+        keep_apart(serving)
+        shelf = serving.response_store._shelf
+        shelf._max_bytes = 1000
+
+        def as_tenant(name: str) -> None:
+            CURRENT_CALL.set(accounts[name].begin({"type": "http", "method": "POST"}, "m", 0))
+
+        as_tenant("b")
+        serving.response_store["theirs"] = "x" * 900
+        as_tenant("a")
+        serving.begin("runs", num_events=10)
+        for number in range(4):
+            serving.msg_store[f"r{number}"] = ["x" * 100, "x" * 100]
+            serving.response_store[f"r{number}"] = "x" * 200
+        assert ["runs", "r2", "r3"] == list(serving.response_store) and ["r2", "r3"] == list(serving.msg_store)
+        assert serving.response_store.holds("b", "theirs")
+        serving.ends.set()
+        await asyncio.sleep(0.01)  # its events count when it has ended
+        serving.response_store["large"] = "x" * 5000
+        assert ["large"] == list(serving.response_store) and [] == list(serving.event_store)
+        assert {"large"} == set(shelf._sizes["a"]) and not shelf._running
 
     asyncio.run(main())

@@ -154,6 +154,48 @@ def test_a_host_that_was_left_is_not_heard_any_more(run) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("fault", ["none", "import", "target", "source"])
+def test_a_request_that_its_engine_gave_up_is_sent_on(run, fault) -> None:
+    """With its blocks or without; if the other host is gone to where it was, if its own is gone to the other one."""
+
+    async def test(s: Setup) -> None:
+        one, two = await s.join("one"), await s.join("two")
+        await s.add("a")
+        await one.added()
+        one.say({"a": [1]})
+        assert {"a": [1]} == await s.next_tokens()
+        one.answers["export_kv"] = {"keys": [b"k"], "given_up": True}
+        two.answers["import_kv"] = 0 if fault == "import" else 1
+        lost = {"target": "two", "source": "one"}.get(fault)
+        two.on_call = lambda method: lost and method == "import_kv" and s.client.lost(lost)
+        moved = await asyncio.wait_for(s.client.move_with_kv("a", "two"), 30)
+
+        place, engine = ("one", one) if fault == "target" else ("two", two)
+        again = await engine.added()
+        assert ("a~1", [1]) == (again.request_id, again.delivered_token_ids)
+        assert [place] == [link.host for link in [s.client.journal.get("a").place]]
+        assert moved is (fault in ("none", "source"))
+        assert {host: s.client.load(host) for host in s.client.hosts}[place] == 1
+
+    run(test)
+
+
+def test_a_request_that_stays_with_its_engine_is_not_sent_to_one_that_is_gone(run) -> None:
+    """Its blocks were copied and it goes on: it stays when the other host has died meanwhile."""
+
+    async def test(s: Setup) -> None:
+        one, two = await s.join("one"), await s.join("two")
+        await s.add("a")
+        await one.added()
+        one.answers["export_kv"] = {"keys": [b"k"], "given_up": False}
+        two.on_call = lambda method: method == "import_kv" and s.client.lost("two")
+        assert not await asyncio.wait_for(s.client.move_with_kv("a", "two"), 30)
+        one.say({"a": [1]})
+        assert {"a": [1]} == await s.next_tokens()
+
+    run(test)
+
+
 def test_the_last_host_is_left_when_its_requests_have_ended(run) -> None:
     """Without another host they are finished where they are; one that joins meanwhile takes them."""
 

@@ -102,3 +102,18 @@ def test_the_call_tells_how_many_prompts_there_are(monkeypatch: pytest.MonkeyPat
             processor.process_inputs()
     finally:
         CURRENT_CALL.reset(token)
+
+
+@pytest.mark.parametrize("drafter", [None, "ngram"])
+def test_a_drafted_model_lists_no_chosen_tokens(drafter: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sampler would crash the step for all that are in it; other models list them."""
+    monkeypatch.setattr(InputProcessor, "_validate_params", lambda *args: "taken")
+    processor: Any = _CheckedInputProcessor.__new__(_CheckedInputProcessor)
+    processor.speculative_config = drafter
+    params = SamplingParams(logprobs=2, logprob_token_ids=[5, 6])
+    if drafter is None:
+        assert "taken" == processor._validate_params(params, ())
+    else:
+        with pytest.raises(VLLMValidationError, match="speculative"):
+            processor._validate_params(params, ())
+        assert "taken" == processor._validate_params(SamplingParams(logprobs=2), ())

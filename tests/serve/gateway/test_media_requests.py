@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.conftest import TinyModels
-from tests.helpers.inputs.media import data_url, png, wav
+from tests.helpers.inputs.media import data_url, mp4, png, wav
 from tests.helpers.server import PoolServerProcess, poll
 from tokenpool.demo.tiny_models import make_tiny_model
 
@@ -27,11 +27,24 @@ PAGES = 40
 TRANSCRIBE, TRANSLATE = "/v1/audio/transcriptions", "/v1/audio/translations"
 
 
+FILES = {"image": (png, "image/png"), "video": (mp4, "video/mp4"), "audio": (wav, "audio/wav")}
+"""By modality how a file is made of a seed, and its type."""
+
+
 class _Files(BaseHTTPRequestHandler):
+    """/MODALITY/SEED is a file; below /moved it is elsewhere."""
+
     def do_GET(self) -> None:
-        data = png(int(self.path[1:]))
+        if self.path.startswith("/moved"):
+            self.send_response(302)
+            self.send_header("location", self.path.removeprefix("/moved"))
+            self.end_headers()
+            return
+        _, modality, seed = self.path.split("/")
+        make, media_type = FILES[modality]
+        data = make(int(seed))
         self.send_response(200)
-        self.send_header("content-type", "image/png")
+        self.send_header("content-type", media_type)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -42,7 +55,7 @@ class _Files(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def files() -> Iterator[str]:
-    """The address of a server of images by seed."""
+    """The address of a server of files."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Files) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -91,23 +104,33 @@ def hear(server: PoolServerProcess, path: str, model: str, seed: int, **options:
     return server.request("POST", path, data=fields, files={"file": ("a.wav", wav(seed), "audio/wav")})
 
 
-def shown(seed: int) -> tuple[str, str]:
-    """A part with an image."""
-    return "image_url", data_url(png(seed), "image/png")
+def shown(seed: int, modality: str = "image") -> tuple[str, str]:
+    """A part with a file in a data: URL."""
+    make, media_type = FILES[modality]
+    return f"{modality}_url", data_url(make(seed), media_type)
 
 
-def test_an_image_by_url_is_the_one_by_data_url(server: PoolServerProcess, files: str) -> None:
-    """From a host that is named, of a model that names it; another image is seen as another."""
-    seen = answer(server, chat("qwen", shown(3)))
-    assert seen == answer(server, chat("qwen", ("image_url", f"{files}/3")))
-    assert seen != answer(server, chat("qwen", shown(4)))
+@pytest.mark.parametrize(("model", "modality"), [("qwen", "image"), ("qwen", "video")])
+def test_a_file_by_url_is_the_one_by_data_url(server: PoolServerProcess, files: str, model: str, modality: str) -> None:
+    """From a host that is named, of a model that names it; another file is seen or heard as another."""
+    seen = answer(server, chat(model, shown(3, modality)))
+    assert seen == answer(server, chat(model, (f"{modality}_url", f"{files}/{modality}/3")))
+    assert seen != answer(server, chat(model, shown(4, modality)))
+
+    for url in (f"http://localhost/{modality}/3", f"{files}/moved/{modality}/3", f"file:///tmp/{modality}"):
+        refused = server.request("POST", "/v1/chat/completions", json=chat(model, (f"{modality}_url", url)))
+        assert refused.status_code in (400, 500), f"{url}: {refused.text}"  # vLLM says 500 of a file
+    broken = chat(model, (f"{modality}_url", f"data:{FILES[modality][1]};base64,AAAA"))
+    assert 400 == server.request("POST", "/v1/chat/completions", json=broken).status_code
+    assert seen == answer(server, chat(model, shown(3, modality))), "the model goes on after what it refused"
+
+
+def test_what_a_model_does_not_take_is_refused(server: PoolServerProcess) -> None:
+    """By status 400: images of a text model, sounds of one that sees, and another image than it can tell apart."""
     assert answer(server, chat("llava", shown(3))) != answer(server, chat("llava", shown(4)))
-
-    elsewhere = server.request("POST", "/v1/chat/completions", json=chat("qwen", ("image_url", "http://localhost/3")))
-    assert 400 == elsewhere.status_code
-    assert "127.0.0.1" in elsewhere.text
-    text_only = server.request("POST", "/v1/chat/completions", json=chat("llama", shown(3)))
-    assert 400 == text_only.status_code, text_only.text
+    for body in (chat("llama", shown(3)), chat("qwen", shown(3, "audio")), chat("llava", shown(3, "video"))):
+        refused = server.request("POST", "/v1/chat/completions", json=body)
+        assert 400 == refused.status_code, refused.text
 
 
 def test_sounds_go_to_the_model_of_the_form(server: PoolServerProcess) -> None:

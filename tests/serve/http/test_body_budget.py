@@ -93,6 +93,22 @@ def test_bodies_that_are_there_leave_no_room_for_more():
     asyncio.run(main())
 
 
+def test_a_tenant_leaves_room_for_the_bodies_of_others():
+    """One that has no other limit is refused when it has as much as it leaves free; who comes then is served."""
+
+    async def main() -> None:
+        pool = Pool(tenant("a"), tenant("b"), tenant("c"))
+        there = [await Client(pool, "a").whole() for _ in range(LARGEST_BODIES // 2)]
+        more = await Client(pool, "a").whole()
+        assert (503, b"2") == (await more.status(), more.retry_after)
+        there += [await Client(pool, name).whole() for name in ("b", "c", "b")]
+        pool.may_answer.set()
+        assert {200} == {await client.status() for client in there}
+        assert 0 == pool.router._bodies.shares.num_bytes
+
+    asyncio.run(main())
+
+
 def test_a_client_that_leaves_gives_its_room_back():
     """Nothing counts for bodies whose requests are over, however they ended."""
 
@@ -107,7 +123,7 @@ def test_a_client_that_leaves_gives_its_room_back():
         cancelled = await Client(pool).whole()
         cancelled.task.cancel()
         await asyncio.wait({cancelled.task})
-        assert 0 == pool.router._bodies.num_bytes
+        assert 0 == pool.router._bodies.shares.num_bytes
 
     asyncio.run(main())
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -140,3 +141,14 @@ def test_both_routes_of_adapters_know_the_names() -> None:
 def test_an_adapter_without_a_name_goes_to_the_app(body: bytes) -> None:
     """vLLM says what is wrong with it."""
     assert post(two(), "/models/a/v1/load_lora_adapter", content=body).json()["app"] == "a"
+
+
+@pytest.mark.parametrize("has_lora", [True, False])
+def test_a_model_without_lora_takes_no_adapters(has_lora: bool) -> None:
+    """400 that says how to start it, and not what its engine makes of the call."""
+    router = two()
+    config = SimpleNamespace(lora_config=object() if has_lora else None)
+    set_vllm_state(router.models["a"], engine_client=SimpleNamespace(vllm_config=config))
+    answer = post(router, "/models/a/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/l"})
+    assert (200 if has_lora else 400) == answer.status_code
+    assert has_lora or "--enable-lora" in answer.json()["error"]["message"]

@@ -8,10 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.conftest import TinyModels
+from tests.models.quantise import GROUP, quantise
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError
+from tokenpool.serve.launch import weight_sizes
 from tokenpool.serve.launch.checkpoint import checkpoint_bytes
 from tokenpool.serve.launch.launch_plan import plan_pool
 
@@ -38,7 +41,7 @@ def changed(base: Path, folder: Path, **fields: object) -> Path:
 def test_a_checkpoint_in_float32_counts_in_the_dtype_of_the_model(tiny_models: TinyModels, tmp_path: Path):
     """Half of its files; what is no float keeps its size."""
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     base = tiny_models.path("llama")
     wide = changed(base, tmp_path / "wide")
@@ -72,3 +75,21 @@ def test_no_engine_is_given_a_table_without_bytes(tiny_models: TinyModels):
     before = dict(rotary_embedding._ROPE_DICT)
     planned(tiny_models.path("gemma3"))
     assert before == rotary_embedding._ROPE_DICT
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "gptq", "awq", "int8"])
+def test_what_the_kernels_add_to_4_bit_integers_counts(
+    tiny_models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+):
+    """9 bytes per group in the place of the files' scales and zero points, where such a kernel is taken."""
+    folder = tmp_path / scheme
+    folder.mkdir()
+    quantise(tiny_models.path("llama"), folder, scheme)
+    monkeypatch.setattr(weight_sizes, "_has_int8_activations", lambda dtype: False)
+    bare = planned(folder, "--dtype", "bfloat16")
+    monkeypatch.setattr(weight_sizes, "_has_int8_activations", lambda dtype: dtype.itemsize == 2)
+    weights = load_file(tiny_models.path("llama") / "model.safetensors")
+    groups = sum(w.numel() // GROUP for name, w in weights.items() if name.endswith("_proj.weight"))
+    in_files = {"w4a16": 2 * groups, "gptq": 2 * groups + groups // 2, "awq": 2 * groups + groups // 2}
+    added = 9 * groups - in_files[scheme] if scheme in in_files else 0
+    assert bare + added == planned(folder, "--dtype", "bfloat16")

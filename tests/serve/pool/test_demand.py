@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.serve.access.test_tenants import tenant as tenant_of
 from tests.serve.gateway.test_router import CHAT, make_scope
 from tokenpool.model_life import Life
 from tokenpool.serve.access.admission import EngineQueue
+from tokenpool.serve.access.auth import TENANT_KEY
+from tokenpool.serve.access.tenants import TenantBook
 
 if TYPE_CHECKING:
     from tests.helpers.stand_ins import World
@@ -47,7 +50,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 class Asked:
     """One request and what became of it."""
 
-    def __init__(self, w: World, model: str, number: int = 0, **fields: Any) -> None:
+    def __init__(self, w: World, model: str, number: int = 0, tenant: str = "", **fields: Any) -> None:
         self.model, self.number, self.gone = model, number, asyncio.Event()
         self.sent: list[dict[str, Any]] = []
         body = json.dumps({"model": model, "id": f"{model}-{number}", **fields}).encode()
@@ -63,6 +66,8 @@ class Asked:
             self.sent.append(message)
 
         scope = make_scope(CHAT, {"content-length": str(len(body)), "content-type": "application/json"})
+        if tenant:
+            scope[TENANT_KEY] = TenantBook([tenant_of(tenant)]).accounts[tenant]
         self.task = asyncio.create_task(w.pool.router(scope, receive, send))
 
     @property
@@ -181,6 +186,27 @@ def test_what_is_held_is_loaded_by_the_next_host(run) -> None:
     run(test)
 
 
+def test_a_tenant_that_wants_many_models_waits_for_itself(run) -> None:
+    """Another one's model is loaded next but one, however many the first had asked for; weights count."""
+
+    async def test(w: World) -> None:
+        await w.pool.start()
+        w.gates["a0"] = asyncio.Event()
+        names = [f"a{number}" for number in range(12)]
+        asked = [Asked(w, name, tenant="many") for name in names]
+        await w.until(lambda: w.loads == ["a0"])
+        asked += [Asked(w, name, tenant="few") for name in ("b0", "b1")]
+        await w.until(lambda: all(len(model.app.hold) for model in list(w.pool.models.values())[1:]))
+        w.gates["a0"].set()
+        assert [await one.status() for one in asked] == [200] * 14
+        assert w.loads[:2] == ["a0", "b0"] and w.loads.index("b1") <= 4
+        assert [name for name in w.loads if name in names] == names
+
+    tenants = (tenant_of("many"), tenant_of("few"))
+    names = [f"a{number}" for number in range(12)] + ["b0", "b1"]
+    run(test, names=names, tenants=tenants, max_loaded=2)
+
+
 def test_the_most_urgent_comes_first(run) -> None:
     """Of models that are wanted while another one is loaded, the one whose request is due first."""
     from tokenpool.config import SLO
@@ -240,13 +266,14 @@ def test_a_model_can_be_added_cold(run, monkeypatch: pytest.MonkeyPatch) -> None
 def test_no_request_is_lost_or_answered_twice(run, seed: int) -> None:
     """Through loads, unloads, failures, deaths of hosts, clients that go; at the end nothing of any model is left."""
     rng = random.Random(seed)
-    max_loaded = rng.choice([1, 2, None])
+    max_loaded, with_tenants = rng.choice([1, 2, None]), rng.random() < 0.5
 
     async def test(w: World) -> None:
         await w.pool.start()
         asked: list[Asked] = []
         for number in range(150):
-            asked.append(Asked(w, rng.choice("abc"), number, steps=rng.choice([1, 2, 10])))
+            tenant = rng.choice(["x", "y"]) if with_tenants else ""
+            asked.append(Asked(w, rng.choice("abc"), number, tenant, steps=rng.choice([1, 2, 10])))
             await asyncio.sleep(rng.choice([0, 0, 0, 0.001, 0.01, 0.05]))
             if rng.random() < 0.1:
                 rng.choice(asked).gone.set()
@@ -270,6 +297,6 @@ def test_no_request_is_lost_or_answered_twice(run, seed: int) -> None:
         assert w.host.models == []
         for model in w.pool.models.values():
             assert (model.client, model.host_pid, len(model.app.hold), model.app.inflight) == (None, 0, 0, 0)
-            assert model.app.gate.unanswered == 0
+            assert model.app.gate.unanswered == 0 and not model.app.hold.counts
 
     run(test, unload_after_s=0.03, max_loaded=max_loaded)

@@ -132,3 +132,24 @@ def test_requests_without_body_are_passed_on():
         assert {"body": "whole"} == answer.json()
 
     asyncio.run(main())
+
+
+PICKER = ("/metrics/picker", "/metrics/picker/", "/metrics/picker/org/m")
+
+
+@pytest.mark.parametrize("path", PICKER)
+def test_a_picker_needs_no_key_where_the_pool_file_says_so(path):
+    """Else it is read as the other numbers are."""
+    shut, open_to_all = Port(tenants=TENANTS), Port(tenants=TENANTS, open_picker_metrics=True)
+    assert [401, 403, 200, 200] == [shut.get(key, path)[0] for key in (None, "a", "metrics", "api")]
+    assert [200, 200, 200] == [open_to_all.get(key, path)[0] for key in (None, "metrics", "api")]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/metrics", "/metrics/", "/metrics/pickers", "/models/m/metrics/picker", "/metrics/picker/../../v1/pool/state",
+     "/metrics/picker/%2e%2e/%2e%2e/v1/pool/state", "/metrics//picker"],
+)  # fmt: skip
+def test_nothing_else_is_opened_for_a_picker(path):
+    """No neighbour of the path, and no spelling that leads elsewhere."""
+    assert Port(open_picker_metrics=True).get(None, path)[0] == 401

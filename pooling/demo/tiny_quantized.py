@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
+if TYPE_CHECKING:
+    import torch
 
 SCHEMES = ("int8", "int8_static", "int8_asymmetric", "fp8")
 """W8A8: int8 with a dynamic scale per token, with one of the checkpoint, with zero points; fp8 with dynamic scales."""
@@ -17,6 +17,8 @@ SCHEMES = ("int8", "int8_static", "int8_asymmetric", "fp8")
 
 def make_w8a8(base: Path, directory: Path, scheme: str) -> Path:
     """Write the checkpoint of `base` with 8-bit weights, a scale per channel, and 8-bit activations, to `directory`."""
+    from safetensors.torch import load_file, save_file
+
     if directory.exists():
         return directory
     shutil.copytree(base, directory)
@@ -34,6 +36,8 @@ def make_w8a8(base: Path, directory: Path, scheme: str) -> Path:
 
 
 def _quantized(name: str, weight: torch.Tensor, scheme: str) -> dict[str, torch.Tensor]:
+    import torch
+
     dtype, largest = (torch.float8_e4m3fn, 448.0) if scheme == "fp8" else (torch.int8, 127.0)
     wide = weight.float()
     scale = wide.abs().amax(dim=1, keepdim=True) / largest

@@ -10,6 +10,7 @@ The header tells the layout; columns may come in any order, and others beside th
     azure      TIMESTAMP, ContextTokens, GeneratedTokens                                date and time; one model
     burstgpt   Timestamp, Model, Request tokens, Response tokens                        seconds
     prism      arrival_s, model, prompt_tokens, output_tokens                           seconds
+    swissai    created_at, model, reported_token_input, reported_token_output           date and time
     mooncake   timestamp, input_length, output_length; JSON lines                       milliseconds; one model
 
 The first three count arrivals from the begin of the workload. Of the others, which are logs of services, the first
@@ -17,7 +18,7 @@ request kept arrives at 0, and rows without prompt or answer are left out: those
 prompts of `mooncake` share (`hash_ids`) are not read, for the simulator caches no prefixes.
 
 Source: the artifact of Aegaeon (SOSP'25), AzurePublicDataset (2023 and 2024), BurstGPT (HPMLL/BurstGPT), the trace of
-Multi-LLM/prism-research as CSV, kvcache-ai/Mooncake (FAST'25).
+Multi-LLM/prism-research as CSV, the log of SwissAI that OpenTela (OSDI'26) published, kvcache-ai/Mooncake (FAST'25).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def read_trace_file(path: str | os.PathLike[str]) -> TraceFile:
     """
     path = Path(path)
     try:
-        with _open(path, "rt") as file:
+        with open_trace(path, "rt") as file:
             trace = _read(path, file)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}", source=str(path)) from error
@@ -86,7 +87,7 @@ def write_requests(path: str | os.PathLike[str], workload: Workload) -> None:
 
     Models without a request are not in the file.
     """
-    with _open(Path(path), "wt") as file:
+    with open_trace(Path(path), "wt") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_SIM_COLUMNS)
         for i, request in enumerate(workload.requests):
@@ -105,6 +106,8 @@ class _Layout(NamedTuple):
     is_log: bool = False
     """Arrivals count from the first request, and rows without tokens are left out."""
     kind_of: Callable[[str], str] = str
+    may_lack_tokens: bool = False
+    """Whether a length may be empty: such a request had failed."""
 
 
 def _ms(text: str) -> float:
@@ -145,11 +148,20 @@ _LAYOUTS = (
     ),
     _Layout("burstgpt", ("Timestamp", "Request tokens", "Response tokens", "Model"), float, "45", is_log=True),
     _Layout("prism", ("arrival_s", "prompt_tokens", "output_tokens", "model"), float, "45.5", is_log=True),
+    _Layout(
+        "swissai",
+        ("created_at", "reported_token_input", "reported_token_output", "model"),
+        _date_s,
+        "2025-01-31 18:17:03.979+00:00",
+        is_log=True,
+        may_lack_tokens=True,
+    ),
     _Layout("mooncake", ("timestamp", "input_length", "output_length"), _ms, "3000", is_log=True),
 )
 
 
-def _open(path: Path, mode: str) -> TextIO:
+def open_trace(path: Path, mode: str) -> TextIO:
+    """Open a text file, packed or not, to read (`rt`) or write (`wt`)."""
     opener = gzip.open if path.suffix == ".gz" else open
     encoding = "utf-8-sig" if mode == "rt" else "utf-8"  # skips a byte order mark
     return cast(TextIO, opener(path, mode, encoding=encoding, newline=""))
@@ -197,6 +209,9 @@ def _read(path: Path, file: TextIO) -> TraceFile:
     header = [name.strip() for name in next(reader, [])]
     layout = next((layout for layout in _LAYOUTS if set(layout.columns) <= set(header)), None)
     if layout is None:
+        if {"client", "rate_rps"} <= set(header):
+            problem = "holds rates of clients, no requests: give `tokenpool sim` or `plan` a time with --for, as in 20m"
+            raise ConfigError(problem, key="line 1", source=str(path))
         known = "; ".join(",".join(layout.columns) for layout in _LAYOUTS)
         problem = f"unknown header {show(','.join(header))}: give the columns of one of {known}"
         raise ConfigError(problem, key="line 1", source=str(path))
@@ -212,6 +227,8 @@ def _read(path: Path, file: TextIO) -> TraceFile:
             if len(row) != len(header):
                 raise ValueError(row)
             fields = [row[i].strip() for i in at]
+            if layout.may_lack_tokens:
+                fields[1:3] = [text or "0" for text in fields[1:3]]
             arrival_s, input_len, output_len = layout.parse_s(fields[0]), int(fields[1]), int(fields[2])
             least = 0 if layout.is_log else 1
             if not (0 <= arrival_s < math.inf and input_len >= least and output_len >= least and all(fields)):

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many GPUs a workload needs: all models reach the target, also with one GPU more, and hopeless runs end early."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokenpool.config import SLO
+from tokenpool.sim import generate
+from tokenpool.sim.compared.systems import run_system, system
+from tokenpool.sim.costs import costs_of
+from tokenpool.sim.gpus import gpu
+from tokenpool.sim.planner import plan
+from tokenpool.sim.result import MostMissed
+from tokenpool.sim.workload import Workload
+
+pytestmark = pytest.mark.cpu
+
+GPU, COSTS = gpu("h100-80g"), {"qwen2.5-7b": costs_of("qwen2.5-7b", "h100-80g")}
+SLO_10S = SLO(10.0, 0.1)
+
+
+def workload(rates: dict[str, float], duration_s: float = 60.0) -> Workload:
+    return generate.poisson(rates, duration_s, 1, kinds=dict.fromkeys(rates, "qwen2.5-7b"))
+
+
+def test_every_model_reaches_the_target_and_one_gpu_may_fail():
+    """The answer holds for each model by itself, with one more as well; what was tried is told line by line."""
+    asked = workload({**{f"m{i}": 0.3 for i in range(12)}, "rare": 0.05}, 90.0)
+    told: list[str] = []
+    made = plan(asked, COSTS, GPU, SLO_10S, 0.95, progress=told.append)
+    found = made.systems["slack"]
+    assert found.num_gpus is not None and found.num_gpus < made.systems["dedicated"].num_gpus == 13
+    assert found.spare_gpus == found.num_gpus + 1
+    for count in (found.num_gpus, found.num_gpus + 1):
+        result = run_system(system("slack", count, GPU.name, 16e9), asked, COSTS.__getitem__, SLO_10S)
+        assert result.worst_model >= 0.95
+    group = found.groups[0]
+    assert group.worst_frac >= 0.95 and group.worst_model in asked.kinds
+    assert 0 < group.headroom_frac < 1
+    weights = COSTS["qwen2.5-7b"].weight_bytes
+    assert 13 * weights <= group.host_bytes_per_node < 40 * weights
+    assert asked.kinds.keys() == group.placement.keys()
+    assert any(line.startswith(f"slack: {found.num_gpus} GPUs, worst model") for line in told)
+
+
+def test_a_run_ends_when_a_model_has_missed_too_much():
+    """Long before the last request; what came by then is counted."""
+    asked = workload({f"m{i:02}": 0.5 for i in range(40)}, 200.0)
+    made = system("request_level", 1, GPU.name, 16e9)
+    result = run_system(
+        made, asked, COSTS.__getitem__, SLO_10S, most_missed=MostMissed(1e9, dict.fromkeys(asked.kinds, 100.0))
+    )
+    assert result.is_stopped
+    assert 0 < result.num_requests < len(asked.requests) / 2
+    enough = system("slack", 8, GPU.name, 16e9)
+    result = run_system(
+        enough, workload({"m": 0.5}), COSTS.__getitem__, SLO_10S, most_missed=MostMissed(0.0, {"m": 0.0})
+    )
+    assert not result.is_stopped and result.token_attainment == 1.0
+
+
+def test_none_says_how_far_it_came():
+    """A model whose requests no GPU can serve in time: no number is enough, and the worst model is named."""
+    made = plan(workload({"m": 1.0}, 20.0), COSTS, GPU, SLO(0.001, 0.001), 0.99)
+    assert made.systems["slack"].num_gpus is None and made.systems["slack"].spare_gpus is None
+    assert "m" == made.systems["slack"].worst.worst_model

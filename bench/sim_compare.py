@@ -42,9 +42,10 @@ from typing import Any
 if not __package__:  # run as a script: only bench/ itself is on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.parts import common, gpus_saved, sim_sensitivity
+from bench.parts import common, sim_sensitivity
 from bench.parts.fidelity import fidelity
 from bench.parts.sim_sensitivity import GPU, LINK_BYTES_PER_S, NUM_GPUS, costs_for
+from bench.sim import gpus_saved
 from tokenpool.config import SLO
 from tokenpool.sim import generate
 from tokenpool.sim.compared import bound

@@ -146,7 +146,7 @@ def test_a_build_that_fails_leaves_the_content_to_others(node: Node) -> None:
     """The fill ends with it, and so does what was booked."""
     one, two = node.host(), node.host()
     tensors = parts()
-    one.device.allowed["map_unset"] = 0
+    one.device.allowed["map_later"] = 0
     with pytest.raises(SwitchError):
         one.adopt("a", tensors, Checkpoint(tensors))
     one.assert_empty()

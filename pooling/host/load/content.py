@@ -40,22 +40,21 @@ def checkpoint_state(config: VllmConfig) -> list[tuple[str, list[int]]]:
 def content_key(config: VllmConfig) -> str | None:
     """The name of the content, 64 hexadecimal digits; None for a model whose copy is not shared.
 
-    These are models of several ranks, quantised ones, those with a draft model, and those whose files are not found.
+    These are models of several ranks, quantised ones, those with adapters or a draft model, and those whose files are
+    not found.
     """
     model, load = config.model_config, config.load_config
     ranks = config.parallel_config.world_size
     if ranks > 1 or model.quantization is not None or config.speculative_config is not None:
         return None
-    if load.load_format not in _FORMATS:
+    if config.lora_config is not None or load.load_format not in _FORMATS:
         return None
     if not (files := checkpoint_state(config)):
         return None
-    lora = config.lora_config
     facts = {
         "files": files,
         "config": model.hf_config.to_json_string(),
         "model": [str(model.dtype), model.max_model_len, model.revision, model.compute_hash()],
-        "lora": lora.compute_hash() if lora is not None else None,
         "load": [load.load_format, sorted(load.ignore_patterns or ()), _plain(load.model_loader_extra_config)],
         "ranks": [0, ranks],
         "device": config.device_config.device_type,

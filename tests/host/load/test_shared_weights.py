@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,10 @@ def reference(cases: dict[str, Case]) -> dict[str, dict[str, Result]]:
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """That of the store; nothing is known of any checkpoint before."""
+    from tokenpool.host.load import shared_weights
     from tokenpool.node_store.place import folder_of
 
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setattr(shared_weights, "KnownProofs", partial(shared_weights.KnownProofs, tmp_path / "proofs"))
     place = folder_of(STORE)
     yield place
     with contextlib.suppress(OSError):

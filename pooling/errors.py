@@ -146,6 +146,15 @@ class SwitchError(PoolError):
         """The step that failed, such as `map`, `copy`, `verify`, `drop` or `fetch`."""
 
 
+class UnfitCopyError(PoolError):
+    """A host copy that other hosts of the node share is not that of this model: it must read its own."""
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(f"model {model!r}: the node's copy of its weights does not fit: {problem}")
+        self.model = model
+        self.problem = problem
+
+
 class HostError(PoolError):
     """An engine host failed: it died, does not answer, or answered what it must not."""
 

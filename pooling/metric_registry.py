@@ -120,6 +120,13 @@ _LIST = (
         ("use", "model_name"),
     ),
     Metric(
+        "tokenpool:node_memory_bytes",
+        "gauge",
+        "Host memory of the node, with a host_store: held_copies, spare_copies that no host holds, own of the hosts, "
+        "free, over the budget.",
+        ("use",),
+    ),
+    Metric(
         "tokenpool:ledger_ok",
         "gauge",
         "1 while the books of pages and host memory agree (looked at every 10 s), else 0.",

@@ -26,6 +26,7 @@ LAYERS = [
     {"patches"},
     {"wire"},
     {"process"},
+    {"node_store"},
     {"host"},
     {"cluster"},
     {"serve"},

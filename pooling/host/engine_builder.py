@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from tokenpool.errors import ConfigError
+from tokenpool.errors import ConfigError, UnfitCopyError
 from tokenpool.host.engine import encoder_cache
 from tokenpool.host.engine.engine_globals import EngineGlobals, keep_thread_count
 from tokenpool.host.engine.hosted_core import HostedEngineCore
@@ -31,6 +33,7 @@ from tokenpool.host.load.device_choice import (
 from tokenpool.host.load.model_build import LAYOUT, ModelBuild
 from tokenpool.host.load.model_tensors import models_of, weight_bytes_of
 from tokenpool.host.load.progress import BuildProgress
+from tokenpool.host.load.shared_weights import SharedWeights
 from tokenpool.host.pressure import PressureRelief
 from tokenpool.host.ranks.group_executor import group_executor
 from tokenpool.host.ranks.rank_group import RankGroup
@@ -38,6 +41,7 @@ from tokenpool.memory.ledger import PageUse
 from tokenpool.memory.page_counts import pages_for
 from tokenpool.memory.slab_allocator import SlabAllocator
 from tokenpool.memory.weights import WeightStore
+from tokenpool.node_store.client import NodeStore
 from tokenpool.patches.build_context import building
 from tokenpool.policy.cost_model import CopyModel, CostModel
 from tokenpool.process.heap import release_engine
@@ -73,6 +77,7 @@ class EngineBuilder:
         lane: BuildLane,
         notify: Callable[[str], None],
         executor_class: type[Executor] = UniProcExecutor,
+        node: NodeStore | None = None,
     ) -> None:
         self.config = config
         self.progress = BuildProgress()
@@ -87,6 +92,7 @@ class EngineBuilder:
         self._lane = lane
         self._notify = notify
         self._executor_class = executor_class
+        self._node = node
 
     def build(self, spec: HostedModelSpec, index: int) -> HostedModel:
         """Load a model; raises PoolError and leaves no trace if it cannot be added."""
@@ -95,9 +101,20 @@ class EngineBuilder:
                 f"model {spec.name!r}: all models of a host need the same --tensor-parallel-size, here "
                 f"{self.config.tensor_parallel_size}"
             )
+        fresh = copy.deepcopy(spec.vllm_config) if self._node is not None else None  # an engine leaves traces in it
+        try:
+            return self._build(spec, index, may_map=True)
+        except UnfitCopyError as error:
+            logger.warning("%s; it is read again", error)
+            assert fresh is not None
+            return self._build(replace(spec, vllm_config=fresh), index, may_map=False)
+
+    def _build(self, spec: HostedModelSpec, index: int, *, may_map: bool) -> HostedModel:
         start = time.perf_counter()
         movable, ledger = self.config.movable_weights, self._allocator.ledger
         weight_pages = [] if movable else self._take_weight_pages(spec.name, spec.weight_bytes)
+        shared = SharedWeights(spec.name, spec.vllm_config, self._node if movable else None, self._lane.pause,
+                               may_map=may_map)  # fmt: skip
         build = ModelBuild(
             spec.name,
             spec.vllm_config,
@@ -106,11 +123,12 @@ class EngineBuilder:
             self._weights if movable else None,
             self.progress.enter,
             self._lane.pause,
+            shared,
         )
         core, device = None, self._allocator.arena.device
         memory = EngineMemory(device)
         try:
-            core = self._build_core(spec, build)
+            core = self._build_core(spec, build, shared)
             build.clear_null_block()
             weight_pages += self._account_engine(spec.name, core, memory, len(weight_pages))
             self._relief.check_fits(spec.name, core, build.pool)
@@ -140,7 +158,7 @@ class EngineBuilder:
             release_engine(error)
             raise
 
-    def _build_core(self, spec: HostedModelSpec, build: ModelBuild) -> HostedEngineCore:
+    def _build_core(self, spec: HostedModelSpec, build: ModelBuild, shared: SharedWeights) -> HostedEngineCore:
         drafts = spec.vllm_config.speculative_config
         if drafts is not None and drafts.method == "ngram":
             keep_thread_count()
@@ -169,6 +187,7 @@ class EngineBuilder:
                 building(build),
                 self._lane.pausing(),
             ):
+                shared.before_loading()
                 return HostedEngineCore(
                     spec.vllm_config,
                     addresses=spec.addresses,
@@ -178,6 +197,7 @@ class EngineBuilder:
                     executor_class=group_executor(self._group, spec.name) if self._group else self._executor_class,
                 )
         finally:
+            shared.give_up()
             ledger.give(spec.name, PageUse.WEIGHTS, lent)
 
     def _account_engine(self, name: str, core: HostedEngineCore, memory: EngineMemory, num_pages: int) -> list[int]:

@@ -26,6 +26,7 @@ from tokenpool.host.load.build_lane import BuildLane
 from tokenpool.host.load.device_choice import make_all_pages, make_device, spare_host_bytes
 from tokenpool.host.load.progress import BuildProgress
 from tokenpool.host.loop_calls import LoopCalls
+from tokenpool.host.node_share import join_node
 from tokenpool.host.pressure import PressureRelief
 from tokenpool.host.ranks.rank_group import RankGroup
 from tokenpool.host.residency import ResidencyManager
@@ -85,16 +86,14 @@ class EngineHost:
         """Called before the loop sleeps and about twice a second otherwise; used for metrics."""
         self.pulse = Pulse()
         self.started_s = time.time()
-        self.switches = self.loops = 0
-        self.overhead_seconds = 0.0
+        self.switches, self.loops, self.overhead_seconds = 0, 0, 0.0
         self.host_ledger = HostLedger(config.host_memory)
         self._wake = threading.Event()
         side = partial(copy_engine, on_start=use_all_cpus, notify=lambda job: self._wake.set())
         books, spare_bytes = (device, self.ledger, self.host_ledger), spare_host_bytes(device, config.host_memory)
         self.weights = WeightStore(*books, poison=poison, copier=side(), fetcher=side(name="weights-fetch"))
         self.swapper = KVSwapper(HostKVTier(self.host_ledger, self.arena.device, spare_bytes=spare_bytes))
-        self.trace = TraceLog()
-        copies = CopyModel()
+        self.trace, copies = TraceLog(), CopyModel()
         room = RoomMaker(self.models, self.allocator, self.weights, self.swapper, self.host_ledger, copies, self.trace)
         self.residency = ResidencyManager(room, self.weights, self.swapper, copies, self.trace)
         policy = load_turn_policy(config.policy, dict(config.policy_options))
@@ -103,10 +102,11 @@ class EngineHost:
         self._relief = PressureRelief(
             self.models, self.allocator, config.kv_floor_pages, room.most_slabs_for, room.keep_promises
         )
+        self.node = join_node(config, self.host_ledger, room.host, self.call, device)
         self._lane = BuildLane(self._globals, self.pulse.beat)
         self._builder = EngineBuilder(
             config, self.group, self.allocator, self.weights, self.swapper, self._relief, copies, self._globals,
-            self._lane, self._notify, executor_class,
+            self._lane, self._notify, executor_class, self.node,
         )  # fmt: skip
         self.budget = Budget(self.models, self.allocator, self.weights, self._relief, copies, lambda: self._lane.busy)
         self.sleepers = Sleepers(self.models, room, self.weights, self._notify)
@@ -115,8 +115,7 @@ class EngineHost:
         self._current: HostedModel | None = None
         self._previous: HostedModel | None = None  # whose turn ended; its last outputs may still be due
         self._calls = LoopCalls(self.pulse)
-        self._next_index = 0
-        self._stopping = False
+        self._next_index, self._stopping = 0, False
         self._naps = 0  # in a row
         self.budget.begin_with(config.device_budget)
 
@@ -396,4 +395,6 @@ class EngineHost:
         for name in list(self.models):
             self.remove_model(name)
         self.weights.close()
+        if self.node is not None:
+            self.node.close()
         self.arena.close()

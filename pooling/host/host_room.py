@@ -145,6 +145,15 @@ class HostRoom:
         """The ledger's: KV that must leave the device, or a model that is added, needs `nbytes` more."""
         self._give_up(nbytes, busy_resident=False)
 
+    def give_back(self, nbytes: int) -> None:
+        """Others on the node want host memory: what models without work have goes, as far as it helps."""
+        goal = self._host.free_bytes + nbytes
+        self._swapper.tier.drop_cached(nbytes)
+        for name, size in self._droppable(busy_resident=False):
+            missing = goal - self._host.free_bytes
+            if missing > 0 and not self._is_busy(name):
+                self._give_up(min(missing, size), busy_resident=False)
+
     def _give_up(self, nbytes: int, *, busy_resident: bool) -> bool:
         """Free `nbytes` of host memory, or nothing at all; returns whether they are free."""
         droppable = self._droppable(busy_resident)

@@ -52,13 +52,14 @@ class HostMetrics:
         self._copied = metric("copied_bytes").make()
         self._pages = LabelledGauge("pages")
         self._host_memory = LabelledGauge("host_memory_bytes")
+        self._node_memory = LabelledGauge("node_memory_bytes")
         self._queue = LabelledGauge("queue_requests")
         self._states = LabelledGauge("model_state")
         self._errors = LabelledGauge("cost_error")
         self._attainment = LabelledGauge("slo_attainment")
         self._goodput = LabelledGauge("goodput_tokens_per_s")
-        self._gauges = (self._pages, self._host_memory, self._queue, self._states, self._errors, self._attainment,
-                        self._goodput)  # fmt: skip
+        self._gauges = (self._pages, self._host_memory, self._node_memory, self._queue, self._states, self._errors,
+                        self._attainment, self._goodput)  # fmt: skip
         self._books = metric("ledger_ok").make()
         self._books_checked_s = -math.inf
         self._seen: dict[Any, float] = {}  # totals by name; those of a model by its index and name
@@ -130,6 +131,8 @@ class HostMetrics:
         pages = host.ledger.snapshot()
         self._pages.replace(_by_use(pages.held) | {("free", ""): pages.num_free})
         self._host_memory.replace(_by_use(host.host_ledger.snapshot()) | {("free", ""): host.host_ledger.free_bytes})
+        if host.node is not None:
+            self._node_memory.replace(_node_memory(host.node.book))
         queues: dict[tuple[str, ...], float] = {}
         states, errors, shares, goodput = dict(queues), dict(queues), dict(queues), dict(queues)
         for hosted in models:
@@ -166,3 +169,18 @@ def scrape() -> str:
 def _by_use(held: Mapping[str, Mapping[str, int]]) -> dict[tuple[str, ...], float]:
     """(use, owner) -> amount."""
     return {(use, owner): amount for use, owners in held.items() for owner, amount in owners.items()}
+
+
+def _node_memory(book: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
+    """(use,) -> bytes, of a book that `NodeBooks` has made; nothing without one."""
+    if not book:
+        return {}
+    spare = book["copies_bytes"] - book["held_copies_bytes"]
+    values = {
+        "held_copies": book["held_copies_bytes"],
+        "spare_copies": spare,
+        "own": book["own_bytes"],
+        "free": max(0, book["budget_bytes"] - book["used_bytes"]),
+        "over": book["over_bytes"],
+    }
+    return {(use,): value for use, value in values.items()}

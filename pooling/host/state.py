@@ -121,6 +121,7 @@ def host_state(host: EngineHost) -> dict[str, Any]:
             "budget_bytes": host.host_ledger.budget_bytes,
             "free_bytes": host.host_ledger.free_bytes,
             "held_bytes": host.host_ledger.snapshot(),
+            "node": host.node.book if host.node is not None else {},
         },
         "slab_grants": host.allocator.num_grants,
         "slab_reclaims": host.allocator.num_reclaims,

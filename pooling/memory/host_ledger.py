@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
+from typing import Any, Protocol
 
 from tokenpool.errors import CapacityError
 
@@ -21,6 +22,22 @@ class HostUse(StrEnum):
     """Prefix-cached KV blocks that no request uses; may be dropped at any time."""
 
 
+class NodeBook(Protocol):
+    """The book of the whole node, which all of its hosts are in."""
+
+    free_bytes: int
+    """What nobody on the node needs, as it was a moment ago."""
+
+    book: dict[str, Any]
+    """All of it as plain values, as it was a moment ago."""
+
+    def cover(self, used_bytes: int) -> None:
+        """Count what this host uses now."""
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """This is what the host may use now."""
+
+
 class HostLedger:
     """Counts bytes by owner and use against one budget; allocates nothing itself.
 
@@ -31,6 +48,8 @@ class HostLedger:
         self.budget_bytes = budget_bytes
         self.make_room: Callable[[int], None] = lambda nbytes: None
         """Called when too little is free, before `take` gives up; drops what can be dropped."""
+        self.node: NodeBook | None = None
+        """Hears of every change; None = this host is alone."""
         self._held: Counter[tuple[str, HostUse]] = Counter()
         self._used_bytes = 0
 
@@ -38,6 +57,11 @@ class HostLedger:
     def free_bytes(self) -> int:
         """Bytes of the budget that nobody holds."""
         return self.budget_bytes - self._used_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes that nobody needs, on the whole node."""
+        return self.free_bytes if self.node is None else min(self.free_bytes, self.node.free_bytes)
 
     def held(self, owner: str, use: HostUse) -> int:
         """Bytes that `owner` holds for `use`."""
@@ -59,6 +83,7 @@ class HostLedger:
             )
         self._held[owner, use] += nbytes
         self._used_bytes += nbytes
+        self._tell_node()
 
     def give(self, owner: str, use: HostUse, nbytes: int) -> None:
         """Take `nbytes` back from `owner`, who must hold as much."""
@@ -66,6 +91,11 @@ class HostLedger:
             raise AssertionError(f"{owner!r} gives back {nbytes} bytes of {use}, holds {self._held[owner, use]}")
         self._held[owner, use] -= nbytes
         self._used_bytes -= nbytes
+        self._tell_node()
+
+    def _tell_node(self) -> None:
+        if self.node is not None:
+            self.node.cover(self._used_bytes)
 
     def check(self) -> None:
         """Raise AssertionError unless the sum is right and within the budget."""

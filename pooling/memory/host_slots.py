@@ -121,7 +121,7 @@ class SlotPool:
 
     def try_grow(self) -> bool:
         """Add a buffer as large as the free host memory allows; False if not even one slot fits."""
-        count = min(self._slots_per_buffer, self._host.free_bytes // self.block_bytes)
+        count = min(self._slots_per_buffer, self._host.spare_bytes // self.block_bytes)
         self._grow(count)
         return count > 0
 

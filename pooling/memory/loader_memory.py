@@ -24,15 +24,16 @@ class LoaderMemory:
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         self._storages = list(storages.values())
 
-    def poison(self) -> None:
-        """Fill all with 0xFF; call it when no tensor views them any more.
+    def poison(self, *, fill: bool = True) -> None:
+        """Fill all with 0xFF, unless what is there is wrong anyway; call it when no tensor views them any more.
 
         On the CPU they stay until `free`, large ones without most of their memory: their whole pages then read as
         zeros, or as a file if they are mapped from one. On another device they are let go at once.
         """
         for storage in self._storages:
             flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            flat.fill_(_POISON)
+            if fill:
+                flat.fill_(_POISON)
             if storage.device.type == "cpu" and storage.nbytes() >= _LEAST_DROPPED_BYTES:
                 _drop_pages(storage.data_ptr(), storage.nbytes())
         self._storages = [storage for storage in self._storages if storage.device.type == "cpu"]

@@ -3,15 +3,24 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
-from tokenpool.memory.copy_engine import CopyJob
+from tokenpool.errors import UnfitCopyError
+from tokenpool.memory.copies.copy_meta import CopyMeta, ProofMeta, layout_digest, pack_meta, read_meta
+from tokenpool.memory.copies.host_copy import HostCopy, PrivateCopy
+from tokenpool.memory.copy_engine import CopyJob, Work
+from tokenpool.memory.devices.counted import CountedDevice
 from tokenpool.memory.states import WeightState
 from tokenpool.memory.weight_layout import WeightLayout
 from tokenpool.memory.weight_range import WeightRange
-from tokenpool.memory.weight_reload import Reload, ReloadProof
+from tokenpool.memory.weight_reload import Advance, Reload, ReloadProof, checksum_of, complete, try_reload
+
+_LOOK_S = 0.02
+"""Between two looks whether another process has filled a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,8 @@ class ModelWeights:
     reload: Reload | None
     host: torch.Tensor | None
     """The host copy, flat uint8; None while ON_DISK and READING."""
+    copy: HostCopy
+    """What that lies in, or lay in before."""
     state: WeightState = WeightState.IN_HOST
     proof: ReloadProof | None = None
     """What a trial of `reload` has shown; None = not tried yet."""
@@ -48,11 +59,106 @@ class ModelWeights:
     """The job of `copy`, `load_host` or `prove_reload` that is in flight, or done and not finished."""
     loads: int = 0
     """How often the weights became resident, adoption not counted."""
+    outputs: str = ""
+    """What the self-test of this model said; see CopyMeta."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the host copy; the range is this, rounded up to pages."""
         return self.layout.nbytes
+
+    def meta(self) -> bytes:
+        """What other processes are told of the host copy."""
+        proof = ProofMeta.of(self.proof) if self.proof is not None else None
+        return pack_meta(CopyMeta(layout_digest(self.layout), self.outputs, proof))
+
+    def fits(self, copy: HostCopy) -> bool:
+        """Whether a whole copy, which another process has filled, is the one that this model had before."""
+        said = read_meta(copy.meta)
+        if said is None or said.proof is None or self.proof is None or not said.fits(self.layout):
+            return False
+        return said.proof.checksum == self.proof.checksum and copy.tensor.numel() == self.nbytes
+
+    def first_proof(self, known: CopyMeta | None, advance: Advance, *, verify: bool) -> ReloadProof | None:
+        """What is known of reading the checkpoint again when the weights are adopted; with `verify` it is tried.
+
+        That reads it to where the tensors are, which have their bytes again afterwards. None = it is not known yet.
+        """
+        assert self.host is not None
+        if known is not None and (proof := self._believe(known, advance)) is not None:
+            return proof
+        layout, host, reload = self.layout, self.host, self.reload
+        if not verify or reload is None or self.copy.is_whole:
+            return None
+        try:
+            return try_reload(layout, host, layout.bytes_of, lambda: reload(advance), advance)
+        finally:
+            layout.fill_from(host, advance)  # for others who look at the loader's memory, or a failure
+
+    def _believe(self, known: CopyMeta, advance: Advance) -> ReloadProof | None:
+        """What a trial has shown before of these bytes; None if they are others. That of a whole copy is its own."""
+        assert self.host is not None
+        if known.proof is None or not known.fits(self.layout):
+            return None
+        with suppress(ValueError):
+            proof = known.proof.proof(self.host)
+            is_own = self.copy.is_whole or not proof.droppable
+            if is_own or proof.checksum == checksum_of(self.layout, self.host, advance):
+                return proof
+        return None
+
+    def drop_copy(self) -> None:
+        """Need the host copy, or what was to become one, no more."""
+        self.host = None
+        self.copy.release()
+
+    def _read_into(self, buffer: torch.Tensor, advance: Advance) -> None:
+        assert self.reload is not None
+        self.layout.point_into(buffer)
+        try:
+            self.reload(advance)
+        finally:
+            self.range.point_tensors_here()
+
+    def trial(self, device: CountedDevice) -> Work:
+        """What reads the checkpoint into another buffer; returns the proof."""
+
+        def work(job: CopyJob) -> ReloadProof:
+            layout, host = self.layout, self.host
+            assert host is not None
+            buffer = device.host_buffer(self.nbytes)
+
+            def read() -> None:
+                self._read_into(buffer, job.advance)
+
+            return try_reload(layout, host, lambda span: layout.slice_of(span, buffer), read, job.advance)
+
+        return work
+
+    def fetch(self, device: CountedDevice) -> Work:
+        """What gets the host copy anew: from another process, or else from the checkpoint; returns it."""
+
+        def work(job: CopyJob) -> HostCopy:
+            while not self.copy.claim():
+                time.sleep(_LOOK_S)
+                job.advance(0)
+            if self.copy.is_whole and not self.fits(self.copy):
+                self.copy.release()
+                self.copy = PrivateCopy(device)
+            if not self.copy.is_whole:
+                self._fill(self.copy, job.advance)
+            return self.copy
+
+        return work
+
+    def _fill(self, copy: HostCopy, advance: Advance) -> None:
+        assert self.proof is not None
+        copy.prepare(self.nbytes)
+        copy.allocate(self.nbytes, lambda nbytes: None)
+        self._read_into(copy.tensor, advance)
+        if not complete(self.layout, copy.tensor, self.proof, advance):
+            raise ValueError("the checkpoint is not the one that the model was added with: remove and add it")
+        copy.publish(self.meta())
 
     def view(self) -> WeightsView:
         """Plain values for state, metrics and tests."""
@@ -78,3 +184,11 @@ class ModelWeights:
         assert held_bytes == expected, f"{self.owner!r} is {self.state}, holds {held_bytes} bytes on the host"
         if not trial and self.state is not WeightState.READING:  # else the tensors are being read into
             self.range.check()
+
+
+def check_whole(owner: str, copy: HostCopy, layout: WeightLayout) -> CopyMeta:
+    """What was said of a copy that is there already; raises UnfitCopyError if it is not that of such tensors."""
+    said = read_meta(copy.meta)
+    if said is None or not said.fits(layout) or copy.tensor.numel() != layout.nbytes:
+        raise UnfitCopyError(owner, "its tensors lie otherwise")
+    return said

@@ -19,17 +19,19 @@ from contextlib import ExitStack, suppress
 import torch
 
 from tokenpool.errors import CapacityError, SwitchError
-from tokenpool.memory.copy_engine import CopyEngine, CopyJob, Work
+from tokenpool.memory.copies.copy_meta import CopyMeta
+from tokenpool.memory.copies.host_copy import HostCopy, PrivateCopy
+from tokenpool.memory.copy_engine import CopyEngine, CopyJob
 from tokenpool.memory.devices.counted import CountedDevice
 from tokenpool.memory.devices.device import Device
 from tokenpool.memory.fixed_bytes import FixedBytes
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 from tokenpool.memory.ledger import PageLedger
-from tokenpool.memory.model_weights import ModelWeights, WeightsView
+from tokenpool.memory.model_weights import ModelWeights, WeightsView, check_whole
 from tokenpool.memory.states import WeightState, check_transition
 from tokenpool.memory.weight_layout import WeightLayout
 from tokenpool.memory.weight_range import WeightRange
-from tokenpool.memory.weight_reload import Advance, Reload, ReloadProof, complete, try_reload
+from tokenpool.memory.weight_reload import Advance, Reload, ReloadProof
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class WeightStore:
         verify_reload: bool = False,
         advance: Advance = lambda nbytes: None,
         give_up: Callable[[], None] | None = None,
+        copy: HostCopy | None = None,
+        known: CopyMeta | None = None,
     ) -> ModelWeights:
         """Move `tensors` into a range of their own; they are ON_DEVICE afterwards, at addresses that stay.
 
@@ -92,24 +96,31 @@ class WeightStore:
         With `give_up` the weights are never on the device twice: it is called before pages are taken for the range,
         when the host has a copy and no tensor views the memory that the loader filled.
 
+        `copy` is what the host copy is to lie in, claimed; one that is whole is taken as it is, whatever the tensors
+        hold, or UnfitCopyError is raised. `known` is what a trial has shown at some time before.
+
         Raises CapacityError when device pages or host memory do not suffice, ValueError for tensors that cannot
         be moved. On any failure nothing is held; the tensors are where they were, or nowhere after `give_up`.
         """
         assert owner not in self._models, f"{owner!r} has weights in the store already"
-        layout = WeightLayout(tensors)
+        copy = copy or PrivateCopy(self.device)
         with ExitStack() as undo:
+            undo.callback(copy.release)
+            layout = WeightLayout(tensors)
+            if not copy.is_whole:
+                copy.prepare(layout.nbytes)
             self.host.take(owner, HostUse.WEIGHTS, layout.nbytes)
             undo.callback(self._give_host_memory, owner)
             place = WeightRange(owner, layout, self.device, self.ledger, poison=self.poison)
             undo.callback(place.release)
-            host = self.device.host_buffer(layout.nbytes)
-            layout.copy_to(host, advance)
-            entry = ModelWeights(owner, layout, place, reload, host, WeightState.ON_DEVICE)
-            if verify_reload and reload is not None:
-                try:
-                    proof = try_reload(layout, host, layout.bytes_of, lambda: reload(advance), advance)
-                finally:
-                    layout.fill_from(host, advance)  # for others who look at the loader's memory, or a failure
+            if copy.is_whole:
+                known = check_whole(owner, copy, layout)
+            else:
+                copy.allocate(layout.nbytes, self.host.make_room)
+                layout.copy_to(copy.tensor, advance)
+            host = copy.tensor
+            entry = ModelWeights(owner, layout, place, reload, host, copy, WeightState.ON_DEVICE)
+            if (proof := entry.first_proof(known, advance, verify=verify_reload)) is not None:
                 with suppress(CapacityError):  # no room for what stays of a model on disk: then it is not there for now
                     self._accept(entry, proof)
             if give_up is None:
@@ -123,6 +134,17 @@ class WeightStore:
             self._models[owner] = entry
             undo.pop_all()
         return entry
+
+    def publish(self, owner: str, outputs: str = "") -> None:
+        """Let other processes have the host copy, if it can be; `outputs` as in CopyMeta."""
+        entry = self._in_state(owner, WeightState.ON_DEVICE)
+        entry.outputs = outputs
+        entry.copy.publish(entry.meta())
+
+    def meta(self, owner: str) -> bytes | None:
+        """What is known of reading the checkpoint again, as CopyMeta; None if nobody has tried."""
+        entry = self._models[owner]
+        return entry.meta() if entry.proof is not None else None
 
     def _make_room_for(self, place: WeightRange) -> None:
         try:
@@ -140,6 +162,7 @@ class WeightStore:
         entry = self._models[owner]
         self._drop_job(entry)
         entry.range.release()
+        entry.drop_copy()
         self._give_host_memory(owner)
         self.fixed.remove(owner)
         del self._models[owner]
@@ -223,7 +246,7 @@ class WeightStore:
         entry = self._in_state(owner, WeightState.IN_HOST)
         assert entry.reload is not None and entry.job is None, f"{owner!r} cannot be tried now"
         self._take_for_trial(entry)
-        entry.job = self.fetcher.submit(f"try {owner}", entry.nbytes, self._trial(entry))
+        entry.job = self.fetcher.submit(f"try {owner}", entry.nbytes, entry.trial(self.device))
         return entry.job
 
     def drop_host(self, owner: str) -> None:
@@ -239,13 +262,13 @@ class WeightStore:
             return
         if entry.reload is not None and entry.proof is None:
             self._take_for_trial(entry)
-            job = self.fetcher.job(f"try {owner}", entry.nbytes, self._trial(entry))
+            job = self.fetcher.job(f"try {owner}", entry.nbytes, entry.trial(self.device))
             job.run()
             self._finish_trial(entry, job)
         if entry.proof is None or not entry.proof.droppable:
             reason = "there is no way to read them again" if entry.proof is None else entry.proof.problem
             raise SwitchError(owner, "drop", f"the weights must stay in host memory, {reason}")
-        entry.host = None
+        entry.drop_copy()
         self.host.give(owner, HostUse.WEIGHTS, entry.nbytes)
         self._become(entry, WeightState.ON_DISK)
 
@@ -255,18 +278,16 @@ class WeightStore:
         `finish` when the job is done. Raises CapacityError when host memory does not suffice.
         """
         entry = self._in_state(owner, WeightState.ON_DISK)
-        self.host.take(owner, HostUse.WEIGHTS, entry.nbytes)
+        entry.copy = entry.copy.again()
+        if entry.copy.claim() and not entry.copy.is_whole:
+            entry.copy.prepare(entry.nbytes)
+        try:
+            self.host.take(owner, HostUse.WEIGHTS, entry.nbytes)
+        except CapacityError:
+            entry.copy.release()
+            raise
         self._become(entry, WeightState.READING)
-
-        def work(job: CopyJob) -> torch.Tensor:
-            assert entry.proof is not None
-            buffer = self.device.host_buffer(entry.nbytes)
-            self._read_into(entry, buffer, job.advance)
-            if not complete(entry.layout, buffer, entry.proof, job.advance):
-                raise ValueError("the checkpoint is not the one that the model was added with: remove and add it")
-            return buffer
-
-        entry.job = self.fetcher.submit(f"fetch {owner}", entry.nbytes, work)
+        entry.job = self.fetcher.submit(f"fetch {owner}", entry.nbytes, entry.fetch(self.device))
         return entry.job
 
     # -- state ---------------------------------------------------------------------------------------
@@ -308,27 +329,6 @@ class WeightStore:
 
     # -- inside --------------------------------------------------------------------------------------
 
-    def _read_into(self, entry: ModelWeights, buffer: torch.Tensor, advance: Advance) -> None:
-        assert entry.reload is not None
-        entry.layout.point_into(buffer)
-        try:
-            entry.reload(advance)
-        finally:
-            entry.range.point_tensors_here()
-
-    def _trial(self, entry: ModelWeights) -> Work:
-        def work(job: CopyJob) -> ReloadProof:
-            layout, host = entry.layout, entry.host
-            assert host is not None
-            buffer = self.device.host_buffer(entry.nbytes)
-
-            def read() -> None:
-                self._read_into(entry, buffer, job.advance)
-
-            return try_reload(layout, host, lambda span: layout.slice_of(span, buffer), read, job.advance)
-
-        return work
-
     def _take_for_trial(self, entry: ModelWeights) -> None:
         # Without the ledger's make_room: a trial is worth nothing that somebody else would have to give up for it.
         if self.host.free_bytes < entry.nbytes:
@@ -352,9 +352,10 @@ class WeightStore:
 
     def _finish_fetch(self, entry: ModelWeights, job: CopyJob) -> None:
         if job.succeeded:
-            entry.host = job.result
+            entry.host = job.result.tensor
             self._become(entry, WeightState.IN_HOST)
             return
+        entry.copy.release()
         self.host.give(entry.owner, HostUse.WEIGHTS, entry.nbytes)
         self._become(entry, WeightState.ON_DISK)
         raise SwitchError(entry.owner, "fetch", job.problem) from job.error
@@ -369,6 +370,7 @@ class WeightStore:
         if entry.state is not WeightState.COPYING:  # of a fetch or of a trial: the buffer goes
             self.host.give(entry.owner, HostUse.WEIGHTS, entry.nbytes)
         if entry.state is WeightState.READING:
+            entry.copy.release()
             self._become(entry, WeightState.ON_DISK)
 
     def _give_host_memory(self, owner: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class BudgetState:
     """use -> owner -> bytes; what is lent out is not among them."""
     host_held: dict[str, dict[str, int]] = field(default_factory=dict)
     """use -> owner -> bytes."""
+    node: dict[str, Any] = field(default_factory=dict)
+    """The book of the node that the host shares copies with, as it was a second ago; empty without one."""
     asleep: dict[str, int] = field(default_factory=dict)
     """Models that sleep, with the level."""
 

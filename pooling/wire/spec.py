@@ -32,6 +32,8 @@ class HostConfig:
     """Ranks that every model of the host runs on; all sizes are those of one rank."""
     host_memory: int = 8 << 30
     """Host memory for copies of movable weights and for KV that is off the device."""
+    host_store: str = ""
+    """Name of the store in which hosts of the node share copies of weights; empty = this host has its own."""
     device_budget: int | None = None
     """What it may use of `device_memory` at its start, while the rest is lent; 0 = it is parked; None = all."""
     host_timeout_s: float = 120.0

@@ -24,6 +24,7 @@ STATE = {
     "device_memory_most": 24 << 30,
     "device_held": {"weights": {"a": 2 << 30}},
     "host_held": {"paused_kv": {"b": 5 << 20}},
+    "node": {"used_bytes": 3 << 30, "budget_bytes": 16 << 30, "hosts": 2},
     "asleep": {"b": 1},
 }
 
@@ -75,7 +76,8 @@ def test_without_a_size_it_shows_the_budget(asked: Asked, capsys: pytest.Capture
     assert "device memory  8GiB (0, or 3GiB to 24GiB)" == lines[0]
     assert [["weights", "2GiB", "a"], ["paused_kv", "5MiB", "b"]] == [line.split() for line in (lines[1], lines[3])]
     assert "host memory    16GiB" == lines[2]
-    assert "asleep         b, level 1" == lines[4]
+    assert "node           3GiB of 16GiB, shared by 2 hosts" == lines[4]
+    assert "asleep         b, level 1" == lines[5]
 
 
 def test_sizes_are_sent_with_the_admin_key(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,8 @@ driver.synchronize(stream)
 driver.unpin(host)
 driver.register(0xf000, 4097)
 driver.unregister(0xf000)
+driver.register(0xf000, 4096, read_only=True)
+driver.unregister(0xf000)
 driver.unmap(address, 2 << 20)
 driver.destroy(handle)
 driver.free(address, 4 << 20)
@@ -78,6 +80,8 @@ cuEventElapsedTime 0xe001 0xe001
 cuStreamSynchronize 0xd000
 cuMemFreeHost 0xc000
 cuMemHostRegister 0xf000 0x1001 0
+cuMemHostUnregister 0xf000
+cuMemHostRegister 0xf000 0x1000 8
 cuMemHostUnregister 0xf000
 cuMemUnmap 0xa00000000000 0x200000
 cuMemRelease 0xb0b0

@@ -17,6 +17,7 @@ from tests.helpers.devices.device_laws import LAWS
 from tests.helpers.devices.fake_cuda import GRANULARITY, FakeCuda, FakeCudaDevice
 from tokenpool.errors import ConfigError
 from tokenpool.memory.arena import KVArena
+from tokenpool.memory.copies.shared_memory import SharedMemory
 from tokenpool.memory.copy_engine import JobCancelled
 from tokenpool.memory.devices.counted import CountedDevice
 from tokenpool.memory.devices.cpu import CpuDevice
@@ -492,3 +493,18 @@ def test_a_page_comes_to_a_place_or_goes_when_no_kernel_can_be_reading_there():
     assert 2 == len(seen)
     device.release(weights, 2 * PAGE)
     arena.close()
+
+
+def test_a_sealed_mapping_is_page_locked_as_long_as_it_is_there():
+    """Once, however many ask for it, and until the last tensor over it is gone."""
+    device, memory = FakeCudaDevice(), SharedMemory.make(5000)
+    pinned = device.fake.pinned
+    before = dict(pinned)
+    memory.seal()
+    for _ in range(2):
+        memory.register(device.register_host)
+    tensor = memory.tensor
+    del memory
+    assert {**before, tensor.data_ptr(): 5000} == pinned
+    del tensor
+    assert before == pinned

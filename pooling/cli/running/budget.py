@@ -16,7 +16,7 @@ from typing import Any
 from tokenpool.cli.key_words import add_key_flags, changing_key, looking_key
 from tokenpool.cli.parser import Parser
 from tokenpool.cli.pool_query import add_url_flag, ask_pool
-from tokenpool.units import format_bytes, parse_bytes
+from tokenpool.units import format_bytes, format_count, parse_bytes
 
 _PATH = "/v1/pool/budget"
 _LIMIT_S = 3600.0
@@ -58,6 +58,9 @@ def lines_of(state: Mapping[str, Any]) -> list[str]:
     device = "parked" if state["parked"] else format_bytes(state["device_memory"])
     lines = [f"device memory  {device} (0, or {least} to {most})", *_held(state["device_held"])]
     lines += [f"host memory    {format_bytes(state['host_memory'])}", *_held(state["host_held"])]
+    if node := state.get("node"):
+        used, budget = format_bytes(node["used_bytes"]), format_bytes(node["budget_bytes"])
+        lines += [f"node           {used} of {budget}, shared by {format_count(node['hosts'], 'host')}"]
     lines += [f"asleep         {name}, level {level}" for name, level in state["asleep"].items()]
     return lines
 

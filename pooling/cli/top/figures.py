@@ -69,6 +69,7 @@ def _host(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
         "host_memory": {
             "budget_bytes": memory["budget_bytes"],
             "free_bytes": memory["free_bytes"],
+            "node": {key: memory.get("node", {}).get(key, 0) for key in ("used_bytes", "budget_bytes", "hosts")},
             **{use: sum(owners.values()) for use, owners in memory["held_bytes"].items()},
         },
     }

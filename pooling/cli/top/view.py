@@ -93,6 +93,8 @@ def _host_lines(name: str, host: dict[str, Any]) -> list[Any]:
     pages, num = host["pages"], host["num_pages"]
     memory = host["host_memory"]
     uses = {"weights": "weights", "paused": "paused_kv", "cached": "cached_kv"}
+    node = memory.get("node", {})
+    shared = f"; node {_size(node['used_bytes'])} of {_size(node['budget_bytes'])}" if node.get("hosts") else ""
     held = ", ".join(f"{word} {_size(memory.get(use, 0))}" for word, use in uses.items())
     shown = [use for use in _USES if use[0] != "lent" or pages[use[0]]]
     legend = "  ".join(f"{letter} {use.replace('_', ' ')} {pages[use]}" for use, letter, _ in shown)
@@ -101,7 +103,7 @@ def _host_lines(name: str, host: dict[str, Any]) -> list[Any]:
         _line(first),
         _Bar(pages, num),
         _line(f"      {legend}  . free {pages['free']}  of {num} ({total})"),
-        _line(f"host  {held}, free {_size(memory['free_bytes'])} of {_size(memory['budget_bytes'])}"),
+        _line(f"host  {held}, free {_size(memory['free_bytes'])} of {_size(memory['budget_bytes'])}{shared}"),
     ]
 
 

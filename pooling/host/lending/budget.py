@@ -91,6 +91,8 @@ class Budget:
         except BaseException:  # KV that went where the new budget had room stays counted
             self._host.budget_bytes = max(before, self._host.budget_bytes - self._host.free_bytes)
             raise
+        if self._host.node is not None and not order.is_question:
+            self._host.node.set_budget(self._host.budget_bytes)
         state = self.state()
         if not order.is_question:
             logger.info("budget changed device_memory=%d host_memory=%d", state.device_memory, state.host_memory)
@@ -212,6 +214,7 @@ class Budget:
             device_memory_most=ledger.num_pages * page,
             device_held={use: {o: n * page for o, n in owners.items()} for use, owners in held.items()},
             host_held=self._host.snapshot(),
+            node=self._host.node.book if self._host.node is not None else {},
             asleep={name: hosted.asleep for name, hosted in self._models.items() if hosted.asleep is not None},
         )
 

@@ -22,6 +22,7 @@ from tokenpool.host.kv.slab_block_pool import SlabBlockPool
 from tokenpool.host.load.adoption_check import AdoptionCheck
 from tokenpool.host.load.checkpoint_reload import checkpoint_reload
 from tokenpool.host.load.model_tensors import fixed_tensors, models_of, movable_tensors
+from tokenpool.host.load.shared_weights import SharedWeights
 from tokenpool.memory.arena import ArenaView
 from tokenpool.memory.loader_memory import LoaderMemory
 from tokenpool.memory.slab_allocator import SlabAllocator
@@ -59,6 +60,7 @@ class ModelBuild:
         store: WeightStore | None = None,
         enter_phase: Callable[[str], None] = lambda phase: None,
         pause: Callable[[], None] = lambda: None,
+        shared: SharedWeights | None = None,
     ) -> None:
         self.name = name
         self.enter_phase = enter_phase
@@ -71,6 +73,7 @@ class ModelBuild:
         self._config = vllm_config
         self._allocator = allocator
         self._floor = floor
+        self._shared = shared or SharedWeights(name, vllm_config, None, pause)
         self._store = store
         """Where the weights go after loading; None = they stay where the loader puts them."""
 
@@ -120,7 +123,8 @@ class ModelBuild:
             return
         if self._config.parallel_config.enable_eplb:
             raise ModelRefusedError(self.name, "experts that are rearranged at run time", "drop --enable-eplb")
-        models = models_of(model_runner)
+        models, shared = models_of(model_runner), self._shared
+        shared.loaded()
         # Tried now and not when host memory is short: here it needs no second copy, and nobody waits for a token.
         # The other ranks of a group do not read the checkpoint again: their host copies stay, and so does ours.
         alone = self._config.parallel_config.world_size == 1
@@ -128,14 +132,14 @@ class ModelBuild:
         # A forward pass of a group needs all its ranks, and those of the others are in the midst of `adopt`.
         layers = self._config.compilation_config.static_forward_context.values()
         check = AdoptionCheck(model_runner, models, layers) if alone else None
-        if check is not None:
+        if check is not None and not shared.is_mapped:
             check.before()
             self.pause()
         tensors = movable_tensors(*models)
         loaded = LoaderMemory(tensors)
 
         def give_up() -> None:
-            loaded.poison()
+            loaded.poison(fill=not shared.is_mapped)
             self.give_up_loading()
 
         self._store.adopt(
@@ -145,13 +149,21 @@ class ModelBuild:
             verify_reload=True,
             advance=lambda nbytes: self.pause(),
             give_up=give_up,
+            known=shared.known,
+            copy=shared.take(),
         )
         if check is not None:
             self._refuse_difference(check)
         loaded.free()
-        self._account_fixed(fixed_tensors(*models))
+        fixed = fixed_tensors(*models)
+        self._account_fixed(fixed)
+        shared.adopted(self._store, check.outputs if check is not None else "", sum(fixed.values()))
 
     def _refuse_difference(self, check: AdoptionCheck) -> None:
+        if self._shared.is_mapped:
+            check.alone()
+            self._shared.refuse_difference(check.outputs)
+            return
         layer = check.first_difference()
         logger.info("weights moved and compared model=%s seconds=%.3f", self.name, check.seconds)
         if layer is not None:

@@ -166,6 +166,10 @@ class CpuDevice:
         own = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         return torch.frombuffer(own, dtype=torch.uint8)  # which keeps the mapping as long as it lives
 
+    def register_host(self, address: int, nbytes: int) -> Callable[[], None]:
+        """Nothing: all host memory is as good."""
+        return lambda: None
+
     def copy_in(self, address: int, source: torch.Tensor) -> None:
         """A memmove, during which other Python threads run."""
         start = time.perf_counter()

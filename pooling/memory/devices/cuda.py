@@ -198,6 +198,11 @@ class CudaDevice:
         """Page-locked memory of exactly that size on the GPU's NUMA node, freed with its last tensor."""
         return pinned_buffer(self.driver, nbytes, self._near_cpus)
 
+    def register_host(self, address: int, nbytes: int) -> Callable[[], None]:
+        """Page-lock a sealed mapping; the function that is returned ends that. Not yet run on hardware."""
+        self.driver.register(address, nbytes, read_only=True)
+        return lambda: self.driver.unregister(address)
+
     def begin_copy_in(self, address: int, source: torch.Tensor) -> Callable[[], None]:
         """Issue a copy on the stream for weights; the function that is returned waits for it, once."""
         try:

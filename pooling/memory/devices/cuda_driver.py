@@ -16,6 +16,8 @@ from tokenpool.errors import ConfigError
 
 CUDA_WARNING = "CUDA is not yet run on hardware by this project: see docs/gpu.md for what was and was not checked"
 
+_REGISTER_READ_ONLY = 8  # CU_MEMHOSTREGISTER_READ_ONLY
+
 CALLS = {
     "cuInit": 1,
     "cuDeviceGet": 1,
@@ -151,12 +153,15 @@ class CudaDriver:
         """Free what `pin` gave."""
         self._on_device("cuMemFreeHost", address)
 
-    def register(self, address: int, nbytes: int) -> None:
-        """Page-lock host memory that is there; its address and size need no alignment."""
-        self._on_device("cuMemHostRegister", address, nbytes, 0)
+    def register(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
+        """Page-lock host memory that is there; its address and size need no alignment.
+
+        With `read_only` others have made it, and this process cannot write it: not yet run on hardware.
+        """
+        self._on_device("cuMemHostRegister", address, nbytes, _REGISTER_READ_ONLY if read_only else 0)
 
     def unregister(self, address: int) -> None:
-        """End what `register` did."""
+        """End what `register` did, before the memory is unmapped."""
         self._on_device("cuMemHostUnregister", address)
 
     # -- streams and events --------------------------------------------------------------------------

@@ -90,6 +90,9 @@ class Device(Protocol):
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         """A uint8 tensor of shape (nbytes,) in host memory from and to which this device copies fast."""
 
+    def register_host(self, address: int, nbytes: int) -> Callable[[], None]:
+        """Let this device copy fast from a mapping that cannot be written to, until the function returned is called."""
+
     def copy_in(self, address: int, source: torch.Tensor) -> None:
         """Copy a host buffer, or a slice of one, to a mapped range; returns when it is there."""
 

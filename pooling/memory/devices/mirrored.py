@@ -92,6 +92,10 @@ class MirroredDevice:
         self._repeat("host_buffer", (buffer.data_ptr(), nbytes))
         return buffer
 
+    def register_host(self, address: int, nbytes: int) -> Callable[[], None]:
+        """Only the first rank's: groups of ranks share no mapping."""
+        return self._device.register_host(address, nbytes)
+
     def copy_in(self, address: int, source: torch.Tensor) -> None:
         """Copy on every rank, each from its own buffer."""
         self.begin_copies_in([(address, source)]).wait()

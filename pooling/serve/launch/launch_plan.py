@@ -150,6 +150,7 @@ def host_config(config: PoolConfig, plans: list[ModelPlan]) -> HostConfig:
         policy_options=config.scheduling.options,
         movable_weights=config.weights == "movable",
         host_memory=config.host_memory,
+        host_store="" if config.host_store == "private" else config.host_store,
         tensor_parallel_size=plans[0].num_ranks,
         cpu_link=config.cpu_link,
         host_timeout_s=config.host_timeout_s,

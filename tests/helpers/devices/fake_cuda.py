@@ -189,12 +189,12 @@ class FakeCuda:
         return (Result.CUDA_SUCCESS,)
 
     def _cuMemHostRegister(self, address: int, nbytes: int, flags: int) -> Any:
-        assert address not in self.pinned and flags == 0
+        assert address not in self.pinned and flags in (0, 8)
         self.pinned[address] = nbytes
         return (Result.CUDA_SUCCESS,)
 
     def _cuMemHostUnregister(self, address: int) -> Any:
-        ctypes.memset(address, 0, 1)  # is still there
+        ctypes.string_at(address, 1)  # is still there
         del self.pinned[address]
         return (Result.CUDA_SUCCESS,)
 

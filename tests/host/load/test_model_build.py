@@ -17,7 +17,9 @@ from tokenpool.memory.devices.cpu import CpuDevice
 pytestmark = pytest.mark.vllm
 
 CONFIG = SimpleNamespace(
-    compilation_config=SimpleNamespace(static_forward_context={}), cache_config=SimpleNamespace(block_size=128)
+    compilation_config=SimpleNamespace(static_forward_context={}),
+    cache_config=SimpleNamespace(block_size=128),
+    load_config=SimpleNamespace(load_format="auto"),
 )
 
 

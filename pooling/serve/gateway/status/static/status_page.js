@@ -228,6 +228,7 @@ function showHostMemory(title, bar, host) {
   const held = (use) => sum(Object.values(memory.held_bytes?.[use] ?? {}));
   const parts = [["weights", "use-weights"], ["paused_kv", "use-paused"], ["cached_kv", "use-idle"]];
   title.textContent = `host memory ${bytes(memory.budget_bytes)}: ` + parts.map(([use]) => `${bytes(held(use))} ${use.replace("_kv", " KV")}`).join(", ");
+  if (memory.node?.hosts) title.textContent += `; node ${bytes(memory.node.used_bytes)} of ${bytes(memory.node.budget_bytes)}, ${memory.node.hosts} hosts`;
   bar.replaceChildren(...parts.map(([use, colour]) => {
     const part = el("i", { title: use.replace("_", " ") });
     part.style.width = `${(held(use) / (memory.budget_bytes || 1)) * 100}%`;

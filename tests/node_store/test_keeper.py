@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real keeper, and hosts that share copies by it: whoever is killed or stopped, the others go on, and books agree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.server import is_running, poll
+from tests.node_store.told_host import Host, Told
+from tokenpool.errors import HostError
+from tokenpool.node_store import client, shared_copy
+from tokenpool.node_store.client import NodeStore
+from tokenpool.node_store.keeper import Keeper
+from tokenpool.node_store.place import connect, folder_of, listen, make_folder, start_keeper
+from tokenpool.node_store.shared_copy import SharedCopy
+
+pytestmark = pytest.mark.cpu
+
+MIB = 1 << 20
+BUDGET, SIZE = 64 * MIB, 10 * MIB
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "store"
+    yield place
+    with contextlib.suppress(OSError):
+        if (pid := keeper_pid(place)) > 0:
+            os.kill(pid, signal.SIGKILL)
+
+
+def keeper_pid(folder: Path) -> int:
+    return book(folder)["pid"]
+
+
+def book(folder: Path) -> dict[str, Any]:
+    """What the keeper says to whoever asks; it looks at its own books before."""
+    asking = NodeStore(folder, 1)
+    try:
+        asking._line = connect(folder, 5.0)
+        told = asking.show()
+    except ConnectionRefusedError:
+        told = {}
+    asking.close()
+    return told or {"hosts": 0, "copies": {}, "pid": 0}  # one has ended, and the next one is not there yet
+
+
+def end_keeper(folder: Path) -> None:
+    pid = keeper_pid(folder)
+    assert pid > 0, "there is no keeper"
+    os.kill(pid, signal.SIGKILL)
+    poll(lambda: not is_running(pid))
+
+
+@pytest.fixture
+def make_host(folder: Path) -> Iterator[Callable[..., Host]]:
+    made: list[Host] = []
+
+    def make(budget: int = BUDGET) -> Host:
+        made.append(Host(folder, budget))
+        return made[-1]
+
+    yield make
+    for host in made:
+        host.store.close()
+
+
+@pytest.fixture
+def make_told(folder: Path) -> Iterator[Callable[..., list[Told]]]:
+    made: list[Told] = []
+
+    def make(count: int) -> list[Told]:
+        new = [Told(folder, BUDGET) for _ in range(count)]
+        made.extend(new)
+        return [told.ready() for told in new]
+
+    yield make
+    for told in made:
+        told.end()
+
+
+def fill(host: Host, key: str, value: int = 7, nbytes: int = SIZE) -> None:
+    assert "fill" == host.claim(key)
+    host.allocate(key, nbytes)
+    host.fill(key, value)
+    host.publish(key, f"of {key}")
+
+
+def test_two_hosts_have_one_copy(make_host, folder) -> None:
+    """The second maps what the first has filled; both read the same, and the node counts it once."""
+    one, two = make_host(), make_host()
+    fill(one, "a")
+    assert "whole" == two.claim("a")
+    assert [7, 7, SIZE] == two.read("a") == one.read("a")
+    assert b"of a" == two.copies["a"].meta
+    found = book(folder)
+    assert (SIZE, {"bytes": SIZE, "sealed": True, "hosts": 2}) == (found["used_bytes"], found["copies"]["a"])
+    assert SIZE == one.store.shared_bytes == two.store.shared_bytes
+
+
+def test_a_host_of_two_models_of_one_content_has_one_lease(make_host, folder) -> None:
+    """Which ends with the second."""
+    host = make_host()
+    fill(host, "a")
+    again = SharedCopy(host.store, "a", SIZE)
+    assert again.claim() and again.is_whole
+    assert again.tensor.data_ptr() == host.copies["a"].tensor.data_ptr()
+    assert 2 * SIZE == host.store.shared_bytes
+    host.release("a")
+    assert 1 == book(folder)["copies"]["a"]["hosts"]
+    again.release()
+    assert 0 == book(folder)["copies"]["a"]["hosts"] == host.store.shared_bytes
+
+
+def test_a_copy_waits_for_the_next_host(make_host, folder) -> None:
+    """Nobody has it, and it is there until room is wanted."""
+    fill(make_host(), "a", 3)
+    make_host().store.close()
+    one = make_host()
+    one.store.close()
+    two = make_host()
+    assert "whole" == two.claim("a")
+    assert [3, 3, SIZE] == two.read("a")
+
+
+def test_a_killed_filler_leaves_its_work_to_who_waits(make_told, folder) -> None:
+    """And a killed holder leaves the copy; nothing of either stays in the books."""
+    one, two, three = make_told(3)
+    assert "fill" == one.do("claim", "a", SIZE)
+    one.do("allocate", "a", SIZE)
+    one.do("fill", "a", 1)
+    assert "wait" == two.do("claim", "a", SIZE) == three.do("claim", "a", SIZE)
+    one.signal(signal.SIGKILL)
+    poll(lambda: "wait" != two.do("claim", "a", SIZE))
+    assert "fill" == two.do("claim", "a", SIZE)
+    two.do("allocate", "a", SIZE)
+    two.do("fill", "a", 2)
+    two.do("publish", "a")
+    assert "whole" == three.do("claim", "a", SIZE)
+    two.signal(signal.SIGKILL)
+    poll(lambda: 1 == book(folder)["copies"]["a"]["hosts"])
+    assert [2, 2, SIZE] == three.do("read", "a")
+    found = book(folder)
+    assert (SIZE, 1) == (found["used_bytes"], found["hosts"])
+
+
+def test_nobody_waits_for_a_filler_that_is_stopped(make_told, make_host, monkeypatch) -> None:
+    """Who has waited long enough fills a copy of its own, which counts as that; the stopped one goes on as it was."""
+    (one,) = make_told(1)
+    assert "fill" == one.do("claim", "a", SIZE)
+    one.do("allocate", "a", SIZE)
+    one.signal(signal.SIGSTOP)
+    two = make_host()
+    monkeypatch.setattr(shared_copy, "IDLE_LIMIT_S", 1.0)
+    assert "wait" == two.claim("a", SIZE)
+    poll(lambda: "wait" != two.claim("a", SIZE))
+    assert "fill" == two.claim("a", SIZE)
+    two.allocate("a", SIZE)
+    two.fill("a", 9)
+    two.publish("a")
+    assert [9, 9, SIZE] == two.read("a")
+    assert 0 == two.store.shared_bytes
+    one.signal(signal.SIGCONT)
+    one.do("fill", "a", 1)
+    one.do("publish", "a")
+    assert [1, 1, SIZE] == one.do("read", "a")
+    assert SIZE == one.do("state")["shared"]
+
+
+def test_copies_outlive_the_keeper(make_host, folder) -> None:
+    """It is killed: hosts read on, start another one and offer what they have, which a third host then maps."""
+    one, two = make_host(), make_host()
+    fill(one, "a", 4)
+    fill(two, "b", 5)
+    two.claim("a")
+    one.cover(SIZE + 3 * MIB)
+    before = keeper_pid(folder)
+    end_keeper(folder)
+    assert [4, 4, SIZE] == two.read("a")
+    poll(lambda: one.store.is_there and two.store.is_there and book(folder)["hosts"] == 2)
+    found = book(folder)
+    assert before != found["pid"]
+    assert {"a": SIZE, "b": SIZE} == {key: copy["bytes"] for key, copy in found["copies"].items()}
+    assert (3 * MIB, 2 * SIZE + 3 * MIB) == (found["own_bytes"], found["used_bytes"])
+    three = make_host()
+    assert ["whole", "whole"] == [three.claim("a"), three.claim("b")]
+    assert [4, 4, SIZE] == three.read("a")
+
+
+def test_who_fills_while_the_keeper_dies_publishes_to_the_next(make_host, folder) -> None:
+    """The new keeper takes the copy as one from before."""
+    one, two = make_host(), make_host()
+    assert "fill" == one.claim("a")
+    one.allocate("a", SIZE)
+    end_keeper(folder)
+    poll(lambda: all(host.store.generation and host.store.is_there for host in (one, two)))
+    one.fill("a", 6)
+    one.publish("a")
+    assert "whole" == two.claim("a")
+    assert SIZE == one.store.shared_bytes == book(folder)["used_bytes"]
+
+
+def test_a_stopped_keeper_costs_a_moment_once(make_host, folder, monkeypatch) -> None:
+    """Hosts do without; one that hangs for long is killed, and the next one has what the hosts have."""
+    one, two = make_host(), make_host()
+    fill(one, "a", 8)
+    pid = keeper_pid(folder)
+    monkeypatch.setattr(client, "_HUNG_S", 1e9)
+    os.kill(pid, signal.SIGSTOP)
+    assert "fill" == two.claim("b", SIZE)  # late, therefore its own
+    assert not two.store.is_there
+    two.allocate("b", SIZE)
+    two.fill("b", 2)
+    two.publish("b")
+    assert [2, 2, SIZE] == two.read("b")
+    assert is_running(pid)
+    monkeypatch.setattr(client, "_HUNG_S", 0.0)
+    poll(lambda: not is_running(pid))
+    poll(lambda: one.store.is_there and two.store.is_there)
+    poll(lambda: {"a", "b"} == book(folder)["copies"].keys())
+    assert 2 * SIZE == book(folder)["used_bytes"]
+
+
+def test_a_keeper_that_goes_on_takes_its_hosts_back(make_host, folder, monkeypatch) -> None:
+    """It was stopped for a while: the same copies are the same ones, and nothing counts twice."""
+    one, two = make_host(), make_host()
+    fill(one, "a")
+    two.claim("a")
+    pid = keeper_pid(folder)
+    os.kill(pid, signal.SIGSTOP)
+    for host in (one, two):
+        assert host.store.ask(client.Tick()) is None
+    os.kill(pid, signal.SIGCONT)
+    poll(lambda: one.store.is_there and two.store.is_there and book(folder)["hosts"] == 2)
+    found = book(folder)
+    assert (pid, SIZE, 2) == (found["pid"], found["used_bytes"], found["copies"]["a"]["hosts"])
+    assert SIZE == one.store.shared_bytes == two.store.shared_bytes
+
+
+def test_the_budget_is_one_for_all(make_host, folder) -> None:
+    """What nobody holds goes first, then others are asked; what must be there is there, and the book says so."""
+    one, two = make_host(), make_host()
+    fill(one, "a", nbytes=30 * MIB)
+    fill(one, "b", nbytes=30 * MIB)
+    one.release("a")
+    fill(two, "c", nbytes=30 * MIB)
+    assert {"b", "c"} == book(folder)["copies"].keys()
+    two.cover(30 * MIB + 20 * MIB)
+    assert 16 * MIB == book(folder)["over_bytes"]
+    poll(lambda: one.wanted)
+    assert 16 * MIB == one.wanted[0]
+    one.release("b")
+    found = book(folder)
+    assert (0, 50 * MIB, {"c"}) == (found["over_bytes"], found["used_bytes"], found["copies"].keys())
+    poll(lambda: 14 * MIB == two.store.free_bytes)
+
+
+def test_what_a_host_has_of_its_own_is_told_in_steps(make_host, folder) -> None:
+    """Not each block of KV; the keeper never knows of less than there is."""
+    host = make_host()
+    for used in [*range(0, 8 * MIB, MIB // 4), *range(8 * MIB, 0, -MIB // 4)]:
+        host.cover(used)
+        told = book(folder)["own_bytes"]
+        assert used <= told <= used + 2 * MIB
+    host.cover(0)
+    assert book(folder)["own_bytes"] <= 2 * MIB
+
+
+def test_a_keeper_ends_when_nobody_is_there(folder) -> None:
+    """After its while, whoever started it."""
+    make_folder(folder)
+    listening = listen(folder)
+    assert listening is not None and listen(folder) is None
+    with listening:
+        Keeper(listening, stays_s=0.1).run()
+
+
+def test_one_keeper_however_many_start_one(folder) -> None:
+    """The others find that there is one and end."""
+    for _ in range(3):
+        start_keeper(folder)
+    pid = keeper_pid(folder)
+    start_keeper(folder)
+    assert pid == keeper_pid(folder)
+    assert os.getpid() != os.getsid(pid)
+
+
+def test_a_folder_that_others_reach_is_not_used(tmp_path, make_host) -> None:
+    """Whoever may write there could be the keeper."""
+    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("open", "link"):
+        with pytest.raises(HostError, match="only this user reaches"):
+            start_keeper(tmp_path / name)
+    with pytest.raises(HostError, match="cannot be made"):
+        start_keeper(tmp_path / "missing" / "store")
+
+
+def test_stores_of_other_names_are_others() -> None:
+    """Of one user, and of another one."""
+    assert folder_of("a") != folder_of("b")
+    assert str(os.getuid()) in folder_of("a").name
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"x" * 100, b"\x81\xa4type\xa5Hello"])
+def test_a_client_that_says_nonsense_is_shown_out(make_host, folder, content) -> None:
+    """The keeper serves the others."""
+    one = make_host()
+    with connect(folder, 5.0) as line:
+        line.send(content)
+        with contextlib.suppress(ConnectionResetError):
+            assert b"" == line.recv(100)
+    fill(one, "a")
+    assert 1 == book(folder)["hosts"]
+
+
+def test_what_is_not_sealed_is_not_taken(make_host, folder) -> None:
+    """Nor from whom has filled nothing."""
+    one = make_host()
+    assert "fill" == one.claim("a")
+    one.allocate("a", SIZE)
+    memory = one.copies["a"]._memory
+    answer, _ = one.store.ask(client.Seal("a", b""), memory.file)
+    assert (False, "the memory is not sealed: it could change") == (answer.ok, answer.problem)
+    memory.seal()
+    answer, _ = one.store.ask(client.Seal("b", b""), memory.file)
+    assert not answer.ok
+    assert {"bytes": SIZE, "sealed": False, "hosts": 0} == book(folder)["copies"]["a"]

@@ -19,7 +19,7 @@ from tests.helpers.cases import make_cases, mixed
 from tests.helpers.plain import Case, Result, run_plain
 from tests.node_store.test_keeper import book
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]  # the setting that leads here is refused yet
 
 KINDS = ("llama", "qwen3", "gemma3", "mixtral", "qwen3_moe")
 PAGE = 256 << 10

@@ -38,7 +38,8 @@ _NO_ANSWER = (
     "The grammar or schema could not be compiled, allows no answer, or takes too long for each token: "
     "use another or a simpler one."
 )
-_NOT_ADDED = "Call to add_lora method failed"
+_NOT_READ = "Call to add_lora method failed: [Errno"
+"""Of an adapter whose files cannot be read; why one of them is not taken, such as its rank, is told as it is."""
 _KEPT = 256
 _TOO_LONG = f"The grammar or schema takes longer than {CHECK_LIMIT_S:g} s to check: use a simpler one."
 _BUSY = "Grammars of other requests are being checked; retry after 5 s."
@@ -141,11 +142,11 @@ class _CheckedLLM(AsyncLLM):
         return await super().add_request(request_id, prompt, params, *args, **options)
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
-        """As AsyncLLM's; raises LoRAAdapterNotFoundError for all that no adapter can be read from."""
+        """As AsyncLLM's; raises LoRAAdapterNotFoundError where its files cannot be read."""
         try:
             return await super().add_lora(lora_request)
         except Exception as error:
-            if not str(error).startswith(_NOT_ADDED):
+            if not str(error).startswith(_NOT_READ):
                 raise
             raise LoRAAdapterNotFoundError(lora_request.lora_name, lora_request.lora_path) from error
 

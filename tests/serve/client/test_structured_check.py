@@ -179,9 +179,16 @@ def test_an_end_by_the_grammar_is_the_clients_error(monkeypatch, stop_reason, is
         assert [ended] == asyncio.run(main())
 
 
-@pytest.mark.parametrize("reason", ["Call to add_lora method failed: [Errno 20] Not a directory", "the engine is dead"])
-def test_an_adapter_that_cannot_be_read_is_not_found(reason, monkeypatch):
-    """Whatever the engine makes of its path; an engine that is gone is another matter."""
+@pytest.mark.parametrize(
+    ("reason", "is_path"),
+    [
+        ("Call to add_lora method failed: [Errno 20] Not a directory", True),
+        ("Call to add_lora method failed: LoRA rank 8 is greater than max_lora_rank 1.", False),
+        ("the engine is dead", False),
+    ],
+)
+def test_an_adapter_that_cannot_be_read_is_not_found(reason, is_path, monkeypatch):
+    """Why one that was read is not taken is told; an engine that is gone is another matter."""
     from vllm.exceptions import LoRAAdapterNotFoundError
     from vllm.lora.request import LoRARequest
 
@@ -190,6 +197,5 @@ def test_an_adapter_that_cannot_be_read_is_not_found(reason, monkeypatch):
 
     monkeypatch.setattr(structured_check.AsyncLLM, "add_lora", add_lora)
     engine = structured_check._CheckedLLM.__new__(structured_check._CheckedLLM)
-    is_path = reason.startswith("Call")
     with pytest.raises(LoRAAdapterNotFoundError if is_path else Exception, match="No adapter" if is_path else reason):
         asyncio.run(engine.add_lora(LoRARequest("a", 1, "/none")))

@@ -15,7 +15,7 @@ from hypothesis import settings
 from tests.helpers.server import PoolServerProcess
 from tokenpool.demo.tiny_models import ENGINE_ARGS, make_tiny_lora, make_tiny_model
 
-# Where it uses AMX, oneDNN rounds a row otherwise beside four others than beside three: streams would depend on the batch.
+# With AMX oneDNN rounds a row otherwise beside four others than beside three: streams would depend on the batch.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 # No test is timed: a busy machine is not a fault.
 settings.register_profile("untimed", deadline=None)

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.vllm
 RARE = {"tokenpool:refused_requests", "tokenpool:cost_error", "tokenpool:decisions", "tokenpool:frontend_restarts"}
 RARE |= {"tokenpool:task_failures", "tokenpool:node_memory_bytes"}
 RARE |= {name for name in METRICS if name.startswith("tokenpool:tenant_")}
-"""Families without a sample before something is refused or predicted, or a task dies, and those of clusters, stores, tenants
-and several frontends."""
+"""Families without a sample before something is refused or predicted, or a task dies, and those of clusters, tenants,
+several frontends and a store."""
 
 
 def scraped(server: PoolServerProcess) -> Iterator[tuple[str, str, str, dict[str, str], float]]:

@@ -7,12 +7,15 @@ when the step that writes it has ended, and what comes back must be the last one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 
 from tests.helpers.cases import make_cases, mixed
 from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
 from tests.host.test_switching import RandomTurns, _assert_equal, _use
 from tokenpool.errors import ModelRefusedError
+from tokenpool.memory.devices.device import Copies
 
 pytestmark = pytest.mark.vllm
 
@@ -87,13 +90,13 @@ def test_cached_states_leave_for_host_memory_and_come_back(pool, prefixed):
     states = {index for index, group in enumerate(groups) if isinstance(group.kv_cache_spec, MambaSpec)}
     assert states and len(states) < len(groups)
     loaded: list[int] = []
-    load = tier.load
+    begin_load = tier.begin_load
 
-    def watch(model: str, key: bytes, address: int) -> int | None:
-        loaded.append(get_group_id(key))
-        return load(model, key, address)
+    def watch(model: str, places: Mapping[bytes, int]) -> Copies:
+        loaded.extend(map(get_group_id, places))
+        return begin_load(model, places)
 
-    tier.load = watch
+    tier.begin_load = watch
     pool.submit(prefixed)
 
     def leave(step: int) -> None:

@@ -74,14 +74,18 @@ class NodeBooks:
 
     # -- clients -------------------------------------------------------------------------------------
 
-    def join(self, client: int, budget_bytes: int) -> None:
-        """A client is there, whose pool says that the node may use so much."""
+    def join(self, client: int, budget_bytes: int) -> list[str]:
+        """A client is there, whose pool says that the node may use so much; returns the copies that are evicted.
+
+        It may be less than the budget that was kept while there was no client.
+        """
         if client in self._clients:
             raise ValueError("it has joined already")
         self._clients[client] = _Client(max(0, budget_bytes))
+        return self.evict(0)
 
     def leave(self, client: int) -> list[str]:
-        """The client is gone, however: its leases and fills end; returns the copies that are no more."""
+        """The client is gone, however: its leases, its fills and its budget end; returns the copies that are no more."""
         self._last_budget = self.budget_bytes
         self._clients.pop(client, None)
         dropped = [key for key, copy in self.copies.items() if copy.filler == client]
@@ -89,7 +93,7 @@ class NodeBooks:
             del self.copies[key]
         for copy in self.copies.values():
             del copy.leases[client]
-        return dropped
+        return dropped + self.evict(0)
 
     def set_budget(self, client: int, budget_bytes: int) -> list[str]:
         """What the client's pool says now; returns the copies that are evicted for it."""

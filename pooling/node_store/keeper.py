@@ -141,7 +141,7 @@ class Keeper:
         connection.close()
         if client in self._joined:
             self._joined.discard(client)
-            self._forget(self.books.leave(client) + self.books.evict(0))
+            self._forget(self.books.leave(client))
         self._alone_since_s = time.monotonic()
 
     def _answer(self, client: int, said: _Said, content: bytes) -> _Told:
@@ -175,7 +175,7 @@ class Keeper:
         message: Hello = said.message
         if message.version != VERSION:
             return _Told(Answer(ok=False, problem=f"the keeper speaks version {VERSION}, the host {message.version}"))
-        self.books.join(client, message.budget_bytes)
+        self._forget(self.books.join(client, message.budget_bytes))
         self._joined.add(client)
         return _Told()
 

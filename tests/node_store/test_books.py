@@ -137,10 +137,13 @@ class Lives(RuleBasedStateMachine):
 
     @rule(client=CLIENTS)
     def die(self, client: int) -> None:
-        gone = self.books.leave(client)
-        assert set(gone) == set(self.filling.pop(client, {}))
+        before = set(self.books.copies)
+        gone, filled = set(self.books.leave(client)), set(self.filling.pop(client, {}))
         for book in (self.budget, self.own, self.held):
             book.pop(client, None)
+        assert gone == before - set(self.books.copies)
+        assert filled <= gone
+        assert not any(held[key] for held in self.held.values() for key in gone - filled)
 
     @rule(client=CLIENTS, key=KEYS)
     def claim(self, client: int, key: str) -> None:
@@ -224,7 +227,6 @@ class Lives(RuleBasedStateMachine):
     def books_agree(self) -> None:
         if self.budget:
             assert max(self.budget.values()) == self.books.budget_bytes
-            self.books.evict(0)  # a client that leaves may take the budget down
         self.books.check()
         assert self.needed() == self.books.used_bytes - self.books.evictable_bytes
         assert max(0, self.needed() - self.books.budget_bytes) == self.books.over_bytes

@@ -8,55 +8,21 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.helpers.server import is_running, poll
+from tests.node_store.asking import BUDGET, MIB, book, end_keeper, keeper_pid
 from tests.node_store.told_host import Host, Told
 from tokenpool.errors import HostError
 from tokenpool.node_store import client, shared_copy
-from tokenpool.node_store.client import NodeStore
 from tokenpool.node_store.keeper import Keeper
 from tokenpool.node_store.place import connect, folder_of, listen, make_folder, start_keeper
 from tokenpool.node_store.shared_copy import SharedCopy
 
 pytestmark = pytest.mark.cpu
 
-MIB = 1 << 20
-BUDGET, SIZE = 64 * MIB, 10 * MIB
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "store"
-    yield place
-    with contextlib.suppress(OSError):
-        if (pid := keeper_pid(place)) > 0:
-            os.kill(pid, signal.SIGKILL)
-
-
-def keeper_pid(folder: Path) -> int:
-    return book(folder)["pid"]
-
-
-def book(folder: Path) -> dict[str, Any]:
-    """What the keeper says to whoever asks; it looks at its own books before."""
-    asking = NodeStore(folder, 1)
-    try:
-        asking._line = connect(folder, 5.0)
-        told = asking.show()
-    except ConnectionRefusedError:
-        told = {}
-    asking.close()
-    return told or {"hosts": 0, "copies": {}, "pid": 0}  # one has ended, and the next one is not there yet
-
-
-def end_keeper(folder: Path) -> None:
-    pid = keeper_pid(folder)
-    assert pid > 0, "there is no keeper"
-    os.kill(pid, signal.SIGKILL)
-    poll(lambda: not is_running(pid))
+SIZE = 10 * MIB
 
 
 @pytest.fixture

@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.server import poll
-from tests.node_store.test_keeper import BUDGET, MIB, book, keeper_pid
+from tests.node_store.asking import BUDGET, MIB, book, kill_keeper
 from tests.node_store.told_host import Told
 
 pytestmark = pytest.mark.cpu
@@ -54,9 +51,7 @@ class World:
             self.hosts[at] = Told(self.folder, BUDGET).ready()
             self.claimed[at], self.own[at] = {}, 0
         elif deed == "keeper":
-            with contextlib.suppress(OSError, ProcessLookupError):
-                if (pid := keeper_pid(self.folder)) > 0:
-                    os.kill(pid, signal.SIGKILL)
+            kill_keeper(self.folder)
         elif deed == "pause":
             host.signal(signal.SIGSTOP)
             other = self.hosts[at - 1]
@@ -94,15 +89,6 @@ class World:
         own = used - shared
         slack = 2 * MIB * NUM_HOSTS
         return bool(leases == shared and own <= found["own_bytes"] <= own + slack)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "store"
-    yield place
-    with contextlib.suppress(OSError):
-        if (pid := keeper_pid(place)) > 0:
-            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import torch
 
 from tests.helpers.devices.weight_rig import LIMIT_S, PAGE, Checkpoint, Rig, bytes_of
 from tests.helpers.server import poll
-from tests.node_store.test_keeper import book, end_keeper
+from tests.node_store.asking import book, end_keeper, kill_keeper
 from tokenpool.errors import SwitchError, UnfitCopyError
 from tokenpool.memory.copies.copy_meta import CopyMeta, pack_meta, read_meta
 from tokenpool.memory.host_ledger import HostUse
@@ -77,9 +74,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
         host.store.close()
         host.assert_empty()
         host.node.close()
-    with contextlib.suppress(OSError):
-        if (pid := made.book()["pid"]) > 0:
-            os.kill(pid, signal.SIGKILL)
+    kill_keeper(made.folder)
 
 
 def parts(count: int = 6) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.helpers.cases import make_cases, mixed
 from tests.helpers.plain import Case, Result, run_plain
-from tests.node_store.test_keeper import book
+from tests.node_store.asking import book, kill_keeper
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]  # the setting that leads here is refused yet
 
@@ -48,9 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(shared_weights, "KnownProofs", partial(shared_weights.KnownProofs, tmp_path / "proofs"))
     place = folder_of(STORE)
     yield place
-    with contextlib.suppress(OSError):
-        if (pid := book(place)["pid"]) > 0:
-            os.kill(pid, signal.SIGKILL)
+    kill_keeper(place)
     shutil.rmtree(place, ignore_errors=True)
 
 

@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from tokenpool.serve.access.auth import error_response
+from tokenpool.serve.access.gone import until_gone
 from tokenpool.serve.access.held_stream import HeldStream
 from tokenpool.serve.access.refused import RefusedError
 
@@ -144,7 +145,7 @@ class Hold:
                 if waiter.news.done():
                     waiter.news = loop.create_future()
                 model.want()
-                gone = asyncio.create_task(_disconnect(receive))
+                gone = asyncio.create_task(until_gone(receive))
                 try:
                     if not await self._news(waiter, gone, model, stream):
                         return False
@@ -180,8 +181,3 @@ class Hold:
     def _too_late(self, model: Held) -> Response:
         message = f"The model `{model.name}` was not loaded within {self.limit_s:g} s; retry after 5 s."
         return error_response(503, "ServiceUnavailableError", message, "model", {"retry-after": "5"})
-
-
-async def _disconnect(receive: Receive) -> None:
-    while not (await receive())["type"].endswith(".disconnect"):
-        pass

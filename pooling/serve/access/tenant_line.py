@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 from starlette.types import Receive
 
 from tokenpool.policy.fairness import FairQueue, SeatShares
+from tokenpool.serve.access.gone import until_gone
 from tokenpool.serve.access.tenant_call import Call
 
 ENGINE_QUEUE = 4
@@ -223,7 +224,7 @@ async def _wait(call: Call, granted: _Granted | _GrantedAside, receive: Receive,
     """Give the call its place as soon as it is granted; False if its client has gone away before."""
     since_s = time.monotonic()
     if not granted.done():
-        gone = asyncio.create_task(_disconnect(receive))
+        gone = asyncio.create_task(until_gone(receive))
         try:
             ends: set[asyncio.Future[Any]] = {granted, gone}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -240,8 +241,3 @@ async def _wait(call: Call, granted: _Granted | _GrantedAside, receive: Receive,
         call.spare = granted.result()
         return True
     return False
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

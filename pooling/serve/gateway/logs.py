@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from tokenpool.errors import PoolError, check_setting, show
 from tokenpool.recent_logs import is_about
 from tokenpool.serve.access.auth import error_response
+from tokenpool.serve.access.gone import until_gone
 from tokenpool.serve.gateway.operator import Operator
 
 _LOOK_S = 0.5
@@ -80,7 +81,7 @@ class _Stream(Response):
         """Send lines; a reader that takes none for 10 s is cut off."""
         headers = [(key, value) for key, value in self.raw_headers if key != b"content-length"]
         self._state.log_readers = getattr(self._state, "log_readers", 0) + 1
-        gone = asyncio.create_task(_until_gone(receive))
+        gone = asyncio.create_task(until_gone(receive))
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             async for body in self._bodies(gone):
@@ -100,11 +101,6 @@ class _Stream(Response):
             except PoolError:
                 pass  # the supervisor is busy, or the pool ends
             await asyncio.wait([gone], timeout=_LOOK_S)
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _written(lines: list[dict[str, Any]]) -> bytes:

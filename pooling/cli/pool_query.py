@@ -8,6 +8,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tokenpool import settings
@@ -28,6 +29,20 @@ def ask_pool(url: str, key: str | None, path: str, *, body: Any = None, limit_s:
 
     With a `body`, which is sent as JSON, it is a POST.
     """
+    with _answer(url, key, path, body, limit_s) as response:
+        return json.load(response)
+
+
+def pool_lines(url: str, key: str | None, path: str) -> Iterator[str]:
+    """The lines of an answer as they come, however long that takes; raises PoolError as `ask_pool` does."""
+    with _answer(url, key, path, None, None) as response:
+        for line in response:
+            yield line.decode().rstrip("\n")
+
+
+@contextmanager
+def _answer(url: str, key: str | None, path: str, body: Any, limit_s: float | None) -> Iterator[Any]:
+    """The answer, for as long as it is read; see `ask_pool`."""
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"{url!r} is no address: write such as http://127.0.0.1:8000", key="--url")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -37,21 +52,7 @@ def ask_pool(url: str, key: str | None, path: str, *, body: Any = None, limit_s:
     request = urllib.request.Request(f"{url.rstrip('/')}{path}", data, headers)
     try:
         with urllib.request.urlopen(request, timeout=limit_s) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        raise PoolError(f"{url} answers {error.code}: {_reason(error)}") from None
-    except (OSError, ValueError) as error:
-        raise PoolError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
-
-
-def pool_lines(url: str, key: str | None, path: str) -> Iterator[str]:
-    """The lines of an answer as they come; raises PoolError of one line with what the server says."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    request = urllib.request.Request(f"{url.rstrip('/')}{path}", headers=headers)
-    try:
-        with urllib.request.urlopen(request) as response:
-            for line in response:
-                yield line.decode().rstrip("\n")
+            yield response
     except urllib.error.HTTPError as error:
         raise PoolError(f"{url} answers {error.code}: {_reason(error)}") from None
     except (OSError, ValueError) as error:

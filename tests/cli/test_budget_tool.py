@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 
+from tests.cli.asked_server import AskedFor, asked_server
 from tokenpool.cli.main import run
 from tokenpool.errors import ConfigError, PoolError
 
@@ -40,32 +39,17 @@ class Asked(list[tuple[str, str, Any]]):
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
     requests = Asked()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # http.server's name
-            self._answer(None)
+    def answer(asked_for: AskedFor) -> tuple[int, bytes]:
+        assert asked_for.path == "/v1/pool/budget"
+        requests.append((asked_for.method, asked_for.key, asked_for.body))
+        said = STATE if requests.status == 200 else {"error": {"message": "KV of a stays"}}
+        return requests.status, json.dumps(said).encode()
 
-        def do_POST(self) -> None:  # http.server's name
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def _answer(self, body: Any) -> None:
-            assert self.path == "/v1/pool/budget"
-            requests.append((self.command, self.headers["Authorization"], body))
-            self.send_response(requests.status)
-            self.end_headers()
-            answer = STATE if requests.status == 200 else {"error": {"message": "KV of a stays"}}
-            self.wfile.write(json.dumps(answer).encode())
-
-        def log_message(self, *_: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    requests.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("TOKENPOOL_URL", requests.url)
-    monkeypatch.setenv("TOKENPOOL_VIEW_KEY", "view")
-    monkeypatch.setenv("TOKENPOOL_ADMIN_KEY", "admin")
-    yield requests
-    server.shutdown()
-    server.server_close()
+    with asked_server(answer) as requests.url:
+        monkeypatch.setenv("TOKENPOOL_URL", requests.url)
+        monkeypatch.setenv("TOKENPOOL_VIEW_KEY", "view")
+        monkeypatch.setenv("TOKENPOOL_ADMIN_KEY", "admin")
+        yield requests
 
 
 def test_without_a_size_it_shows_the_budget(asked: Asked, capsys: pytest.CaptureFixture[str]) -> None:

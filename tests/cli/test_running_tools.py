@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 
+from tests.cli.asked_server import AskedFor, asked_server
 from tokenpool.cli.main import run
 from tokenpool.cli.running import drain
 from tokenpool.errors import PoolError
@@ -29,31 +28,16 @@ class Asked(list[tuple[str, str, Any]]):
 def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
     requests = Asked()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # http.server's name
-            self._answer(None)
+    def answer(asked_for: AskedFor) -> tuple[int, bytes]:
+        requests.append((asked_for.path, asked_for.key, asked_for.body))
+        return requests.answers.pop(0)
 
-        def do_POST(self) -> None:  # http.server's name
-            self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-        def _answer(self, body: Any) -> None:
-            requests.append((self.path, self.headers["Authorization"], body))
-            status, text = requests.answers.pop(0)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text)
-
-        def log_message(self, *_: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("TOKENPOOL_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("TOKENPOOL_VIEW_KEY", "view")
-    monkeypatch.setenv("TOKENPOOL_ADMIN_KEY", "admin")
-    monkeypatch.setattr(drain, "_LOOK_S", 0.0)
-    yield requests
-    server.shutdown()
-    server.server_close()
+    with asked_server(answer) as url:
+        monkeypatch.setenv("TOKENPOOL_URL", url)
+        monkeypatch.setenv("TOKENPOOL_VIEW_KEY", "view")
+        monkeypatch.setenv("TOKENPOOL_ADMIN_KEY", "admin")
+        monkeypatch.setattr(drain, "_LOOK_S", 0.0)
+        yield requests
 
 
 def left(*models: str) -> tuple[int, bytes]:

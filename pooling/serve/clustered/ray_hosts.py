@@ -310,10 +310,7 @@ class RayHosts:
 
     async def decisions(self, limit: int | None) -> list[dict[str, Any]] | None:
         """See Hosts; raises HostError while the controller is away."""
-        try:
-            decided: list[dict[str, Any]] = await self.tell("decisions", limit)
-        except Exception as error:
-            raise HostError(f"the controller does not answer: {type(error).__name__}") from error
+        decided: list[dict[str, Any]] = await self._ask_controller("decisions", limit)
         return decided
 
     async def logs(self, seen: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -327,14 +324,18 @@ class RayHosts:
 
     async def drain(self, host: str, is_wanted: bool) -> list[str]:
         """See Hosts."""
+        models: list[str] = await self._ask_controller("drain", host, is_wanted)
+        return models
+
+    async def _ask_controller(self, method: str, *args: Any) -> Any:
+        """What it answers; raises the PoolError with which it refuses, and HostError while it is away."""
         try:
-            models: list[str] = await self.tell("drain", host, is_wanted)
+            return await self.tell(method, *args)
         except Exception as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, PoolError):
                 raise cause from None
             raise HostError(f"the controller does not answer: {type(error).__name__}") from error
-        return models
 
     async def check(self) -> None:
         """See Hosts."""

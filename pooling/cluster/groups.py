@@ -39,8 +39,10 @@ class Together:
         for leader, members in groups.items():
             made += self._complete(leader, members, situation, stray[leader], going)
             made += _give_up(members, situation, stray[leader])
-        taken: set[tuple[str, str, str]] = set()
-        return [move for move in made if not (_key(move) in taken or taken.add(_key(move)))]  # type: ignore[func-returns-value]
+        once: dict[tuple[str, str, str], Move] = {}
+        for move in made:
+            once.setdefault((move.action, move.model, move.host), move)
+        return list(once.values())
 
     def has_room(self, name: str, situation: Situation) -> bool:
         """See Placement; for the whole group of a model."""
@@ -69,10 +71,6 @@ class Together:
             and host not in situation.leaving.get(name, ())
             and not any((other, host) in going for other in members)
         ]
-
-
-def _key(move: Move) -> tuple[str, str, str]:
-    return move.action, move.model, move.host
 
 
 def _is_coming(name: str, host: str, situation: Situation) -> bool:

@@ -78,7 +78,7 @@ class KeepReplicas:
         order = sorted(situation.models.values(), key=lambda d: (-d.priority, len(placed[d.name]), -d.weight_bytes))
         for deployment in order:
             name, wanted = deployment.name, deployment.replicas or self.replicas
-            while self._num_good(deployment, placed[name], situation) < wanted:
+            while len(_good(deployment, placed[name], situation)) < wanted:
                 free = [
                     host
                     for host, report in situation.hosts.items()
@@ -91,7 +91,7 @@ class KeepReplicas:
                 if not free:
                     break
                 best = min(free, key=lambda host: (_load(deployments_on(host, placed, situation)), host))
-                reason = f"{self._num_good(deployment, placed[name], situation)} of {wanted} replicas"
+                reason = f"{len(_good(deployment, placed[name], situation))} of {wanted} replicas"
                 moves.append(Move("add", name, best, reason))
                 placed[name].add(best)
         return moves
@@ -99,9 +99,6 @@ class KeepReplicas:
     def has_room(self, name: str, situation: Situation) -> bool:
         """See Placement."""
         return has_room(name, situation, self.apart)
-
-    def _num_good(self, deployment: Deployment, hosts: Set[str], situation: Situation) -> int:
-        return len(_good(deployment, hosts, situation))
 
     def _meets(self, name: str, host: str, placed: Mapping[str, Set[str]], situation: Situation) -> bool:
         others = self.apart.get(name, frozenset())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of six kinds in one pool, on memory for two or three of them: what docs/usage.md tries by hand.
+"""Models of six kinds in one pool, on memory for two or three of them: what docs/many_kinds.md tries by hand.
 
     python -m tokenpool.demo.many_kinds FOLDER
 

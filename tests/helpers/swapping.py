@@ -131,6 +131,15 @@ class FakeModel:
         """Enter the block's hash as a scheduled step does; nothing is computed yet."""
         self.pool._insert_block_hash(key_of(hash_index, group), block, num_tokens=16 * (hash_index + 1))
 
+    def computed(self, count: int) -> list[KVCacheBlock]:
+        """So many new blocks, in use, with the hashes 0, 1, ... and what these name in them."""
+        blocks = self.pool.get_new_blocks(count)
+        for index, block in enumerate(blocks):
+            self.cache(block, index)
+            self.write(block, self.content(index, 0))
+        self.mark_computed()
+        return blocks
+
     def mark_computed(self) -> None:
         """The step is done."""
         if self.pool.link is not None:

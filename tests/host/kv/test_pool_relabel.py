@@ -395,11 +395,7 @@ def test_cached_blocks_come_back_from_the_host():
     allocator = make_allocator(5)
     a, b = FakeModel(allocator, "a", PAGE // 4), FakeModel(allocator, "b", PAGE // 4)
     swapper = make_swapper(allocator, [a, b])
-    blocks = a.pool.get_new_blocks(4)
-    for index, block in enumerate(blocks):
-        a.cache(block, index)
-        a.write(block, a.content(index, 0))
-    a.mark_computed()
+    blocks = a.computed(4)
     a.pool.free_blocks(blocks)
     for _ in range(2):
         taken = b.pool.get_new_blocks(b.pool.get_num_free_blocks())
@@ -423,11 +419,7 @@ def test_a_hit_never_evicts_what_was_found_before():
     allocator = make_allocator(3)
     a = FakeModel(allocator, "a", PAGE // 4)
     swapper = make_swapper(allocator, [a])
-    blocks = a.pool.get_new_blocks(8)
-    for index, block in enumerate(blocks):
-        a.cache(block, index)
-        a.write(block, a.content(index, 0))
-    a.mark_computed()
+    blocks = a.computed(8)
     a.pool.free_blocks(list(reversed(blocks)))
     assert a.pool.get_new_blocks(1) == blocks[7:]  # evicted, hence offered
     assert {key_of(7)} == set(a.pool.link.stored)

@@ -40,11 +40,7 @@ def test_free_blocks_are_saved_ahead_only_where_something_may_be_lost():
     a = FakeModel(allocator, "a", PAGE // 4)
     swapper = make_swapper(allocator, [a])
     device.burst_bytes = 4 * 2 * PAGE // 4  # two blocks at a time
-    blocks = a.pool.get_new_blocks(6)
-    for index, block in enumerate(blocks):
-        a.cache(block, index)
-        a.write(block, a.content(index, 0))
-    a.mark_computed()
+    blocks = a.computed(6)
     a.pool.free_blocks(blocks)
     swapper.copy_ahead()
     assert not device.queue and not swapper.has_unsaved
@@ -71,11 +67,7 @@ def test_no_more_is_saved_at_once_than_the_link_takes_in_a_moment():
     a = FakeModel(allocator, "a", PAGE // 4)
     swapper = make_swapper(allocator, [a])
     device.burst_bytes = 3 * PAGE // 4
-    blocks = a.pool.get_new_blocks(6)
-    for index, block in enumerate(blocks):
-        a.cache(block, index)
-        a.write(block, a.content(index, 0))
-    a.mark_computed()
+    blocks = a.computed(6)
     a.pool.free_blocks(blocks)
     swapper.out(a)
     assert {key_of(3), key_of(4), key_of(5)} == set(a.pool.link.stored)
@@ -90,11 +82,7 @@ def test_a_step_comes_after_all_that_it_relies_on(arrives_last):
     device = allocator.arena.device
     a = FakeModel(allocator, "a", PAGE)
     make_swapper(allocator, [a])
-    blocks = a.pool.get_new_blocks(2)
-    for index, block in enumerate(blocks):
-        a.cache(block, index)
-        a.write(block, a.content(index, 0))
-    a.mark_computed()
+    blocks = a.computed(2)
     a.pool.free_blocks(blocks[:1])
     a.pool.give_back_idle(1)  # which puts the first on the host
     while device.queue:

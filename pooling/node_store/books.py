@@ -85,7 +85,7 @@ class NodeBooks:
         return self.evict(0)
 
     def leave(self, client: int) -> list[str]:
-        """The client is gone, however: its leases, its fills and its budget end; returns the copies that are no more."""
+        """The client is gone, however: its leases, fills and budget end; returns the copies that are no more."""
         self._last_budget = self.budget_bytes
         self._clients.pop(client, None)
         dropped = [key for key, copy in self.copies.items() if copy.filler == client]

@@ -5,8 +5,8 @@
 
 One server on this machine whose models are all loaded on demand, at most --max-loaded at a time. Their names are many,
 their checkpoints a few tiny ones. Requests stream a few tokens each; whom they are for is drawn by Zipf's law, and they
-come from --users at a time, each of which waits for its answer. A second server with one model is started before,
-to know what a frontend takes without a catalogue.
+come from --users at a time, each of which waits for its answer, until --requests were sent or --minutes are over. A
+second server with one model is started before, to know what a frontend takes without a catalogue.
 
     start_to_first_answer_s     from the start of the process to the end of the first answer, whose model was cold
     cold_first_token_s          median, of the first request to each model
@@ -14,7 +14,7 @@ to know what a frontend takes without a catalogue.
     frontend_kb_per_cold_model  growth of the frontend's own memory (PSS of no file) per model, before any request
     loads                       models that were loaded
     requests, lost              requests sent, and those without all their tokens
-    memory_growth               frontend and host at the end, over what they took after a third of the requests
+    memory_growth               frontend and host at the end, over what they took after a third of the time
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class OnDemand:
     memory_growth: float
     cold_first_token_p99_s: float
     memory_bytes: list[int]
-    """Of frontend and host together (PSS), after each tenth of the requests."""
+    """Of frontend and host together (PSS), at the end of each tenth of the requests or of the time."""
     failures: list[str]
     """What the first lost ones said."""
 
 
 def run(
-    *, models: int, requests: int, max_loaded: int, users: int, zipf: float, seed: int, start_limit_s: float,
-    logs: Path | None,
+    *, models: int, requests: int, minutes: float, max_loaded: int, users: int, zipf: float, seed: int,
+    start_limit_s: float, logs: Path | None,
 ) -> OnDemand:  # fmt: skip
     """Measure; see the module."""
     with common.scratch(logs) as (folder, log_folder, stack):
@@ -86,7 +86,7 @@ def run(
                 server.close()
         asyncio.run(_first_answer(server.port, "m0", start_limit_s))
         start_s = time.monotonic() - server.started_s
-        trace = _Trace(server, random.Random(seed), models, requests, zipf)
+        trace = _Trace(server, random.Random(seed), models, requests, minutes * 60, zipf)
         asyncio.run(trace.play(users))
         loads = next(
             int(float(line.split()[-1]))
@@ -176,13 +176,17 @@ async def _ask(session: aiohttp.ClientSession, port: int, model: str) -> float:
 class _Trace:
     """Plays the requests and keeps what they saw."""
 
-    def __init__(self, server: common.Server, rng: random.Random, models: int, requests: int, zipf: float) -> None:
+    def __init__(
+        self, server: common.Server, rng: random.Random, models: int, requests: int, limit_s: float, zipf: float
+    ) -> None:
         weights = list(accumulate(1 / (rank + 1) ** zipf for rank in range(models)))
         names = [f"m{i}" for i in range(models)]
         rng.shuffle(names)
         self._asked = iter(rng.choices(names, cum_weights=weights, k=requests))
         self._server = server
         self._requests = requests
+        self._limit_s = limit_s
+        self._begin_s = time.monotonic()
         self._known = {"m0"}
         self.sent = 0
         self.cold_s: list[float] = []
@@ -191,13 +195,16 @@ class _Trace:
         self.memory: list[int] = []
 
     async def play(self, users: int) -> None:
-        """Send all requests, as `users` who each wait for an answer before the next one."""
+        """Send requests, as `users` who each wait for an answer before the next one."""
+        self._begin_s = time.monotonic()
         limits = aiohttp.ClientTimeout(total=_REQUEST_LIMIT_S)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits) as session:
             await asyncio.gather(*(self._user(session) for _ in range(users)))
 
     async def _user(self, session: aiohttp.ClientSession) -> None:
         for model in self._asked:
+            if self._done() >= 1:
+                return
             self.sent += 1
             into = self.warm_s if model in self._known else self.cold_s
             self._known.add(model)
@@ -205,10 +212,14 @@ class _Trace:
                 into.append(await _ask(session, self._server.port, model))
             except (RuntimeError, aiohttp.ClientError, TimeoutError) as error:
                 self.failures.append(f"{type(error).__name__}: {error}")
-            if self.sent * 10 // self._requests > len(self.memory):
+            if self._done() * 10 >= len(self.memory) + 1:
                 tree = [process.pid for process in self._server.tree()]
                 self.memory.append(common.memory_of(tree)["pss"])
                 common.progress(f"{self.sent} requests, {len(self.failures)} lost, {self.memory[-1] >> 20} MiB")
+
+    def _done(self) -> float:
+        """The share of the requests, or of the time, that is over."""
+        return max(self.sent / self._requests, (time.monotonic() - self._begin_s) / self._limit_s)
 
 
 def main() -> None:
@@ -216,6 +227,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--models", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--requests", type=int, default=20_000, help="(default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=30, help="at most (default: %(default)s)")
     parser.add_argument("--max-loaded", type=int, default=30, help="(default: %(default)s)")
     parser.add_argument("--users", type=int, default=8, help="who ask at the same time (default: %(default)s)")
     parser.add_argument("--zipf", type=float, default=1.0, help="exponent of the law (default: %(default)s)")

@@ -15,8 +15,8 @@ from hypothesis import settings
 from tests.helpers.server import PoolServerProcess
 from tokenpool.demo.tiny_models import ENGINE_ARGS, make_tiny_lora, make_tiny_model
 
-# With AMX oneDNN rounds a row otherwise beside four others than beside three: streams would depend on the batch. This is
-# the highest level without AMX: one lower has no FP8, which torch asks oneDNN for wherever the CPU has AMX.
+# With AMX oneDNN rounds a row otherwise beside four others than beside three: streams would depend on the batch. This
+# is the highest level without AMX: one lower has no FP8, which torch asks oneDNN for wherever the CPU has AMX.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 # No test is timed: a busy machine is not a fault.
 settings.register_profile("untimed", deadline=None)

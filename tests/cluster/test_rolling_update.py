@@ -76,6 +76,7 @@ def replace(server: PoolServerProcess, host: str) -> None:
     drain(server, host, is_wanted=False)
 
 
+@pytest.mark.slow
 def test_streams_go_on_while_a_host_is_emptied(
     server: PoolServerProcess, undisturbed: dict[tuple[str, int], list[int]]
 ) -> None:

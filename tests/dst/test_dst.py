@@ -12,7 +12,7 @@ from tests.dst.seeds import differing, run_seeds
 
 pytestmark = pytest.mark.vllm
 
-SEEDS = range(int(os.environ.get("TOKENPOOL_DST_SEEDS", "60")))
+SEEDS = range(int(os.environ.get("TOKENPOOL_DST_SEEDS", "36")))
 LENDERS = range(LENDING, LENDING + len(SEEDS) * 2 // 3)
 """In these, memory is lent and models sleep."""
 REGRESSIONS = (75, 80, 100, 128, 294, 405, 656, 1417)
@@ -50,7 +50,9 @@ def test_a_fault_that_is_put_back_is_found(mutant):
     assert outcome.failures
 
 
-@pytest.mark.parametrize("mutant", ["lent_pages_are_counted_on", "sleepers_are_stepped"])
+@pytest.mark.parametrize(
+    "mutant", [pytest.param("lent_pages_are_counted_on", marks=pytest.mark.slow), "sleepers_are_stepped"]
+)
 def test_a_fault_of_lending_is_found(mutant):
     """Nor is it better where memory is lent."""
     outcome = run_seeds(LENDERS, mutant=mutant, stop_early=True)

@@ -128,7 +128,7 @@ def _finish(pooled, cases, reference) -> None:
                 assert reason == "error" or len(got.tokens) == request.max_tokens
 
 
-@pytest.mark.parametrize("call", ["map_zeroed", "copy_in", "copy_out"])
+@pytest.mark.parametrize("call", [pytest.param("map_zeroed", marks=pytest.mark.slow), "copy_in", "copy_out"])
 def test_a_device_call_that_fails_now_and_then_costs_no_stream(pool, faults, cases, reference, call):
     """Mapping, copies to the device and copies to the host fail at random: the switch is tried again."""
     faults.armed[call] = 0.05

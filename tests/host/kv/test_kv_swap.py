@@ -96,6 +96,7 @@ def test_random_moves_change_no_stream(cases, reference, stepped, seed):
     stepped.check()
 
 
+@pytest.mark.slow
 def test_requests_that_arrive_and_end_meanwhile(cases, stepped):
     """Aborted and new requests of models that are out leave every other stream as it is without any move."""
     from tests.helpers.stepping import RandomMoves, SteppedModels

@@ -23,7 +23,7 @@ from tests.helpers.server import PoolServerProcess, poll
 from tests.helpers.told_engine import make_request
 from tokenpool.serve.client.tracing import RequestTracer
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 KINDS = ("llama", "qwen2")
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -22,7 +22,9 @@ pytestmark = pytest.mark.vllm
 NAMES = ("llama", "qwen2", "gemma3")
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one frontend", "two frontends"])
+@pytest.fixture(
+    scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one frontend", "two frontends"]
+)
 def server(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
     pool = {
         "models": [{"name": name, "model": str(tiny_models.path(name))} for name in NAMES],

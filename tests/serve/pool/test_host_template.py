@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.vllm
 
 LONG = {"model": "qwen2", "temperature": 0, "max_tokens": 900}
 FORKED = "engine host forked from the template"
-_SAME = ("Umask", "Uid", "Gid", "Groups", "SigBlk", "SigIgn", "NoNewPrivs", "Seccomp", "CapEff", "Cpus_allowed")
+_SAME = ("Umask", "Uid", "Gid", "Groups", "SigIgn", "NoNewPrivs", "Seccomp", "CapEff", "Cpus_allowed")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def appearance(pid: int) -> dict[str, Any]:
     return {
         "status": {name: status[name] for name in _SAME if name in status},
         "signals": int(status["SigCgt"], 16) & ~(1 << 32),  # one is glibc's
+        "blocked": blocked_signals(pid),
         "files": files,
         "environment": shown,
         "command": command,
@@ -64,6 +66,15 @@ def appearance(pid: int) -> dict[str, Any]:
         "cgroup": (folder / "cgroup").read_text(),
         "name": (folder / "comm").read_text(),
     }
+
+
+def blocked_signals(pid: int) -> int:
+    """Those that stay blocked: glibc blocks all of them for the moment in which a thread makes another."""
+    blocked = -1
+    for _ in range(5):
+        blocked &= int(status_of(pid)["SigBlk"], 16)
+        time.sleep(0.01)
+    return blocked
 
 
 def killed_under_a_stream(server: PoolServerProcess) -> tuple[dict[str, Any], int]:
@@ -111,13 +122,17 @@ def test_hosts_from_a_template_and_without_one_are_alike(server: PoolServerProce
     else:
         pytest.fail("no host was forked from the template")
 
-    os.kill(template, signal.SIGSTOP)
-    second, spawned = killed_under_a_stream(server)
-    by_spawn = appearance(spawned)
-    assert forks + 1 == server.log.count(FORKED)
-    assert not is_running(template)
-
-    assert alone == second
+    for _ in range(5):  # on a busy machine the next template may be there before the host is
+        template, forks = template_of(server), server.log.count(FORKED)
+        os.kill(template, signal.SIGSTOP)
+        second, spawned = killed_under_a_stream(server)
+        by_spawn = appearance(spawned)
+        assert alone == second
+        assert not is_running(template)
+        if forks == server.log.count(FORKED):
+            break
+    else:
+        pytest.fail("no host was started without a template")
     assert by_spawn == by_fork
 
 

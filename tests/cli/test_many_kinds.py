@@ -110,7 +110,10 @@ def test_each_kind_answers_under_switching_as_alone(server: PoolServerProcess, t
     with ThreadPoolExecutor(len(jobs)) as threads:
         together = dict(zip(jobs, threads.map(lambda job: job(server), jobs.values()), strict=True))
 
-    assert alone == together
+    for key, answer in alone.items():
+        # Vectors and scores end in other bits where more texts share a step, in plain vLLM too.
+        is_pooled = key[0] in ("embed", "rerank")
+        assert together[key] == (pytest.approx(answer, abs=1e-5) if is_pooled else answer), key
     state = server.wait_until_idle()["host"]
     assert state["residency"]["weight_evictions"] >= before + len(MODELS) - 2
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 
 from tokenpool.config import Loading
@@ -42,15 +43,27 @@ class Demand:
         hosts.make_room = self.give_way
 
     async def run(self) -> None:
-        """Look when a request begins to wait, and now and then, until cancelled."""
+        """Look when something is wanted, and when a model may be unused for long enough, until cancelled."""
         while True:
             await self.look()
             try:
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(self._next_look_s()):
                     await self._models.wanted.wait()
             except TimeoutError:
                 pass
             self._models.wanted.clear()
+
+    def _next_look_s(self) -> float | None:
+        """After how long there may be something to do, if nobody says so before; None = not at all."""
+        next_s, now_s = math.inf, time.monotonic()
+        for model in self._models.values():
+            app, unload_after_s = model.app, model.rule.unload_after_s
+            is_coming = model.client is None and app.state != Life.COLD
+            if app.is_resting or len(app.hold) or (is_coming and (model.is_on_demand or unload_after_s < math.inf)):
+                return LOOK_S
+            if model.client is not None:
+                next_s = min(next_s, app.last_used_s + unload_after_s - now_s)
+        return max(LOOK_S, next_s) if math.isfinite(next_s) else None
 
     async def look(self) -> None:
         """Do what is to be done now."""
@@ -132,7 +145,10 @@ class Demand:
         self._rest(model)
         while not model.has_finished and time.monotonic() < deadline_s:  # several frontends say so one after the other
             await asyncio.sleep(_FINISH_LOOK_S)
-        return await self._unload(model)
+        is_gone = await self._unload(model)
+        if not is_gone:
+            self._models.wanted.set()  # that somebody sees to it when it has finished
+        return is_gone
 
     async def _unload(self, model: PoolModel) -> bool:
         if self._models.get(model.name) is not model or model.is_leaving or (client := model.client) is None:

@@ -201,7 +201,7 @@ class Models(Mapping[str, PoolModel]):
         weights = {tenant.name: tenant.weight for tenant in config.tenants}
         self._turns = FairTurns(lambda tenant: weights.get(tenant, 1.0))
         self.wanted = asyncio.Event()
-        """Set when a request begins to wait for a model."""
+        """Set when a request begins to wait for a model, and when there is one more, or one that finishes and goes."""
         self.progress_of: Callable[[str], str] = lambda name: ""
         """How far the loading of a model has come, in a few words."""
 
@@ -235,6 +235,7 @@ class Models(Mapping[str, PoolModel]):
         model = self._models[plan.spec.name] = PoolModel(
             plan, app, rule=rule, is_on_demand=not rule.at_start, is_settled=is_settled
         )
+        self.wanted.set()
         return model
 
     def _part(self, bound: int | None) -> int | None:

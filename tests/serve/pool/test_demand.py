@@ -114,6 +114,31 @@ def test_an_idle_model_leaves_nothing_behind(run) -> None:
     run(test, unload_after_s=0.02)
 
 
+def test_nobody_looks_where_nothing_can_happen(run, monkeypatch) -> None:
+    """Nothing is asked for, nothing can be unused for too long; the first request is heard all the same."""
+    from tokenpool.serve.pool import demand
+
+    looks: list[int] = []
+    look = demand.Demand.look
+
+    async def counted(self: Any) -> None:
+        looks.append(1)
+        await look(self)
+
+    monkeypatch.setattr(demand.Demand, "look", counted)
+
+    async def test(w: World) -> None:
+        await w.pool.start()
+        for _ in range(2):
+            await asyncio.sleep(20 * demand.LOOK_S)
+            looks.clear()
+            await asyncio.sleep(20 * demand.LOOK_S)
+            assert [] == looks
+            assert await Asked(w, "a").status() == 200
+
+    run(test)
+
+
 def test_the_least_recently_used_idle_model_makes_room(run) -> None:
     """At most `max_loaded` are loaded; one that is kept is not asked, nor one with a request."""
 

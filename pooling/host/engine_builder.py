@@ -130,6 +130,8 @@ class EngineBuilder:
         try:
             core = self._build_core(spec, build, shared)
             build.clear_null_block()
+            if movable:
+                self._weights.keep(spec.name, spec.keep)
             weight_pages += self._account_engine(spec.name, core, memory, len(weight_pages))
             self._relief.check_fits(spec.name, core, build.pool)
             check_host_memory(self._weights.snapshot(), self._weights.host.budget_bytes, self._copies)

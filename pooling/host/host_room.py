@@ -181,7 +181,8 @@ class HostRoom:
             resident = view.state is WeightState.ON_DEVICE
             if (
                 name in self.staying
-                or self._models[name].spec.keep
+                or name not in self._models  # it is being added
+                or view.keep
                 or not view.droppable
                 or not (resident or view.state is WeightState.IN_HOST)
             ):
@@ -202,7 +203,8 @@ def check_host_memory(weights: Mapping[str, WeightsView], budget_bytes: int, cop
 
     Warns when they fit one after the other only.
     """
-    least = {name: view.kept_bytes + (0 if view.droppable else view.nbytes) for name, view in weights.items()}
+    stays = {name: view.keep is not None or not view.droppable for name, view in weights.items()}
+    least = {name: view.kept_bytes + view.nbytes * stays[name] for name, view in weights.items()}
     for name, view in weights.items():
         needed = sum(least.values()) - least[name] + view.kept_bytes + view.nbytes
         if needed > budget_bytes:

@@ -72,7 +72,9 @@ class RoomMaker:
             return self._allocator.most_for(name)
         ledger = self._allocator.ledger
         stays = ledger.total(PageUse.NULL) + self._weights.fixed.num_pages
-        return ledger.num_usable - stays - self._weights.pages_of(name)
+        views = self._weights.snapshot()
+        kept = sum(view.pages for other, view in views.items() if other != name and view.keep == "device")
+        return ledger.num_usable - stays - kept - views[name].pages
 
     def evict(self, name: str) -> None:
         """Take a model's weights off the device; a copy in flight is cancelled."""

@@ -38,6 +38,8 @@ class WeightsView:
     job_bytes: int
     """Progress of the job in flight; 0 without one."""
     loads: int
+    keep: str | None = None
+    """What is never taken: the weights on the `device`, or their copy in memory of the `host`; None = both may be."""
 
 
 @dataclass(slots=True)
@@ -61,6 +63,8 @@ class ModelWeights:
     """How often the weights became resident, adoption not counted."""
     outputs: str = ""
     """What the self-test of this model said; see CopyMeta."""
+    keep: str | None = None
+    """See WeightsView."""
 
     @property
     def nbytes(self) -> int:
@@ -170,6 +174,7 @@ class ModelWeights:
             kept_bytes=self.proof.kept_bytes if self.proof else 0,
             job_bytes=self.job.progress if self.job else 0,
             loads=self.loads,
+            keep=self.keep,
         )
 
     def check(self, held_bytes: int) -> None:

@@ -135,6 +135,10 @@ class WeightStore:
             undo.pop_all()
         return entry
 
+    def keep(self, owner: str, what: str | None) -> None:
+        """Note what nobody is to take of `owner`, as in WeightsView; who makes room sees to it."""
+        self._models[owner].keep = what
+
     def publish(self, owner: str, outputs: str = "") -> None:
         """Let other processes have the host copy, if it can be; `outputs` as in CopyMeta."""
         entry = self._in_state(owner, WeightState.ON_DEVICE)
@@ -279,8 +283,7 @@ class WeightStore:
         """
         entry = self._in_state(owner, WeightState.ON_DISK)
         entry.copy = entry.copy.again()
-        if entry.copy.claim() and not entry.copy.is_whole:
-            entry.copy.prepare(entry.nbytes)
+        entry.copy.prepare(entry.nbytes)
         try:
             self.host.take(owner, HostUse.WEIGHTS, entry.nbytes)
         except CapacityError:

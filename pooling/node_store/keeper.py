@@ -14,6 +14,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 STAYS_S = 60.0
 """How long it is there without a client: a host or a server that is started again finds its copies."""
+GRACE_S = 3.0
+"""How long one that takes the place of another lets nobody fill what hosts from before may have and offer."""
 
 
 @dataclass(slots=True)
@@ -72,7 +75,7 @@ class _Told:
 class Keeper:
     """Serves on one listening socket; used by one thread."""
 
-    def __init__(self, listening: socket.socket, stays_s: float = STAYS_S) -> None:
+    def __init__(self, listening: socket.socket, stays_s: float = STAYS_S, grace_s: float = 0.0) -> None:
         self.books = NodeBooks()
         self._listening = listening
         self._stays_s = stays_s
@@ -80,6 +83,8 @@ class Keeper:
         self._progress_s: dict[str, float] = {}  # of copies that are filled, when they last got on
         self._joined: set[int] = set()
         self._alone_since_s = time.monotonic()
+        self._fills_from_s = self._alone_since_s + grace_s
+        self._closer = ThreadPoolExecutor(1)  # the last one to close a large memory frees it, which takes seconds
         self._selector = selectors.DefaultSelector()
         self._selector.register(listening, selectors.EVENT_READ)
         self._deeds: dict[type, Callable[[int, _Said], _Told]] = {
@@ -105,8 +110,13 @@ class Keeper:
         logger.info("nobody is there any more: ending with %d copies", len(self._files))
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             connection, _ = self._listening.accept()
+        except OSError as error:
+            logger.debug("a host is not let in: %s", error)
+            time.sleep(0.01)  # with too many files open it would be there again at once
+            return
+        with contextlib.suppress(OSError):
             if peer_of(connection)[1] != os.getuid():
                 connection.close()
                 return
@@ -167,7 +177,7 @@ class Keeper:
         for key in keys:
             self._progress_s.pop(key, None)
             if (file := self._files.pop(key, None)) is not None:
-                os.close(file)  # its memory goes when no host has it mapped
+                self._closer.submit(os.close, file)  # its memory goes when no host has it mapped
 
     # -- one for each message ------------------------------------------------------------------------
 
@@ -199,6 +209,8 @@ class Keeper:
 
     def _claim(self, client: int, said: _Said) -> _Told:
         message: Claim = said.message
+        if message.key not in self.books.copies and time.monotonic() < self._fills_from_s:
+            return _Told(Answer(state=CopyState.FILLING))
         state = self.books.claim(client, message.key)
         now_s = time.monotonic()
         if state is CopyState.MINE:

@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenpool.errors import HostError
 
-_SOCKET, _LOCK, LOG = "keeper", "lock", "log"
+_SOCKET, LOG = "keeper", "log"
 BACKLOG = 128
 _START_LIMIT_S = 20.0
 
@@ -71,29 +72,54 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def listen(folder: Path) -> socket.socket | None:
-    """The socket of the only keeper; None if there is one already. The lock lasts as long as this process."""
-    lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+class Listening(NamedTuple):
+    """What the only keeper of a folder has."""
+
+    socket: socket.socket
+    lock: int
+    """A descriptor of the folder; its lock lasts as long as whoever has it open."""
+    is_next: bool
+    """Whether there was one before that has not cleared up: it was killed, and its hosts may be there."""
+
+
+def listen(folder: Path) -> Listening | None:
+    """Become the only keeper; None if there is one already. Raises OSError when the folder goes meanwhile."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), folder.lstat()):
+            raise FileNotFoundError(f"{folder} is another one now")
+        is_next = os.path.lexists(folder / _SOCKET)
+        (folder / _SOCKET).unlink(missing_ok=True)
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with _path_in(folder, _SOCKET) as path:
+            made.bind(path)
+        made.listen(BACKLOG)
     except BlockingIOError:
         os.close(lock)
         return None
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    (folder / _SOCKET).unlink(missing_ok=True)  # of a keeper that is dead: it has no lock
-    with _path_in(folder, _SOCKET) as path:
-        made.bind(path)
-    made.listen(BACKLOG)
-    return made
+    except BaseException:
+        os.close(lock)
+        raise
+    return Listening(made, lock, is_next)
 
 
-def start_keeper(folder: Path) -> None:
+def clear_up(folder: Path) -> None:
+    """Leave nothing behind; only for its keeper, which ends."""
+    with suppress(OSError):
+        for name in (_SOCKET, LOG):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def start_keeper(folder: Path, stays_s: float | None = None) -> None:
     """Start one that outlives this process, unless there is one; raises HostError when that fails.
 
     It takes a tenth of a second; who connects at once may find it not there yet.
     """
     make_folder(folder)
     command = [sys.executable, "-m", "tokenpool.node_store", str(folder)]
+    command += [] if stays_s is None else [str(stays_s)]
     try:
         with open(
             os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb"

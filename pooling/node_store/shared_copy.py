@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from concurrent.futures import Future
 from enum import Enum, auto
 
 import torch
@@ -14,6 +15,7 @@ from tokenpool.memory.copies.host_copy import MakeRoom
 from tokenpool.memory.copies.shared_memory import SharedMemory
 from tokenpool.node_store.books import CopyState
 from tokenpool.node_store.client import NodeStore
+from tokenpool.node_store.line import Told
 from tokenpool.node_store.messages import MOST_META_BYTES, Allocate, Claim, Drop
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 IDLE_LIMIT_S = 15.0
 """A host that fills says about once a second that it gets on: one that is silent for so long is stopped."""
 FILL_LIMIT_S = 600.0
+_MOMENT_S = 0.01
+"""In which a keeper answers."""
 
 
 class _Is(Enum):
@@ -49,6 +53,8 @@ class SharedCopy:
         self._expected = (0, 0)  # bytes, and the keeper's generation
         self._memory: SharedMemory | None = None
         self._is = _Is.UNKNOWN
+        self._asked: Future[Told | None] | None = None  # whether it is there
+        self._asked_in = 0  # the keeper's generation
         self._began_s: float | None = None
 
     @property
@@ -57,21 +63,39 @@ class SharedCopy:
         assert self._memory is not None, "the copy has no memory yet"
         return self._memory.tensor
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether the keeper has not answered yet."""
+        return self._asked is not None
+
     def claim(self) -> bool:
         """See `HostCopy`. Who has waited for long, or for somebody who is silent, fills one of its own."""
         if self._is is not _Is.UNKNOWN:
             return True
         if self._began_s is None:
             self._began_s = time.monotonic()
-        if (held := self._store.hold_again(self.key)) is not None:
-            self._memory, self.meta = held
-            self._have(self._memory.nbytes)
-            return True
-        self._expect(self._nbytes)
-        told = self._store.ask(Claim(self.key))
+        if self._asked is None:
+            if (held := self._store.hold_again(self.key)) is not None:
+                self._memory, self.meta = held
+                self._have(self._memory.nbytes)
+                return True
+            self._expect(self._nbytes)
+            self._asked_in = self._store.generation
+            self._asked = self._store.ask_later(Claim(self.key), self._asked_in)
+        try:
+            told = self._asked.result(_MOMENT_S)
+        except TimeoutError:
+            return False
+        self._asked = None
+        self._hear(told)
+        return self._is is not _Is.UNKNOWN
+
+    def _hear(self, told: Told | None) -> None:
+        assert self._began_s is not None
         if told is None:
-            self._keep_own("there is no keeper")
-            return True
+            if not self._store.may_come_back:
+                self._keep_own("there is no keeper")
+            return
         answer, file = told
         if answer.state == CopyState.MINE:
             self._is = _Is.OURS
@@ -81,12 +105,11 @@ class SharedCopy:
             self._keep_own(answer.problem or "the keeper gives none")
         elif answer.idle_s > IDLE_LIMIT_S or time.monotonic() > self._began_s + FILL_LIMIT_S:
             self._keep_own("another host fills it and does not get on")
-        return self._is is not _Is.UNKNOWN
 
     def prepare(self, nbytes: int) -> None:
         """See `HostCopy`."""
         self._nbytes = nbytes
-        if self._is is _Is.OURS:
+        if self._is in (_Is.UNKNOWN, _Is.OURS):
             self._expect(nbytes)
 
     def allocate(self, nbytes: int, make_room: MakeRoom) -> None:
@@ -94,10 +117,10 @@ class SharedCopy:
         assert self._is in (_Is.OURS, _Is.OWN) and self._memory is None, f"a copy that is {self._is} gets no memory"
         self.prepare(nbytes)
         if self._is is _Is.OURS:
-            told = self._store.ask(Allocate(self.key, nbytes))
+            told = self._store.ask(Allocate(self.key, nbytes), self._asked_in)
             if told is not None and not told[0].ok:
                 make_room(nbytes)
-                told = self._store.ask(Allocate(self.key, nbytes, force=True))
+                told = self._store.ask(Allocate(self.key, nbytes, force=True), self._asked_in)
             if told is None or not told[0].ok:
                 self._keep_own("the keeper has no place for it")
         self._memory = SharedMemory.make(nbytes)
@@ -125,15 +148,30 @@ class SharedCopy:
     def release(self) -> None:
         """See `HostCopy`."""
         self._expect(0)
+        if self._asked is not None:
+            self._asked.add_done_callback(self._decline)
         if self._is is _Is.HELD:
             self._store.release(self.key)
         elif self._is is _Is.OURS:
-            self._store.ask(Drop(self.key))
-        self._is, self._memory = _Is.RELEASED, None
+            self._drop()
+        self._is, self._memory, self._asked = _Is.RELEASED, None, None
 
     def again(self) -> SharedCopy:
         """See `HostCopy`."""
         return SharedCopy(self._store, self.key, self._nbytes)
+
+    def _decline(self, asked: Future[Told | None]) -> None:
+        """Nobody waits for the answer any more."""
+        if (told := asked.result()) is None:
+            return
+        answer, file = told
+        if file is not None:
+            os.close(file)
+        if answer.state in (CopyState.MINE, CopyState.SEALED):
+            self._drop()
+
+    def _drop(self) -> None:
+        self._store.tell(Drop(self.key), self._asked_in)
 
     def _have(self, nbytes: int) -> None:
         self._is, self.is_whole, self._nbytes = _Is.HELD, True, nbytes
@@ -145,12 +183,12 @@ class SharedCopy:
             self._keep_own(f"the node's copy has {nbytes} bytes, not {self._nbytes}")
         else:
             try:
-                self._memory, self.meta = self._store.take_over(self.key, file, nbytes, meta), meta
+                self._memory, self.meta = self._store.take_over(self.key, file, nbytes, meta, self._asked_in), meta
                 self._have(nbytes)
                 return
             except (OSError, ValueError) as error:
                 self._keep_own(f"the node's copy cannot be mapped: {error}")
-        self._store.ask(Drop(self.key))
+        self._drop()
 
     def _keep_own(self, why: str) -> None:
         logger.info("this host keeps a copy of its own copy=%s: %s", self.key[:16], why)
@@ -159,7 +197,7 @@ class SharedCopy:
 
     def _give_up_filling(self) -> None:
         if self._is is _Is.OURS:
-            self._store.ask(Drop(self.key))
+            self._drop()
         self._expect(0)
         self._is = _Is.OWN
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.server import is_running, poll
-from tokenpool.node_store.client import NodeStore
+from tokenpool.node_store.messages import MESSAGE_BYTES, Show, pack, read_answer
 from tokenpool.node_store.place import connect
 
 MIB = 1 << 20
@@ -23,14 +23,14 @@ def keeper_pid(folder: Path) -> int:
 
 def book(folder: Path) -> dict[str, Any]:
     """What the keeper says to whoever asks; it looks at its own books before."""
-    asking = NodeStore(folder, 1)
     try:
-        asking._line = connect(folder, 5.0)
-        told = asking.show()
-    except ConnectionRefusedError:
-        told = {}
-    asking.close()
-    return told or {"hosts": 0, "copies": {}, "pid": 0}  # one has ended, and the next one is not there yet
+        with connect(folder, 20.0) as line:
+            line.send(pack(Show()))
+            if content := line.recv(MESSAGE_BYTES):
+                return read_answer(content).book
+    except (ConnectionError, FileNotFoundError):
+        pass
+    return {"hosts": 0, "copies": {}, "pid": 0}  # one has ended, and the next one is not there yet
 
 
 def end_keeper(folder: Path) -> None:

@@ -15,9 +15,10 @@ from tests.helpers.server import is_running, poll
 from tests.node_store.asking import BUDGET, MIB, book, end_keeper, keeper_pid
 from tests.node_store.told_host import Host, Told
 from tokenpool.errors import HostError
-from tokenpool.node_store import client, shared_copy
+from tokenpool.node_store import client, line, shared_copy
 from tokenpool.node_store.keeper import Keeper
-from tokenpool.node_store.place import connect, folder_of, listen, make_folder, start_keeper
+from tokenpool.node_store.messages import Seal, Tick
+from tokenpool.node_store.place import clear_up, connect, folder_of, listen, make_folder, start_keeper
 from tokenpool.node_store.shared_copy import SharedCopy
 
 pytestmark = pytest.mark.cpu
@@ -173,36 +174,91 @@ def test_who_fills_while_the_keeper_dies_publishes_to_the_next(make_host, folder
     assert SIZE == one.store.shared_bytes == book(folder)["used_bytes"]
 
 
-def test_a_stopped_keeper_costs_a_moment_once(make_host, folder, monkeypatch) -> None:
-    """Hosts do without; one that hangs for long is killed, and the next one has what the hosts have."""
+def test_nobody_waits_for_a_stopped_keeper(make_host, folder, monkeypatch) -> None:
+    """What a host tells is told at once; who claims does without after a while. One that hangs is killed."""
+    monkeypatch.setattr(line, "ANSWER_LIMIT_S", 3.0)
+    monkeypatch.setattr(client, "BEGIN_LIMIT_S", 1.0)
+    monkeypatch.setattr(line, "HUNG_S", 1e9)
     one, two = make_host(), make_host()
     fill(one, "a", 8)
+    fill(one, "c", 3)
     pid = keeper_pid(folder)
-    monkeypatch.setattr(client, "_HUNG_S", 1e9)
     os.kill(pid, signal.SIGSTOP)
-    assert "fill" == two.claim("b", SIZE)  # late, therefore its own
+    copy = SharedCopy(two.store, "b", SIZE)
+    assert not copy.claim() and copy.is_asking
+    one.store.cover(BUDGET)
+    one.copies.pop("c").release()
+    assert one.store.is_there, "nobody waited"
+    poll(lambda: "wait" != two.claim("b", SIZE))
+    assert "fill" == two.claim("b", SIZE)
     assert not two.store.is_there
     two.allocate("b", SIZE)
     two.fill("b", 2)
     two.publish("b")
+    copy.release()
     assert [2, 2, SIZE] == two.read("b")
     assert is_running(pid)
-    monkeypatch.setattr(client, "_HUNG_S", 0.0)
+    monkeypatch.setattr(line, "HUNG_S", 0.0)
     poll(lambda: not is_running(pid))
-    poll(lambda: one.store.is_there and two.store.is_there)
     poll(lambda: {"a", "b"} == book(folder)["copies"].keys())
-    assert 2 * SIZE == book(folder)["used_bytes"]
+    poll(lambda: one.store.is_there and two.store.is_there)
+    assert BUDGET + SIZE == book(folder)["used_bytes"], "one has all of its own, but for a copy; two has a copy"
+
+
+def test_a_keeper_that_is_late_is_waited_for(make_host, folder) -> None:
+    """A copy that the node has is mapped, and nothing else is thought to have happened."""
+    one, two = make_host(), make_host()
+    fill(one, "a", 8)
+    pid = keeper_pid(folder)
+    os.kill(pid, signal.SIGSTOP)
+    copy = SharedCopy(two.store, "a", SIZE)
+    for _ in range(20):
+        assert not copy.claim()
+    os.kill(pid, signal.SIGCONT)
+    poll(copy.claim)
+    assert copy.is_whole
+    assert 0 == one.store.generation == two.store.generation
+    assert 2 == book(folder)["copies"]["a"]["hosts"]
+
+
+def test_who_claims_while_the_keeper_is_gone_gets_the_copy_of_the_next(make_host, folder) -> None:
+    """It waits for the next one, and for what hosts from before offer that one."""
+    one, two = make_host(), make_host()
+    fill(one, "a", 8)
+    end_keeper(folder)
+    poll(lambda: "wait" != two.claim("a", SIZE))
+    assert "whole" == two.claim("a", SIZE)
+    assert [8, 8, SIZE] == two.read("a")
+    assert 2 == book(folder)["copies"]["a"]["hosts"]
+
+
+def test_an_answer_that_nobody_waits_for_any_more_holds_nothing(make_host, folder) -> None:
+    """Whether the copy was there, or would have been filled."""
+    one, two = make_host(), make_host()
+    fill(one, "a")
+    pid = keeper_pid(folder)
+    os.kill(pid, signal.SIGSTOP)
+    copies = [SharedCopy(two.store, key, SIZE) for key in ("a", "b")]
+    for copy in copies:
+        assert not copy.claim()
+        copy.release()
+    os.kill(pid, signal.SIGCONT)
+    two.store.show()
+    two.store.show()
+    found = book(folder)
+    assert ({"a"}, 1, 0) == (found["copies"].keys(), found["copies"]["a"]["hosts"], two.store.shared_bytes)
 
 
 def test_a_keeper_that_goes_on_takes_its_hosts_back(make_host, folder, monkeypatch) -> None:
     """It was stopped for a while: the same copies are the same ones, and nothing counts twice."""
+    monkeypatch.setattr(line, "ANSWER_LIMIT_S", 0.5)
     one, two = make_host(), make_host()
     fill(one, "a")
     two.claim("a")
     pid = keeper_pid(folder)
     os.kill(pid, signal.SIGSTOP)
     for host in (one, two):
-        assert host.store.ask(client.Tick()) is None
+        assert host.store.ask(Tick(), host.store.generation) is None
     os.kill(pid, signal.SIGCONT)
     poll(lambda: one.store.is_there and two.store.is_there and book(folder)["hosts"] == 2)
     found = book(folder)
@@ -240,12 +296,27 @@ def test_what_a_host_has_of_its_own_is_told_in_steps(make_host, folder) -> None:
 
 
 def test_a_keeper_ends_when_nobody_is_there(folder) -> None:
-    """After its while, whoever started it."""
+    """After its while, whoever started it; the next one knows whether it has cleared up."""
     make_folder(folder)
     listening = listen(folder)
     assert listening is not None and listen(folder) is None
-    with listening:
-        Keeper(listening, stays_s=0.1).run()
+    with listening.socket:
+        Keeper(listening.socket, stays_s=0.1).run()
+    os.close(listening.lock)
+    second = listen(folder)
+    assert second is not None and (False, True) == (listening.is_next, second.is_next)
+    second.socket.close()
+    clear_up(folder)
+    os.close(second.lock)
+    assert not folder.exists()
+
+
+def test_a_keeper_of_a_store_leaves_nothing_behind(folder) -> None:
+    """Its process ends, and its folder goes."""
+    start_keeper(folder, stays_s=0.1)
+    poll(lambda: not folder.exists())
+    start_keeper(folder)
+    assert is_running(keeper_pid(folder))
 
 
 def test_one_keeper_however_many_start_one(folder) -> None:
@@ -279,10 +350,10 @@ def test_stores_of_other_names_are_others() -> None:
 def test_a_client_that_says_nonsense_is_shown_out(make_host, folder, content) -> None:
     """The keeper serves the others."""
     one = make_host()
-    with connect(folder, 5.0) as line:
-        line.send(content)
+    with connect(folder, 20.0) as connection:
+        connection.send(content)
         with contextlib.suppress(ConnectionResetError):
-            assert b"" == line.recv(100)
+            assert b"" == connection.recv(100)
     fill(one, "a")
     assert 1 == book(folder)["hosts"]
 
@@ -293,9 +364,10 @@ def test_what_is_not_sealed_is_not_taken(make_host, folder) -> None:
     assert "fill" == one.claim("a")
     one.allocate("a", SIZE)
     memory = one.copies["a"]._memory
-    answer, _ = one.store.ask(client.Seal("a", b""), memory.file)
+    generation = one.store.generation
+    answer, _ = one.store.ask(Seal("a", b""), generation, memory.file)
     assert (False, "the memory is not sealed: it could change") == (answer.ok, answer.problem)
     memory.seal()
-    answer, _ = one.store.ask(client.Seal("b", b""), memory.file)
+    answer, _ = one.store.ask(Seal("b", b""), generation, memory.file)
     assert not answer.ok
     assert {"bytes": SIZE, "sealed": False, "hosts": 0} == book(folder)["copies"]["a"]

@@ -36,6 +36,8 @@ class Node:
         return self.hosts[-1]
 
     def book(self) -> dict:
+        for host in self.hosts:
+            host.node.show()  # the keeper knows what was told
         return book(self.folder)
 
 
@@ -53,7 +55,7 @@ class Host(Rig):
     ) -> bool:
         """Returns whether the weights were there already."""
         copy = SharedCopy(self.node, owner)
-        assert copy.claim()
+        poll(copy.claim)
         is_whole = copy.is_whole
         self.store.adopt(owner, tensors, checkpoint.reload, verify_reload=True, copy=copy, known=known)
         self.store.publish(owner, "outputs")
@@ -208,8 +210,10 @@ def test_a_fetch_that_is_cancelled_while_it_waits_holds_nothing(node: Node) -> N
     two.store.drop_host("a")
     two.node.set_budget(0)
     one.node.set_budget(0)
+    assert {} == node.book()["copies"]
     filling = SharedCopy(one.node, "a")
-    assert filling.claim() and not filling.is_whole
+    poll(filling.claim)
+    assert not filling.is_whole
     job = two.store.load_host("a")
     poll(lambda: job.running_s > 0.1)
     two.store.drop_host("a")

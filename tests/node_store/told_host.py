@@ -27,7 +27,9 @@ class Host:
     def claim(self, key: str, nbytes: int = 0) -> str:
         copy = self.copies.get(key) or SharedCopy(self.store, key, nbytes)
         self.copies[key] = copy
-        if not copy.claim():
+        while not (is_there := copy.claim()) and copy.is_asking:
+            pass
+        if not is_there:
             return "wait"
         return "whole" if copy.is_whole else "fill"
 
@@ -47,9 +49,11 @@ class Host:
 
     def release(self, key: str) -> None:
         self.copies.pop(key).release()
+        self.store.show()  # the keeper knows
 
     def cover(self, used: int) -> None:
         self.store.cover(used)
+        self.store.show()
 
     def state(self) -> dict[str, Any]:
         return {"there": self.store.is_there, "shared": self.store.shared_bytes, "wanted": self.wanted}

@@ -13,7 +13,7 @@ MakeRoom = Callable[[int], None]
 
 
 class HostCopy(Protocol):
-    """One copy, from before it is there until it is released; `claim` and `allocate` return at once."""
+    """One copy, from before it is there until it is released; `claim` returns at once."""
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -31,7 +31,7 @@ class HostCopy(Protocol):
         """Find out whether it is there; False while another process fills it: ask again, some ms later."""
 
     def prepare(self, nbytes: int) -> None:
-        """Say how large one that is claimed and not whole will be, before the host's ledger hears of it."""
+        """Say how large one that is not whole will be, before the host's ledger hears of it."""
 
     def allocate(self, nbytes: int, make_room: MakeRoom) -> None:
         """Get memory for it; raises OSError."""

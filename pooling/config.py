@@ -54,12 +54,13 @@ from tokenpool.sections import (
 from tokenpool.tenant_config import TenantConfig, check_tenants
 
 _NAME = re.compile(r"(?!(.*/)?\.{0,2}(/|\Z))[A-Za-z0-9._:/-]+")  # no part is empty, "." or "..": clients drop those
+_STORE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _StoreName = Annotated[
     Text,
     Rule(
-        lambda name: name == "private",
-        "{} is not ready: hosts cannot share copies yet, write private",
-        {"pattern": "^private$"},
+        lambda name: _STORE.fullmatch(name) is not None,
+        "{} is no name of a store: write private, node, or another word of a-z, 0-9 and -",
+        {"pattern": f"^{_STORE.pattern}$"},
     ),
 ]
 _Bound = Annotated[Count, at_least(1, "must be 1 or more, or null for no bound")]
@@ -195,8 +196,8 @@ class PoolConfig(Section):
     """Host memory the pool may use; auto = found out when the host starts."""
     host_store: _StoreName = "private"
     """Where copies of movable weights in host memory lie: `private` = each engine host has its own; else the name of a
-    store, such as `shared`: all hosts of this machine and user that name it have one copy of each model together, which
-    outlives them. `host_memory` is then the budget of all of them. Not ready: only `private` is taken."""
+    store, such as `node`: all hosts of this machine and user that name it have one copy of each model together, which
+    outlives them. `host_memory` is then the budget of all of them."""
     weights: Annotated[Text, one_of("auto", "movable", "fixed")] = "auto"
     """Whether weights may leave the device while their model rests: `movable`, `fixed`, or `auto` = movable if the
     weights of all models do not fit together."""

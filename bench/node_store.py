@@ -36,7 +36,7 @@ from bench.parts import common, sized_models
 
 _ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # fmt: skip
-_KEY = "bench-admin"
+_KEY = "bench-admin-key-0123"
 _CHUNK = 8 << 20
 _KV_MIB = 64
 

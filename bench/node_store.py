@@ -72,7 +72,7 @@ class Pool:
         config = {
             "models": [{"name": name, "model": str(path), "args": {"max_model_len": 512, "enforce_eager": True,
                         "dtype": "bfloat16", "block_size": 32}} for name, path in paths.items()],
-            "weights": "movable", "device_memory": f"{mib + 2 * _KV_MIB}MiB", "page_size": "1MiB",
+            "weights": "movable", "device_memory": f"{mib + 2 * _KV_MIB}MiB", "page_size": "4MiB",
             "host_memory": f"{len(paths) * mib + 4 * _KV_MIB}MiB", "host_store": store, "admin_key": _KEY,
         }  # fmt: skip
         file = folder / f"{store}.yaml"

@@ -205,7 +205,7 @@ class SimDevice:
     def _ask(self, now_s: float) -> Decision:
         self.decisions += 1
         can_prefetch = self.spec.can_prefetch and self.memory.link_free_s <= now_s
-        views = [seat.view(self.memory.ready_in_s(seat, now_s)) for seat in self.active]
+        views = [seat.view(self.memory.ready_in_s(seat, now_s), now_s) for seat in self.active]
         current = self._current.name if self._current else None
         return self.policy.decide(PoolView(now_s, current, views, self._turn_started_s, can_prefetch))
 

@@ -89,7 +89,7 @@ class _Predictor:
 def _look(device: SimDevice, now_s: float) -> _Look:
     views, requests = {}, {}
     for seat in device.active:
-        view = seat.view(device.memory.ready_in_s(seat, now_s))
+        view = seat.view(device.memory.ready_in_s(seat, now_s), now_s)
         usual = host_report.usual_prompt_tokens(
             view.num_waiting, view.waiting_tokens, len(seat.running), seat.context_tokens
         )

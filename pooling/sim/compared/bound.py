@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from tokenpool.config import SLO
 from tokenpool.errors import check_setting
+from tokenpool.sim.prefixes import unshared_tokens
 from tokenpool.sim.workload import ModelCosts, SimRequest, Workload
 
 _NUM_BINS = 256
@@ -163,15 +164,17 @@ def _add_model(bins: _Bins, requests: Sequence[SimRequest], costs: ModelCosts, s
     decodes = [(r.arrival_s, r.arrival_s + ttft_s + tpot_s, r.output_len - 1) for r in requests]
     for due_s in least_steps(decodes, tpot_s):
         bins.add(due_s, (costs.step_s - extra_s) * costs.num_gpus)
-    for request in requests:
-        _add_tokens(bins, request, costs, slo)
+    unshared = unshared_tokens([(r.model, r.blocks, r.input_len) for r in requests])
+    for request, num_tokens in zip(requests, unshared, strict=True):
+        _add_tokens(bins, request, num_tokens, costs, slo)
     return num_steps
 
 
-def _add_tokens(bins: _Bins, request: SimRequest, costs: ModelCosts, slo: SLO) -> None:
-    """What each token costs in any batch, bin by bin."""
+def _add_tokens(bins: _Bins, request: SimRequest, num_tokens: int, costs: ModelCosts, slo: SLO) -> None:
+    """What each token costs in any batch, bin by bin; `num_tokens` of the prompt must be computed."""
     first_due_s, count = request.arrival_s + slo.ttft_s, request.output_len - 1
-    work_s = costs.prefill(request.input_len, request.input_len**2) - costs.prefill_s
+    squares = request.input_len**2 - (request.input_len - num_tokens) ** 2
+    work_s = costs.prefill(num_tokens, squares) - costs.prefill_s
     bins.add(first_due_s, work_s * costs.num_gpus)
     done = 0
     while done < count:

@@ -14,8 +14,8 @@ The header tells the layout; columns may come in any order, and others beside th
     mooncake   timestamp, input_length, output_length; JSON lines                       milliseconds; one model
 
 The first three count arrivals from the begin of the workload. Of the others, which are logs of services, the first
-request kept arrives at 0, and rows without prompt or answer are left out: those requests had failed. The blocks that
-prompts of `mooncake` share (`hash_ids`) are not read, for the simulator caches no prefixes.
+request kept arrives at 0, and rows without prompt or answer are left out: those requests had failed. `hash_ids` of
+`mooncake`, where they are there, become the blocks of prompts (`SimRequest.blocks`); the layout `sim` has none.
 
 Source: the artifact of Aegaeon (SOSP'25), AzurePublicDataset (2023 and 2024), BurstGPT (HPMLL/BurstGPT), the trace of
 Multi-LLM/prism-research as CSV, the log of SwissAI that OpenTela (OSDI'26) published, kvcache-ai/Mooncake (FAST'25).
@@ -91,7 +91,7 @@ def write_requests(path: str | os.PathLike[str], workload: Workload) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_SIM_COLUMNS)
         for i, request in enumerate(workload.requests):
-            arrival_s, model, *lengths = request
+            arrival_s, model, *lengths, _ = request
             # Decimal moves the point without rounding.
             arrival_ms = format(Decimal(repr(arrival_s)).scaleb(3).normalize(), "f")
             writer.writerow((i, arrival_ms, model, workload.kinds[model], *lengths))
@@ -185,6 +185,8 @@ class _JsonRows:
     def __init__(self, path: Path, file: TextIO) -> None:
         self._path, self._file, self.line_num = path, file, 0
         self._columns: list[str] = []
+        self.blocks: tuple[int, ...] = ()
+        """Of the last row."""
 
     def __iter__(self) -> Iterator[list[str]]:
         return self
@@ -197,8 +199,9 @@ class _JsonRows:
         self.line_num += 1
         try:
             values = json.loads(line)
+            self.blocks = tuple([int(block) for block in values.get("hash_ids", ())])
             return [str(values[name]) for name in self._columns]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             problem = f"broken line: expected an object with {', '.join(self._columns)}"
             raise ConfigError(problem, key=f"line {self.line_num}", source=str(self._path)) from None
 
@@ -244,7 +247,8 @@ def _read(path: Path, file: TextIO) -> TraceFile:
         if kinds.setdefault(model, kind) != kind:
             problem = f"model {show(model)} is of kind {show(kind)} here and of {show(kinds[model])} above"
             raise ConfigError(f"{problem}: give a model one kind", key=f"line {reader.line_num}", source=str(path))
-        requests.append(SimRequest(arrival_s, model, input_len, output_len))
+        blocks = reader.blocks if isinstance(reader, _JsonRows) else ()
+        requests.append(SimRequest(arrival_s, model, input_len, output_len, blocks))
     requests.sort(key=itemgetter(0))
     if layout.is_log and requests:
         start_s = requests[0].arrival_s

@@ -62,7 +62,7 @@ RATES = (0.1, 0.5)
 PARTS = ("strict", "hot", "bound", "fidelity", "production", "sensitivity", "scale")
 STEP, GOAL = 4, 0.9
 _BEYOND = 1.1
-_STARTS = {0.1: 96, 0.5: 80}
+_STARTS = {0.1: 128, 0.5: 88}
 """Where the search for `slack` begins."""
 SLO_10S = SLO(10.0, 0.1)
 WARM_S, WINDOW_S, TAIL_S = 60.0, 600.0, 30.0

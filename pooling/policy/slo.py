@@ -29,17 +29,13 @@ def num_due(slo: SLO | None, arrival_s: float, now_s: float) -> int:
     return math.floor((now_s - arrival_s - slo.ttft_s) / slo.tpot_s) + 1
 
 
-LOST_FRAC = 0.5
-"""Of the time that a first token has: a request whose next token is late by more is lost, see `lost_s`."""
-
-
 def lost_s(slo: SLO | None) -> float:
-    """Seconds after which a request claims nothing any more because its next token is late; inf without an SLO.
+    """Seconds after which a request claims nothing any more because its next token is late: its TTFT; inf without an SLO.
 
     It is served on, beside the others of its model. But those that can still be on time do not wait until it has
     caught up: in an overload all would be late then.
     """
-    return LOST_FRAC * slo.ttft_s if slo else _INF
+    return slo.ttft_s if slo else _INF
 
 
 class RequestTimeline:

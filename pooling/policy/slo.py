@@ -30,12 +30,12 @@ def num_due(slo: SLO | None, arrival_s: float, now_s: float) -> int:
 
 
 def lost_s(slo: SLO | None) -> float:
-    """Seconds after which a request claims nothing any more because its next token is late: its TTFT; inf without an SLO.
+    """Seconds by which a request may be late and still claims to be served in time; inf without an SLO.
 
     It is served on, beside the others of its model. But those that can still be on time do not wait until it has
     caught up: in an overload all would be late then.
     """
-    return slo.ttft_s if slo else _INF
+    return 2 * slo.ttft_s if slo else _INF
 
 
 class RequestTimeline:

@@ -36,15 +36,15 @@ def scheduler(*requests: SimpleNamespace) -> SimpleNamespace:
 
 
 def test_what_is_due_is_what_can_still_be_on_time():
-    """Ten seconds late, as long as a first token has, and a request claims nothing; it counts all the same."""
-    lost, late = request(95.0, output=10), request(106.0, output=10)  # due at 106 and 117
+    """Twenty seconds late, twice what a first token has, and a request claims nothing; it counts all the same."""
+    lost, late = request(85.0, output=10), request(106.0, output=10)  # due at 96 and 117
     first = request(108.0, computed=0)
     made = scheduler(lost, late, first)
 
     early = queue_stats(made, SLO_10S, 115.0)
-    assert (106.0, 118.0, 116.0) == pytest.approx((early.next_due_s, early.first_due_s, early.until_s))
+    assert (96.0, 118.0, 116.0) == pytest.approx((early.next_due_s, early.first_due_s, early.until_s))
     later = queue_stats(made, SLO_10S, 116.5)
-    assert (117.0, 118.0, 127.0) == pytest.approx((later.next_due_s, later.first_due_s, later.until_s))
+    assert (117.0, 118.0, 137.0) == pytest.approx((later.next_due_s, later.first_due_s, later.until_s))
     gone = queue_stats(made, SLO_10S, 200.0)
     assert (math.inf, math.inf, math.inf) == (gone.next_due_s, gone.first_due_s, gone.until_s)
     assert (2, 1, 20, 40) == gone[:4] and gone.arrival_s == 108.0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import takewhile
 
 BLOCK_TOKENS = 512
 """Tokens of a block that a trace names. Source: Mooncake's traces."""
@@ -34,20 +35,18 @@ class PrefixCache:
 
     def find(self, model: str, blocks: Sequence[int], num_tokens: int) -> int:
         """Tokens at the begin of a prompt of `num_tokens` that need no prefill; one at least is left to compute."""
-        found = 0
-        for block in blocks[: (num_tokens - 1) // BLOCK_TOKENS]:
-            if (model, block) not in self._held:
-                break
-            self._held.move_to_end((model, block))
-            found += BLOCK_TOKENS
-        return found
+        held = self._held
+        found = list(takewhile(lambda block: (model, block) in held, blocks[: (num_tokens - 1) // BLOCK_TOKENS]))
+        for block in reversed(found):  # so that ends of prompts go before their begins
+            held.move_to_end((model, block))
+        return BLOCK_TOKENS * len(found)
 
     def keep(self, model: str, blocks: Sequence[int], num_tokens: int, bytes_per_token: float) -> None:
         """The KV of a prompt of `num_tokens` is there; whole blocks of it are kept."""
         nbytes = BLOCK_TOKENS * bytes_per_token
         if nbytes > self._capacity_bytes:
             return
-        for block in reversed(blocks[: num_tokens // BLOCK_TOKENS]):  # so that ends of prompts go before their begins
+        for block in reversed(blocks[: num_tokens // BLOCK_TOKENS]):
             if (model, block) in self._held:
                 self._held.move_to_end((model, block))
                 continue

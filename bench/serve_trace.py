@@ -2,12 +2,17 @@
 """How much traffic for more models than the device holds is served on time, by turn policy.
 
 One open-loop trace over many models, played at several rates against `tokenpool serve` with movable weights and device
-memory for a third of them. The same requests come at every rate, only faster. Each policy has a server of its own; the
-rates follow one another on it, from idle to idle.
+memory for a third of them. The same requests come at every rate, only faster, and again until --least-s are filled:
+else a high rate would be a short burst. Each policy has a server of its own; the rates follow one another on it, from
+idle to idle.
+
+Without --rates the limit of each policy is looked for, whatever the machine: from --first-rate the rate is doubled as
+long as 90 % of the tokens are on time, or halved until they are; then the gap is halved --halvings times. Policies may
+be played at different rates then.
 
     rate90_POLICY   requests per second up to which at least 90 % of all tokens come by their due time, which is
                     arrival + ttft + i * tpot; interpolated between two rates; 0 if even the lowest is too much. If the
-                    highest rate still passes, it is that rate and named in `passed_all`: raise --rates then.
+                    highest rate still passes, it is that rate and named in `passed_all`: the limit was not found.
 
 The other two shares of pooling/policy/slo.py, times to the first token, switches and bytes are in the JSON.
 
@@ -18,18 +23,20 @@ arrival, miss all tokens that they did not get. In ttft, a request without a tok
 waited for.
 
 Not to be concluded: what a GPU would do. The device is host memory, a copy costs few steps here and dozens there; small
-models with tight SLOs stand in for that. A faster play of the same requests is also shorter: a queue that grows without
-bound at a rate is only seen as far as it grows in that time. One seed is one trace: small differences mean nothing.
+models with tight SLOs stand in for that. A queue that grows without bound at a rate is only seen as far as it grows
+while the trace is played. One seed is one trace: small differences mean nothing.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +51,8 @@ from tokenpool.config import SLO
 from tokenpool.policy.slo import attainments
 
 GOAL = 0.9
+_LEAST_RATE, _MOST_RATE = 1 / 16, 256.0
+"""Where the search for a limit ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,10 @@ class ServeTrace:
 def run(
     *,
     policies: Sequence[str],
-    rates: Sequence[float],
+    rates: Sequence[float] | None,
+    first_rate: float,
+    halvings: int,
+    least_s: float,
     show: float | None,
     trace: Path | None,
     models: int,
@@ -118,25 +130,34 @@ def run(
     start_limit_s: float,
     logs: Path | None,
 ) -> ServeTrace:
-    """Play the trace at all `rates` under all `policies`."""
+    """Play the trace under all `policies`, at all `rates` or at those that lead to the limit of each."""
     made = traces.read(trace) if trace else _generate(seed, models, requests, skew, input_len, output_len)
     if trace is None:
         traces.write(out.with_suffix(".csv"), made)
-    rates = sorted({*rates, show} if show else set(rates))
     slo, runs, shown = SLO(ttft_s, tpot_s), [], {}
     with common.scratch(logs) as (folder, log_folder, _):
         setup = pool_under_test.prepare(folder, made, weight_mib, device_frac, kv_mib, slo, link_mib_per_s)
         for policy in policies:
             with pool_under_test.serve(setup, policy, log_folder / f"{policy}.log", start_limit_s) as server:
-                for number, rate in enumerate(rates):  # other prompts at each rate: no prefix cache helps
-                    at_rate, prompts = traces.at_rate(made, rate), seed * 1000 + number
-                    played, outcomes = _play(server, policy, at_rate, rate, slo, drain_s, prompts)
+                seeds = itertools.count(seed * 1000)  # other prompts at each rate: no prefix cache helps
+
+                def share_at(rate: float, policy: str = policy, server: common.Server = server, seeds=seeds) -> float:
+                    played, outcomes = _play(
+                        server, policy, _trace_at(made, rate, least_s), rate, slo, drain_s, next(seeds)
+                    )
                     common.progress(_line(played))
                     runs.append(played)
                     if rate == show:
                         shown[policy] = outcomes
                         _save_trace(server, outcomes, out.with_name(f"{out.stem}_{policy}_trace.json"), slo)
+                    return played.token_attainment
+
+                for rate in sorted({*(rates or ()), *([show] if show else ())}):
+                    share_at(rate)
+                if not rates:
+                    find_limit(share_at, GOAL, first_rate, halvings)
                 server.get("/v1/pool/check", key=pool_under_test.ADMIN_KEY, body={})
+    runs.sort(key=lambda played: (policies.index(played.policy), played.rate))
     curves = {p: [(played.rate, played.token_attainment) for played in runs if played.policy == p] for p in policies}
     if png:
         _plot(runs, policies, png)
@@ -167,6 +188,10 @@ def _generate(
         input_len=(in_low, in_high),
         output_len=(out_low, out_high),
     )
+
+
+def _trace_at(made: Sequence[TracedRequest], rate: float, least_s: float) -> list[TracedRequest]:
+    return traces.at_rate(traces.at_least(made, math.ceil(rate * least_s)), rate)
 
 
 def _play(
@@ -216,6 +241,26 @@ def _line(played: Played) -> str:
         f"{played.switches_waited:.0f} of them waited for, {played.switch_s:.1f} s, "
         f"steps {played.step_ms:.1f} ms, {played.ended}"
     )
+
+
+def find_limit(share_at: Callable[[float], float], goal: float, first_rate: float, halvings: int) -> None:
+    """Ask for the share at rates that close in on the highest one that reaches `goal`, from both sides.
+
+    The rate is doubled, or halved, from `first_rate` on until the goal lies between two rates, and no further than
+    from 1/16 to 256; then the middle of the gap is tried `halvings` times.
+    """
+    good, bad = 0.0, math.inf
+    rate = first_rate
+    while not (good and bad < math.inf):
+        if share_at(rate) >= goal:
+            good, rate = rate, 2 * rate
+        else:
+            bad, rate = rate, rate / 2
+        if not _LEAST_RATE <= rate <= _MOST_RATE:
+            return
+    for _ in range(halvings):
+        middle = (good + bad) / 2
+        good, bad = (middle, bad) if share_at(middle) >= goal else (good, middle)
 
 
 def rate_at(curve: Sequence[tuple[float, float]], goal: float) -> float:
@@ -323,7 +368,10 @@ def main() -> None:
     add = parser.add_argument
     names = ["slack", "aegaeon", "request_level", "round_robin"]
     add("--policies", type=lambda text: text.split(","), default=names, help="default: %(default)s")
-    add("--rates", type=_numbers, default=[0.75, 1.25, 1.75, 2.25, 3], help="per second (default: %(default)s)")
+    add("--rates", type=_numbers, help="per second (default: those that lead to the limit of each policy)")
+    add("--first-rate", type=float, default=2.0, help="where the search for a limit begins (default: %(default)s)")
+    add("--halvings", type=int, default=2, help="of the gap around a limit (default: %(default)s)")
+    add("--least-s", type=float, default=20.0, help="the trace is repeated to last so long (default: %(default)s)")
     add("--show", type=float, help="save the device's trace and compare requests at this rate, which is played too")
     add("--trace", type=Path, help="CSV arrival_ms,model,input_len,output_len, in place of a generated one")
     add("--models", type=int, default=12, help="of a generated trace (default: %(default)s)")

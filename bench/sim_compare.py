@@ -10,7 +10,8 @@ Each part is a question; `--parts` chooses some of them, and `--keep FILE` takes
                  Also what `slack` does with 110 % of that: `beyond`, at least 85 % of tokens on time wanted and 50 % of
                  every model.
     hot          One 7B model with 30 requests/s on 2, 4 and 8 GPUs, and on 8 beside 100 models with 0.02 each.
-    bound        How many models could be, if switching were free and memory endless, with the same costs?
+    bound        How many models could be, if switching were free and memory endless, with the same costs and every
+                 token on time? Looked at over the whole run and over spans of it.
     fidelity     Does the simulator agree with that of Aegaeon's artifact where it does the same thing? Needs --data DIR
                  with the artifact's requests and results (`sim_effective/*.csv`, `results_sim.csv`).
                  [fidelity_max_points: largest difference of token attainment, any policy and load]
@@ -61,10 +62,12 @@ RATES = (0.1, 0.5)
 PARTS = ("strict", "hot", "bound", "fidelity", "production", "sensitivity", "scale")
 STEP, GOAL = 4, 0.9
 _BEYOND = 1.1
-_STARTS = {0.1: 96, 0.5: 80}
+_STARTS = {0.1: 128, 0.5: 88}
 """Where the search for `slack` begins."""
 SLO_10S = SLO(10.0, 0.1)
 WARM_S, WINDOW_S, TAIL_S = 60.0, 600.0, 30.0
+WINDOWS_S = (120.0, 300.0)
+"""Spans for which the bound is looked at, beside the whole."""
 QMAX_S, SPLITS = (1.0, 1.5, 2.0, 4.0), (4, 5, 6, 7, 8)
 KEPT = (
     "token_deadline_pct", "request_all_tokens_pct", "models_90_pct", "worst_model_pct", "ttft_p50_s", "ttft_p99_s",
@@ -301,7 +304,7 @@ def _bounds(seed: int, rates: Sequence[float]) -> dict[str, int]:
         def make(count: int, rate: float = rate) -> Workload:
             return steady(count, rate, seed)
 
-        found[f"r{rate}"] = bound.max_models(make, costs, SLO_10S, NUM_GPUS)
+        found[f"r{rate}"] = bound.max_models(make, costs, SLO_10S, NUM_GPUS, windows_s=WINDOWS_S)
         common.progress(f"bound at {rate}: {found[f'r{rate}']} models")
     return found
 

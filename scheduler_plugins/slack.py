@@ -43,7 +43,7 @@ class Slack:
     """A `TurnPolicy` for several resident models: least slack first, no waiting for weights, losses cut early.
 
     Slack. Seconds that model i can wait until its next token comes late. Tokens ahead of schedule count: their
-    requests' next due times lie far off.
+    requests' next due times lie far off. Requests that are lost (`policy.slo.lost_s`) have no due time.
 
         slack_i = min(first_due_i - prefill_i, next_due_i - step_i) - ready_in_i - now
 

@@ -8,7 +8,7 @@ import pytest
 from bench.parts import traces
 from bench.parts.sized_models import shape
 from bench.parts.trace_client import Outcome
-from bench.serve_trace import find_example, rate_at
+from bench.serve_trace import find_example, find_limit, rate_at
 from tokenpool.config import SLO
 from tokenpool.policy.slo import attainments
 
@@ -55,6 +55,39 @@ def test_a_trace_out_of_order_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="order"):
         traces.read(tmp_path / "trace.csv")
+
+
+def test_a_trace_is_repeated_at_the_same_rate():
+    """The same requests come again after the last one, so often that there are enough."""
+    trace = traces.generate(seed=1, **OPTIONS)
+
+    repeated = traces.at_least(trace, 100)
+    played = traces.at_rate(repeated, 8.0)
+
+    assert 3 * [request[1:] for request in trace] == [request[1:] for request in repeated]
+    assert trace == traces.at_least(trace, 40)
+    assert pytest.approx(15e3) == played[-1].arrival_ms
+    assert played == sorted(played)
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.1, 0.7, 2.0, 3.1, 47.0, 1000.0])
+def test_the_limit_of_any_machine_is_found(limit):
+    """However fast the machine is: within an eighth of the gap, unless it lies outside of what is tried at all."""
+    curve = {}
+
+    def share_at(rate: float) -> float:
+        assert rate not in curve
+        curve[rate] = 1.0 if rate <= limit else 0.5
+        return curve[rate]
+
+    find_limit(share_at, 0.9, first_rate=2.0, halvings=3)
+
+    found = rate_at(sorted(curve.items()), 0.9)
+    if 1 / 16 <= limit <= 256:
+        assert limit * 0.85 <= found <= limit * 1.15
+        assert len(curve) <= 12
+    else:
+        assert found in (0.0, 256.0)
 
 
 @pytest.mark.parametrize(

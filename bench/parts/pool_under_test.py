@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.parts import common, sized_models
+from bench.parts import cluster_load, common, sized_models
 from bench.parts.traces import TracedRequest
 from tokenpool.config import SLO
 
-ADMIN_KEY = "bench-admin-0123456"
+ADMIN_KEY = cluster_load.ADMIN_KEY
 WITH_OPTIONS: dict[str, tuple[str, dict[str, float]]] = {"aegaeon_join": ("aegaeon", {"join": 1, "quota_max_s": 0.5})}
 """Our names for policies with options; see docs/scheduling.md. Other names are policies as they are."""
 _PAGE_MIB = 1
@@ -71,21 +72,8 @@ def prepare(
 @contextmanager
 def serve(setup: Setup, policy: str, log: Path, start_limit_s: float) -> Iterator[common.Server]:
     """A ready server with this turn policy; it is closed at the end."""
-    flags = ["--max-model-len", str(setup.max_model_len), *setup.flags]
-    slo = {"ttft": f"{setup.slo.ttft_s}s", "tpot": f"{setup.slo.tpot_s}s"}
-    scheduler, options = WITH_OPTIONS.get(policy, (policy, {}))
-    config = {
-        "models": [{"name": n, "model": str(path), "args": flags, "slo": slo} for n, path in setup.paths.items()],
-        "device_memory": f"{setup.device_mib}MiB",
-        "host_memory": f"{sum(setup.mib_of.values()) * 1.2 + 1024:.0f}MiB",
-        "page_size": f"{setup.page_mib}MiB",
-        "weights": "movable",
-        "cpu_link": setup.link_mib_per_s and f"{setup.link_mib_per_s:.0f}MiB",
-        "scheduling": {"policy": scheduler, "options": options},
-        "admin_key": ADMIN_KEY,
-    }
     pool_file = setup.folder / f"{policy}.yaml"
-    pool_file.write_text(json.dumps(config))  # JSON is YAML
+    pool_file.write_text(json.dumps(_pool(setup, policy)))  # JSON is YAML
     server = common.Server([*common.POOL, str(pool_file)], list(setup.paths), log)
     try:
         (ready_s,) = common.wait_until_ready([server], start_limit_s)
@@ -96,6 +84,46 @@ def serve(setup: Setup, policy: str, log: Path, start_limit_s: float) -> Iterato
         server.close()
 
 
+@contextmanager
+def serve_on_hosts(
+    setup: Setup, policy: str, log: Path, start_limit_s: float, num_hosts: int
+) -> Iterator[common.Server]:
+    """The same on a cluster of this machine: hosts with a device each, of which every one serves all models."""
+    cluster = {"hosts": num_hosts, "capacity": "fixed", "replicas": num_hosts}
+    with ExitStack() as stack:
+        pool = _pool(setup, policy) | {"cluster": cluster}
+        server = cluster_load.start_cluster(stack, pool, setup.folder, log, num_hosts, start_limit_s)
+        deadline_s = time.monotonic() + start_limit_s
+        while not all(_is_everywhere(model, num_hosts) for model in cluster_load.state(server)["models"].values()):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"not all of {num_hosts} hosts serve all models")
+            time.sleep(0.5)
+        common.progress(f"{policy}: {num_hosts} hosts are ready")
+        for _ in range(4 * num_hosts):  # the router sends some of them to each host
+            first_requests(server)
+        yield server
+
+
+def _is_everywhere(model: Mapping[str, Any], num_hosts: int) -> bool:
+    return list(model["hosts"].values()) == ["serving"] * num_hosts
+
+
+def _pool(setup: Setup, policy: str) -> dict[str, Any]:
+    flags = ["--max-model-len", str(setup.max_model_len), *setup.flags]
+    slo = {"ttft": f"{setup.slo.ttft_s}s", "tpot": f"{setup.slo.tpot_s}s"}
+    scheduler, options = WITH_OPTIONS.get(policy, (policy, {}))
+    return {
+        "models": [{"name": n, "model": str(path), "args": flags, "slo": slo} for n, path in setup.paths.items()],
+        "device_memory": f"{setup.device_mib}MiB",
+        "host_memory": f"{sum(setup.mib_of.values()) * 1.2 + 1024:.0f}MiB",
+        "page_size": f"{setup.page_mib}MiB",
+        "weights": "movable",
+        "cpu_link": setup.link_mib_per_s and f"{setup.link_mib_per_s:.0f}MiB",
+        "scheduling": {"policy": scheduler, "options": options},
+        "admin_key": ADMIN_KEY,
+    }
+
+
 def first_requests(server: common.Server) -> None:
     """Ask each model once: its first request takes longer."""
     for name in sorted(server.models):
@@ -103,11 +131,22 @@ def first_requests(server: common.Server) -> None:
 
 
 def host_numbers(server: common.Server) -> dict[str, float]:
-    """All numbers of the host's state by their path, and the sums over models of their counters."""
-    host = server.get("/v1/pool/state", key=ADMIN_KEY).get("host") or {}
-    models = host.pop("models", {}).values()
-    sums = {key: sum(model.get(key, 0) for model in models) for key in ("steps", "step_seconds", "tokens")}
-    return {**_flat(host), **sums}
+    """All numbers of the host's state by their path, and the sums over models of their counters; sums over hosts."""
+    total: dict[str, float] = {}
+    for host in host_states(server):
+        models = host.get("models", {}).values()
+        sums = {key: sum(model.get(key, 0) for model in models) for key in ("steps", "step_seconds", "tokens")}
+        numbers = _flat({key: value for key, value in host.items() if key != "models"}) | sums
+        for key, value in numbers.items():
+            total[key] = total.get(key, 0) + value
+    return total
+
+
+def host_states(server: common.Server) -> list[dict[str, Any]]:
+    """What each host tells of itself."""
+    state = server.get("/v1/pool/state", key=ADMIN_KEY, limit_s=60.0)
+    hosts = state["hosts"].values() if "hosts" in state else [state.get("host") or {}]
+    return list(hosts)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -52,6 +52,13 @@ def at_rate(trace: Sequence[TracedRequest], rate: float) -> list[TracedRequest]:
     return [request._replace(arrival_ms=request.arrival_ms * factor) for request in trace]
 
 
+def at_least(trace: Sequence[TracedRequest], num_requests: int) -> list[TracedRequest]:
+    """The trace as often, one after the other, as it takes for so many requests."""
+    times = -(-num_requests // len(trace))
+    span_ms = trace[-1].arrival_ms
+    return [r._replace(arrival_ms=r.arrival_ms + i * span_ms) for i in range(times) for r in trace]
+
+
 def write(path: Path, trace: Sequence[TracedRequest]) -> None:
     """Write a trace as CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -34,6 +35,8 @@ def add_command(commands: argparse._SubParsersAction[Parser], summary: str) -> N
     add("--model-target", type=float, default=0.9, metavar="FRAC", help=of_model)
     add("--price", type=float, metavar="N", help="of a GPU for an hour, in any currency: adds what 30 days cost")
     add("--max-requests", type=int, default=20_000, metavar="N", help="simulate the first N (default: %(default)s)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add("--processes", type=int, default=cores, metavar="N", help="that simulate (default: one for each core)")
     add("--png", type=Path, metavar="FILE", help="draw attainment over GPUs there; needs matplotlib")
 
 
@@ -52,7 +55,10 @@ def run(flags: argparse.Namespace) -> int:
     def progress(text: str) -> None:
         print(f"{time.perf_counter() - begun:6.0f} s  {text}", file=sys.stderr, flush=True)
 
-    answer = plan(workload, costs, gpu(flags.gpu), slo_of(flags), flags.target, **limits, progress=progress)
+    if flags.processes < 1:
+        raise ConfigError(f"must be at least 1, not {flags.processes}", key="--processes")
+    asked = workload, costs, gpu(flags.gpu), slo_of(flags), flags.target
+    answer = plan(*asked, **limits, progress=progress, num_processes=flags.processes)
     print(describe(answer, flags.price))
     write_json(flags.json, answer.to_json() | {"price_per_gpu_hour": flags.price})
     if flags.png:

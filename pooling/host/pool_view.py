@@ -10,6 +10,7 @@ from tokenpool.config import SLO
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.residency import ResidencyManager
 from tokenpool.policy.slo import due_s as slo_due_s
+from tokenpool.policy.slo import lost_s
 from tokenpool.policy.turns import ModelView
 
 
@@ -27,18 +28,22 @@ class QueueStats(NamedTuple):
     arrival_s: float
     """Arrival of the oldest waiting request; inf without one."""
     first_due_s: float
-    """When the next token of a waiting request is due, the earliest; inf without an SLO or without one."""
+    """When the next token of a waiting request is due, the earliest; inf without an SLO, or if all are lost."""
     next_due_s: float
-    """When the next token of a running request is due, the earliest; inf without an SLO or without one."""
+    """When the next token of a running request is due, the earliest; inf without an SLO, or if all are lost."""
+    until_s: float
+    """When another request is lost, see `policy.slo.lost_s`: these figures hold no longer."""
 
 
-def queue_stats(scheduler: Any, slo: SLO | None) -> QueueStats:
+def queue_stats(scheduler: Any, slo: SLO | None, now_s: float) -> QueueStats:
     """Count a vLLM scheduler's requests; O(requests), about 0.5 us each.
 
     The request's own numbers are used and not the scheduler's queues, whose names differ between vLLM versions.
     """
     num_running = num_waiting = waiting_tokens = context_tokens = 0
     arrival_s = first_due_s = next_due_s = math.inf
+    late_s = lost_s(slo)
+    least_s = now_s - late_s
     for request in scheduler.requests.values():
         computed = request.num_computed_tokens
         due_s = slo_due_s(slo, request.arrival_time, request.num_output_tokens)
@@ -46,12 +51,17 @@ def queue_stats(scheduler: Any, slo: SLO | None) -> QueueStats:
             num_waiting += 1
             waiting_tokens += request.num_tokens - computed
             arrival_s = min(arrival_s, request.arrival_time)
-            first_due_s = min(first_due_s, due_s)
+            if due_s >= least_s:
+                first_due_s = min(first_due_s, due_s)
         else:
             num_running += 1
             context_tokens += computed
-            next_due_s = min(next_due_s, due_s)
-    return QueueStats(num_running, num_waiting, waiting_tokens, context_tokens, arrival_s, first_due_s, next_due_s)
+            if due_s >= least_s:
+                next_due_s = min(next_due_s, due_s)
+    until_s = min(first_due_s, next_due_s) + late_s
+    return QueueStats(
+        num_running, num_waiting, waiting_tokens, context_tokens, arrival_s, first_due_s, next_due_s, until_s
+    )
 
 
 def model_view(hosted: HostedModel, stats: QueueStats, residency: ResidencyManager) -> ModelView:

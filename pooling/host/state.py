@@ -75,7 +75,7 @@ def kv_state(host: EngineHost, hosted: HostedModel) -> str:
 
 
 def _costs(host: EngineHost, hosted: HostedModel) -> dict[str, Any]:
-    stats = queue_stats(hosted.core.scheduler, hosted.spec.slo)
+    stats = queue_stats(hosted.core.scheduler, hosted.spec.slo, time.time())
     return {
         "ready_in_s": host.residency.ready_in_s(hosted),
         "step_s": hosted.cost.predict_step(max(1, stats.num_running), stats.context_tokens),
@@ -143,9 +143,10 @@ def host_state(host: EngineHost) -> dict[str, Any]:
 
 def host_load(host: EngineHost) -> dict[str, dict[str, Any]]:
     """What each model's queue holds and when a new request of the usual length would get its first token."""
-    counted = {name: queue_stats(hosted.core.scheduler, hosted.spec.slo) for name, hosted in host.models.items()}
+    now_s, models = time.time(), host.models.items()
+    counted = {name: queue_stats(hosted.core.scheduler, hosted.spec.slo, now_s) for name, hosted in models}
     views = {name: model_view(host.models[name], stats, host.residency) for name, stats in counted.items()}
-    pool = PoolView(time.time(), None, [view for view in views.values() if view.num_running or view.num_waiting])
+    pool = PoolView(now_s, None, [view for view in views.values() if view.num_running or view.num_waiting])
     load = host_report.host_load(pool)
     return {
         name: host_report.report_model(

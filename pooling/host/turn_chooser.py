@@ -33,10 +33,11 @@ class TurnChooser:
 
     def choose(self, models: Iterable[HostedModel], current: HostedModel | None) -> Decision:
         """Ask the policy; `models` have work and can step or be brought in, at least one."""
-        views = sorted((self._view(hosted) for hosted in models), key=lambda view: view.index)
+        now_s = time.time()
+        views = sorted((self._view(hosted, now_s) for hosted in models), key=lambda view: view.index)
         name = current.name if current else None
         can_prefetch = self._residency.can_prefetch()
-        pool = PoolView(time.time(), name, views, self._turn_started_s, can_prefetch, self._copy_drag)
+        pool = PoolView(now_s, name, views, self._turn_started_s, can_prefetch, self._copy_drag)
         return self._policy.decide(pool)
 
     def changed(self, name: str) -> None:
@@ -71,8 +72,8 @@ class TurnChooser:
             lost = min(max(seconds / predicted_s - 1.0, 0.0), _MAX_DRAG) if predicted_s > 0 else 0.0
             self._copy_drag += _DRAG_SHARE * (lost - self._copy_drag)
 
-    def _view(self, hosted: HostedModel) -> ModelView:
+    def _view(self, hosted: HostedModel, now_s: float) -> ModelView:
         stats = self._stats.get(hosted.name)
-        if stats is None:
-            stats = self._stats[hosted.name] = queue_stats(hosted.core.scheduler, hosted.spec.slo)
+        if stats is None or now_s > stats.until_s:
+            stats = self._stats[hosted.name] = queue_stats(hosted.core.scheduler, hosted.spec.slo, now_s)
         return model_view(hosted, stats, self._residency)

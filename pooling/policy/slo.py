@@ -29,6 +29,15 @@ def num_due(slo: SLO | None, arrival_s: float, now_s: float) -> int:
     return math.floor((now_s - arrival_s - slo.ttft_s) / slo.tpot_s) + 1
 
 
+def lost_s(slo: SLO | None) -> float:
+    """Seconds by which a request may be late and still claims to be served in time; inf without an SLO.
+
+    It is served on, beside the others of its model. But those that can still be on time do not wait until it has
+    caught up: in an overload all would be late then.
+    """
+    return 2 * slo.ttft_s if slo else _INF
+
+
 class RequestTimeline:
     """One request's tokens, folded into a few numbers as they come."""
 

@@ -64,9 +64,10 @@ class ModelView(NamedTuple):
     arrival_s: float = _INF
     """Arrival of the oldest waiting request; inf without one."""
     first_due_s: float = _INF
-    """Earliest due time of a first token among the waiting requests; inf without an SLO or without one waiting."""
+    """Earliest due time of the next token of a waiting request that is not lost (see `policy.slo.lost_s`); inf without
+    such a request, or without an SLO."""
     next_due_s: float = _INF
-    """Earliest due time of the next token among the running requests; inf without an SLO or without one running."""
+    """Earliest due time of the next token of a running request that is not lost; inf without one, or without an SLO."""
     ttft_s: float = _INF
     """Seconds from arrival in which the first token is due; inf without an SLO."""
     tpot_s: float = _INF

@@ -8,7 +8,7 @@ run steps of it. As long as the policy's answer holds, all steps up to the next 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tokenpool.policy.capacity import Role
@@ -16,6 +16,7 @@ from tokenpool.policy.eviction import ReuseEstimator
 from tokenpool.policy.turns import Decision, Phase, PoolView, Residency, TurnPolicy
 from tokenpool.sim.device_memory import DeviceMemory, Need, Node
 from tokenpool.sim.device_spec import DeviceSpec
+from tokenpool.sim.prefixes import PrefixCache
 from tokenpool.sim.seat import Seat
 from tokenpool.sim.timeline import Timeline
 
@@ -59,6 +60,7 @@ class SimDevice:
         self.active: list[Seat] = []
         """Seats with work, in order of index."""
         self.memory = DeviceMemory(spec, self.seats, node)
+        self.prefixes = PrefixCache(spec.prefix_bytes, is_on_device=spec.prefix_on_device)
         self.reuse = ReuseEstimator()
         self.busy_s = self.waited_s = 0.0
         """Seconds in steps, and seconds in which a chosen model was waited for."""
@@ -124,6 +126,7 @@ class SimDevice:
         self.seats.clear()
         self.active.clear()
         self.memory = DeviceMemory(self.spec, self.seats, self._node)
+        self.prefixes.clear()
         return sorted(lost, key=lambda request: request.arrival_s)
 
     def give_up(self, before_s: float) -> None:
@@ -205,7 +208,7 @@ class SimDevice:
     def _ask(self, now_s: float) -> Decision:
         self.decisions += 1
         can_prefetch = self.spec.can_prefetch and self.memory.link_free_s <= now_s
-        views = [seat.view(self.memory.ready_in_s(seat, now_s)) for seat in self.active]
+        views = [seat.view(self.memory.ready_in_s(seat, now_s), now_s) for seat in self.active]
         current = self._current.name if self._current else None
         return self.policy.decide(PoolView(now_s, current, views, self._turn_started_s, can_prefetch))
 
@@ -253,6 +256,7 @@ class SimDevice:
         """Begin a step of `seat` in `change_s`, or as many decode steps in a row as nothing can change."""
         costs, running = seat.costs, seat.running
         admitted: tuple[Timeline, ...] = ()
+        copied_s = 0.0
         if seat.waiting and not (phase is Phase.DECODE and running):
             admitted = self._admit(seat, now_s)
         if not admitted and not running:
@@ -266,8 +270,9 @@ class SimDevice:
         step_s = costs.step(len(running), seat.context_tokens) if decodes else 0.0
         steps = 1
         if admitted:
-            tokens = sum([request.context_len for request in admitted])
-            squares = sum([request.context_len**2 for request in admitted])
+            tokens = sum([request.context_len - request.num_cached for request in admitted])
+            squares = sum([request.context_len**2 - request.num_cached**2 for request in admitted])
+            copied_s = self._bring_prefixes(seat, admitted, now_s)
             prefill_s = costs.prefill(tokens, squares)
             step_s += prefill_s - costs.prefill_s if decodes else prefill_s
             # A prompt beyond the tokens of a step comes in several, each with its constant.
@@ -279,8 +284,18 @@ class SimDevice:
             steps = self._make_kv_room(seat, steps, now_s)
             # KV grows: what a step takes at the middle of the leap is what it takes on average.
             step_s = costs.step(len(running), seat.context_tokens + len(running) * (steps - 1) / 2)
-        self._leap = _Leap(seat, now_s + change_s, step_s, steps, admitted, decodes)
-        self._wake_at(now_s + change_s + steps * step_s)
+        start_s = now_s + change_s + copied_s
+        self._leap = _Leap(seat, start_s, step_s, steps, admitted, decodes)
+        self._wake_at(start_s + steps * step_s)
+
+    def _bring_prefixes(self, seat: Seat, admitted: Sequence[Timeline], now_s: float) -> float:
+        """Seconds that the step waits for KV of prompts which comes from host memory."""
+        found = sum([request.num_cached for request in admitted])
+        self.prefixes.hit_tokens += found
+        self.prefixes.asked_tokens += sum([request.spec.input_len for request in admitted])
+        if not found or self.prefixes.is_on_device:
+            return 0.0
+        return self.memory.kv_in(found * seat.costs.kv_bytes_per_token, now_s)
 
     def _admit(self, seat: Seat, now_s: float) -> tuple[Timeline, ...]:
         """Take requests from the queue into the next step, as tokens, places and memory allow."""
@@ -290,10 +305,12 @@ class SimDevice:
         places = min(spec.max_prefills, spec.max_running - len(seat.running))
         per_token = seat.costs.kv_bytes_per_token
         for request in seat.waiting:
-            tokens = request.context_len
+            spec_of = request.spec
+            request.num_cached = self.prefixes.find(spec_of.model, spec_of.blocks, spec_of.input_len)
+            tokens = request.context_len - request.num_cached
             if len(admitted) >= places or (admitted and tokens > budget):
                 break
-            nbytes = (tokens + 1) * per_token
+            nbytes = (request.context_len + 1) * per_token
             keep = frozenset((seat.name,))
             if not self.memory.make_room(nbytes, self._need(now_s), keep=keep):
                 break
@@ -337,6 +354,9 @@ class SimDevice:
             self.memory.grow(seat, len(running) * steps * seat.costs.kv_bytes_per_token)
         for request in admitted:
             request.deliver(leap.start_s, leap.step_s, 1)
+            what = request.spec
+            if what.blocks:
+                self.prefixes.keep(what.model, what.blocks, what.input_len, seat.costs.kv_bytes_per_token)
         now_s = leap.start_s + steps * leap.step_s
         seat.last_used_s = now_s
         if admitted:

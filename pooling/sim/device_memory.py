@@ -174,6 +174,15 @@ class DeviceMemory:
             for other in self._loading:
                 other.ready_at_s += copy_s
 
+    def kv_in(self, nbytes: float, now_s: float) -> float:
+        """KV comes in whose room is taken already; returns the seconds of the copy."""
+        copy_s = nbytes / self._link_bytes_per_s
+        self._overtake(copy_s, now_s)
+        self._node.overtake(nbytes, now_s)
+        self.link_free_s = max(self.link_free_s, now_s + copy_s)
+        self.kv_in_bytes += nbytes
+        return copy_s
+
     def grow(self, seat: Seat, nbytes: float) -> None:
         """The model's KV on the device grows, or shrinks."""
         seat.kv_bytes += nbytes

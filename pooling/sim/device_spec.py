@@ -50,5 +50,9 @@ class DeviceSpec:
     devices_per_node: int = 8
     node_bytes: float = math.inf
     """Of host memory for weights, of a node."""
+    prefix_bytes: float = 0.0
+    """Of memory for the KV of prompts that others may share; 0 = none is kept."""
+    prefix_on_device: bool = False
+    """Whether that memory is the device's own, so that nothing is copied."""
     disk_bytes_per_s: float = math.inf
     """At which weights come into host memory."""

@@ -166,6 +166,8 @@ class LivePool(Cluster):
         """Keep the most that a node has held."""
         held = [sum([self._model_costs[model].weight_bytes for model in seats]) for seats in self._seats]
         size = self._settings.hosts_per_node
+        for device, nbytes in zip(self.devices, held, strict=True):
+            device.prefixes.resize(max(0.0, self._settings.host_bytes - nbytes))
         most = max([sum(held[i : i + size]) for i in range(0, len(held), size)])
         self._result.host_bytes_per_node = max(self._result.host_bytes_per_node, most)
 

@@ -11,30 +11,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 
 from tokenpool.config import SLO
 from tokenpool.errors import ConfigError, check_setting, show
 from tokenpool.policy.capacity import LINK_BYTES_PER_S
-from tokenpool.policy.turns import load_turn_policy
-from tokenpool.sim.cluster import Cluster
-from tokenpool.sim.compared.baseline_routers import FewestRequests
 from tokenpool.sim.compared.bound import bound, by_model
-from tokenpool.sim.compared.systems import run_system, system
+from tokenpool.sim.compared.trial import ENGINE_BYTES, Trial, Workers, describe_try, search, twice_as_much
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.gpus import GpuSpec
 from tokenpool.sim.host_costs import HostCosts
 from tokenpool.sim.plan import GroupPlan, Plan, SystemPlan, Try
-from tokenpool.sim.result import MostMissed, SimResult
+from tokenpool.sim.result import SimResult
 from tokenpool.sim.workload import ModelCosts, Workload
 from tokenpool.units import format_bytes, format_count, format_seconds
 
 POOLED = ("request_level", "slack")
 """Systems in which models share devices, by their turn policy; the last is tokenpool's own."""
-
-_MAX_INSTANCES = 64
-_ENGINE_BYTES = int(HostCosts().resident_bytes + HostCosts().engine_bytes)
-_TIMES = tuple(name for name in ModelCosts._fields if name.endswith("_s"))
 
 
 def plan(
@@ -48,6 +41,7 @@ def plan(
     link_bytes_per_s: float = LINK_BYTES_PER_S,
     max_requests: int = 20_000,
     progress: Callable[[str], None] = lambda _: None,
+    num_processes: int = 1,
 ) -> Plan:
     """Find the least number of GPUs with which `target` of all tokens and `model_target` of every model's are on time.
 
@@ -60,30 +54,27 @@ def plan(
         model_target: share of the tokens of the model with the least; at most `target`.
         link_bytes_per_s: of copies from host memory to one device.
         max_requests: only the first so many are simulated.
-        progress: told in one line what was tried, after each try.
+        progress: told in one line what was tried, after each try; by several threads, if there are several processes.
+        num_processes: that simulate. The answer does not depend on it. With more than one, a script that calls this
+            needs the usual `if __name__ == "__main__":`.
 
-    Numbers are doubled until one is enough, then the gap is halved. In a pool more GPUs may do worse, for models are
-    placed anew: so one more than the answer must do as well, and two less must not. A pool begins with half of what
-    the bound asks for and ends at twice the dedicated GPUs. A run ends as soon as a model has missed more than it may.
+    Numbers grow by half until one is enough, then the gap is closed from below. In a pool more GPUs may do worse, for
+    models are placed anew: so one more than the answer must do as well, and two less must not. A pool begins with half
+    of what the bound asks for and ends at twice the dedicated GPUs. A run ends as soon as a model has missed more than
+    it may.
 
     Raises ConfigError for settings out of range, an empty workload, a kind without costs and weights too large for the
     device.
     """
-    _check_targets(target, model_target)
-    check_setting(link_bytes_per_s > 0, "link_bytes_per_s", f"must be above 0, not {show(link_bytes_per_s)}")
-    check_setting(max_requests >= 1, "max_requests", f"must be at least 1, not {show(max_requests)}")
-    check_setting(len(workload.requests) > 0, None, "there are no requests to plan for")
+    _check(workload, target, model_target, link_bytes_per_s, max_requests)
     check_costs(workload, costs, gpu)
     used = Workload(workload.requests[:max_requests], workload.kinds)
-    groups = [
-        _Group(n, part, costs, slo, gpu, link_bytes_per_s, (target, model_target), progress)
-        for n, part in _by_num_gpus(used, costs)
-    ]
-    dedicated = [group.dedicated() for group in groups]
-    systems = {"dedicated": SystemPlan(tuple(dedicated))}
-    for name in POOLED:
-        found = (group.pooled(name, alone) for group, alone in zip(groups, dedicated, strict=True))
-        systems[name] = SystemPlan(tuple(found))
+    with Workers(num_processes) as workers:
+        groups = [
+            _Group(Trial(n, part, costs, slo, gpu, link_bytes_per_s, target, model_target), workers, progress)
+            for n, part in _by_num_gpus(used, costs)
+        ]
+        systems = _systems(groups, workers)
     return Plan(
         gpu=gpu.name,
         slo=slo,
@@ -99,10 +90,13 @@ def plan(
     )
 
 
-def _check_targets(target: float, model_target: float) -> None:
+def _check(workload: Workload, target: float, model_target: float, link_bytes_per_s: float, max_requests: int) -> None:
     check_setting(0 < target <= 1, "target", f"must be above 0 and at most 1, not {show(target)}; 0.99 is 99 %")
     problem = f"must be from 0 to the target {target:g}, not {show(model_target)}"
     check_setting(0 <= model_target <= target, "model_target", problem)
+    check_setting(link_bytes_per_s > 0, "link_bytes_per_s", f"must be above 0, not {show(link_bytes_per_s)}")
+    check_setting(max_requests >= 1, "max_requests", f"must be at least 1, not {show(max_requests)}")
+    check_setting(len(workload.requests) > 0, None, "there are no requests to plan for")
 
 
 def check_costs(workload: Workload, costs: Mapping[str, ModelCosts], gpu: GpuSpec) -> None:
@@ -111,7 +105,7 @@ def check_costs(workload: Workload, costs: Mapping[str, ModelCosts], gpu: GpuSpe
         if kind not in costs:
             known = ", ".join(sorted(costs)) or "none"
             raise ConfigError(f"no costs on {gpu.name} for kind {show(kind)}; known: {known}", key=model)
-        needs, has = costs[kind].weight_bytes + _ENGINE_BYTES, gpu.pool_bytes
+        needs, has = costs[kind].weight_bytes + ENGINE_BYTES, gpu.pool_bytes
         if needs + costs[kind].kv_bytes_per_token >= has:
             problem = f"weights of {format_bytes(needs)} on a device leave no room for KV: {gpu.name} has"
             raise ConfigError(f"{problem} {format_bytes(has)} for both; use more GPUs per instance", key=model)
@@ -120,42 +114,24 @@ def check_costs(workload: Workload, costs: Mapping[str, ModelCosts], gpu: GpuSpe
 class _Group:
     """The models that take the same number of GPUs, as a problem of its own."""
 
-    def __init__(
-        self,
-        gpus_per_instance: int,
-        workload: Workload,
-        costs: Mapping[str, ModelCosts],
-        slo: SLO,
-        gpu: GpuSpec,
-        link_bytes_per_s: float,
-        targets: tuple[float, float],
-        progress: Callable[[str], None],
-    ) -> None:
-        self.gpus_per_instance = gpus_per_instance
-        self.workload, self.costs, self.slo, self._progress = workload, costs, slo, progress
-        self._target, self._model_target = targets
-        self._gpu, self._link_bytes_per_s = gpu, link_bytes_per_s
-        least = bound(workload, costs, slo)
-        self._peak_devices = least.peak_gpus / gpus_per_instance
-        self._most_missed = _may_miss(workload, self._target, self._model_target)
-        self.bound_devices = -(-least.num_gpus // gpus_per_instance) if workload.requests else 0
-        self.least_devices = max(1, int(least.peak_gpus / gpus_per_instance / 2))
+    def __init__(self, trial: Trial, workers: Workers, progress: Callable[[str], None]) -> None:
+        self.trial, self.gpus_per_instance = trial, trial.gpus_per_instance
+        self._workers, self._progress = workers, progress
+        least = bound(trial.workload, trial.costs, trial.slo)
+        self._peak_devices = least.peak_gpus / self.gpus_per_instance
+        self.bound_devices = -(-least.num_gpus // self.gpus_per_instance) if trial.workload.requests else 0
+        self.least_devices = max(1, int(self._peak_devices / 2))
         """A pool of fewer is not tried."""
 
     def dedicated(self) -> GroupPlan:
         """Instances of each model on its own, with weights that are always there."""
-        parts = by_model(self.workload.requests)
-        instances = dict.fromkeys(self.workload.kinds, 1)
-        first, last, is_enough = [], {}, True
-        for model, requests in parts.items():
-            part = Workload(requests, {model: self.workload.kinds[model]})
-            cap = min(_MAX_INSTANCES, len(requests))
-            run_alone = functools.partial(self._run_alone, part, _may_miss(part, self._target, self._target))
-            runs, answer = _search(run_alone, self._is_enough, 1, cap, spare=False)
-            instances[model] = answer or max(runs)
-            is_enough = is_enough and answer is not None
-            first.append(runs[1])
-            last[model] = runs[instances[model]]
+        workload = self.trial.workload
+        instances = dict.fromkeys(workload.kinds, 1)
+        begun = {model: self._workers.begin(self.trial.alone, model) for model in by_model(workload.requests)}
+        found = {model: alone.result() for model, alone in begun.items()}
+        instances |= {model: alone.num_instances for model, alone in found.items()}
+        is_enough = all(alone.is_enough for alone in found.values())
+        first, last = [alone.first for alone in found.values()], {model: alone.last for model, alone in found.items()}
         num_devices = sum(instances.values())
         self._progress(f"dedicated: {num_devices} instances{'' if is_enough else ' do not suffice'}")
         end_s = max((result.end_s for result in last.values()), default=0.0)
@@ -183,13 +159,11 @@ class _Group:
         cap = max(2 * sum(alone.instances.values()), self.least_devices)
 
         def run(count: int) -> SimResult:
-            result = self._run(policy, count)
-            worst = f"worst model {100 * result.worst_model:.1f} %"
-            what = f"not enough after {result.num_requests} requests" if result.is_stopped else worst
-            self._progress(f"{policy}: {count * self.gpus_per_instance} GPUs, {what}")
+            result = self._workers.begin(self.trial.run, policy, count).result()
+            self._progress(describe_try(policy, count * self.gpus_per_instance, result))
             return result
 
-        runs, answer = _search(run, self._is_enough, self.least_devices, cap)
+        runs, answer = search(run, self.trial.is_enough, self.least_devices, cap)
         count = answer or max(runs)
         result = runs[count]
         shares = result.model_attainments()
@@ -197,7 +171,7 @@ class _Group:
         limited = None if answer == self.least_devices else count - (answer is not None)
         return GroupPlan(
             gpus_per_instance=self.gpus_per_instance,
-            num_models=len(self.workload.kinds),
+            num_models=len(self.trial.workload.kinds),
             num_gpus=None if answer is None else answer * self.gpus_per_instance,
             tries=tuple(Try(n * self.gpus_per_instance, runs[n].token_attainment) for n in sorted(runs)),
             num_tokens=result.num_tokens,
@@ -218,105 +192,40 @@ class _Group:
 
     def _binding(self, policy: str, count: int, runs: Mapping[int, SimResult]) -> str | None:
         """Which resource, doubled, brings `count` devices furthest before a model has missed too much."""
-        before = runs[count] if count in runs else self._run(policy, count)
-        faster = {kind: c._replace(**{x: getattr(c, x) / 2 for x in _TIMES}) for kind, c in self.costs.items()}
-        twice: dict[str, Callable[[], SimResult]] = {
-            "compute": lambda: self._run(policy, count, costs=faster),
-            "link": lambda: self._run(policy, count, link_factor=2.0),
-            "memory": lambda: self._run(policy, count, memory_bytes=2 * self._gpu.pool_bytes),
+        begun = {
+            resource: self._workers.begin(self.trial.run, policy, count, **more)
+            for resource, more in twice_as_much(self.trial).items()
         }
+        before = runs[count] if count in runs else self._workers.begin(self.trial.run, policy, count).result()
         best, most = None, _reached(before)
-        for resource, run in twice.items():
-            reached = _reached(run())
+        for resource, run in begun.items():
+            reached = _reached(run.result())
             if reached > most:
                 best, most = resource, reached
         self._progress(f"{policy}: {count * self.gpus_per_instance} GPUs lack {best or 'nothing that is known'}")
         return best
 
-    def _is_enough(self, result: SimResult) -> bool:
-        is_enough = result.token_attainment >= self._target and result.worst_model >= self._model_target
-        return is_enough and not result.is_stopped
 
-    def _run(
-        self,
-        name: str,
-        count: int,
-        *,
-        costs: Mapping[str, ModelCosts] | None = None,
-        memory_bytes: int | None = None,
-        link_factor: float = 1.0,
-    ) -> SimResult:
-        """Simulate a system of `count` devices, with other costs, memory or links than its own if these are given.
-
-        It ends when a model has missed too much.
-        """
-        described = system(name, count, self._gpu.name, self._link_bytes_per_s, gpus_per_device=self.gpus_per_instance)
-        memory_bytes = memory_bytes or self._gpu.pool_bytes
-        specs = tuple(
-            replace(
-                spec,
-                memory_bytes=memory_bytes,
-                link_bytes_per_s=link_factor * spec.link_bytes_per_s,
-                node_link_bytes_per_s=link_factor * spec.node_link_bytes_per_s,
-            )
-            for spec in described.specs
-        )
-        made, costs_of = replace(described, specs=specs), (costs or self.costs).__getitem__
-        return run_system(made, self.workload, costs_of, self.slo, most_missed=self._most_missed)
-
-    def _run_alone(self, workload: Workload, most_missed: MostMissed, count: int) -> SimResult:
-        """Simulate `count` instances of the only model of `workload`."""
-        charges = HostCosts()
-        spec = DeviceSpec(self._gpu.pool_bytes, self._link_bytes_per_s, can_prefetch=False)
-        spec = charges.of_device(spec, self.gpus_per_instance)
-        costs = {model: charges.of_model(self.costs[kind], self._gpu) for model, kind in workload.kinds.items()}
-        # With one model every policy does the same.
-        make_policy = functools.partial(load_turn_policy, "request_level")
-        cluster = Cluster([spec] * count, make_policy, FewestRequests(), costs.__getitem__, self.slo)
-        for device in cluster.devices:
-            for model in costs:
-                device.preload(model)
-        return cluster.run(workload, most_missed=most_missed)
+def _systems(groups: Sequence[_Group], workers: Workers) -> dict[str, SystemPlan]:
+    dedicated = [group.dedicated() for group in groups]
+    calls = [
+        functools.partial(group.pooled, name, alone)
+        for name in POOLED
+        for group, alone in zip(groups, dedicated, strict=True)
+    ]
+    pooled = _side_by_side(calls, workers)
+    systems = {"dedicated": SystemPlan(tuple(dedicated))}
+    for i, name in enumerate(POOLED):
+        systems[name] = SystemPlan(tuple(pooled[i * len(groups) : (i + 1) * len(groups)]))
+    return systems
 
 
-def _may_miss(workload: Workload, target: float, model_target: float) -> MostMissed:
-    """Tokens that may be late, a rounding error more."""
-    counts = dict.fromkeys(workload.kinds, 0)
-    for request in workload.requests:
-        counts[request.model] += request.output_len
-    of_model = {model: (1 - model_target) * count + 1e-6 for model, count in counts.items()}
-    return MostMissed((1 - target) * sum(counts.values()) + 1e-6, of_model)
-
-
-def _search(
-    run: Callable[[int], SimResult], passes: Callable[[SimResult], bool], low: int, cap: int, *, spare: bool = True
-) -> tuple[dict[int, SimResult], int | None]:
-    """The least count from `low` to `cap` found with which a run passes, and all results on the way.
-
-    None if `cap` fails. With `spare`, one more must pass as well, unless that is beyond `cap`.
-    """
-    runs: dict[int, SimResult] = {}
-
-    def is_enough(count: int) -> bool:
-        if count not in runs:
-            runs[count] = run(count)
-        return passes(runs[count])
-
-    bad, good = low - 1, low
-    while not is_enough(good):
-        if good >= cap:
-            return runs, None
-        bad, good = good, min(2 * good, cap)
-    while good - bad > 1:
-        middle = (bad + good) // 2
-        good, bad = (middle, bad) if is_enough(middle) else (good, middle)
-    if not spare:
-        return runs, good
-    while good - 2 >= low and is_enough(good - 2):
-        good -= 2
-    while good < cap and not (is_enough(good) and is_enough(good + 1)):
-        good = min(cap, good + max(1, good // 8))
-    return runs, good if is_enough(good) else None
+def _side_by_side(calls: Sequence[Callable[[], GroupPlan]], workers: Workers) -> list[GroupPlan]:
+    """Each in a thread of its own, where several can run."""
+    if not workers.are_several:
+        return [call() for call in calls]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(lambda call: call(), calls))
 
 
 def _reached(result: SimResult) -> tuple[bool, int]:
@@ -369,7 +278,8 @@ def _assumptions(
         "dedicated instances hold their weights all the time, and each model must reach the target; in a pool all "
         "tokens together must, and each model its own target",
         f"a step holds at most {spec.max_batched_tokens} tokens and {spec.max_running} requests of one model, as vLLM "
-        "by default; prompts are not cached",
+        "by default; where the trace says what prompts share, their KV is kept, in what weights leave of host memory, "
+        "or of the device's with dedicated instances",
     )
 
 

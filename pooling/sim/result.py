@@ -43,6 +43,8 @@ class SimResult:
     """Share in which they waited for weights or KV of the model to run."""
     link_frac: float = 0.0
     """Share in which weights or KV came in."""
+    prefix_frac: float = 0.0
+    """Share of the prompt tokens that needed no prefill, because others had begun alike."""
     switches: int = 0
     decisions: int = 0
     steps: int = 0
@@ -109,6 +111,8 @@ class SimResult:
             for device in devices
         ]
         self.link_frac = sum(copied_s) / span_s
+        asked = sum(device.prefixes.asked_tokens for device in devices)
+        self.prefix_frac = sum(device.prefixes.hit_tokens for device in devices) / max(1, asked)
         self.switches = sum(device.switches for device in devices)
         self.decisions = sum(device.decisions for device in devices)
         self.steps = sum(device.steps for device in devices)
@@ -166,6 +170,7 @@ class SimResult:
             "busy_frac": self.busy_frac,
             "waited_frac": self.waited_frac,
             "link_frac": self.link_frac,
+            "prefix_hit_pct": 100 * self.prefix_frac,
             "switches": self.switches,
             "decisions": self.decisions,
             "steps": self.steps,

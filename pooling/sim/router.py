@@ -52,7 +52,8 @@ class FrontendRouter:
         by_name = {f"h{device.index}": device for device in devices}
         queues = {name: self._queue(device, request, now_s) for name, device in by_name.items()}
         spec = request.spec
-        prefix = f"{spec.model}/{spec.arrival_s!r}".encode() if spec.input_len >= PREFIX_TOKENS else b""
+        begin = spec.blocks[0] if spec.blocks else spec.arrival_s
+        prefix = f"{spec.model}/{begin!r}".encode() if spec.input_len >= PREFIX_TOKENS else b""
         return by_name[choose_host(queues, prefix, request.arrival_s + request.ttft_s - now_s)]
 
     hand_over = route
@@ -89,7 +90,7 @@ class _Predictor:
 def _look(device: SimDevice, now_s: float) -> _Look:
     views, requests = {}, {}
     for seat in device.active:
-        view = seat.view(device.memory.ready_in_s(seat, now_s))
+        view = seat.view(device.memory.ready_in_s(seat, now_s), now_s)
         usual = host_report.usual_prompt_tokens(
             view.num_waiting, view.waiting_tokens, len(seat.running), seat.context_tokens
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tokenpool.config import SLO
+from tokenpool.policy.slo import lost_s
 from tokenpool.policy.turns import ModelView, Residency
 from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts
@@ -23,7 +24,7 @@ class Seat:
     __slots__ = (
         "name", "index", "costs", "slo", "priority", "waiting", "running", "paused", "admitted", "residency",
         "ready_at_s", "kv_bytes", "kv_out_bytes", "waiting_tokens", "waiting_squares", "oldest_s", "context_tokens",
-        "last_used_s", "is_built", "_shown",
+        "last_used_s", "is_built", "_shown", "_shown_until_s", "_lost_s",
     )  # fmt: skip
 
     def __init__(self, name: str, index: int, costs: ModelCosts, slo: SLO | None = None, priority: int = 0) -> None:
@@ -52,6 +53,8 @@ class Seat:
         self.is_built = False
         """Whether its engine is there, and takes its memory."""
         self._shown: _Shown | None = None  # what `view` shows of the queues; None = count again
+        self._shown_until_s = math.inf  # a request is lost then
+        self._lost_s = lost_s(slo)
 
     @property
     def has_work(self) -> bool:
@@ -68,19 +71,18 @@ class Seat:
         """Requests with KV, wherever it lies."""
         return len(self.running) + len(self.paused)
 
-    def view(self, ready_in_s: float) -> ModelView:
-        """The model as a turn policy sees it."""
-        if self._shown is None:
-            self._shown = self._show()
+    def view(self, ready_in_s: float, now_s: float) -> ModelView:
+        """The model as a turn policy sees it; see `policy.slo.lost_s` for what is due."""
+        if self._shown is None or now_s > self._shown_until_s:
+            self._shown = self._show(now_s)
         head, tail = self._shown
         return ModelView(*head, self.residency, self.kv_out_bytes > 0, ready_in_s, *tail)
 
-    def _show(self) -> _Shown:
+    def _show(self, now_s: float) -> _Shown:
         costs, decoding, slo = self.costs, self.running + self.paused, self.slo
         ttft_s, tpot_s = (slo.ttft_s, slo.tpot_s) if slo else (math.inf, math.inf)
-        next_due_s = math.inf
-        if decoding and slo:
-            next_due_s = ttft_s + min([r.arrival_s + r.num_delivered * tpot_s for r in decoding])
+        first_due_s, next_due_s = self._due_s(self.waiting, now_s), self._due_s(decoding, now_s)
+        self._shown_until_s = min(first_due_s, next_due_s) + self._lost_s
         head: _Head = (
             self.name,
             self.index,
@@ -89,7 +91,7 @@ class Seat:
             len(self.waiting),
             self.waiting_tokens,
             self.oldest_s,
-            self.oldest_s + ttft_s,
+            first_due_s,
             next_due_s,
             ttft_s,
             tpot_s,
@@ -97,6 +99,14 @@ class Seat:
         step_s = costs.step(max(1, len(decoding)), self.context_tokens)
         prefill_s = costs.prefill(self.waiting_tokens, self.waiting_squares) if self.waiting else 0.0
         return head, (step_s, prefill_s, costs.weight_bytes)
+
+    def _due_s(self, requests: Iterable[Timeline], now_s: float) -> float:
+        """When the next token of any of them is due that is not lost; inf if none is."""
+        if self.slo is None:
+            return math.inf
+        tpot_s, least_s = self.slo.tpot_s, now_s - self.slo.ttft_s - self._lost_s
+        dues = [r.arrival_s + r.num_delivered * tpot_s for r in requests]
+        return min([due_s for due_s in dues if due_s >= least_s], default=math.inf) + self.slo.ttft_s
 
     def count_waiting(self) -> None:
         """The queue changed."""

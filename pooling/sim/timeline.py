@@ -16,8 +16,8 @@ class Timeline:
     """
 
     __slots__ = (
-        "spec", "slo", "arrival_s", "ttft_s", "tpot_s", "num_delivered", "num_on_time", "first_token_s", "failed",
-        "_last_s", "_good_s", "_run_start_s", "_credit_s",
+        "spec", "slo", "arrival_s", "ttft_s", "tpot_s", "num_delivered", "num_on_time", "num_cached", "first_token_s",
+        "failed", "_last_s", "_good_s", "_run_start_s", "_credit_s",
     )  # fmt: skip
 
     def __init__(self, spec: SimRequest, slo: SLO | None) -> None:
@@ -25,6 +25,8 @@ class Timeline:
         self.ttft_s, self.tpot_s = (slo.ttft_s, slo.tpot_s) if slo else (math.inf, math.inf)
         self.num_delivered = 0
         self.num_on_time = 0
+        self.num_cached = 0
+        """Prompt tokens whose KV was kept from others, in its last prefill."""
         self.first_token_s = math.inf
         self.failed = False
         """Given up by the pool; tokens that were not delivered are missed."""

@@ -18,6 +18,9 @@ class SimRequest(NamedTuple):
     """Prompt tokens, at least 1."""
     output_len: int
     """Tokens of the answer, at least 1; the first comes from the prefill."""
+    blocks: tuple[int, ...] = ()
+    """Names of the blocks of its prompt, of `prefixes.BLOCK_TOKENS` each, the last may be shorter: prompts of a model
+    whose names begin alike begin alike. Empty = it shares nothing, or nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,7 +105,7 @@ def test_lengths_are_drawn_in_pairs_and_scaled():
     """A pair stays a pair; each side has its own factor, and no length gets below 1."""
     workload = poisson({"m": 10.0}, 100, 0, lengths=[(10, 3), (1, 1)], input_scale=2.0, output_scale=0.5)
 
-    assert {(20, 1), (2, 1)} == {request[2:] for request in workload.requests}
+    assert {(20, 1), (2, 1)} == {request[2:4] for request in workload.requests}
 
 
 def test_shipped_lengths_are_those_of_the_artifact():

@@ -44,6 +44,15 @@ def test_every_model_reaches_the_target_and_one_gpu_may_fail():
     assert any(line.startswith(f"slack: {found.num_gpus} GPUs, worst model") for line in told)
 
 
+def test_processes_change_nothing_but_the_time():
+    """Two processes give the answer that one gives; each try is told once."""
+    asked, told = workload({f"m{i}": 0.3 for i in range(6)}, 40.0), {1: [], 2: []}
+    made = {n: plan(asked, COSTS, GPU, SLO_10S, 0.95, progress=told[n].append, num_processes=n) for n in told}
+
+    assert made[1].to_json() == made[2].to_json()
+    assert sorted(told[1]) == sorted(told[2])
+
+
 def test_a_run_ends_when_a_model_has_missed_too_much():
     """Long before the last request; what came by then is counted."""
     asked = workload({f"m{i:02}": 0.5 for i in range(40)}, 200.0)

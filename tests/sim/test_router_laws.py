@@ -16,6 +16,7 @@ from tokenpool.sim.cluster import Call, Cluster
 from tokenpool.sim.compared.systems import run_system, system
 from tokenpool.sim.costs import costs_of
 from tokenpool.sim.device_spec import DeviceSpec
+from tokenpool.sim.host_costs import HostCosts
 from tokenpool.sim.result import SimResult
 from tokenpool.sim.router import FrontendRouter
 from tokenpool.sim.workload import ModelCosts, Workload
@@ -75,6 +76,20 @@ def test_a_pool_at_its_limit_is_left_as_it_is():
     )
     assert result.worst_model > 0.75
     assert result.token_attainment > 0.97
+
+
+@pytest.mark.parametrize(("num_models", "rate_per_s", "most", "worst"), [(8, 0.5, 0.85, 0.7), (10, 0.1, 0.7, 0.5)])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_there_is_no_cliff(num_models, rate_per_s, most, worst, seed):
+    """One device with more than it can serve for five minutes: what is late is so for all models alike."""
+    models = [f"m{i:02}" for i in range(num_models)]
+    kinds = {name: generate.ARTIFACT_KINDS[i] for i, name in enumerate(models)}
+    workload = generate.poisson(dict.fromkeys(models, rate_per_s), 390.0, seed, kinds=kinds)
+    made = system("slack", 1, GPU, LINK, charges=HostCosts(node_link_bytes_per_s=LINK / 2))
+    window_s = 60.0, 360.0
+    result = run_system(made, workload, lambda kind: costs_of(kind, GPU), SLO_10S, drain_s=90.0, window_s=window_s)
+    assert result.token_attainment > most
+    assert result.worst_model > worst
 
 
 def test_a_hot_model_does_not_suffer_beside_cold_ones():

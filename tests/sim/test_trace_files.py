@@ -220,11 +220,24 @@ def test_prism_and_mooncake(tmp_path):
     line = '{"timestamp": %d, "input_length": 40, "output_length": 6, "hash_ids": [1, 2]}\n'
     trace = read_trace_file(write(tmp_path, line % 3000 + line % 4500, "conv.jsonl.gz"))
     assert ("mooncake", {"conv": "conv"}) == (trace.layout, trace.workload.kinds)
-    assert [SimRequest(0.0, "conv", 40, 6), SimRequest(1.5, "conv", 40, 6)] == trace.workload.requests
+    blocks = (1, 2)
+    expected = [SimRequest(0.0, "conv", 40, 6, blocks), SimRequest(1.5, "conv", 40, 6, blocks)]
+    assert expected == trace.workload.requests
+
+    line = '{"timestamp": 1, "input_length": 40, "output_length": 6}\n'
+    assert [SimRequest(0.0, "t", 40, 6)] == read_requests(write(tmp_path, line, "t.jsonl")).requests
 
 
 @pytest.mark.parametrize(
-    "line", ["{", "[1]", '{"timestamp": 1}', '{"timestamp": -1, "input_length": 1, "output_length": 1}']
+    "line",
+    [
+        "{",
+        "[1]",
+        '{"timestamp": 1}',
+        '{"timestamp": -1, "input_length": 1, "output_length": 1}',
+        '{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": ["x"]}',
+        '{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": 1}',
+    ],
 )
 def test_a_broken_json_line_is_named(tmp_path, line):
     good = '{"timestamp": 1, "input_length": 1, "output_length": 1}\n'

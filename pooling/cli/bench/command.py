@@ -133,7 +133,7 @@ def _from_trace(flags: argparse.Namespace) -> list[BenchRequest]:
         speed = flags.rate * workload.requests[-1].arrival_s / len(workload.requests)
     names: dict[str, str] = {}
     made = []
-    for traced_s, model, input_len, output_len in workload.requests:
+    for traced_s, model, input_len, output_len, _ in workload.requests:
         if flags.models and model not in names:
             names[model] = model if model in flags.models else flags.models[len(names) % len(flags.models)]
         arrival_s = traced_s / speed if speed else 0.0
@@ -155,7 +155,7 @@ def _made_up(flags: argparse.Namespace) -> list[BenchRequest]:
     rates = dict.fromkeys(flags.models, flags.rate / len(flags.models))
     duration_s = parse_seconds(flags.duration or "60s", "--duration")
     made = poisson(rates, duration_s, flags.seed, skew=flags.skew, cv=flags.burstiness**-0.5, lengths=pairs)
-    return [BenchRequest(*request) for request in made.requests]
+    return [BenchRequest(r.arrival_s, r.model, r.input_len, r.output_len) for r in made.requests]
 
 
 def _play(url: str, requests: list[BenchRequest], flags: argparse.Namespace, keys: Mapping[str, str]) -> list[Outcome]:

@@ -99,6 +99,9 @@ def system(
         dedicated   one model per device; others are refused
         sleep       vLLM's sleep mode, level 1: request-level; both models' weights are copied at a switch
 
+    KV of prompts is kept for others by tokenpool's devices in host memory, by `mux` and `dedicated` on the device, by
+    the others not at all: Aegaeon decodes elsewhere, and the rest drop a model's KV with it.
+
     Raises ConfigError for an unknown name or GPU, and for numbers of devices that cannot be.
     """
     check_setting(name in _SYSTEMS, "system", f"no such system: {show(name)}; known are {', '.join(_SYSTEMS)}")
@@ -193,13 +196,18 @@ def _aegaeon(name: str, base: DeviceSpec, num_gpus: int, prefill_gpus: int, _: b
 
 
 def _mux(name: str, base: DeviceSpec, num_gpus: int, *_: object) -> System:
-    specs = (replace(base, can_prefetch=False),) * num_gpus
+    specs = (_with_prefixes(replace(base, can_prefetch=False)),) * num_gpus
     return System(name, specs, "round_robin", lambda specs, models: Static(specs, models, _MUX_KV_FRAC), _ANY)
 
 
 def _dedicated(name: str, base: DeviceSpec, num_gpus: int, *_: object) -> System:
-    specs = (replace(base, max_resident=1, can_prefetch=False),) * num_gpus
+    specs = (_with_prefixes(replace(base, max_resident=1, can_prefetch=False)),) * num_gpus
     return System(name, specs, "request_level", Static, _ANY)
+
+
+def _with_prefixes(spec: DeviceSpec) -> DeviceSpec:
+    """Engines whose weights stay keep KV of prompts on the device; requests that run take none of that room here."""
+    return replace(spec, prefix_bytes=_MUX_KV_FRAC * spec.memory_bytes, prefix_on_device=True)
 
 
 def _sleep(name: str, base: DeviceSpec, num_gpus: int, *_: object) -> System:

@@ -14,8 +14,9 @@ The header tells the layout; columns may come in any order, and others beside th
     mooncake   timestamp, input_length, output_length; JSON lines                       milliseconds; one model
 
 The first three count arrivals from the begin of the workload. Of the others, which are logs of services, the first
-request kept arrives at 0, and rows without prompt or answer are left out: those requests had failed. The blocks that
-prompts of `mooncake` share (`hash_ids`) are not read, for the simulator caches no prefixes.
+request kept arrives at 0, and rows without prompt or answer are left out: those requests had failed. `hash_ids` of
+`mooncake`, where they are there, become the blocks of prompts (`SimRequest.blocks`); so does the column `blocks` that
+`sim` may have.
 
 Source: the artifact of Aegaeon (SOSP'25), AzurePublicDataset (2023 and 2024), BurstGPT (HPMLL/BurstGPT), the trace of
 Multi-LLM/prism-research as CSV, the log of SwissAI that OpenTela (OSDI'26) published, kvcache-ai/Mooncake (FAST'25).
@@ -48,6 +49,10 @@ ARTIFACT_KINDS = ("qwen2.5-7b",) * 6 + ("yi-9b",) * 2 + ("llama2-13b",) * 2
 _ARTIFACT_NAME = re.compile(r"synth_model_([0-9]+)")
 _CLOCK = re.compile(r"([0-9]+):([0-5]?[0-9]):([0-5]?[0-9](?:\.[0-9]*)?)")
 _SIM_COLUMNS = ("req_id", "arrival_ms", "model", "base_model", "input_len", "output_len")
+
+
+_BLOCKS = "blocks"
+"""A column that `sim` may have: names of a prompt's blocks, a space between them."""
 
 
 class TraceFile(NamedTuple):
@@ -87,14 +92,16 @@ def write_requests(path: str | os.PathLike[str], workload: Workload) -> None:
 
     Models without a request are not in the file.
     """
+    has_blocks = any(request.blocks for request in workload.requests)
     with open_trace(Path(path), "wt") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_SIM_COLUMNS)
+        writer.writerow((*_SIM_COLUMNS, _BLOCKS) if has_blocks else _SIM_COLUMNS)
         for i, request in enumerate(workload.requests):
-            arrival_s, model, *lengths = request
+            arrival_s, model, *lengths, blocks = request
             # Decimal moves the point without rounding.
             arrival_ms = format(Decimal(repr(arrival_s)).scaleb(3).normalize(), "f")
-            writer.writerow((i, arrival_ms, model, workload.kinds[model], *lengths))
+            row = (i, arrival_ms, model, workload.kinds[model], *lengths)
+            writer.writerow((*row, " ".join(map(str, blocks))) if has_blocks else row)
 
 
 class _Layout(NamedTuple):
@@ -185,6 +192,8 @@ class _JsonRows:
     def __init__(self, path: Path, file: TextIO) -> None:
         self._path, self._file, self.line_num = path, file, 0
         self._columns: list[str] = []
+        self.blocks: tuple[int, ...] = ()
+        """Of the last row."""
 
     def __iter__(self) -> Iterator[list[str]]:
         return self
@@ -197,8 +206,9 @@ class _JsonRows:
         self.line_num += 1
         try:
             values = json.loads(line)
+            self.blocks = tuple([int(block) for block in values.get("hash_ids", ())])
             return [str(values[name]) for name in self._columns]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             problem = f"broken line: expected an object with {', '.join(self._columns)}"
             raise ConfigError(problem, key=f"line {self.line_num}", source=str(self._path)) from None
 
@@ -216,6 +226,7 @@ def _read(path: Path, file: TextIO) -> TraceFile:
         problem = f"unknown header {show(','.join(header))}: give the columns of one of {known}"
         raise ConfigError(problem, key="line 1", source=str(path))
     at = [header.index(name) for name in layout.columns]
+    blocks_at = header.index(_BLOCKS) if layout.name == "sim" and _BLOCKS in header else None
     model = path.name.removesuffix(".gz").removesuffix(".csv").removesuffix(".jsonl")
     kinds: dict[str, str] = {}
     names: dict[str, str] = {}  # one text per model, not one per row
@@ -231,6 +242,7 @@ def _read(path: Path, file: TextIO) -> TraceFile:
                 fields[1:3] = [text or "0" for text in fields[1:3]]
             arrival_s, input_len, output_len = layout.parse_s(fields[0]), int(fields[1]), int(fields[2])
             least = 0 if layout.is_log else 1
+            blocks = () if blocks_at is None else tuple(map(int, row[blocks_at].split()))
             if not (0 <= arrival_s < math.inf and input_len >= least and output_len >= least and all(fields)):
                 raise ValueError(row)
         except (ValueError, ArithmeticError):
@@ -244,7 +256,9 @@ def _read(path: Path, file: TextIO) -> TraceFile:
         if kinds.setdefault(model, kind) != kind:
             problem = f"model {show(model)} is of kind {show(kind)} here and of {show(kinds[model])} above"
             raise ConfigError(f"{problem}: give a model one kind", key=f"line {reader.line_num}", source=str(path))
-        requests.append(SimRequest(arrival_s, model, input_len, output_len))
+        if isinstance(reader, _JsonRows):
+            blocks = reader.blocks
+        requests.append(SimRequest(arrival_s, model, input_len, output_len, blocks))
     requests.sort(key=itemgetter(0))
     if layout.is_log and requests:
         start_s = requests[0].arrival_s

@@ -65,6 +65,11 @@ class ClusterConfig(Section):
     """Time without a word from a host's supervisor until it counts as lost, above 1s. Deaths of processes and nodes are
     noticed through Ray, mostly within 2 s; this is for nodes that hang. A host process that hangs is killed by its
     supervisor at the pool's own `host_timeout`."""
+    frontend_timeout_s: Annotated[Seconds, above(1, "must be above 1s, such as 10s")] = 10.0
+    """Time without a word from a server of the pool until it counts as lost, above 1s: hosts then drop its requests."""
+    orphan_timeout_s: Annotated[Seconds, at_least(0, "must be 0s or more, such as 10m")] = 600.0
+    """How long hosts and controller live without any server; then the pool ends. With `--cluster local` it always ends
+    with its server."""
     transport: Annotated[Text, one_of("auto", "tcp")] = "auto"
     """How tokens travel between frontend and hosts: `auto` = Unix sockets within a machine and TCP between machines,
     `tcp` = always TCP. TCP is encrypted, with a key that only the hosts of the pool are told."""

@@ -20,11 +20,12 @@ def read(section: Any) -> ClusterConfig:
 
 def test_every_key_is_read():
     """The values of the file are those of the config, times in seconds."""
-    expected = ClusterConfig("p", 4, 2.5, 2, 3, "live", 30.0, 1, 1.0, 20.0, "tcp", "/state")
+    expected = ClusterConfig("p", 4, 2.5, 2, 3, "live", 30.0, 1, 1.0, 20.0, 8.0, 300.0, "tcp", "/state")
     section = {
         "name": "p", "hosts": 4, "num_cpus_per_host": 2.5, "replicas": 2, "max_replicas": 3,
         "capacity": "live", "capacity_window": "30s", "prefill_hosts": 1,
-        "reconcile_period": "1s", "host_timeout": "20s", "transport": "tcp", "state_dir": "/state",
+        "reconcile_period": "1s", "host_timeout": "20s", "frontend_timeout": "8s",
+        "orphan_timeout": "5m", "transport": "tcp", "state_dir": "/state",
     }  # fmt: skip
 
     assert expected == read(section)

@@ -20,7 +20,7 @@ from bench.parts import common
 from tokenpool.cluster.live_placement import placement_of
 from tokenpool.cluster.placement import KeepReplicas, Situation
 from tokenpool.cluster.reconcile import Reconciler
-from tokenpool.cluster.values import Deployment, Endpoints, HostedReport, HostReport
+from tokenpool.cluster.values import Deployment, HostedReport, HostReport
 from tokenpool.cluster_config import ClusterConfig
 from tokenpool.policy.capacity import CapacityHost, CapacityModel, CapacityView, HostState, StepCosts
 from tokenpool.policy.capacity_laws import apply_all, finish
@@ -156,14 +156,14 @@ def _hosted(done_s: float, slower: float) -> HostedReport:
         "prompt_tokens": 690 * requests, "tokens": 295 * requests, "tokens_on_time": int(295 * requests / slower),
         "step_seconds": done_s, "costs": {"coefficients": asdict(_COSTS)},
     }  # fmt: skip
-    return HostedReport(1, Endpoints("in", "out"), load)
+    return HostedReport(1, load)
 
 
 def _whole(num_hosts: int, num_models: int, decisions: int, rng: random.Random) -> tuple[list[float], float, dict]:
     """CPU milliseconds of each period of a controller, reports per CPU second, and what moved."""
     fleet, placement, moved = Fleet(num_hosts, num_models, rng), placement_of(ClusterConfig()), Counter()
-    reconciler = Reconciler(KeepReplicas(1), host_timeout_s=1e9, now_s=0.0, num_hosts=num_hosts)
-    reconciler.attach("bench", 1, list(fleet.deployments.values()))
+    models = fleet.deployments.values()
+    reconciler = Reconciler(KeepReplicas(1), host_timeout_s=1e9, now_s=0.0, num_hosts=num_hosts, models=models)
     times, took_s = [], 0.0
     for second in range(decisions):
         if second % 10 == 5:

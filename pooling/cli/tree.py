@@ -30,6 +30,7 @@ COMMANDS = {
     "trace": Command("tokenpool.cli.trace", "save or draw what the device did when"),
     "budget": Command("tokenpool.cli.running.budget", "show or change how much memory a running pool may use"),
     "drain": Command("tokenpool.cli.running.drain", "empty a host of a cluster, or use it again"),
+    "down": Command("tokenpool.cli.running.down", "end a pool of a Ray cluster, whoever started it"),
     "logs": Command("tokenpool.cli.running.logs", "show the last log lines of a running pool"),
     "sim": Command("tokenpool.cli.sim", "serve a request file in simulated time"),
     "plan": Command("tokenpool.cli.plan", "find the least number of GPUs for a request file"),

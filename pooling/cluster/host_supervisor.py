@@ -24,7 +24,7 @@ from typing import Any
 
 from tokenpool import settings
 from tokenpool.cluster.machine import machine_id
-from tokenpool.cluster.values import HostedReport, HostReport, Order, StaleEpochError
+from tokenpool.cluster.values import NOWHERE, HostedReport, HostReport, Order, StaleEpochError
 from tokenpool.errors import HostError
 from tokenpool.metric_registry import metric
 from tokenpool.process.forked_child import ForkedChild
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 _RESTART_WAITS_S = (0.0, 0.5, 2.0, 5.0, 15.0, 30.0)
 _STABLE_AFTER_S = 60.0
 _START_LIMIT_S = 300.0
+_CLEAR_LIMIT_S = 2.0
 _AGE = metric("host_pulse_age_seconds")
 _ORDERS = ("add_packed", "remove_model", "attach_at", "detach_frontend")
 """Calls that wait for a host whatever it does; others are questions, which one whose pulse is overdue gets none of."""
@@ -88,13 +89,16 @@ class HostSupervisor:
         self._models: dict[str, HostedReport] = {}
         self._loads: dict[str, dict[str, Any]] = {}
         self._free_pages: int | None = None
+        self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
         self._news = threading.Event()
 
     def start(self) -> None:
         """Begin; returns at once."""
         for target in (self._supervise, self._push, self._ask):
-            threading.Thread(target=target, name=f"{self.host}-{target.__name__}", daemon=True).start()
+            thread = threading.Thread(target=target, name=f"{self.host}-{target.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     # -- what the controller asks ------------------------------------------------------------------------
 
@@ -115,9 +119,8 @@ class HostSupervisor:
                     raise HostError(f"{self.host} has a new process: {life} is gone")
                 hosted = self._models.get(name)
             if order.action == "add" and (hosted is None or hosted.version != order.deployment.version):
-                assert order.endpoints is not None
-                self.call("add_packed", order.deployment.payload, *order.endpoints)
-                report = HostedReport(order.deployment.version, order.endpoints)
+                self.call("add_packed", order.deployment.payload, *NOWHERE)  # servers have themselves attached later
+                report = HostedReport(order.deployment.version)
                 self._done(life, lambda: self._models.__setitem__(name, report))
             elif order.action == "remove" and hosted is not None:
                 with contextlib.suppress(KeyError):  # an earlier order's answer did not come in time
@@ -165,8 +168,7 @@ class HostSupervisor:
         """What is known of the host now; asks nobody."""
         with self._lock:
             models = {
-                name: HostedReport(hosted.version, hosted.endpoints, self._loads.get(name, {}))
-                for name, hosted in self._models.items()
+                name: HostedReport(hosted.version, self._loads.get(name, {})) for name, hosted in self._models.items()
             }
             return HostReport(
                 host=self.host,
@@ -192,21 +194,22 @@ class HostSupervisor:
             )
 
     def stop(self, limit_s: float) -> None:
-        """Let the host finish, at most `limit_s`, then end it."""
+        """Let the host finish, at most `limit_s`, then end it, and leave no file of it."""
         self._stopping.set()
         self._news.set()
         if self._template is not None:
             self._template.stop()
         with self._lock:
             process = self._process
-        if process is None:
-            return
-        process.terminate()
-        try:
-            process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(limit_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for thread in self._threads[:1]:  # the one that removes the host's folder
+            thread.join(_CLEAR_LIMIT_S)
 
     # -- the process -------------------------------------------------------------------------------------
 

@@ -3,33 +3,26 @@
 
 A *seat* is one model on one host:
 
-    WANTED ──endpoints──► LOADING ──done──► SERVING ──► LEAVING ──frontend left──► REMOVING ──done──► (gone)
-       │                     │ failed: the pair is barred for a while
+    LOADING ──done──► SERVING ──► LEAVING ──all servers left──► REMOVING ──done──► (gone)
+       │ failed: the pair is barred for a while
        └── its host is lost, or starts a new life: the seat is gone at once, whatever its state
 
+No server is needed for a host to load a model: each has itself attached to the engines that serve.
 The hosts are the truth about what is loaded: a new controller takes seats over from their reports.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tokenpool.cluster.decision_log import Decision, DecisionLog
+from tokenpool.cluster.peers import Peers
 from tokenpool.cluster.placement import Move, Placement, Situation
-from tokenpool.cluster.seats import Seat, Seats
-from tokenpool.cluster.values import (
-    ClusterView,
-    Deployment,
-    Endpoints,
-    HostReport,
-    ModelView,
-    Order,
-    SeatState,
-    SeatView,
-)
+from tokenpool.cluster.seats import BAR_S, Bars, Seat, Seats
+from tokenpool.cluster.values import ClusterView, Deployment, HostReport, ModelView, Order, Peer, SeatState, SeatView
+from tokenpool.cluster.wishes import Wishes
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
 from tokenpool.policy.capacity import Role
 
@@ -37,18 +30,10 @@ _FIRST_SETTLE_S = 300.0
 """Longest wait for all hosts of a new pool: the first to come shall not get every model."""
 _SETTLE_S = 3.0
 """Longest wait of a later controller for the hosts that its predecessor knew."""
-_BAR_S = (2.0, 5.0, 15.0, 60.0)
-"""How long a host is not told again what it failed at, by the failures in a row."""
 _ORDER_LIMIT_S = 3600.0
 """For the answer to an order; a host that hangs is killed by its supervisor long before, and one that is slow reports
 what it has loaded in the end."""
-_TAKEN = (SeatState.WANTED, SeatState.LOADING, SeatState.SERVING)
-
-
-@dataclass(slots=True)
-class _Bar:
-    until_s: float
-    failures: int
+_TAKEN = (SeatState.LOADING, SeatState.SERVING)
 
 
 class Reconciler:
@@ -63,26 +48,33 @@ class Reconciler:
         order_limit_s: float = _ORDER_LIMIT_S,
         snapshot: dict[str, Any] | None = None,
         num_hosts: int = 0,
+        models: Iterable[Deployment] = (),
+        servers: Iterable[Peer] = (),
+        server_timeout_s: float = 10.0,
         identity: str = "controller",
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """`snapshot` is that of the predecessor, empty if it left none; None = there was no predecessor.
 
-        A first controller waits for `num_hosts` hosts before it places models.
+        A first controller waits for `num_hosts` hosts before it places `models`. `servers` are those that the
+        predecessor had; one that says nothing for `server_timeout_s` is gone.
         """
         self.identity = identity
         self.epoch = int((snapshot or {}).get("epoch", 0)) + 1
-        self.revision = int((snapshot or {}).get("revision", 0))
+        self.models = Wishes(models, int((snapshot or {}).get("revision", 0)))
+        self.peers = Peers(timeout_s=server_timeout_s, now_s=now_s, known=servers)
+        self.gone: list[Peer] = []
+        """Servers that hosts are to forget; whoever tells them takes them from here."""
+        self.is_ending = False
+        """Whether servers are to end."""
         self.log = DecisionLog()
         self.hosts: dict[str, HostReport] = {}
-        self.models: dict[str, Deployment] = {}
         self.seats = Seats()
         """By (model, host)."""
         self.roles = {host: Role(role) for host, role in (snapshot or {}).get("roles", {}).items()}
         """Of hosts that were given one, also of such that are lost: they come back with it."""
         self.draining = set((snapshot or {}).get("draining", ()))
         """Hosts that the operator wants empty, also of such that are lost."""
-        self.frontend: str | None = None
         self.version = 0
         """Grows with every change that frontends need to know."""
         self._placement = placement
@@ -90,7 +82,7 @@ class Reconciler:
         self._order_limit_s = order_limit_s
         self._heard_s: dict[str, float] = {}
         self._errors: dict[str, PoolError] = {}
-        self._bars: dict[tuple[str, str], _Bar] = {}
+        self._bars = Bars()
         self._expected = set((snapshot or {}).get("hosts", ()))
         self._num_hosts = num_hosts if snapshot is None else 0
         self._settle_until_s = now_s + (_FIRST_SETTLE_S if snapshot is None else _SETTLE_S)
@@ -105,33 +97,55 @@ class Reconciler:
 
     # -- what happens ----------------------------------------------------------------------------------
 
-    def attach(self, frontend: str, revision: int, deployments: list[Deployment]) -> None:
-        """Take a frontend and what it wants; of two wishes that with the larger revision holds."""
-        if self.frontend not in (None, frontend):
-            raise ConfigError(f"frontend {self.frontend} serves this pool already: give the other pool its own name")
-        self.frontend = frontend
-        if revision >= self.revision or not self.models:
-            self.revision = max(revision, self.revision)
-            self.models = {d.name: d for d in deployments}
-        self._note("frontend_attached", f"revision {revision}, {len(deployments)} models")
-        self._adopt_all()
+    @property
+    def revision(self) -> int:
+        """Of what is wanted."""
+        return self.models.revision
+
+    def join(self, peer: Peer, now_s: float) -> bool:
+        """A server is there; returns whether it has to have itself attached to engines anew."""
+        is_new = self.peers.join(peer, now_s)
+        self._note("frontend_joined", f"server {peer.name} on {peer.address}, pid {peer.pid}")
+        self._changed()
+        return is_new
+
+    def leave(self, name: str, now_s: float, reason: str = "it ended") -> None:
+        """A server ends."""
+        if (peer := self.peers.leave(name, now_s)) is not None:
+            self._forget_peer(peer, reason)
+
+    def end(self) -> None:
+        """All servers are to end."""
+        self.is_ending = True
+        self._note("end", "the pool ends")
         self._changed()
 
-    def deploy(self, deployment: Deployment, revision: int) -> None:
-        """Want one more model, or another version of one."""
-        self.revision = max(self.revision, revision)
-        self.models[deployment.name] = deployment
-        self._errors.pop(deployment.name, None)
-        self._bars = {pair: bar for pair, bar in self._bars.items() if pair[0] != deployment.name}
-        self._note("model_wanted", f"revision {revision}", deployment.name)
+    def _forget_peer(self, peer: Peer, reason: str) -> None:
+        self.gone.append(peer)
+        self._note("frontend_lost", f"server {peer.name} on {peer.address}: {reason}")
         self._changed()
 
-    def withdraw(self, name: str, revision: int) -> None:
+    def deploy(self, deployment: Deployment) -> int:
+        """Want one more model; returns its version. Raises ConfigError if there is another one of its name."""
+        wanted, before = self.models.deploy(deployment), self.revision
+        if wanted.version == before:
+            self._errors.pop(wanted.name, None)
+            self._bars.forget(wanted.name)
+            self._note("model_wanted", f"revision {before}", wanted.name)
+            self._changed()
+        return wanted.version
+
+    def retire(self, name: str, drain_s: float, now_s: float) -> bool:
+        """Want a model no longer once all servers have drained it; returns False if it is not wanted."""
+        is_there = self.models.retire(name, drain_s, now_s)
+        self._changed()
+        return is_there
+
+    def withdraw(self, name: str) -> None:
         """Want a model no longer; its seats are left and unloaded."""
-        self.revision = max(self.revision, revision)
-        if self.models.pop(name, None) is not None:
+        if self.models.withdraw(name):
             self._errors.pop(name, None)
-            self._note("model_unwanted", f"revision {revision}", name)
+            self._note("model_unwanted", f"revision {self.revision}", name)
             self._changed()
 
     def drain(self, host: str, *, is_wanted: bool) -> None:
@@ -141,27 +155,6 @@ class Reconciler:
         if is_wanted is not (host in self.draining):
             self.draining ^= {host}
             self._note("drain" if is_wanted else "undrain", "the operator asked for it", host=host)
-            self._changed()
-
-    def offer(self, model: str, host: str, life: str, endpoints: Endpoints) -> None:
-        """A frontend listens at `endpoints` for this engine."""
-        seat = self.seats.get((model, host))
-        if seat is not None and seat.life == life and seat.state is SeatState.WANTED:
-            seat.state, seat.endpoints, seat.ordered = SeatState.LOADING, endpoints, False
-
-    def left(self, model: str, host: str, life: str) -> None:
-        """The frontend has nothing on this seat any more."""
-        seat = self.seats.get((model, host))
-        if seat is not None and seat.life == life and seat.state is SeatState.LEAVING:
-            seat.state, seat.ordered = SeatState.REMOVING, False
-
-    def join_failed(self, model: str, host: str, life: str, reason: str, now_s: float) -> None:
-        """The frontend cannot reach an engine: it is unloaded, and not loaded there again for a while."""
-        seat = self.seats.get((model, host))
-        if seat is not None and seat.life == life and seat.state is SeatState.SERVING:
-            seat.state, seat.ordered = SeatState.REMOVING, False
-            self._bar(model, host, now_s)
-            self._note("join_failed", reason, model, host)
             self._changed()
 
     def host_reported(self, report: HostReport, now_s: float) -> None:
@@ -223,20 +216,13 @@ class Reconciler:
         elif order.action == "add":
             del self.seats[pair]
             self._errors[name] = error if isinstance(error, PoolError) else HostError(f"{error}")
-            wait_s = self._bar(*pair, now_s)
+            wait_s = self._bars.add(pair, now_s)
             self._note("add_failed", f"{error}; not again for {wait_s:g} s", name, order.host)
         else:
-            wait_s = _BAR_S[min(seat.failures, len(_BAR_S) - 1)]
+            wait_s = BAR_S[min(seat.failures, len(BAR_S) - 1)]
             seat.ordered, seat.failures, seat.retry_s = False, seat.failures + 1, now_s + wait_s
             self._note("remove_failed", f"{error}; not again for {wait_s:g} s", name, order.host)
         self._changed()
-
-    def _bar(self, model: str, host: str, now_s: float) -> float:
-        bar = self._bars.get((model, host))
-        failures = bar.failures + 1 if bar else 1
-        wait_s = _BAR_S[min(failures, len(_BAR_S)) - 1]
-        self._bars[model, host] = _Bar(now_s + wait_s, failures)
-        return wait_s
 
     # -- what follows ----------------------------------------------------------------------------------
 
@@ -245,17 +231,21 @@ class Reconciler:
         for host, heard_s in list(self._heard_s.items()):
             if host in self.hosts and now_s - heard_s > self._host_timeout_s:
                 self.host_lost(host, f"no word for {now_s - heard_s:.1f} s")
+        for peer in self.peers.expire(now_s):
+            self._forget_peer(peer, "it says nothing any more")
         if not self._settled(now_s):
             return []
+        for name in self.models.finished(self.peers.names, now_s):
+            self.withdraw(name)
         self._give_up_orders(now_s)
         self._leave_unwanted()
         self._place(now_s)
         return self._orders(now_s)
 
     def _settled(self, now_s: float) -> bool:
-        """Whether enough is known to decide: a frontend said what it wants, the hosts what they have."""
-        if not self.is_settled and self.frontend is not None:
-            have_all = not self._expected and len(self.hosts) >= max(1, self._num_hosts)
+        """Whether enough is known to decide: hosts said what they have, and former servers that they are there."""
+        if not self.is_settled:
+            have_all = not self._expected and len(self.hosts) >= max(1, self._num_hosts) and not self.peers.missing
             self.is_settled = have_all or (now_s >= self._settle_until_s and bool(self.hosts))
             if self.is_settled:
                 self._changed()
@@ -265,14 +255,16 @@ class Reconciler:
         for (name, host), seat in list(self.seats.items()):
             if self.models.get(name) == seat.deployment or seat.state not in _TAKEN:
                 continue
-            if seat.state is SeatState.WANTED:
-                del self.seats[name, host]
-            elif seat.state is SeatState.SERVING:
+            if seat.state is SeatState.SERVING:
                 self._leave(name, host, "it is not wanted any more")
             self._changed()
+        for seat in self.seats.values():
+            if seat.state is SeatState.LEAVING and self.peers.names <= seat.left_by:
+                seat.state, seat.ordered = SeatState.REMOVING, False
+                self._changed()
 
     def _place(self, now_s: float) -> None:
-        barred = {pair for pair, bar in self._bars.items() if bar.until_s > now_s}
+        barred = self._bars.at(now_s)
         placed: dict[str, set[str]] = {name: set() for name in self.models}
         leaving: dict[str, set[str]] = {}
         for (name, host), seat in self.seats.items():
@@ -289,7 +281,7 @@ class Reconciler:
             elif move.action == "add" and pair not in self.seats:
                 self._note("add", move.reason, *pair)
                 life = self.hosts[move.host].life
-                self.seats[pair] = Seat(self.models[move.model], life, SeatState.WANTED)
+                self.seats[pair] = Seat(self.models[move.model], life, SeatState.LOADING)
             elif move.action == "remove" and pair in self.seats and self.seats[pair].state is SeatState.SERVING:
                 self._leave(*pair, move.reason)
             self._changed()
@@ -319,7 +311,7 @@ class Reconciler:
 
     def _order(self, host: str, seat: Seat) -> Order:
         action = "add" if seat.state is SeatState.LOADING else "remove"
-        return Order(self.epoch, self.identity, host, seat.life, action, seat.deployment, seat.endpoints)
+        return Order(self.epoch, self.identity, host, seat.life, action, seat.deployment)
 
     def _give_up_orders(self, now_s: float) -> None:
         """Take orders that were never answered as failed; what they came to in the end will be reported."""
@@ -331,21 +323,15 @@ class Reconciler:
 
     # -- taking over -----------------------------------------------------------------------------------
 
-    def _adopt_all(self) -> None:
-        for report in self.hosts.values():
-            self._adopt(report)
-
     def _adopt(self, report: HostReport) -> None:
         """Take over what a host has loaded and nobody here ordered; it is left again if it is not wanted."""
-        if self.frontend is None:
-            return
         for name, hosted in report.models.items():
             if (name, report.host) in self.seats:
                 continue
             wanted = self.models.get(name)
             if wanted is None or wanted.version != hosted.version:
                 wanted = Deployment(name, hosted.version)
-            self.seats[name, report.host] = Seat(wanted, report.life, SeatState.SERVING, hosted.endpoints)
+            self.seats[name, report.host] = Seat(wanted, report.life, SeatState.SERVING)
             self._note("adopted", "the host has it loaded", name, report.host)
             self._changed()
 
@@ -374,8 +360,10 @@ class Reconciler:
         lives = {host: report.life for host, report in self.hosts.items()}
         roles = {host: self.roles[host] for host in self.roles.keys() & lives if self.roles[host] is not Role.MIXED}
         overdue = frozenset(host for host, report in self.hosts.items() if report.overdue)
-        totals, draining = dict(self.log.totals), frozenset(self.draining & lives.keys())
-        return ClusterView(self.epoch, self.version, self.revision, models, lives, roles, totals, overdue, draining)
+        return ClusterView(
+            self.epoch, self.version, self.revision, models, lives, roles, dict(self.log.totals), overdue,
+            frozenset(self.draining & lives.keys()), self.models.retiring, tuple(self.peers), self.is_ending,
+        )  # fmt: skip
 
     def snapshot(self) -> dict[str, Any]:
         """What the next controller needs beyond what hosts and frontends tell it; small and plain."""
@@ -389,7 +377,6 @@ class Reconciler:
         for (name, host), seat in self.seats.items():
             report = self.hosts.get(host)
             assert report is not None and report.life == seat.life, f"seat of {name} on {host} outlived its host"
-            assert seat.state is not SeatState.LOADING or seat.endpoints, f"{name} loads on {host} without endpoints"
 
     def _note(self, action: str, reason: str, model: str | None = None, host: str | None = None) -> None:
         self._seq += 1

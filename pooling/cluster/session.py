@@ -1,24 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Connects to Ray and keeps a pool's actors there. The driver owns them: they end with it, whatever ends it."""
+"""Connects a server to Ray and to its pool there, which is started if it is not there. Nobody owns it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import secrets
-from collections.abc import Mapping
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokenpool import settings
+from tokenpool.cluster.machine import machine_id
+from tokenpool.cluster.pool_record import CONTROLLER, PoolRecord, PoolStanding, PoolStore
+from tokenpool.cluster.values import Peer
 from tokenpool.cluster_config import ClusterConfig
-from tokenpool.errors import ConfigError, PoolError
+from tokenpool.errors import ConfigError, HostError, PoolError
+from tokenpool.process.ending import HOST_END_S
 
 logger = logging.getLogger(__name__)
 
 _FORWARDED = ("VLLM_", "HF_", "OMP_NUM_THREADS", settings.LOG_LEVEL.name)
 _SECRET = ("TOKEN", "KEY", "SECRET")
-_LOOK_S = 5.0
+_MAX_FRONTENDS = 64
+_FIND_LIMIT_S = 90.0
+"""For a pool of that name that ends, or is being started or restarted."""
+_ANSWER_LIMIT_S = 10.0
+_RETRY_S = 0.2
+_END_MARGIN_S = 20.0
 
 
 def prepare(address: str) -> None:
@@ -71,100 +85,162 @@ def namespace_of(config: ClusterConfig) -> str:
     return f"tokenpool-{config.name}"
 
 
-def wanted_hosts(config: ClusterConfig, *, use_gpus: bool) -> int:
-    """How many hosts there are to be, with `hosts: auto` one per GPU that the cluster has now."""
-    if config.hosts is not None:
-        return config.hosts
-    import ray
-
-    return max(1, int(ray.cluster_resources().get("GPU", 0))) if use_gpus else 1
-
-
 class Session:
-    """A pool's controller and host actors; made after `connect`."""
+    """A server's way to its pool in Ray; made after `connect`."""
 
-    def __init__(
-        self, config: ClusterConfig, host_config: Mapping[str, Any], *, use_gpus: bool, host_template: bool = True
-    ) -> None:
-        """Start the controller and as many hosts as are asked for. `host_config` holds the fields of a HostConfig.
-
-        With `host_template` each host's supervisor keeps a template of hosts.
-        Raises ConfigError when a pool of this name runs in the cluster, or no host can be placed.
-        """
+    def __init__(self, config: ClusterConfig, *, owns_ray: bool) -> None:
+        """With `owns_ray` Ray ends with this process, and the pool with it."""
         import ray
-
-        from tokenpool.cluster.actors import Controller
 
         self._ray = ray
         self._config = config
-        self._host_config = dict(host_config)
-        self._use_gpus = use_gpus
-        self._host_template = host_template
-        namespace = namespace_of(config)
-        num_hosts = wanted_hosts(config, use_gpus=use_gpus)
-        options = {"name": "controller", "num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000}
-        try:
-            self.controller = ray.remote(Controller).options(**options).remote(config, num_hosts, namespace)
-        except ValueError as error:
-            problem = f"a pool named {config.name!r} runs in this cluster already: give this one another name"
-            raise ConfigError(problem, key="cluster.name") from error
+        self._namespace = namespace_of(config)
+        self._controller: Any = None
+        self._hosts: dict[str, Any] = {}
+        self._has_left = False
+        self.owns_ray = owns_ray
+        self.name = secrets.token_hex(6)
+        """Of this server in the pool."""
+        self.first_index = (1 + secrets.randbits(40)) * _MAX_FRONTENDS
+        """The first of the indexes by which engines know its frontends: no other server ever has one of them."""
         self.address: str = ray.util.get_node_ip_address()
         """IP address of this node."""
-        self.hosts: dict[str, Any] = {}
-        self.add_hosts()
+        self.folder = tempfile.mkdtemp(prefix="tokenpool-")
+        """For sockets; mode 0700: only this user reaches them."""
+        self.has_started = False
+        """Whether this server started the pool, and has not served yet."""
 
-    def add_hosts(self) -> None:
-        """Start the host actors that are missing; Ray places them when there is room, also on nodes that join later."""
-        from tokenpool.cluster.actors import HostActor
+    # -- the pool ------------------------------------------------------------------------------------
 
-        for index in range(len(self.hosts), wanted_hosts(self._config, use_gpus=self._use_gpus)):
-            name = f"host-{index}"
-            options = {
-                "name": name,
-                "num_cpus": self._config.num_cpus_per_host,
-                "num_gpus": 1 if self._use_gpus else 0,
-                "max_restarts": -1,
-                "max_concurrency": 32,
-                "scheduling_strategy": "SPREAD",
-            }
-            self.hosts[name] = (
-                self._ray.remote(HostActor)
-                .options(**options)
-                .remote(
-                    name,
-                    self._host_config,
-                    self.controller,
-                    self._config.reconcile_period_s,
-                    self._host_env(),
-                    self._host_template,
-                )
-            )
+    def find(self) -> PoolStanding | None:
+        """What a pool of this name tells that is there; None if there is none. Waits for one that ends.
 
-    async def follow_nodes(self) -> None:
-        """With `hosts: auto`, start a host for every GPU that joins; runs until cancelled."""
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            await asyncio.to_thread(self.add_hosts)
-
-    def _host_env(self) -> dict[str, str | None]:
-        # These may be in the environment of Ray's workers too.
-        env: dict[str, str | None] = dict.fromkeys(settings.SECRETS)
-        given = settings.environment()
-        env |= {k: v for k, v in given.items() if k.startswith(_FORWARDED) and not any(s in k for s in _SECRET)}
-        if not self._use_gpus:
-            env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several hosts would be bound to the same cores
-            env.setdefault("OMP_NUM_THREADS", str(max(1, int(self._config.num_cpus_per_host))))
-        return env
-
-    async def stop(self, limit_s: float) -> None:
-        """End the hosts, each after at most `limit_s`, and all actors."""
-
-        async def stop_host(handle: Any) -> None:
+        Raises PoolError if it does not answer.
+        """
+        deadline_s = time.monotonic() + _FIND_LIMIT_S
+        problem = "it is ending"
+        while time.monotonic() < deadline_s:
             try:
-                async with asyncio.timeout(limit_s + 2.0):
-                    await handle.stop.remote(limit_s)
-            except Exception as error:  # one that is gone needs no stop
-                logger.debug("host not stopped: %s", error)
+                controller = self._ray.get_actor(CONTROLLER, self._namespace)
+                standing: PoolStanding = self._ray.get(controller.standing.remote(), timeout=_ANSWER_LIMIT_S)
+            except ValueError:
+                return None
+            except Exception as error:  # it is being restarted, or has just ended
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            else:
+                if not standing.is_ending:
+                    self._controller = controller
+                    return standing
+            time.sleep(_RETRY_S)
+        raise PoolError(f"pool {self._config.name!r} is there and does not take this server: {problem}")
 
-        await asyncio.gather(*(stop_host(handle) for handle in self.hosts.values()))
+    def start(self, record: PoolRecord) -> PoolStanding:
+        """Start a pool, unless somebody else has just done so; returns the one that is there. Raises PoolError."""
+        from tokenpool.cluster.controller import Controller
+
+        options: dict[str, Any] = {
+            "name": CONTROLLER, "namespace": self._namespace, "lifetime": "detached", "get_if_exists": True,
+            "num_cpus": 0, "max_restarts": -1, "max_concurrency": 1000,
+        }  # fmt: skip
+        names = self._names()
+        if CONTROLLER not in names:  # hosts of a pool whose controller was ended by force
+            self._kill(names)
+        store = PoolStore(self._namespace)
+        store.write_record(record)
+        self._ray.remote(Controller).options(**options).remote(record.identity, self._namespace)
+        standing = self.find()
+        if standing is None:
+            raise PoolError(f"pool {self._config.name!r} ended while it was being started")
+        self.has_started = standing.record.identity == record.identity
+        if not self.has_started:
+            store.drop_record(record.identity)
+        return standing
+
+    async def tell(self, method: str, *args: Any) -> Any:
+        """Call the controller; raises what the call raises."""
+        self._refuse_if_left()
+        try:
+            return await getattr(self._controller, method).remote(*args)
+        except self._ray.exceptions.ActorDiedError:  # somebody else may have started the pool anew
+            with contextlib.suppress(ValueError):
+                self._controller = await asyncio.to_thread(self._ray.get_actor, CONTROLLER, self._namespace)
+            raise
+
+    async def host(self, name: str) -> Any:
+        """A host's actor; raises ValueError if there is none."""
+        self._refuse_if_left()
+        if name not in self._hosts:
+            self._hosts[name] = await asyncio.to_thread(self._ray.get_actor, name, self._namespace)
+        return self._hosts[name]
+
+    def peer(self, num_frontends: int) -> Peer:
+        """This server, as the controller is told of it."""
+        folders = (self.folder, settings.METRICS_FOLDER.get() or "")
+        return Peer(self.name, self.first_index, num_frontends, self.address, os.getpid(), machine_id(), folders)
+
+    # -- the end -------------------------------------------------------------------------------------
+
+    async def leave(self) -> None:
+        """Leave the pool, which lives on; end it if it is nobody's but this server's, and this one never served."""
+        try:
+            async with asyncio.timeout(_ANSWER_LIMIT_S):
+                await self.tell("leave", self.name)
+            if self.owns_ray or self.has_started:
+                async with asyncio.timeout(HOST_END_S):
+                    await self.tell("end", 0.0, None if self.owns_ray else self.name)
+        except Exception as error:  # the pool notices without a word
+            logger.warning("the pool does not hear that this server ends: %s", type(error).__name__)
+        self.has_started, self._has_left = False, True
+        shutil.rmtree(self.folder, ignore_errors=True)
         await asyncio.to_thread(self._ray.shutdown)
+
+    def _refuse_if_left(self) -> None:
+        if self._has_left:  # else Ray would connect once more
+            raise HostError("this server has left the pool")
+
+    def abandon(self) -> None:
+        """This server does not come to serve: end the pool if it started it, and nobody else has joined."""
+        if self.has_started:
+            with contextlib.suppress(Exception):  # the pool ends by itself without servers
+                self._ray.get(self._controller.end.remote(0.0, self.name), timeout=HOST_END_S)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def end(self, limit_s: float) -> bool:
+        """End the pool, and whatever is left of an earlier one; returns whether there was any. Raises PoolError."""
+        was_there, deadline_s = False, time.monotonic() + limit_s + _END_MARGIN_S
+        while (names := self._names()) and time.monotonic() < deadline_s:
+            was_there = True
+            try:
+                controller = self._ray.get_actor(CONTROLLER, self._namespace)
+                self._ray.get(controller.end.remote(limit_s), timeout=max(1.0, deadline_s - time.monotonic()))
+            except ValueError:  # it is gone, and hosts are there
+                self._kill(names)
+            except Exception as error:  # it is being restarted, or has just ended
+                logger.debug("the pool does not answer: %s", error)
+            time.sleep(_RETRY_S)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if names:
+            raise PoolError(f"pool {self._config.name!r} does not end: {', '.join(sorted(names))} are still there")
+        return was_there
+
+    def _kill(self, names: Iterable[str]) -> None:
+        for name in names:
+            with contextlib.suppress(ValueError):
+                self._ray.kill(self._ray.get_actor(name, self._namespace), no_restart=True)
+
+    def _names(self) -> list[str]:
+        """The pool's actors."""
+        found = self._ray.util.list_named_actors(all_namespaces=True)
+        return [actor["name"] for actor in found if actor["namespace"] == self._namespace]
+
+
+def host_env(config: ClusterConfig, *, use_gpus: bool) -> dict[str, str | None]:
+    """What the hosts of a pool find in their environment; a variable that is None is kept from them."""
+    # These may be in the environment of Ray's workers too.
+    env: dict[str, str | None] = dict.fromkeys(settings.SECRETS)
+    given = settings.environment()
+    env |= {k: v for k, v in given.items() if k.startswith(_FORWARDED) and not any(s in k for s in _SECRET)}
+    if not use_gpus:
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # several hosts would be bound to the same cores
+        env.setdefault("OMP_NUM_THREADS", str(max(1, int(config.num_cpus_per_host))))
+    return env

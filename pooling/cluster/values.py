@@ -14,12 +14,10 @@ from tokenpool.policy.capacity import Role
 class SeatState(StrEnum):
     """Where a model stands on one host."""
 
-    WANTED = "wanted"
-    """Decided; the frontend has not named its endpoints yet."""
     LOADING = "loading"
-    """The host has been told to load it."""
+    """Decided; the host is told to load it."""
     SERVING = "serving"
-    """Loaded: frontends may send requests."""
+    """Loaded: frontends may have themselves attached, and send requests."""
     LEAVING = "leaving"
     """Frontends are asked to end what they have there."""
     REMOVING = "removing"
@@ -35,6 +33,10 @@ class Endpoints(NamedTuple):
     """CURVE public key of the frontend, needed to connect; empty for Unix sockets."""
 
 
+NOWHERE = Endpoints("", "")
+"""Those of an engine that has no frontend yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """A model that the pool is to serve."""
@@ -47,6 +49,8 @@ class Deployment:
     priority: int = 0
     payload: bytes = field(default=b"", repr=False)
     """The pickled HostedModelSpec without addresses; only the host process opens it."""
+    plan: bytes = field(default=b"", repr=False)
+    """The pickled ModelPlan; only frontends open it."""
     details: dict[str, Any] = field(default_factory=dict)
     """What a policy may want to know: `ttft_s` and `tpot_s` of its SLO."""
     replicas: int | None = None
@@ -55,6 +59,8 @@ class Deployment:
     """Hosts that may serve it, at most; None = as for all models."""
     hosts: tuple[str, ...] = ()
     """Labels of the hosts that it may be on; see `group_config.may_be_on`."""
+    origin: str = ""
+    """Drawn by who asked for it: a wish that is told once more, because no answer came, is the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,6 @@ class HostedReport:
     """One model that is loaded on a host."""
 
     version: int
-    endpoints: Endpoints
     load: dict[str, Any] = field(default_factory=dict)
     """What `host_load` and `host_state` said of it last; empty before they were asked."""
 
@@ -117,7 +122,22 @@ class Order(NamedTuple):
     action: str
     """`add` or `remove`."""
     deployment: Deployment
-    endpoints: Endpoints | None = None
+
+
+class Peer(NamedTuple):
+    """One server of the pool, with one frontend process or several."""
+
+    name: str
+    first_index: int
+    """The engines know its frontends by this index and those that follow."""
+    num_indexes: int
+    address: str = ""
+    """IP address of its node."""
+    pid: int = 0
+    machine: str = ""
+    """See HostReport."""
+    folders: tuple[str, ...] = ()
+    """Its temporary folders, which are removed for it if it could not do so itself."""
 
 
 class SeatView(NamedTuple):
@@ -159,6 +179,12 @@ class ClusterView:
     """Hosts that nobody should count on now; see HostReport."""
     draining: frozenset[str] = frozenset()
     """Hosts that the operator wants empty."""
+    retiring: dict[str, float] = field(default_factory=dict)
+    """Models that are removed once all frontends have drained them, with the seconds that their requests may take."""
+    peers: tuple[Peer, ...] = ()
+    """The servers that are there, eldest first; the eldest follows the pool file."""
+    is_ending: bool = False
+    """Whether the pool ends: all its servers are to finish what they have, and end."""
 
 
 class StaleEpochError(PoolError):

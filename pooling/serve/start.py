@@ -70,11 +70,14 @@ def _serve_here(config: PoolConfig, pool_file: str | None, sock: socket.socket) 
 def _serve_cluster(config: PoolConfig, cluster: str, pool_file: str | None, sock: socket.socket) -> None:
     from tokenpool.serve.clustered.ray_pool import plan_on_cluster, ray_pool
 
-    config, plans, session = plan_on_cluster(config, cluster)
-    if config.frontends == 1:
-        run(config, plans, partial(ray_pool, config, plans, session, pool_file), sock)
-        return
-    from tokenpool.serve.frontends.shared_cluster import cluster_frontends
-    from tokenpool.serve.frontends.supervisor import supervise
+    planned = plan_on_cluster(config, cluster)
+    try:
+        if config.frontends == 1:
+            run(planned.config, planned.port_plans, partial(ray_pool, planned, pool_file), sock)
+            return
+        from tokenpool.serve.frontends.shared_cluster import cluster_frontends
+        from tokenpool.serve.frontends.supervisor import supervise
 
-    supervise(config, plans, partial(cluster_frontends, config, plans, session, pool_file, sock), sock)
+        supervise(planned.config, planned.port_plans, partial(cluster_frontends, planned, pool_file, sock), sock)
+    finally:
+        planned.session.abandon()

@@ -90,3 +90,46 @@ def test_a_server_that_refuses_to_tell_its_lines_is_named(asked: Asked) -> None:
     asked.answers = [(401, b'{"error": {"message": "Missing or invalid admin key."}}')]
     with pytest.raises(PoolError, match="answers 401: Missing"):
         run(["logs"])
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `down` asks Ray for; there is a pool named `there`."""
+    from tokenpool.cluster import session
+
+    asked: list[Any] = []
+
+    class Session:
+        def __init__(self, config: Any, *, owns_ray: bool) -> None:
+            self.name = config.name
+
+        def end(self, limit_s: float) -> bool:
+            asked.append((self.name, limit_s))
+            return self.name == "there"
+
+    monkeypatch.setattr(session, "prepare", asked.append)
+    monkeypatch.setattr(session, "connect", lambda address, config, num_hosts: asked.append(address))
+    monkeypatch.setattr(session, "Session", Session)
+    return asked
+
+
+def test_down_names_the_pool_by_its_file(ended: list[Any], tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "pool.yaml"
+    file.write_text("models: [{name: a, model: x/y}]\ncluster: {name: there}\n")
+    assert run(["down", str(file), "--wait", "5s"]) == 0
+    assert ended == ["auto", "auto", ("there", 5.0)]
+    assert capsys.readouterr().out == "pool there has ended\n"
+
+
+def test_down_without_such_a_pool_is_no_error(ended: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """It may be said twice, and by a script."""
+    assert run(["down", "--name", "none", "--cluster", "10.0.0.1:6379"]) == 0
+    assert ended == ["10.0.0.1:6379", "10.0.0.1:6379", ("none", 60.0)]
+    assert capsys.readouterr().out == "there is no pool none\n"
+
+
+@pytest.mark.parametrize("words", [["--cluster", "local"], ["pool.yaml", "--name", "x"], ["--wait", "soon"]])
+def test_what_down_cannot_do_is_refused(ended: list[Any], words: list[str]) -> None:
+    with pytest.raises(PoolError):
+        run(["down", *words])
+    assert ended == []

@@ -96,7 +96,7 @@ def server(nodes: RayNodes, tiny_models: TinyModels) -> Iterator[PoolServerProce
         yield started
         pids = [host["pid"] for host in controller(started)["hosts"].values()]
         assert started.stop() == 0
-    assert [pid for pid in pids if is_running(pid)] == []
+        assert [pid for pid in pids if not is_running(pid)] == [], "the pool is nobody's"
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def test_labels(wanted, labels, may):
 @pytest.mark.parametrize("capacity", ["fixed", "live"])
 def test_a_model_is_placed_on_hosts_it_may_be_on(capacity):
     made = rig(labelled("h0", FAST), labelled("h1", SLOW), capacity=capacity)
-    made.control.attach("front", 1, [on("a", "fast"), on("b", "!fast"), on("c", "h1"), on("d", "slow", "fast")])
+    made.want([on("a", "fast"), on("b", "!fast"), on("c", "h1"), on("d", "slow", "fast")])
     made.settle(20)
     assert [where(made, name) for name in "abc"] == [{"h0"}, {"h1"}, {"h1"}] and where(made, "d")
 
@@ -64,7 +64,7 @@ def test_a_model_is_placed_on_hosts_it_may_be_on(capacity):
 def test_a_model_that_no_host_may_take_says_so():
     """It is failed, with a reason, rather than waited for."""
     made = rig(labelled("h0", SLOW))
-    made.control.attach("front", 1, [on("a", "fast")])
+    made.want([on("a", "fast")])
     made.settle()
     error = made.control.view().models["a"].error
     assert isinstance(error, CapacityError) and "may take it" in str(error)
@@ -74,7 +74,7 @@ def test_a_model_that_no_host_may_take_says_so():
 def test_a_host_that_drains_is_emptied_once_others_serve(capacity):
     """Each model is served all the time; nothing comes back until it is used again."""
     made = rig(MemoryHost("h0"), MemoryHost("h1"), capacity=capacity)
-    made.control.attach("front", 1, [deployment(name) for name in "abcd"])
+    made.want([deployment(name) for name in "abcd"])
     made.settle(10)
     made.control.drain("h0", is_wanted=True)
     for _ in range(200):
@@ -83,14 +83,14 @@ def test_a_host_that_drains_is_emptied_once_others_serve(capacity):
     assert made.loaded() == {"h0": [], "h1": ["a", "b", "c", "d"]}
     assert made.control.view().draining == {"h0"}
     made.control.drain("h0", is_wanted=False)
-    made.control.deploy(deployment("e"), 2)
+    made.control.deploy(deployment("e"))
     made.settle(20)
     assert made.loaded()["h0"] == ["e"] and made.control.view().draining == frozenset()
 
 
 def test_a_host_stays_drained_for_the_next_controller_and_an_unknown_one_is_refused():
     made = rig(MemoryHost("h0"), MemoryHost("h1"))
-    made.control.attach("front", 1, [deployment("a")])
+    made.want([deployment("a")])
     made.settle()
     made.control.drain("h1", is_wanted=True)
     with pytest.raises(ConfigError, match="there is no host 'h9': the pool has h0, h1"):
@@ -100,7 +100,7 @@ def test_a_host_stays_drained_for_the_next_controller_and_an_unknown_one_is_refu
 
 def test_the_last_host_keeps_what_nobody_else_can_take():
     made = rig(MemoryHost("h0"), labelled("h1", SLOW, pages=2))
-    made.control.attach("front", 1, [deployment("a", mib=8)])
+    made.want([deployment("a", mib=8)])
     made.settle()
     made.control.drain("h0", is_wanted=True)
     made.settle(30)
@@ -111,14 +111,14 @@ def test_the_last_host_keeps_what_nobody_else_can_take():
 def test_a_group_goes_where_there_is_room_for_all_of_it(capacity):
     """Not to the emptier host that takes only one of them."""
     made = rig(MemoryHost("h0", pages=13), MemoryHost("h1", pages=30), capacity=capacity, together=(("a", "b"),))
-    made.control.attach("front", 1, [deployment("a", 10), deployment("b", 10)])
+    made.want([deployment("a", 10), deployment("b", 10)])
     made.settle(20)
     assert made.loaded() == {"h0": [], "h1": ["a", "b"]}
 
 
 def test_a_group_too_large_for_any_host_says_so():
     made = rig(MemoryHost("h0", pages=13), MemoryHost("h1", pages=13), together=(("a", "b"),))
-    made.control.attach("front", 1, [deployment("a", 10), deployment("b", 10)])
+    made.want([deployment("a", 10), deployment("b", 10)])
     made.settle()
     assert {type(view.error) for view in made.control.view().models.values()} == {CapacityError}
 
@@ -128,7 +128,7 @@ def test_a_group_is_served_elsewhere_where_a_host_refuses_one_of_it(capacity):
     made = rig(MemoryHost("h0"), MemoryHost("h1"), capacity=capacity, together=(("a", "b"),))
     for host in ("h0", "h1"):
         made.hosts[host].refuses = {"b": HostError("no")} if host == "h0" else {}
-    made.control.attach("front", 1, [deployment("a"), deployment("b")])
+    made.want([deployment("a"), deployment("b")])
     made.settle(400)
     assert where(made, "a") & where(made, "b") == {"h1"}
 
@@ -148,7 +148,7 @@ def test_any_life_of_a_cluster_ends_as_the_rules_say(capacity, seed):
     rng = random.Random(seed)
     hosts = [labelled(f"h{i}", FAST if i < 2 else SLOW) for i in range(4)]
     made = rig(*hosts, capacity=capacity, together=TOGETHER, apart=APART)
-    made.control.attach("front", 1, MODELS)
+    made.want(MODELS)
     revision, drained = 1, ""
     for _ in range(25):
         event = rng.choice(("die", "drain", "undrain", "refuse", "accept", "model", "controller", "nothing"))
@@ -167,17 +167,15 @@ def test_any_life_of_a_cluster_ends_as_the_rules_say(capacity, seed):
         elif event == "accept":
             host.refuses = {}
         elif event == "model":
-            revision += 1
             gone = rng.choice("abcdef")
-            made.control.withdraw(gone, revision)
+            made.control.withdraw(gone)
             made.settle(rng.randint(0, 2))
-            revision += 1
-            made.control.deploy(next(m for m in MODELS if m.name == gone), revision)
+            made.control.deploy(next(m for m in MODELS if m.name == gone))
+            made.settle(4)  # what was there is another version, and goes first
         elif event == "controller":
-            wanted = list(made.control.models.values())
+            revision += 1
             made.placement = placement_of(ClusterConfig(capacity=capacity, together=TOGETHER, apart=APART))
-            made.control = made.controller(made.control.snapshot(), f"next{revision}")
-            made.control.attach("front", revision, wanted)
+            made.replace_controller(made.control.snapshot(), f"next{revision}")
         before = {m.name for m in MODELS if where(made, m.name)}
         for _ in range(rng.randint(1, 8)):
             made.period()

@@ -18,15 +18,13 @@ import pytest
 
 from tests.helpers.server import REPOSITORY, poll
 from tokenpool.cluster.host_supervisor import HostSupervisor
-from tokenpool.cluster.values import Deployment, Endpoints, Order, StaleEpochError
+from tokenpool.cluster.values import Deployment, Order, StaleEpochError
 from tokenpool.errors import HostError
 from tokenpool.process.template import Template
 
 pytestmark = pytest.mark.cpu
 
 HOST = (sys.executable, "-m", "tests.helpers.pulsing_host")
-
-ENDPOINTS = Endpoints("ipc://in", "ipc://out")
 
 
 class Recorded(HostSupervisor):
@@ -42,7 +40,7 @@ class Recorded(HostSupervisor):
 
 
 def order(epoch: int, action: str = "add", *, controller: str = "c1", life: str = "x", version: int = 1) -> Order:
-    return Order(epoch, controller, "h0", life, action, Deployment("a", version, payload=b"spec"), ENDPOINTS)
+    return Order(epoch, controller, "h0", life, action, Deployment("a", version, payload=b"spec"))
 
 
 def test_orders_reach_the_host_once():
@@ -55,14 +53,15 @@ def test_orders_reach_the_host_once():
     assert host.report().models == {}
 
 
-def test_a_model_is_reported_with_its_endpoints():
+def test_a_model_is_reported_with_its_version():
     """What a new controller needs to take a model over is in the report."""
     host = Recorded()
-    host.order(order(3))
+    host.order(order(3, version=7))
     report = host.report()
 
     assert (report.epoch, report.controller, report.changes) == (3, "c1", 1)
-    assert report.models["a"].endpoints == ENDPOINTS
+    assert report.models["a"].version == 7
+    assert host.calls == [("add_packed", b"spec", "", "", b"")], "no server is named to the host"
 
 
 @pytest.mark.parametrize("late", [order(1, "remove"), order(2, "remove", controller="c0")])

@@ -9,7 +9,7 @@ import pytest
 
 from tokenpool.cluster.live_placement import LivePlacement, placement_of
 from tokenpool.cluster.placement import KeepReplicas, Move, Situation
-from tokenpool.cluster.values import Deployment, Endpoints, HostedReport, HostReport
+from tokenpool.cluster.values import Deployment, HostedReport, HostReport
 from tokenpool.cluster_config import ClusterConfig
 from tokenpool.policy.capacity import Action, CapacityDecision, CapacityView, Role
 from tokenpool.policy.capacity_live import LiveCapacity
@@ -48,7 +48,7 @@ def loaded(
             "prefill_per_token_s": 1e-4,
         }},
     }  # fmt: skip
-    return HostedReport(1, Endpoints("i", "o"), load)
+    return HostedReport(1, load)
 
 
 def host(name: str, **models: HostedReport) -> HostReport:
@@ -110,13 +110,13 @@ def test_rates_are_differences_of_totals():
 
 def test_a_move_removes_only_once_the_model_serves_there():
     """The old seat goes when the new one is loaded, not before."""
-    here = host("h0", a=HostedReport(1, Endpoints("i", "o")), b=HostedReport(1, Endpoints("i", "o")))
+    here = host("h0", a=HostedReport(1), b=HostedReport(1))
     move = CapacityDecision(Action.MOVE, "why", "a", "h0", "h1")
     policy = Script([move])
     placement = LivePlacement(policy, replicas=1)
     first = placement.decide(situation(0.0, here, host("h1"), a={"h0"}, b={"h0"}))
     second = placement.decide(situation(1.0, here, host("h1"), a={"h0", "h1"}, b={"h0"}))
-    there = host("h1", a=HostedReport(1, Endpoints("i", "o")))
+    there = host("h1", a=HostedReport(1))
     third = placement.decide(situation(1.5, here, there, a={"h0", "h1"}, b={"h0"}))
 
     assert first == [Move("add", "a", "h1", "move: why")]
@@ -128,7 +128,7 @@ def test_a_move_removes_only_once_the_model_serves_there():
 
 def test_a_move_whose_new_host_died_leaves_the_old_seat():
     """Without the new seat the model stays where it is."""
-    here = host("h0", a=HostedReport(1, Endpoints("i", "o")), b=HostedReport(1, Endpoints("i", "o")))
+    here = host("h0", a=HostedReport(1), b=HostedReport(1))
     placement = LivePlacement(Script([CapacityDecision(Action.MOVE, "why", "a", "h0", "h1")]), replicas=1)
     placement.decide(situation(0.0, here, host("h1"), a={"h0"}, b={"h0"}))
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,20 +15,21 @@ from tokenpool.cluster.placement import KeepReplicas, Placement
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import (
     Deployment,
-    Endpoints,
     HostedReport,
     HostReport,
     Order,
+    Peer,
     SeatState,
     StaleEpochError,
 )
-from tokenpool.errors import CapacityError, ConfigError, HostError
+from tokenpool.errors import CapacityError, HostError
 from tokenpool.policy.capacity import Role
 from tokenpool.policy.capacity_live import LiveCapacity
 
 pytestmark = pytest.mark.cpu
 
 MIB = 1 << 20
+FRONT = Peer("front", 64, 1, "10.0.0.9", 7)
 
 
 class MemoryHost:
@@ -66,7 +68,7 @@ class MemoryHost:
         if order.action == "add":
             if name in self.refuses:
                 raise self.refuses[name]
-            self.models[name] = HostedReport(order.deployment.version, order.endpoints)
+            self.models[name] = HostedReport(order.deployment.version)
         else:
             del self.models[name]
         self.changes += 1
@@ -74,7 +76,7 @@ class MemoryHost:
 
 
 class Rig:
-    """A controller, its hosts, and a frontend that offers endpoints and leaves when asked."""
+    """A controller, its hosts, and a server that joins engines that serve and leaves them when asked."""
 
     def __init__(
         self,
@@ -89,24 +91,42 @@ class Rig:
         self.replicas = replicas
         self.control = self.controller(snapshot, "first", num_hosts=len(hosts))
 
-    def controller(self, snapshot: dict[str, Any] | None, identity: str, num_hosts: int = 0) -> Reconciler:
+    def controller(
+        self, snapshot: dict[str, Any] | None, identity: str, num_hosts: int = 0, models: Sequence[Deployment] = ()
+    ) -> Reconciler:
         return Reconciler(
             self.placement or KeepReplicas(self.replicas), host_timeout_s=5.0, now_s=self.now_s, snapshot=snapshot,
-            identity=identity, num_hosts=num_hosts, wall_clock=lambda: self.now_s,
+            identity=identity, num_hosts=num_hosts, models=models, wall_clock=lambda: self.now_s,
         )  # fmt: skip
 
+    def replace_controller(self, snapshot: dict[str, Any] | None, identity: str = "second") -> Reconciler:
+        """The next controller, which finds what was wanted, and the server that joins it; returns the one before."""
+        old = self.control
+        self.control = self.controller(snapshot, identity, models=old.models.kept)
+        for peer in old.peers:
+            self.control.join(peer, self.now_s)
+        return old
+
+    def want(self, models: Sequence[Deployment]) -> None:
+        """A pool that begins with these, and a server of it."""
+        self.control.models.update({model.name: model for model in models})
+        self.control.models.revision = max((model.version for model in models), default=1)
+        self.control.join(FRONT, self.now_s)
+
     def period(self, *, frontend: bool = True) -> None:
-        """One period: reports, decisions, orders, and what the frontend does about the view."""
+        """One period: reports, decisions, orders, and what the server does about the view."""
         self.now_s += 0.5
+        for peer in self.control.peers:
+            self.control.peers.beat(peer.name, self.now_s)
         for host in self.hosts.values():
             self.control.host_reported(host.report(self.now_s), self.now_s)
         for order in self.control.tick(self.now_s):
             self.carry_out(order)
         for (model, host), seat in list(self.control.seats.items()):
-            if frontend and seat.state is SeatState.WANTED:
-                self.control.offer(model, host, seat.life, Endpoints(f"{model}.in", f"{model}.out"))
+            if frontend and seat.state is SeatState.SERVING:
+                self.control.seats.joined("front", model, host, seat.life)
             elif frontend and seat.state is SeatState.LEAVING:
-                self.control.left(model, host, seat.life)
+                self.control.seats.left("front", model, host, seat.life)
         self.control.check()
 
     def carry_out(self, order: Order) -> None:
@@ -131,8 +151,8 @@ def deployment(name: str, mib: int = 4, version: int = 1) -> Deployment:
     return Deployment(name, version, weight_bytes=mib * MIB)
 
 
-def attached(rig: Rig, *models: Deployment, revision: int = 1) -> Rig:
-    rig.control.attach("front", revision, list(models))
+def attached(rig: Rig, *models: Deployment) -> Rig:
+    rig.want(models)
     rig.settle()
     return rig
 
@@ -149,7 +169,7 @@ def test_models_are_spread_and_served():
 def test_a_new_pool_waits_for_its_hosts():
     """The first host to come does not get every model while another one is still starting."""
     rig = Rig(MemoryHost("h0"), MemoryHost("h1"))
-    rig.control.attach("front", 1, [deployment("a"), deployment("b")])
+    rig.want([deployment("a"), deployment("b")])
     late = rig.hosts.pop("h1")
     rig.settle()
     assert rig.loaded() == {"h0": []}
@@ -159,15 +179,14 @@ def test_a_new_pool_waits_for_its_hosts():
     assert rig.loaded() == {"h0": ["a"], "h1": ["b"]}
 
 
-def test_nothing_is_ordered_before_endpoints_are_there():
-    """A host is told to load a model only once the frontend listens for its engine."""
-    rig = Rig(MemoryHost("h0"))
-    rig.control.attach("front", 1, [deployment("a")])
-    for _ in range(3):
-        rig.period(frontend=False)
+def test_models_are_loaded_without_any_server():
+    """Hosts need none for that: a pool whose servers all died loads what a dead host had."""
+    rig = attached(Rig(MemoryHost("h0"), MemoryHost("h1")), deployment("a"), deployment("b"))
+    rig.control.leave("front", rig.now_s)
+    rig.hosts["h0"].start()
+    rig.settle()
 
-    assert rig.loaded() == {"h0": []}
-    assert [seat.state for seat in rig.control.seats.values()] == [SeatState.WANTED]
+    assert sorted(name for models in rig.loaded().values() for name in models) == ["a", "b"]
 
 
 def test_models_of_a_dead_host_go_to_others():
@@ -206,9 +225,8 @@ def test_a_restarted_host_process_is_a_new_life():
 def test_a_new_controller_takes_over_what_hosts_have():
     """After a restart nothing is loaded twice, nothing moves, and the epoch is a new one."""
     rig = attached(Rig(MemoryHost("h0"), MemoryHost("h1")), deployment("a"), deployment("b"))
-    before, old = rig.loaded(), rig.control
-    rig.control = rig.controller(old.snapshot(), "second")
-    attached(rig, deployment("a"), deployment("b"))
+    before, old = rig.loaded(), rig.replace_controller(rig.control.snapshot())
+    rig.settle()
 
     assert rig.loaded() == before
     assert rig.control.epoch == old.epoch + 1
@@ -219,9 +237,9 @@ def test_a_new_controller_takes_over_what_hosts_have():
 def test_orders_of_a_replaced_controller_are_refused(snapshot):
     """Whoever was replaced cannot change anything, whether or not the new controller found the snapshot."""
     rig = attached(Rig(MemoryHost("h0")), deployment("a"))
-    old = rig.control
-    rig.control = rig.controller(old.snapshot() if snapshot == "kept" else {}, "second")
-    attached(rig, deployment("a"), deployment("b"))
+    old = rig.replace_controller(rig.control.snapshot() if snapshot == "kept" else {})
+    rig.control.deploy(deployment("b"))
+    rig.settle()
     assert rig.loaded() == {"h0": ["a", "b"]}
 
     late = Order(old.epoch, old.identity, "h0", "h0-1", "remove", deployment("a"))
@@ -241,17 +259,16 @@ def test_roles_reach_frontends_and_the_next_controller():
     assert rig.loaded() == {"h0": ["a"], "h1": ["a"]}
     logged = [decision for decision in rig.control.log.last() if decision["action"] == "role"]
     assert [decision["host"] for decision in logged] == ["h0", "h1"] and all(d["reason"] for d in logged)
-    rig.control = rig.controller(snapshot, "second")
-    assert attached(rig, deployment("a")).control.view().roles == roles
+    rig.replace_controller(snapshot)
+    rig.settle()
+    assert rig.control.view().roles == roles
 
 
 def test_a_new_controller_decides_without_hosts_that_died_with_the_old_one():
     """It waits for the hosts that its predecessor knew, but not for ever."""
     rig = attached(Rig(MemoryHost("h0"), MemoryHost("h1")), deployment("a"), deployment("b"))
-    old = rig.control
     rig.hosts.pop("h0")
-    rig.control = rig.controller(old.snapshot(), "second")
-    rig.control.attach("front", 1, [deployment("a"), deployment("b")])
+    rig.replace_controller(rig.control.snapshot())
     rig.period()
     assert rig.loaded() == {"h1": ["b"]}
 
@@ -260,9 +277,9 @@ def test_a_new_controller_decides_without_hosts_that_died_with_the_old_one():
 
 
 def test_a_model_that_is_not_wanted_is_left_then_unloaded():
-    """A withdrawn model goes from its host only after the frontend has left it."""
+    """A withdrawn model goes from its host only after the server has left it."""
     rig = attached(Rig(MemoryHost("h0")), deployment("a"), deployment("b"))
-    rig.control.withdraw("a", 2)
+    rig.control.withdraw("a")
     rig.period(frontend=False)
     assert rig.loaded() == {"h0": ["a", "b"]}
     assert rig.control.seats["a", "h0"].state is SeatState.LEAVING
@@ -273,12 +290,13 @@ def test_a_model_that_is_not_wanted_is_left_then_unloaded():
 
 
 def test_another_version_replaces_a_model():
-    """Deploying a name again unloads the old version and loads the new one."""
+    """A name that is deployed again after it was withdrawn is another model: the old one is unloaded first."""
     rig = attached(Rig(MemoryHost("h0")), deployment("a"))
-    rig.control.deploy(deployment("a", version=2), 2)
+    rig.control.withdraw("a")
+    version = rig.control.deploy(deployment("a"))
     rig.settle(10)
 
-    assert rig.hosts["h0"].models["a"].version == 2
+    assert rig.hosts["h0"].models["a"].version == version == 3
     assert rig.actions().count("model_removed") == 1
 
 
@@ -286,8 +304,7 @@ def test_a_refused_model_is_tried_elsewhere_and_not_at_once_again():
     """A host that cannot load a model is barred for it; another one gets it. The error is there for who asked."""
     rig = Rig(MemoryHost("h0"), MemoryHost("h1"))
     rig.hosts["h0"].refuses["a"] = CapacityError("no room")
-    rig.control.attach("front", 1, [deployment("a")])
-    rig.period()
+    rig.want([deployment("a")])
     rig.period()
     assert str(rig.control.view().models["a"].error) == "no room"
 
@@ -310,7 +327,7 @@ def test_an_old_report_brings_nothing_back():
     """A report from before an order was done does not revive the model that the order removed."""
     rig = attached(Rig(MemoryHost("h0")), deployment("a"))
     old = rig.hosts["h0"].report(rig.now_s + 0.1)
-    rig.control.withdraw("a", 2)
+    rig.control.withdraw("a")
     rig.settle()
     rig.control.host_reported(replace(old, number=rig.now_s + 0.2), rig.now_s + 0.2)
 
@@ -318,10 +335,10 @@ def test_an_old_report_brings_nothing_back():
 
 
 def removing(rig: Rig) -> list[Order]:
-    """The orders of one look at a rig whose only model is not wanted any more and was left by the frontend."""
-    rig.control.withdraw("a", 2)
+    """The orders of one look at a rig whose only model is not wanted any more and was left by the server."""
+    rig.control.withdraw("a")
     rig.control.tick(rig.now_s)
-    rig.control.left("a", "h0", "h0-1")
+    rig.control.seats.left("front", "a", "h0", "h0-1")
     return rig.control.tick(rig.now_s)
 
 
@@ -354,7 +371,7 @@ def test_an_order_without_an_answer_ends(action: str):
     rig.control._order_limit_s = 30.0
     orders: list[Order] = []
     if action == "add":
-        rig.control.attach("front", 1, [deployment("a")])
+        rig.want([deployment("a")])
         rig.carry_out = orders.append  # type: ignore[method-assign]
     else:
         attached(rig, deployment("a"))
@@ -422,20 +439,3 @@ def test_replicas_are_kept_and_restored():
     rig.control.host_lost(name, "killed")
     rig.settle()
     assert sum(map(len, rig.loaded().values())) == 2
-
-
-def test_a_second_frontend_is_refused():
-    """Two servers of one pool would offer different endpoints for one engine."""
-    rig = attached(Rig(MemoryHost("h0")), deployment("a"))
-
-    with pytest.raises(ConfigError, match="its own name"):
-        rig.control.attach("other", 1, [])
-
-
-def test_the_larger_revision_holds():
-    """A frontend with an older wish does not undo a newer one."""
-    rig = attached(Rig(MemoryHost("h0")), deployment("a"), revision=3)
-    rig.control.attach("front", 2, [])
-
-    assert sorted(rig.control.models) == ["a"]
-    assert rig.control.revision == 3

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tokenpool.cluster.host_supervisor import HostSupervisor
-from tokenpool.cluster.session import Session, prepare
+from tokenpool.cluster.session import host_env, prepare
 from tokenpool.config import PoolConfig
 from tokenpool.errors import ConfigError
 
@@ -85,7 +85,7 @@ def test_a_host_of_a_cluster_has_no_key_of_the_server(monkeypatch: pytest.Monkey
         "models": [{"name": "a", "model": "x/y"}], "view_key": "${POOL_KEY}",
         "tenants": [{"name": "t", "keys": "${TEAM_KEY}"}],
     })  # fmt: skip
-    env = Session._host_env(SimpleNamespace(_use_gpus=False, _config=config.cluster))  # type: ignore[arg-type]
+    env = host_env(config.cluster, use_gpus=False)
     host = Telling("h0", {"device_memory": 64, "page_size": 1, "host_timeout_s": 60.0}, lambda report: None, env=env)
     host._launch()
     try:

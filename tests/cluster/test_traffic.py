@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from tokenpool.cluster.traffic import TrafficBook
-from tokenpool.cluster.values import Endpoints, HostedReport, HostReport
+from tokenpool.cluster.values import HostedReport, HostReport
 
 pytestmark = pytest.mark.cpu
 
@@ -15,7 +15,7 @@ def report(host: str, tokens: float | None, *, life: str = "1", requests: float 
     """A host with the model m that has given out so many tokens, each on time; None = it does not have it."""
     load = {"requests": requests, "prompt_tokens": 10 * requests, "finished": requests, "tokens": tokens or 0,
             "tokens_on_time": tokens or 0, "step_seconds": (tokens or 0) / 1000}  # fmt: skip
-    models = {} if tokens is None else {"m": HostedReport(1, Endpoints("i", "o"), load)}
+    models = {} if tokens is None else {"m": HostedReport(1, load)}
     return HostReport(host, life, 1, models=models)
 
 

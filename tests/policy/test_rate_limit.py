@@ -74,15 +74,18 @@ def test_shares_make_up_one_limit(rate, parts):
     assert pytest.approx(rate / 2, rel=1e-6) == sum(bucket.level(30.0) for bucket in buckets)
 
 
-def test_a_new_share_keeps_the_proportion():
-    """A bucket half empty, or in debt by its capacity, is so after its share has changed."""
+def test_a_new_share_makes_no_level_out_of_nothing():
+    """What is given up takes its part along, what is new is as full as is said, and a debt stays."""
     bucket = TokenBucket(1000, now_s=0.0)
     bucket.take(0.0, 500)
     bucket.set_share(0.0, 0.5)
-    assert pytest.approx(250) == bucket.level(0.0)
-    bucket.take(0.0, 750)
-    bucket.set_share(0.0, 1.0)
-    assert pytest.approx(-1000) == bucket.level(0.0)
+    assert (bucket.level(0.0), bucket.fill) == (pytest.approx(250), pytest.approx(0.5))
+    bucket.set_share(0.0, 1.0, 0.5)
+    assert bucket.level(0.0) == pytest.approx(500)
+    bucket.take(0.0, 1500)
+    for share in (0.5, 1.0):
+        bucket.set_share(0.0, share)
+        assert (bucket.level(0.0), bucket.fill) == (pytest.approx(-1000), 0.0)
 
 
 @pytest.mark.parametrize("share", [0, -1, 1.01, float("nan")])

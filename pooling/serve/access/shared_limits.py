@@ -17,10 +17,11 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from tokenpool.policy.rate_limit import TokenBucket
+from tokenpool.policy.leases import Lease
+from tokenpool.policy.rate_limit import LEAST_SHARE, TokenBucket
 from tokenpool.tenant_config import TenantConfig
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ _STUCK_S = 1.0
 """How long, after the lock did not come, it is only tried once each time."""
 _BUCKET = struct.Struct("dd")
 _COUNT = struct.Struct("q")
+_LEASE = struct.Struct("dq")
+_NO_SLOTS = -1
+"""Where the limits are this server's alone."""
 KINDS = ("requests", "tokens")
 
 
@@ -47,13 +51,20 @@ class SharedLimits:
         self._stuck_until_s = 0.0
 
     @classmethod
-    def create(cls, path: str, tenants: Sequence[TenantConfig], num_frontends: int) -> SharedLimits:
-        """Make the table at `path`, which must be new, with all buckets full and no sequences."""
+    def create(
+        cls, path: str, tenants: Sequence[TenantConfig], num_frontends: int, *, is_leased: bool = False
+    ) -> SharedLimits:
+        """Make the table at `path`, which must be new, with all buckets full and no sequences.
+
+        With `is_leased` other servers keep parts of the limits, and this one has none before `set_leases`.
+        """
         now_s = time.monotonic()
         with open(path, "xb") as file:
             for tenant in tenants:
                 for limit in (tenant.requests_per_minute, tenant.tokens_per_minute):
-                    file.write(_BUCKET.pack(TokenBucket(limit or 1, now_s=now_s).capacity, now_s))
+                    level = 0.0 if is_leased else TokenBucket(limit or 1, now_s=now_s).capacity
+                    file.write(_BUCKET.pack(level, now_s))
+                file.write(_LEASE.pack(0.0, 0) if is_leased else _LEASE.pack(1.0, _NO_SLOTS))
                 file.write(bytes(_COUNT.size * num_frontends))
         return cls(path, num_frontends)
 
@@ -94,6 +105,19 @@ class SharedLimits:
         """Set both."""
         _BUCKET.pack_into(self._map, self._bucket_at(tenant, kind), level, as_of_s)
 
+    def lease(self, tenant: int) -> Lease | None:
+        """This server's part of a tenant's limits; None where it has them alone."""
+        share, slots = _LEASE.unpack_from(self._map, self._lease_at(tenant))
+        return None if slots == _NO_SLOTS else Lease(share, slots)
+
+    def set_lease(self, tenant: int, lease: Lease, per_minute: Mapping[str, int | None]) -> None:
+        """Keep to this part of a tenant's limits, which are `per_minute` by kind."""
+        with self.locked():
+            for kind in (kind for kind in KINDS if per_minute[kind] is not None):
+                bucket = SharedBucket(self, tenant, kind, per_minute[kind] or 1)
+                bucket.set_share(time.monotonic(), max(lease.share, LEAST_SHARE), lease.fill)
+            _LEASE.pack_into(self._map, self._lease_at(tenant), lease.share, lease.slots)
+
     def sequences(self, tenant: int) -> int:
         """Sequences that a tenant has at all frontends."""
         return sum(_COUNT.unpack_from(self._map, self._count_at(tenant, i))[0] for i in range(self._num_frontends))
@@ -110,13 +134,16 @@ class SharedLimits:
 
     @property
     def _row_bytes(self) -> int:
-        return len(KINDS) * _BUCKET.size + self._num_frontends * _COUNT.size
+        return len(KINDS) * _BUCKET.size + _LEASE.size + self._num_frontends * _COUNT.size
 
     def _bucket_at(self, tenant: int, kind: str) -> int:
         return tenant * self._row_bytes + KINDS.index(kind) * _BUCKET.size
 
     def _count_at(self, tenant: int, frontend: int) -> int:
-        return tenant * self._row_bytes + len(KINDS) * _BUCKET.size + frontend * _COUNT.size
+        return self._lease_at(tenant) + _LEASE.size + frontend * _COUNT.size
+
+    def _lease_at(self, tenant: int) -> int:
+        return tenant * self._row_bytes + len(KINDS) * _BUCKET.size
 
 
 class TenantRow:
@@ -126,6 +153,11 @@ class TenantRow:
         self.limits = limits
         self._tenant = tenant
         self._frontend = frontend
+
+    @property
+    def lease(self) -> Lease | None:
+        """See SharedLimits."""
+        return self.limits.lease(self._tenant)
 
     def bucket(self, kind: str, per_minute: float) -> SharedBucket:
         """The bucket of `requests` or `tokens`."""
@@ -150,6 +182,8 @@ class SharedBucket(TokenBucket):
     def level(self, now_s: float) -> float:
         """See TokenBucket."""
         with self._limits.locked():
+            lease = self._limits.lease(self._tenant)
+            self._share = max(lease.share, LEAST_SHARE) if lease is not None else 1.0
             self._level, self._as_of_s = self._limits.read(self._tenant, self._kind)
             level = super().level(now_s)
             self._limits.write(self._tenant, self._kind, level, self._as_of_s)
@@ -159,4 +193,10 @@ class SharedBucket(TokenBucket):
         """See TokenBucket."""
         with self._limits.locked():
             super().take(now_s, amount)
+            self._limits.write(self._tenant, self._kind, self._level, self._as_of_s)
+
+    def set_share(self, now_s: float, share: float, fill: float = 0.0) -> None:
+        """See TokenBucket; the table's lease has to say the same."""
+        with self._limits.locked():
+            super().set_share(now_s, share, fill)
             self._limits.write(self._tenant, self._kind, self._level, self._as_of_s)

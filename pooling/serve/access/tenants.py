@@ -20,7 +20,8 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from tokenpool.config import PoolConfig
-from tokenpool.policy.rate_limit import TokenBucket
+from tokenpool.policy.leases import Lease
+from tokenpool.policy.rate_limit import LEAST_SHARE, TokenBucket
 from tokenpool.serve.access.auth import error_response
 from tokenpool.serve.access.shared_limits import SharedLimits, TenantRow
 from tokenpool.serve.access.tenant_call import Call
@@ -74,7 +75,7 @@ class Account:
         self._calls: set[Call] = set()  # whose HTTP requests go on
         self._num_open = 0  # their sequences
         self._lingering: set[Call] = set()  # for which an engine works behind the client's back
-        self._share = 1.0
+        self._lease: Lease | None = None
         self._mean_prompt_tokens = math.inf
         self._mean_call_s = 1.0
 
@@ -112,11 +113,16 @@ class Account:
         """From `refusal` to `begin` no other frontend may take a request in."""
         return nullcontext() if self._row is None else self._row.limits.locked()
 
-    def set_share(self, share: float) -> None:
-        """Keep this part, above 0 to 1, of each limit; other frontends keep the rest."""
-        self._share = share
+    @property
+    def lease(self) -> Lease | None:
+        """This server's part of the limits; None where there is no other server."""
+        return self._lease if self._row is None else self._row.lease
+
+    def set_lease(self, lease: Lease) -> None:
+        """Keep to this part of the limits; other servers of the pool keep the rest."""
+        self._lease = lease
         for bucket in filter(None, (self.request_bucket, self.token_bucket)):
-            bucket.set_share(time.monotonic(), share)
+            bucket.set_share(time.monotonic(), max(lease.share, LEAST_SHARE), lease.fill)
 
     def refusal(
         self, scope: Scope, model: str, sequences: int = 1, *, being_read: int | None = None
@@ -135,10 +141,10 @@ class Account:
                 return self._too_many(model, reason, sequences)
         now_s = time.monotonic()
         if limit := self.config.max_concurrent:
-            limit = max(1, math.floor(limit * self._share))
+            limit = limit if self.lease is None else self.lease.slots
             count = self.count_sequences() + (being_read or 0)
-            if count and count + sequences > limit:
-                return self._over_limit(model, "max_concurrent", self._mean_call_s / count)
+            if (count or not limit) and count + sequences > limit:
+                return self._over_limit(model, "max_concurrent", self._mean_call_s / max(1, count))
         if self.token_bucket and (wait_s := self.token_bucket.ready_in_s(now_s)):
             return self._over_limit(model, "tokens_per_minute", wait_s)
         if self.request_bucket and (wait_s := self.request_bucket.ready_in_s(now_s)):
@@ -220,7 +226,8 @@ class Account:
             "weight": config.weight,
             "models": list(config.models) if config.models is not None else None,
             "limits": {name: getattr(config, name) for name in limits},
-            "share": self._share,
+            "share": self.lease.share if self.lease is not None else 1.0,
+            "fill": min((bucket.fill for bucket in buckets.values() if bucket), default=1.0),
             "remaining": {name: math.floor(bucket.level(now_s)) for name, bucket in buckets.items() if bucket},
             "inflight": self.num_sequences,
             "usage": {model: asdict(usage) for model, usage in self.usage.items()},
@@ -291,10 +298,10 @@ class TenantBook:
         """A tenant's share of a busy model."""
         return self._accounts[tenant].config.weight
 
-    def set_share(self, share: float) -> None:
-        """Keep this part, above 0 to 1, of every limit, where several frontends share them."""
-        for account in self._accounts.values():
-            account.set_share(share)
+    def set_leases(self, leases: Mapping[str, Lease]) -> None:
+        """Keep to these parts of tenants' limits, where several servers share them."""
+        for name, lease in leases.items():
+            self._accounts[name].set_lease(lease)
 
     def report(self, lines: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """All accounts' reports by name; with the models' `TenantLine`s, also how many requests each has held there."""
@@ -303,6 +310,11 @@ class TenantBook:
             for name, report in reports.items():
                 report["held"] = {model: line.num_held(name) for model, line in lines.items() if line is not None}
         return reports
+
+
+def tenants_of(config: PoolConfig) -> list[TenantConfig]:
+    """Those that a pool keeps accounts of; none in a pool without tenants."""
+    return with_default(config.tenants) if config.tenants else []
 
 
 def with_default(tenants: Iterable[TenantConfig]) -> list[TenantConfig]:

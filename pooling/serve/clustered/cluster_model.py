@@ -125,16 +125,14 @@ class ClusterModel(SeatFollower):
         assert self._core is not None
         self._core.roles = dict(roles)
 
-    def _listen(self, machine: str) -> Endpoints:
-        return self._endpoints.make(machine)
-
-    async def _connect(self, key: Key) -> None:
+    async def _connect(self, key: Key, machine: str) -> None:
         assert self._core is not None
-        offered = self._offered[key]
+        made = self._endpoints.make(machine)
         try:
-            await self._core.join(name_of(key), self._endpoints.addresses(offered))
+            await self._tell("attach", self.plan.spec.name, *key, made)
+            await self._core.join(name_of(key), self._endpoints.addresses(made))
         finally:
-            self._endpoints.release(offered)
+            self._endpoints.release(made)
         async with _BUILDING:
             if self.client is None and self._fatal is None:
                 await self._build()
@@ -148,23 +146,14 @@ class ClusterModel(SeatFollower):
             self._fatal = self.error = error  # its client is closed: no host can help
             raise
 
-    def _forget(self, key: Key) -> None:
-        self._release(key)
-        super()._forget(key)
-
-    def _release(self, key: Key) -> None:
-        if key in self._offered:
-            self._endpoints.release(self._offered[key])
-
     async def _disconnect(self, key: Key) -> None:
-        self._release(key)
         if name_of(key) in self.hosts:
             assert self._core is not None
             await self._core.leave(name_of(key))
 
-    def _lose(self, key: Key) -> None:
+    def _lose(self, key: Key, blame: bool = True) -> None:
         assert self._core is not None
-        self._core.lost(name_of(key))
+        self._core.lost(name_of(key), blame=blame)
 
     async def close(self) -> None:
         """Free the client; its engines end by themselves."""

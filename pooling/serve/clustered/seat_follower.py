@@ -11,9 +11,11 @@ import logging
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from tokenpool.cluster.values import Deployment, Endpoints, ModelView, SeatState, SeatView
+from tokenpool.cluster.values import Deployment, ModelView, SeatState, SeatView
+from tokenpool.errors import HostError
 from tokenpool.policy.capacity import Role
 from tokenpool.process.keeper import count_failure
 from tokenpool.serve.launch.model_plan import ModelPlan
@@ -21,10 +23,15 @@ from tokenpool.serve.launch.model_plan import ModelPlan
 logger = logging.getLogger(__name__)
 
 Tell = Callable[..., Awaitable[Any]]
-"""Calls the controller: the method's name and its arguments."""
+"""Says something of a model: what, the model's name, the host and its life, and more."""
 
 Key = tuple[str, str]
 """A host and its life."""
+
+RETRY_S = 0.2
+"""Between two attempts."""
+_MANY_FAILURES = 10
+"""So many attempts in a row may fail to join an engine before that is told as the model's error."""
 
 
 class SeatFollower(ABC):
@@ -41,10 +48,10 @@ class SeatFollower(ABC):
         self.error: Exception | None = None
         """Why no host serves it; None while one may."""
         self._fatal: Exception | None = None
+        self._unreachable: dict[Key, Exception] = {}
         self._overdue: frozenset[str] = frozenset()  # engines that nobody should count on now
         self._tell = tell
         self._on_change = on_change
-        self._offered: dict[Key, Endpoints] = {}
         self._joining: dict[Key, asyncio.Task[None]] = {}
         self._leaving: dict[Key, asyncio.Task[None]] = {}
 
@@ -56,20 +63,16 @@ class SeatFollower(ABC):
         """Names, by `name_of`, of the engines that take its requests."""
 
     @abstractmethod
-    def _listen(self, machine: str) -> Endpoints:
-        """Where the engine on a host of that machine is to connect to."""
-
-    @abstractmethod
-    async def _connect(self, key: Key) -> None:
-        """Let the engine that was told of `_offered[key]` take requests; raises what stops it."""
+    async def _connect(self, key: Key, machine: str) -> None:
+        """Let the engine there, which runs on that machine, take requests; raises what stops it."""
 
     @abstractmethod
     async def _disconnect(self, key: Key) -> None:
         """Return once nothing is at that engine any more."""
 
     @abstractmethod
-    def _lose(self, key: Key) -> None:
-        """The engine is gone."""
+    def _lose(self, key: Key, blame: bool = True) -> None:
+        """The engine is gone; with `blame` perhaps because of a request that it had."""
 
     @property
     def num_handed_over(self) -> int:
@@ -88,21 +91,8 @@ class SeatFollower(ABC):
     # -- the controller ------------------------------------------------------------------------------
 
     async def deployment(self) -> Deployment:
-        """What the controller and the hosts need to know of the model."""
-        plan = self.plan
-        slo = plan.spec.slo
-        spec = plan.for_host(await asyncio.to_thread(plan.engine_config))
-        return Deployment(
-            plan.spec.name,
-            self.version,
-            plan.weight_bytes,
-            plan.spec.priority,
-            pickle.dumps(spec),
-            {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s} if slo else {},
-            plan.spec.replicas,
-            plan.spec.max_replicas,
-            plan.spec.hosts,
-        )
+        """What the controller, the hosts and other servers need to know of the model."""
+        return await asyncio.to_thread(deployment_of, self.plan, self.version)
 
     @property
     def is_served(self) -> bool:
@@ -127,58 +117,75 @@ class SeatFollower(ABC):
         """Do what a new view asks for; returns at once, the work goes on in tasks."""
         self._overdue = frozenset(name_of((host, lives[host])) for host in overdue if host in lives)
         self._give_roles({name_of((host, life)): roles[host] for host, life in lives.items() if host in roles})
-        for key in [key for key in {*self._offered, *self._joining} if lives.get(key[0]) != key[1]]:
-            self._forget(key)
         seats = view.seats if view is not None else {}
+        there = {(host, seat.life) for host, seat in seats.items()}
+        for key in [key for key in self._joining if lives.get(key[0]) != key[1] or key not in there]:
+            self._forget(key)
         for host, seat in seats.items():
             if seat.version == self.version:
                 self._follow((host, seat.life), seat)
         is_tried = any(seat.version == self.version for seat in seats.values())
-        self.error = self._fatal or (view.error if view is not None and not is_tried else None)
+        self.error = self._fatal or self._reason() or (view.error if view is not None and not is_tried else None)
         self._notify()
+
+    def _reason(self) -> Exception | None:
+        """Why no engine can be reached; None if one is, or attempts go on."""
+        return next(iter(self._unreachable.values()), None) if not self.hosts else None
 
     def _notify(self) -> None:
         self._on_change(self)
         self.changed.set()
 
-    def _forget(self, key: Key) -> None:
+    def attach_anew(self) -> None:
+        """Hosts have forgotten this server: its requests go on once they are attached again."""
+        for key in list(self._joining):
+            self._forget(key, blame=False)
+
+    def say_joined(self) -> None:
+        """Tell the controller, which may be a new one, where requests are sent."""
+        for key in self._joining:
+            if name_of(key) in self.hosts:
+                _spawn(self._say("joined", *key))
+
+    def _forget(self, key: Key, blame: bool = True) -> None:
         """A host is gone, or has a new process: its requests go elsewhere."""
-        self._offered.pop(key, None)
+        self._unreachable.pop(key, None)
         if task := self._joining.pop(key, None):
             task.cancel()
-        self._lose(key)
+        self._lose(key, blame)
 
     def _follow(self, key: Key, seat: SeatView) -> None:
-        if seat.state is SeatState.WANTED:
-            if key not in self._offered:
-                self._offered[key] = self._listen(seat.machine)
-            _spawn(self._say("offer", *key, self._offered[key]))
-        elif seat.state is SeatState.SERVING and key in self._offered:
-            self._begin_to_join(key)
-        elif seat.state is SeatState.SERVING:
-            # Loaded for a frontend of the past, whose endpoints nobody listens at.
-            _spawn(self._say("join_failed", *key, "no frontend listens for it"))
-        elif seat.state is SeatState.LEAVING:
-            self._begin_to_leave(key)
-
-    def _begin_to_join(self, key: Key) -> None:
-        if key not in self._joining:
-            self._joining[key] = _spawn(self._join(key))
-
-    def _begin_to_leave(self, key: Key) -> None:
-        if key not in self._leaving:
+        if seat.state is SeatState.SERVING and key not in self._joining:
+            self._joining[key] = _spawn(self._join(key, seat.machine))
+        is_to_leave = seat.state is SeatState.LEAVING or (seat.state is SeatState.REMOVING and key in self._joining)
+        if is_to_leave and key not in self._leaving:
             self._leaving[key] = _spawn(self._leave(key))
 
-    async def _join(self, key: Key) -> None:
-        try:
-            await self._connect(key)
-        except Exception as error:
-            logger.exception("host cannot be joined model=%s host=%s", self.plan.spec.name, key[0])
-            self._offered.pop(key, None)
-            self._joining.pop(key, None)  # it may be loaded there once more
-            await self._say("join_failed", *key, str(error))
-            return
-        logger.info("host joined model=%s host=%s life=%s", self.plan.spec.name, *key)
+    async def _join(self, key: Key, machine: str) -> None:
+        name, failures = self.plan.spec.name, 0
+        while True:
+            try:
+                await self._connect(key, machine)
+                break
+            except Exception as error:  # such as a host that has just ended; the next view says so
+                failures += 1
+                logger.warning("host cannot be joined model=%s host=%s: %s", name, key[0], error)
+                if self._fatal is not None:
+                    await self._give_up()
+                    return
+                if failures >= _MANY_FAILURES:
+                    self._unreachable[key] = HostError(f"{key[0]} cannot be joined: {error}")
+                    self.error = self._reason()
+                    self._notify()
+                await asyncio.sleep(RETRY_S)
+        self._unreachable.pop(key, None)
+        self.error = self._fatal or self._reason()
+        logger.info("host joined model=%s host=%s life=%s", name, *key)
+        self._notify()
+        await self._say("joined", *key)
+
+    async def _give_up(self) -> None:
+        """No host can help this process."""
         self._notify()
 
     async def _leave(self, key: Key) -> None:
@@ -186,10 +193,10 @@ class SeatFollower(ABC):
             if task := self._joining.pop(key, None):
                 task.cancel()
             was_there = name_of(key) in self.hosts
+            self._unreachable.pop(key, None)
             await self._disconnect(key)
             if was_there:
                 logger.info("host left model=%s host=%s life=%s", self.plan.spec.name, *key)
-            self._offered.pop(key, None)
             await self._say("left", *key)
         finally:
             del self._leaving[key]
@@ -202,9 +209,29 @@ class SeatFollower(ABC):
             logger.debug("controller does not hear %s: %s", method, error)
 
     async def close(self) -> None:
-        """End what goes on here."""
+        """End what goes on here; who waits for a host hears that there will be none."""
+        self.error = self.error or HostError(f"model {self.plan.spec.name!r} is removed")
+        self.changed.set()
         for task in (*self._joining.values(), *self._leaving.values()):
             task.cancel()
+
+
+def deployment_of(plan: ModelPlan, version: int) -> Deployment:
+    """A model as controller, hosts and other servers are told of it; takes the time of making its engine config."""
+    slo = plan.spec.slo
+    spec = plan.for_host(plan.checked if plan.checked is not None else plan.engine_config())
+    return Deployment(
+        plan.spec.name,
+        version,
+        plan.weight_bytes,
+        plan.spec.priority,
+        pickle.dumps(spec),
+        pickle.dumps(replace(plan, checked=None)),
+        {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s} if slo else {},
+        plan.spec.replicas,
+        plan.spec.max_replicas,
+        plan.spec.hosts,
+    )
 
 
 def name_of(key: Key) -> str:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from tokenpool.cluster.values import ModelView, SeatState, SeatView
 from tokenpool.errors import PoolError
 from tokenpool.model_life import Life
-from tokenpool.policy.capacity import Role
 from tokenpool.policy.routing import LOADS_PERIOD_S
 from tokenpool.process.keeper import Work
 from tokenpool.serve.clustered.cluster_model import ClusterModel, EndpointMaker
-from tokenpool.serve.clustered.seat_follower import Key
-from tokenpool.serve.frontends.followed_hosts import RETRY_S, FollowedHosts
+from tokenpool.serve.frontends.followed_hosts import FollowedHosts
 from tokenpool.serve.frontends.frontend_view import ModelStanding, SupervisorView, sendable
 from tokenpool.serve.pool.host_watch import Call
 from tokenpool.serve.pool.models import PoolModel
@@ -28,44 +25,12 @@ logger = logging.getLogger(__name__)
 
 
 class FrontendModel(ClusterModel):
-    """A model whose engines are there before this frontend: they are told where it listens once they serve."""
+    """A model in one of several frontends, which tells its supervisor what it does."""
 
-    def apply(
-        self,
-        view: ModelView | None,
-        lives: Mapping[str, str],
-        roles: Mapping[str, Role],
-        overdue: Collection[str] = (),
-    ) -> None:
-        """See SeatFollower; an engine that went without a word, between two views, is not joined any more."""
-        seats = view.seats if view is not None else {}
-        there = {(host, seat.life) for host, seat in seats.items()}
-        for key in self._joining.keys() - there:
-            self._forget(key)
-        super().apply(view, lives, roles, overdue)
-
-    def _follow(self, key: Key, seat: SeatView) -> None:
-        if seat.state is SeatState.SERVING and key not in self._joining:
-            self._offered[key] = self._listen(seat.machine)
-            self._begin_to_join(key)
-        elif seat.state is SeatState.LEAVING or (seat.state is SeatState.REMOVING and key in self._joining):
-            self._begin_to_leave(key)
-
-    async def _join(self, key: Key) -> None:
-        name = self.plan.spec.name
-        while True:
-            try:
-                await self._tell("attach", name, *key, self._offered[key])
-                await self._connect(key)
-                break
-            except Exception as error:  # such as a host that has just ended; the next view says so
-                logger.warning("host cannot be joined model=%s host=%s: %s", name, key[0], error)
-                if self._fatal is not None:
-                    await self._say("failed", sendable(self._fatal))
-                    return
-                await asyncio.sleep(RETRY_S)
-        self._notify()
-        await self._say("joined", *key)
+    async def _give_up(self) -> None:
+        """See SeatFollower."""
+        assert self._fatal is not None
+        await self._say("failed", sendable(self._fatal))
 
 
 class ClusterEngines:
@@ -74,6 +39,7 @@ class ClusterEngines:
     def __init__(self, hosts: FollowedHosts) -> None:
         self._hosts = hosts
         self._followers: dict[str, FrontendModel] = {}
+        self._num_attachments = 0
         settings = hosts.settings
         always_tcp = settings.config.cluster.transport == "tcp"
         self._endpoints = EndpointMaker(hosts.folder, settings.address, always_tcp=always_tcp)
@@ -108,7 +74,13 @@ class ClusterEngines:
         return standing.state != Life.READY or (name in self._followers and self._followers[name].is_served)
 
     def follow_hosts(self, view: SupervisorView) -> None:
-        """Nothing: each model follows its hosts."""
+        """Each model follows its hosts; when hosts have forgotten this frontend, all are joined anew."""
+        if view.cluster is not None:
+            self._hosts.models.share_queues(max(1, view.cluster.num_servers))
+        if view.cluster is not None and view.cluster.num_attachments != self._num_attachments:
+            self._num_attachments = view.cluster.num_attachments
+            for follower in self._followers.values():
+                follower.attach_anew()
 
     def follow(self, model: PoolModel, standing: ModelStanding, view: SupervisorView) -> None:
         """See Engines."""
@@ -121,7 +93,7 @@ class ClusterEngines:
         self._hosts.take_state(model, standing, follower.is_served)
 
     async def _make(self, model: PoolModel, standing: ModelStanding) -> None:
-        tell, index = self._hosts.ask_as_this, self._hosts.settings.index
+        tell, index = self._hosts.ask_as_this, self._hosts.settings.client_index
         plan = self._hosts.plan_of(model.name, standing)
         follower = FrontendModel(plan, standing.version, tell, self._endpoints, self._show, client_index=index)
         follower.on_fault = model.note_client_fault

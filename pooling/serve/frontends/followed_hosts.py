@@ -84,7 +84,7 @@ class FollowedHosts:
         self.models = models
         self.view: SupervisorView | None = None
         """The last one."""
-        self.folder = tempfile.mkdtemp(prefix="tokenpool-")
+        self.folder = tempfile.mkdtemp(prefix="frontend-", dir=settings.folder)
         """For sockets."""
         self.building = asyncio.Lock()
         """Held while an app is built: vLLM registers its metrics anew with each."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_OF_LIMITS = ("num_keys", "priority", "weight", "models", "limits", "share", "remaining")
+_OF_LIMITS = ("num_keys", "priority", "weight", "models", "limits", "share", "fill", "remaining")
 """What is the same at all frontends, or kept together by them."""
 _COUNTS = ("inflight", "handed_over")
 """Counts of requests by model."""

@@ -32,6 +32,13 @@ class FrontendSettings:
     """Of the sockets for calls."""
     address: str = ""
     """Of this node in a cluster; empty without one."""
+    first_index: int = 0
+    """Of the indexes by which engines know the frontends of this server."""
+
+    @property
+    def client_index(self) -> int:
+        """The index by which engines know this frontend."""
+        return self.first_index + self.index
 
     @property
     def supervisor(self) -> str:
@@ -108,6 +115,10 @@ class ClusterSeats:
     """Of hosts that do not do everything."""
     overdue: frozenset[str] = frozenset()
     """Hosts that nobody should count on now."""
+    num_attachments: int = 0
+    """Grows when hosts were found to have forgotten this server."""
+    num_servers: int = 1
+    """Servers of the pool, each of which keeps a part of each queue."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from prometheus_client import multiprocess
 
 from tokenpool.errors import PoolError
 from tokenpool.metric_registry import metric
+from tokenpool.policy.leases import Lease
 from tokenpool.process.ending import within
 from tokenpool.process.keeper import Backoff, Work, note_failure, start_kept
 from tokenpool.serve.access.shared_limits import SharedLimits
@@ -64,22 +65,29 @@ class Frontends:
         sayings: Sayings,
         sock: socket.socket,
         address: str = "",
+        first_index: int = 0,
+        folder: str | None = None,
     ) -> None:
-        """`address` is that of this node in a cluster."""
+        """`address` is that of this node in a cluster, where engines know the first frontend by `first_index`.
+
+        Sockets lie in `folder`, which only this user may reach; else one is made.
+        """
         self._pool = pool
         self._operator = operator
         operator.after_change = self._all_follow
         self._hosts = hosts
         self._sayings = sayings
         self._sock = sock
-        self._sockets = tempfile.mkdtemp(prefix="tokenpool-")  # mode 0700: only this user reaches them
+        self._sockets = folder or tempfile.mkdtemp(prefix="tokenpool-")  # mode 0700: only this user reaches them
         config, plans = pool.config, [model.plan_to_send for model in pool.models.values()]
         for model in pool.models.values():
             model.is_told = True
-        self._settings = FrontendSettings(0, config, plans, self._sockets, secrets.token_bytes(32), address)
+        key = secrets.token_bytes(32)
+        self._settings = FrontendSettings(0, config, plans, self._sockets, key, address, first_index)
         self._limits: SharedLimits | None = None
         if config.tenants:
-            self._limits = SharedLimits.create(self._settings.limits, with_default(config.tenants), config.frontends)
+            table, tenants = self._settings.limits, with_default(config.tenants)
+            self._limits = SharedLimits.create(table, tenants, config.frontends, is_leased=bool(address))
         self.processes: dict[int, FrontendProcess] = {}
         """By index; one that is gone is not among them."""
         self.num_restarts = 0
@@ -215,6 +223,19 @@ class Frontends:
         await self._ask_all()
         merged = merged_reports([*self._reports.values(), *self._past])
         return {**merged, "frontend_restarts": self.num_restarts}
+
+    def tenants_told(self) -> dict[str, Any]:
+        """What tenants use and used, by the last reports."""
+        tenants: dict[str, Any] = merged_reports([*self._reports.values(), *self._past])["tenants"]
+        return tenants
+
+    def set_leases(self, leases: Mapping[str, Lease]) -> None:
+        """Let all frontends together keep to these parts of tenants' limits."""
+        assert self._limits is not None
+        for i, tenant in enumerate(with_default(self._pool.config.tenants)):
+            if tenant.name in leases:
+                limits = {"requests": tenant.requests_per_minute, "tokens": tenant.tokens_per_minute}
+                self._limits.set_lease(i, leases[tenant.name], limits)
 
     async def count_requests(self) -> dict[str, int]:
         """The requests that each model has in all frontends, as far as these say so in a moment."""

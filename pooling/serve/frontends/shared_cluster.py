@@ -11,11 +11,12 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from tokenpool.cluster.session import Session
 from tokenpool.cluster.values import Endpoints
-from tokenpool.config import PoolConfig
 from tokenpool.errors import HostError, PoolError
+from tokenpool.serve.access.tenants import tenants_of
+from tokenpool.serve.clustered.lease_keeper import LeaseKeeper
 from tokenpool.serve.clustered.ray_hosts import RayHosts
+from tokenpool.serve.clustered.ray_pool import PlannedCluster, cluster_operator
 from tokenpool.serve.clustered.seat_follower import Key, SeatFollower, Tell, name_of
 from tokenpool.serve.frontends.frontend_view import ClusterSeats, SupervisorView
 from tokenpool.serve.frontends.frontends import Frontends
@@ -24,10 +25,6 @@ from tokenpool.serve.frontends.shared_hosts import JOIN_LIMIT_S, SharedClients, 
 from tokenpool.serve.launch.model_plan import ModelPlan
 from tokenpool.serve.pool.models import Models, PoolModel
 from tokenpool.serve.pool.pool import Pool
-from tokenpool.serve.pool.pool_operator import PoolOperator
-
-_NOWHERE = Endpoints("", "")
-"""Engines are loaded without a frontend; each frontend has itself attached afterwards."""
 
 
 class SharedModel(SeatFollower):
@@ -56,10 +53,7 @@ class SharedModel(SeatFollower):
             self._fatal = self.error = error
             self._notify()
 
-    def _listen(self, machine: str) -> Endpoints:
-        return _NOWHERE
-
-    async def _connect(self, key: Key) -> None:
+    async def _connect(self, key: Key, machine: str) -> None:
         name = self.plan.spec.name
         self._sayings.unsay(name, *key)  # what came late of an earlier seat there
         try:
@@ -75,14 +69,14 @@ class SharedModel(SeatFollower):
         await self._sayings.all_say("left", self.plan.spec.name, *key)
         self._lose(key)
 
-    def _lose(self, key: Key) -> None:
+    def _lose(self, key: Key, blame: bool = True) -> None:
         self._joined.discard(name_of(key))
         self._sayings.unsay(self.plan.spec.name, *key)
 
 
 def shared_model(sayings: Sayings, model: PoolModel, revision: int, hosts: RayHosts) -> SharedModel:
     """What follows a model's seats for all frontends; see RayHosts."""
-    return SharedModel(model.plan_to_send, revision, hosts.tell, hosts.show, sayings)
+    return SharedModel(model.plan_to_send, revision, hosts.answer, hosts.show, sayings)
 
 
 class SharedCluster:
@@ -101,12 +95,16 @@ class SharedCluster:
             for name, follower in self._hosts.followers.items()
             if name in self._models
         }
-        seats = ClusterSeats(view.models, view.hosts, view.roles, view.overdue) if view else ClusterSeats({}, {}, {})
+        seats = ClusterSeats({}, {}, {})
+        if view:
+            seats = ClusterSeats(
+                view.models, view.hosts, view.roles, view.overdue, self._hosts.num_attachments, len(view.peers)
+            )
         return SupervisorView(version, None, 0, True, has_started, standings, dict(pids), self._hosts.is_alive, seats)
 
     async def detach(self, index: int) -> None:
         """See SharedHosts; a host that does not answer is gone, or soon will be."""
-        await self._hosts.ask("detach_frontend", index)
+        await self._hosts.detach(index)
 
     async def fail(self, model: str, error: PoolError) -> None:
         """See SharedHosts."""
@@ -122,10 +120,7 @@ class SharedCluster:
 
     async def attach(self, index: int, pid: int, model: str, host: str, life: str, endpoints: Endpoints) -> None:
         """Let a model's engine on a host serve that frontend too, which listens at `endpoints`."""
-        view = self._hosts.view
-        if view is None or view.hosts.get(host) != life:
-            raise HostError(f"{host} has a new process: {life} is gone")
-        await self._hosts.ask_one(host, "attach_at", model, index, *endpoints)
+        await self._hosts.attach(model, host, life, endpoints, index)
 
     async def left(self, index: int, pid: int, model: str, *where: str) -> None:
         """A frontend has nothing at a model's engine there any more."""
@@ -140,11 +135,18 @@ class SharedCluster:
         return await self._hosts.ask_as_one(method, *args)
 
 
-def cluster_frontends(
-    config: PoolConfig, plans: list[ModelPlan], session: Session, pool_file: str | None, sock: socket.socket
-) -> Frontends:
+def cluster_frontends(planned: PlannedCluster, pool_file: str | None, sock: socket.socket) -> Frontends:
     """Several frontends, which answer at `sock`, of a pool on the hosts of a cluster."""
-    sayings = Sayings(config.frontends)
-    pool = Pool(config, plans, Starlette(), lambda models: RayHosts(models, session, partial(shared_model, sayings)))
+    config, session, sayings = planned.config, planned.session, Sayings(planned.config.frontends)
+
+    def make_hosts(models: Models) -> RayHosts:
+        return RayHosts(models, session, partial(shared_model, sayings), planned.versions, config.frontends)
+
+    pool = Pool(config, planned.plans, Starlette(), make_hosts)
     shared = SharedCluster(pool.hosts, pool.models, sayings)
-    return Frontends(pool, PoolOperator(pool, pool_file), shared, sayings, sock, session.address)
+    operator = cluster_operator(pool, pool_file)
+    where = (session.address, session.first_index, session.folder)
+    frontends = Frontends(pool, operator, shared, sayings, sock, *where)
+    if tenants := [tenant.name for tenant in tenants_of(config)]:
+        pool.hosts.leases = LeaseKeeper(tenants, frontends.tenants_told, frontends.set_leases)
+    return frontends

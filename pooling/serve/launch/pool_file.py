@@ -65,6 +65,11 @@ class PoolFile:
         self._ok, self._refused = _metrics()
         self._ok.set(1)
 
+    @property
+    def done(self) -> tuple[ModelSpec, ...]:
+        """The entries of the file that have been carried out, and not taken back since."""
+        return tuple(self._now.values())
+
     async def follow(self) -> None:
         """Look at the file every second, until cancelled. Links on the way to it, as a ConfigMap's, are followed."""
         while True:
@@ -101,9 +106,7 @@ class PoolFile:
     async def _apply(self, models: Sequence[ModelSpec]) -> dict[str, str]:
         """Remove, then change, then add, so that memory is there for what comes; returns what failed, by model."""
         wanted, failures = {spec.name: spec for spec in models}, dict[str, str]()
-        changed = [
-            name for name in self._now if name in wanted and _in_order(wanted[name]) != _in_order(self._now[name])
-        ]
+        changed = [name for name in self._now if name in wanted and in_order(wanted[name]) != in_order(self._now[name])]
         for name in [name for name in self._now if name not in wanted]:
             await self._remove(name, failures)
         for name in changed:
@@ -151,7 +154,7 @@ def _metrics() -> tuple[Any, Any]:
     return metric("pool_file_ok").make(), metric("pool_file_refused").make()
 
 
-def _in_order(spec: ModelSpec) -> ModelSpec:
+def in_order(spec: ModelSpec) -> ModelSpec:
     """A model with its flags by name, because the order of the keys of `args` means nothing."""
     flags: list[list[str]] = [[]]
     for word in spec.args:

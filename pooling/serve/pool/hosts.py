@@ -91,6 +91,10 @@ class ManagedHosts(Hosts, Protocol):
         """Load a model that was `failed`; raises HostError when its host ends."""
         ...
 
+    async def retire(self, model: PoolModel, drain_s: float) -> None:
+        """Let whoever else serves a model drain it for `drain_s`, before it is removed; raises PoolError."""
+        ...
+
     async def remove(self, model: PoolModel) -> None:
         """Unload a model that has no more requests; raises PoolError."""
         ...

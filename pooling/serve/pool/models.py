@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from tokenpool.config import Loading, PoolConfig
 from tokenpool.errors import PoolError
 from tokenpool.model_life import Life
+from tokenpool.policy.admission import AdmissionLimits
 from tokenpool.policy.fairness import FairTurns
 from tokenpool.process.keeper import Backoff
 from tokenpool.serve.access.admission import Gate
@@ -195,7 +196,7 @@ class Models(Mapping[str, PoolModel]):
         """Held while a model is added or removed, or a host started: one at a time."""
         self._config = config
         self._router = router
-        self._num_parts = num_parts
+        self._num_parts, self._num_servers = num_parts, 1
         self._make_hold = make_hold
         self._models: dict[str, PoolModel] = {}
         weights = {tenant.name: tenant.weight for tenant in config.tenants}
@@ -222,9 +223,7 @@ class Models(Mapping[str, PoolModel]):
     def add(self, plan: ModelPlan, *, is_settled: bool = True) -> PoolModel:
         """Take in a model, which is `loading`; raises ValueError if its name is taken."""
         gate = Gate.of(plan.spec.name, self._config.admission_of(plan.spec), plan.spec.slo)
-        limits = gate.limits
-        parts = (self._part(bound) for bound in (limits.max_waiting, limits.max_waiting_tokens))
-        gate.limits = replace(limits, max_waiting=next(parts), max_waiting_tokens=next(parts))
+        gate.limits = self._part_of(gate.limits)
         claimed = {name for name, _ in names_of(plan)}
         app = ModelApp(plan.spec.name, no_app, retry_after_s=_RETRY_AFTER_S, gate=gate, claimed=claimed)
         rule, app.hold = self._config.loading_of(plan.spec), self._make_hold()
@@ -238,8 +237,24 @@ class Models(Mapping[str, PoolModel]):
         self.wanted.set()
         return model
 
-    def _part(self, bound: int | None) -> int | None:
-        return None if bound is None else math.ceil(bound / self._num_parts)
+    def share_queues(self, num_servers: int) -> None:
+        """Keep a part of each model's queue, beside the parts of other servers of the pool."""
+        if num_servers != self._num_servers:
+            self._num_servers = num_servers
+            for model in self.values():
+                gate, whole = model.app.gate, self._config.admission_of(model.plan.spec)
+                limits = replace(
+                    gate.limits, max_waiting=whole.max_waiting, max_waiting_tokens=whole.max_waiting_tokens
+                )
+                gate.limits = self._part_of(limits)
+
+    def _part_of(self, limits: AdmissionLimits) -> AdmissionLimits:
+        """This process's part of the limits of a queue."""
+
+        def part(bound: int | None) -> int | None:
+            return None if bound is None else math.ceil(bound / (self._num_parts * self._num_servers))
+
+        return replace(limits, max_waiting=part(limits.max_waiting), max_waiting_tokens=part(limits.max_waiting_tokens))
 
     def remove(self, name: str) -> set[str]:
         """Forget a model; returns the names that its series of metrics have. Raises KeyError."""

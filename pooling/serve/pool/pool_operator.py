@@ -41,9 +41,13 @@ class PoolOperator:
         self._models = pool.models
         pool.works["trying failed models"] = self._try_failed
         if pool_file:
-            pool.works["following the pool file"] = PoolFile(pool_file, self, pool.config.models).follow
+            self.follow(pool_file)
         self.after_change: Callable[[], Awaitable[None]] = _nothing
         """Called when a model was added or removed, before whoever asked for that is told."""
+
+    def follow(self, path: str) -> None:
+        """Follow the pool file at `path`, which no other server follows."""
+        self._pool.works["following the pool file"] = PoolFile(path, self, self._pool.config.models).follow
 
     async def check_model(self, spec: ModelSpec) -> None:
         """Raise PoolError if this could not take the place of the model of its name. Nothing of it is loaded."""
@@ -89,8 +93,9 @@ class PoolOperator:
         if model.is_leaving:
             raise ModelUnavailableError(f"model {name!r} is being removed already", retry_after_s=5.0)
         model.is_leaving, model.app.is_resting = True, False
-        model.app.move(Life.DRAINING)
         try:
+            await self._pool.hosts.retire(model, drain_s)
+            model.app.move(Life.DRAINING)  # from here on frontends drain it, and may say so at once
             if model.error is not None:
                 model.fail_requests()
             if model.client is not None:  # a host that dies meanwhile comes back with the model and finishes

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tokenpool.policy.leases import Lease
 from tokenpool.policy.rate_limit import TokenBucket
 from tokenpool.serve.access.shared_limits import SharedLimits, TenantRow
 from tokenpool.serve.frontends.frontend_reports import merged_reports, used_only
@@ -63,6 +64,25 @@ def test_calls_are_counted_over_all_and_forgotten_with_their_frontend(table: Cal
     table().forget(1)
     assert rows[0].note_sequences(1) == 5
     assert other.note_sequences(0) == 0
+
+
+def test_a_table_of_a_server_among_several_keeps_to_its_leases(tmp_path: Path) -> None:
+    """It has nothing before it is given something; then its part, as full as is said, at all frontends at once."""
+    path = str(tmp_path / "limits")
+    limits = SharedLimits.create(path, TENANTS, 3, is_leased=True)
+    rows = [TenantRow(SharedLimits(path, 3), 1, i) for i in range(2)]
+    buckets = [row.bucket("requests", 7) for row in rows]
+    now_s = limits.read(1, "requests")[1] + 1.0
+    assert ([row.lease for row in rows], buckets[0].level(now_s) < 0.01) == ([Lease(0.0, 0)] * 2, True)
+
+    per_minute = {"requests": 7, "tokens": None}
+    limits.set_lease(1, Lease(1.0, 2, 1.0), per_minute)
+    assert [bucket.level(now_s) for bucket in buckets] == [pytest.approx(7, abs=1.1)] * 2
+    limits.set_lease(1, Lease(0.5, 1), per_minute)
+    assert [bucket.capacity for bucket in buckets if bucket.level(now_s)] == [3.5, 3.5]
+    assert [row.lease for row in rows] == [Lease(0.5, 1)] * 2
+    assert rows[0].note_sequences(2) == 2
+    assert SharedLimits.create(str(tmp_path / "alone"), TENANTS, 1).lease(1) is None
 
 
 def test_tenants_and_kinds_have_buckets_of_their_own(table: Callable[[], SharedLimits]) -> None:

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from tests.serve.gateway.test_router import CHAT, GONE, make_router, make_scope
 from tokenpool.config import Admission
+from tokenpool.policy.leases import Lease
 from tokenpool.serve.access.admission import Gate
 from tokenpool.serve.access.auth import TENANT_KEY, ApiKeyAuth
 from tokenpool.serve.access.tenant_call import CURRENT_CALL, Call
@@ -380,12 +381,12 @@ def test_weights_share_a_busy_model():
     asyncio.run(main())
 
 
-def test_frontends_share_a_limit():
-    """With a third of the limit each, three frontends let through what one would."""
+def test_servers_share_a_limit():
+    """With a third of the limit each, three servers let through what one would."""
     books = [TenantBook([tenant("a", requests_per_minute=30, tokens_per_minute=300, max_concurrent=9)]) for _ in "xyz"]
     passed = 0
     for book in books:
-        book.set_share(1 / 3)
+        book.set_leases({"a": Lease(1 / 3, 3)})
         account = book.accounts["a"]
         while account.refusal(POST, "a") is None:
             account.begin(POST, "a", 0).close()
@@ -398,6 +399,18 @@ def test_frontends_share_a_limit():
         while account.refusal(POST, "a") is None:
             calls.append(account.begin(POST, "a", 0))
     assert 9 == len(calls)
+
+
+def test_a_server_without_a_place_of_a_tenant_refuses_until_it_has_one():
+    """A small limit may have fewer places than there are servers; the wait is short."""
+    account = TenantBook([tenant("a", max_concurrent=1)]).accounts["a"]
+    account.set_lease(Lease(0.5, 0))
+    refused = account.refusal(POST, "a")
+    assert refused is not None and (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    account.set_lease(Lease(0.5, 1))
+    assert account.refusal(POST, "a") is None
+    account.begin(POST, "a", 0)
+    assert account.refusal(POST, "a") is not None
 
 
 def test_reports_hold_limits_usage_and_no_keys():

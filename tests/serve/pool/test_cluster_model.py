@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tokenpool.cluster.values import Endpoints, ModelView, SeatState, SeatView
+from tokenpool.cluster.values import ModelView, SeatState, SeatView
 from tokenpool.errors import HostError
 from tokenpool.policy.capacity import Role
 
@@ -38,43 +38,46 @@ def test_roles_of_hosts_reach_the_client() -> None:
     asyncio.run(test())
 
 
-def test_a_host_that_could_not_be_joined_is_joined_when_it_has_the_model_again() -> None:
-    """The failure is told, and the next attempt is one like the first."""
+def test_a_host_that_cannot_be_joined_is_tried_until_it_can_and_that_is_told() -> None:
+    """First silently, then as the model's error; the controller hears of it once requests are sent there."""
+    from tokenpool.serve.clustered import seat_follower
     from tokenpool.serve.clustered.seat_follower import Key, SeatFollower
 
     class Model(SeatFollower):
         hosts: Any = ()
         attempts = 0
 
-        def _listen(self, machine: str) -> Endpoints:
-            return Endpoints("in", "out")
-
-        async def _connect(self, key: Key) -> None:
+        async def _connect(self, key: Key, machine: str) -> None:
             self.attempts += 1
-            if self.attempts == 1:
+            if self.attempts <= 12:
                 raise HostError("no engine said it is ready")
             self.hosts = ("h0/x",)
 
         async def _disconnect(self, key: Key) -> None:
             raise AssertionError("nothing is left")
 
-        def _lose(self, key: Key) -> None:
+        def _lose(self, key: Key, blame: bool = True) -> None:
             raise AssertionError("nothing is lost")
 
     told: list[str] = []
+    errors: list[Any] = []
 
     async def tell(method: str, *args: Any) -> None:
         told.append(method)
 
     async def test() -> None:
-        model = Model(SimpleNamespace(spec=SimpleNamespace(name="m")), 1, tell, lambda _: None)  # type: ignore[arg-type]
-        for state in (SeatState.WANTED, SeatState.SERVING, SeatState.WANTED, SeatState.SERVING):
-            seat = SeatView("x", state, 1, "address", "machine")
-            model.apply(ModelView(1, {"h0": seat}), {"h0": "x"}, {})
-            await asyncio.sleep(0.01)
-        assert (told, model.hosts) == (["offer", "join_failed", "offer"], ("h0/x",))
+        plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        model = Model(plan, 1, tell, lambda follower: errors.append(follower.error))
+        model.apply(ModelView(1, {"h0": SeatView("x", SeatState.SERVING, 1, "address", "machine")}), {"h0": "x"}, {})
+        while not told:
+            await asyncio.sleep(0.001)
+        assert (told, model.attempts, model.hosts) == (["joined"], 13, ("h0/x",))
+        assert [str(error) for error in errors if error] == ["h0 cannot be joined: no engine said it is ready"] * 3
+        assert errors[0] is None and model.error is None
 
-    asyncio.run(test())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seat_follower, "RETRY_S", 0.0)
+        asyncio.run(test())
 
 
 def test_what_hosts_tell_decides_where_requests_go(tmp_path: Path) -> None:
@@ -126,29 +129,24 @@ def test_what_hosts_tell_decides_where_requests_go(tmp_path: Path) -> None:
 
 def test_a_frontend_is_attached_to_engines_that_serve_and_to_no_others() -> None:
     """Again after an engine that went without a word; a failed attempt is repeated; it leaves what is being removed."""
-    from tokenpool.serve.clustered.seat_follower import Key, name_of
-    from tokenpool.serve.frontends import followed_cluster
+    from tokenpool.serve.clustered import seat_follower
+    from tokenpool.serve.clustered.seat_follower import Key, SeatFollower, name_of
 
-    class Model(followed_cluster.FrontendModel):
+    class Model(SeatFollower):
         joined: Any = ()
 
         @property
         def hosts(self) -> Any:
             return self.joined
 
-        def _give_roles(self, roles: Any) -> None:
-            pass
-
-        def _listen(self, machine: str) -> Endpoints:
-            return Endpoints("in", "out")
-
-        async def _connect(self, key: Key) -> None:
+        async def _connect(self, key: Key, machine: str) -> None:
+            await self._tell("attach", "m", *key)
             self.joined = (*self.joined, name_of(key))
 
         async def _disconnect(self, key: Key) -> None:
             self._lose(key)
 
-        def _lose(self, key: Key) -> None:
+        def _lose(self, key: Key, blame: bool = True) -> None:
             self.joined = tuple(name for name in self.joined if name != name_of(key))
 
     told: list[tuple[str, ...]] = []
@@ -160,19 +158,22 @@ def test_a_frontend_is_attached_to_engines_that_serve_and_to_no_others() -> None
 
     async def test() -> None:
         plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
-        endpoints: Any = SimpleNamespace(release=lambda made: None)
-        model = Model(plan, 1, tell, endpoints, lambda _: None)
+        model = Model(plan, 1, tell, lambda _: None)
 
         async def see(state: SeatState | None) -> None:
             seats = {} if state is None else {"h0": SeatView("x", state, 1, "address", "machine")}
             model.apply(ModelView(1, seats), {"h0": "x"}, {})
             await asyncio.sleep(0.01)
 
-        await see(SeatState.WANTED)
+        await see(SeatState.LOADING)
         assert told == []
         await see(SeatState.SERVING)
         await asyncio.sleep(0.01)
         assert (told[:2], model.joined) == ([("attach", "h0", "x")] * 2, ("h0/x",))
+        model.attach_anew()
+        assert model.joined == ()
+        await see(SeatState.SERVING)
+        assert (told[-2:], model.joined) == ([("attach", "h0", "x"), ("joined", "h0", "x")], ("h0/x",))
         await see(None)
         assert model.joined == ()
         await see(SeatState.SERVING)
@@ -184,7 +185,7 @@ def test_a_frontend_is_attached_to_engines_that_serve_and_to_no_others() -> None
         assert len(told) == num_told, "it has left already"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(followed_cluster, "RETRY_S", 0.0)
+        patch.setattr(seat_follower, "RETRY_S", 0.0)
         asyncio.run(test())
 
 
@@ -217,22 +218,21 @@ def test_a_seat_is_left_only_when_all_frontends_have_left_it_this_time() -> None
             model.apply(ModelView(1, {"h0": SeatView("x", state, 1, "address", "machine")}), {"h0": "x"}, {})
             await asyncio.sleep(0.02)
 
-        await see(SeatState.WANTED)
         await see(SeatState.SERVING)
         pool.said.add(("joined", "m", "h0", "x"))
         await asyncio.sleep(0.02)
         assert model.is_served
         await see(SeatState.LEAVING)
-        assert (told, model.is_served) == (["offer"], True)
+        assert (told, model.is_served) == (["joined"], True)
         pool.said.add(("left", "m", "h0", "x"))
         await asyncio.sleep(0.02)
-        assert (told, model.is_served) == (["offer", "left"], False)
+        assert (told, model.is_served) == (["joined", "left"], False)
 
     asyncio.run(test())
 
 
 def test_ports_of_an_endpoint_are_kept_until_they_are_bound(tmp_path: Path) -> None:
-    """From the offer to the join, minutes later, nobody else gets them, and ZMQ can bind them; then they are let go."""
+    """From their making to the join nobody else gets them, and ZMQ can bind them; then they are let go."""
     import socket
 
     import zmq
@@ -267,16 +267,13 @@ def test_a_model_is_served_while_one_of_its_hosts_can_be_counted_on() -> None:
     class Model(SeatFollower):
         hosts: Any = ("h0/x", "h1/y")
 
-        def _listen(self, machine: str) -> Endpoints:
-            raise AssertionError("nothing is offered")
-
-        async def _connect(self, key: Key) -> None:
+        async def _connect(self, key: Key, machine: str) -> None:
             raise AssertionError("nothing is joined")
 
         async def _disconnect(self, key: Key) -> None:
             raise AssertionError("nothing is left")
 
-        def _lose(self, key: Key) -> None:
+        def _lose(self, key: Key, blame: bool = True) -> None:
             raise AssertionError("nothing is lost")
 
     nothing: Any = SimpleNamespace()

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pool is started with, what whoever joins it is told, and what its controller keeps in Ray for the next one.
+
+Both hold models as pickles, as orders do: whoever may call actors may run code on the hosts (docs/cluster.md). There is
+no key in them: of settings that servers must agree on there are digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from tokenpool.cluster.values import Deployment, Peer
+from tokenpool.cluster_config import ClusterConfig
+from tokenpool.config import PoolConfig
+from tokenpool.errors import PoolError
+from tokenpool.sections import key_of
+
+CONTROLLER = "controller"
+"""Name of the controller's actor in the pool's namespace."""
+_OWN = ("models", "host", "port", "frontends", "shutdown_timeout_s")
+"""Settings in which the servers of one pool may differ."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRecord:
+    """A pool, as the server that started it made it."""
+
+    identity: str
+    """Of this start, drawn at random."""
+    config: ClusterConfig
+    host_config: Mapping[str, Any]
+    """The fields of a HostConfig."""
+    host_env: Mapping[str, str | None] = field(default_factory=dict)
+    use_gpus: bool = False
+    host_template: bool = True
+    models: tuple[Deployment, ...] = ()
+    planned: Mapping[str, str] = field(default_factory=dict)
+    """What planning made of settings that are `auto`."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """A digest of each setting that the servers must agree on."""
+    tenant_slots: Mapping[str, int] = field(default_factory=dict)
+    """Each tenant's `max_concurrent`, 0 without one."""
+    file_models: bytes = field(default=b"", repr=False)
+    """The pickled entries of the pool file that the models come from; only servers open it."""
+
+
+class PoolStanding(NamedTuple):
+    """What a server that wants to join is told."""
+
+    record: PoolRecord
+    """With the models of now."""
+    num_servers: int
+    is_ending: bool
+
+
+class Kept(NamedTuple):
+    """What the next controller cannot be told by hosts."""
+
+    models: list[Deployment]
+    file_models: bytes
+    servers: list[Peer]
+
+
+def wanted_hosts(config: ClusterConfig, *, use_gpus: bool) -> int:
+    """How many hosts there are to be, with `hosts: auto` one per GPU that the cluster has now."""
+    if config.hosts is not None:
+        return config.hosts
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("GPU", 0))) if use_gpus else 1
+
+
+def unpack(content: bytes) -> Any:
+    """What was pickled: plans, entries of a pool file, or what is kept."""
+    return pickle.loads(content)
+
+
+def digests(config: PoolConfig, software: Mapping[str, str], identity: str) -> dict[str, str]:
+    """A digest of each setting that the servers of a pool must agree on, which differs from one pool to the next.
+
+    `software` has the versions of what they run.
+    """
+    plain = {key: value for key, value in asdict(config).items() if key not in _OWN}
+    plain |= {f"cluster.{key}": value for key, value in plain.pop("cluster").items()}
+    plain |= {f"version of {name}": number for name, number in software.items()}
+    texts = {key: json.dumps(value, sort_keys=True, default=repr) for key, value in plain.items()}
+    return {key: hashlib.sha256(f"{identity}{key}{text}".encode()).hexdigest() for key, text in texts.items()}
+
+
+def differing(config: PoolConfig, software: Mapping[str, str], record: PoolRecord) -> list[str]:
+    """The settings, by their keys in a pool file, in which a config differs from that of a pool."""
+    own = digests(config, software, record.identity)
+    found = [key for key in own.keys() | record.settings.keys() if own.get(key) != record.settings.get(key)]
+    return sorted(".".join(map(key_of, key.split("."))) for key in found)
+
+
+class PoolStore:
+    """Keeps a pool in Ray's own store, which outlives every process of a pool but Ray's; used in Ray's processes.
+
+    What an actor is made with would be lost with the process that made it, were it large.
+    """
+
+    _NAMESPACE = b"tokenpool"
+
+    def __init__(self, pool: str) -> None:
+        self._pool = pool
+
+    def write_record(self, record: PoolRecord) -> None:
+        """Keep what a pool is to be started with."""
+        self._put(f"record-{record.identity}", record)
+
+    def read_record(self, identity: str) -> PoolRecord:
+        """What the pool of that start was started with; raises PoolError if it is gone."""
+        record = self._get(f"record-{identity}")
+        if not isinstance(record, PoolRecord):
+            raise PoolError(f"Ray does not have the record of {self._pool} any more: end the pool (tokenpool down)")
+        return record
+
+    def drop_record(self, identity: str) -> None:
+        """Keep it no longer."""
+        self._delete(f"record-{identity}")
+
+    def read(self) -> Kept | None:
+        """What was kept for the next controller; None if nothing was."""
+        kept: Kept | None = self._get("kept")
+        return kept
+
+    def write(self, kept: Kept) -> None:
+        """Keep this for the next controller, in the place of what was kept before."""
+        self._put("kept", kept)
+
+    def clear(self) -> None:
+        """Keep nothing for the next controller."""
+        self._delete("kept")
+
+    def _get(self, name: str) -> Any:
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        found = _internal_kv_get(self._key(name), namespace=self._NAMESPACE)
+        return unpack(found) if found else None
+
+    def _put(self, name: str, value: Any) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(self._key(name), pickle.dumps(value), overwrite=True, namespace=self._NAMESPACE)
+
+    def _delete(self, name: str) -> None:
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(self._key(name), namespace=self._NAMESPACE)
+
+    def _key(self, name: str) -> bytes:
+        return f"{self._pool}/{name}".encode()

@@ -13,7 +13,7 @@ from typing import Any
 from starlette.applications import Starlette
 
 from tokenpool.logs import log_to_stderr
-from tokenpool.process.parent_death import end_with_parent
+from tokenpool.process.parent_death import end_with, end_with_parent
 from tokenpool.serve.access.shared_limits import SharedLimits
 from tokenpool.serve.access.tenants import TenantBook
 from tokenpool.serve.client.suspects import SUSPECTS
@@ -33,8 +33,9 @@ _TELL_PERIOD_S = 1.0
 
 def main(settings: FrontendSettings, sock: socket.socket) -> None:
     """Serve on `sock` until SIGTERM, then end the process."""
-    end_with_parent()  # its parent ends with the supervisor
+    end_with_parent()
     log_to_stderr()
+    _end_with_supervisor(settings.supervisor_pid)
     if settings.index:  # what is told of all models is told once
         logging.getLogger("tokenpool.serve.pool.host_watch").setLevel(logging.WARNING)
     from tokenpool.patches import apply_all
@@ -49,6 +50,14 @@ def main(settings: FrontendSettings, sock: socket.socket) -> None:
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)
+
+
+def _end_with_supervisor(pid: int) -> None:
+    """Its parent, the fork server, outlives the supervisor as long as there is a frontend."""
+    try:
+        end_with(pid)
+    except OSError as error:
+        logger.error("frontend does not notice when its supervisor is killed: %s", error)
 
 
 def followed_pool(settings: FrontendSettings, outer: Starlette) -> Pool[FollowedHosts]:

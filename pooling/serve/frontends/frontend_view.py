@@ -35,6 +35,9 @@ class FrontendSettings:
     first_index: int = 0
     """Of the indexes by which engines know the frontends of this server."""
 
+    supervisor_pid: int = field(default_factory=os.getpid)
+    """With it the frontend ends, however it ends."""
+
     @property
     def client_index(self) -> int:
         """The index by which engines know this frontend."""

@@ -189,3 +189,17 @@ def _refuses(server: PoolServerProcess) -> bool:
     except httpx.TransportError:
         pass
     return False
+
+
+@pytest.mark.slow
+def test_a_supervisor_that_is_killed_takes_all_along(tiny_models: TinyModels) -> None:
+    """Nobody answers on its port then."""
+    models = [{"name": "llama", "model": str(tiny_models.path("llama"))}]
+    pool = {"models": models, "device_memory": "64MiB", "page_size": "1MiB", "admin_key": "test-admin-key-0123"}
+    with PoolServerProcess(pool, flags=["--frontends", "2"]) as server:
+        pids = [*frontends(server), server.host_pid]
+        assert server.process is not None
+        server.process.kill()
+        server.process.wait()
+        poll(lambda: [pid for pid in pids if is_running(pid)], until=lambda left: not left)
+        assert _refuses(server)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from io import SEEK_SET, BytesIO
 from typing import Any
 
 import numpy.typing as npt
@@ -63,6 +64,17 @@ class BoundedVideoIO(VideoMediaIO):
             frames = loaded.media[0]
             room.keep_for(frames, frames.nbytes)
         return loaded
+
+
+class _Stream(BytesIO):
+    """A file for OpenCV, which crashes the process where reading raises: -1 tells it that there is no such place."""
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        """A broken file may ask for a place before its start."""
+        try:
+            return super().seek(offset, whence)
+        except (ValueError, OverflowError):
+            return -1
 
 
 class _LimitedCapture:
@@ -121,3 +133,4 @@ class _BoundedOpenCV(OpenCVVideoBackendMixin):
 def bound_videos() -> None:
     """Let vLLM's samplers read videos within the bounds; a second call finds nothing to change."""
     opencv.OpenCVVideoBackendMixin = _BoundedOpenCV
+    opencv.BytesIO = _Stream

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -14,8 +15,10 @@ BYTES = 4 * SIDE * SIDE
 
 
 @pytest.fixture
-def small_budget(monkeypatch: pytest.MonkeyPatch) -> Iterator[ByteShares]:
+def small_budget(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[ByteShares]:
     """Four square images fit."""
+    # pytest keeps what is logged, and with an error the frames that it went through, and their samples
+    caplog.set_level(logging.ERROR, logger="vllm.multimodal.media.audio")
     from PIL import Image
     from vllm.multimodal.audio import AudioResampler
     from vllm.multimodal.media import connector
@@ -30,6 +33,7 @@ def small_budget(monkeypatch: pytest.MonkeyPatch) -> Iterator[ByteShares]:
         monkeypatch.setattr(connector, name, getattr(connector, name))
     monkeypatch.setattr(AudioResampler, "resample", AudioResampler.resample)
     monkeypatch.setattr(opencv, "OpenCVVideoBackendMixin", opencv.OpenCVVideoBackendMixin)
+    monkeypatch.setattr(opencv, "BytesIO", opencv.BytesIO)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     before = dict(connector.MEDIA_CONNECTOR_REGISTRY.name2class)
     bound_media()

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import io
 import random
+import struct
 from typing import Any
 
 import numpy as np
@@ -154,6 +155,16 @@ def test_frames_that_come_as_images_count(small_budget: ByteShares) -> None:
         load("video", many)
     del loaded
     gc.collect()
+    assert small_budget.num_bytes == 0
+
+
+def test_a_place_before_the_start_is_bad_input(small_budget: ByteShares) -> None:
+    """The size of its stream's header leads there; reading must not raise within OpenCV, which ends the process."""
+    file = avi(32, 6)
+    at = file.index(b"strh") + 4
+    size = struct.pack("<i", struct.unpack_from("<i", file, at)[0] - (1 << 24))
+    with pytest.raises(ValueError, match="Could not open"):
+        play(file[:at] + size + file[at + 4 :])
     assert small_budget.num_bytes == 0
 
 

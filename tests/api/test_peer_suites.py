@@ -66,8 +66,9 @@ def test_a_failure_reads_the_same_at_each_run() -> None:
 def test_a_difference_is_known_only_by_its_section() -> None:
     """Rows of that section are patterns of tests, a bracket stands for itself, and other tables are not read."""
     text = "\n".join(
-        ["| `a.py::x` | one |", "## vLLM's own API tests", "| test | why |", "|---|---|",
-         "| `a.py::t[1]`, `a.py::u*` | `w` |", "## More", "| `b.py::v` | |"]
+        ["| `a.py::x` | passes | fails | one |", "## vLLM's own API tests", "| suite | tests |", "|---|---|",
+         "| `x` | 1 |",
+         "| `a.py::t[1]`, `a.py::u*` | passes | fails | `w` |", "## More", "| `b.py::v` | passes | fails | |"]
     )  # fmt: skip
     known = documented(text)
     plain = {f"a.py::{name}": ("passed", "") for name in ("t[1]", "u[2]", "x", "both")}

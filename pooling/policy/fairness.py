@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 COMPLETION_COST = 2.0
 """What a token put out costs, when one of a prompt costs 1."""
 RECENT_S = 5.0
 """A tenant counts as a user of a model for so long after its last request there."""
+_PART_FOR_SINGLES = 8
 _MEAN_WEIGHT = 0.2
 _FIRST_COST = 256.0
 
@@ -25,8 +26,50 @@ def token_cost(prompt_tokens: int, completion_tokens: int) -> float:
     return prompt_tokens + COMPLETION_COST * completion_tokens
 
 
+class _Waiting(Generic[_T]):
+    """What one tenant has waiting, each item with its number: those that came alone, and those of lists, each in order.
+
+    While there are both they take turns. So one that is alone does not wait behind a long list that came before it, and
+    a list goes on however many come alone.
+    """
+
+    def __init__(self) -> None:
+        self._lanes: tuple[deque[tuple[int, _T]], deque[tuple[int, _T]]] = deque(), deque()
+        self._next = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lanes))
+
+    def push(self, number: int, item: _T, *, of_many: bool) -> None:
+        self._lanes[of_many].append((number, item))
+
+    def discard(self, item: _T) -> None:
+        for lane in self._lanes:
+            kept = [entry for entry in lane if entry[1] is not item]
+            lane.clear()
+            lane.extend(kept)
+
+    def head(self, *, may_many: bool) -> tuple[int, _T, bool] | None:
+        """The next item, with its number and whether it is one of many; None if there is none that may go."""
+        for of_many in (self._next, 1 - self._next):
+            if self._lanes[of_many] and (may_many or not of_many):
+                return *self._lanes[of_many][0], bool(of_many)
+        return None
+
+    def pop(self, *, of_many: bool) -> _T:
+        self._next = 1 - of_many
+        return self._lanes[of_many].popleft()[1]
+
+
+class Head(NamedTuple):
+    """What would be taken next."""
+
+    tenant: str
+    of_many: bool
+
+
 class FairQueue(Generic[_T]):
-    """Waiting items by tenant; the next is the oldest of the tenant that is furthest behind its share.
+    """Waiting items by tenant; the next is one of the tenant that is furthest behind its share, see `_Waiting`.
 
     Each tenant has a counter of the service it has had, divided by its weight. An item is charged when it is taken,
     with what the tenant's items cost on average, because its true cost is known at its end only; `settle` corrects it.
@@ -39,7 +82,7 @@ class FairQueue(Generic[_T]):
 
     def __init__(self, weight_of: Callable[[str], float] = lambda tenant: 1.0) -> None:
         self._weight_of = weight_of
-        self._waiting: dict[str, deque[tuple[int, _T]]] = {}
+        self._waiting: dict[str, _Waiting[_T]] = {}
         self._served: dict[str, float] = {}
         self._mean_cost: dict[str, float] = {}
         self._virtual = 0.0  # the counter of the tenant whose item was taken last, before it was charged
@@ -57,42 +100,42 @@ class FairQueue(Generic[_T]):
         """Those with waiting items."""
         return list(self._waiting)
 
-    def push(self, tenant: str, item: _T) -> None:
-        """Let an item wait."""
+    def push(self, tenant: str, item: _T, *, of_many: bool = False) -> None:
+        """Let an item wait; one of many belongs to a request that has more."""
         if tenant not in self._waiting:
-            self._waiting[tenant] = deque()
+            self._waiting[tenant] = _Waiting()
             self._served[tenant] = max(self._served.get(tenant, 0.0), self._virtual)
         self._pushed += 1
-        self._waiting[tenant].append((self._pushed, item))
+        self._waiting[tenant].push(self._pushed, item, of_many=of_many)
 
     def discard(self, tenant: str, item: _T) -> None:
         """Drop a waiting item, compared by identity; one that does not wait is ignored. O(items of the tenant)."""
-        kept = deque(entry for entry in self._waiting.get(tenant, ()) if entry[1] is not item)
-        if kept:
-            self._waiting[tenant] = kept
-        else:
-            self._waiting.pop(tenant, None)
+        if (waiting := self._waiting.get(tenant)) is not None:
+            waiting.discard(item)
+            self._forget_idle(tenant)
 
-    def head(self, tenant: str) -> _T:
-        """The oldest item of a tenant that has one."""
-        return self._waiting[tenant][0][1]
+    def head(self, may: Callable[[str], bool] = lambda tenant: True, *, may_many: bool = True) -> Head | None:
+        """Whose item is next, of the tenants that `may`, and of which kind. O(tenants)."""
+        best: tuple[tuple[float, int], Head] | None = None
+        for tenant, waiting in self._waiting.items():
+            if not may(tenant) or (found := waiting.head(may_many=may_many)) is None:
+                continue
+            number, _, of_many = found
+            order = (self._served[tenant], number)
+            if best is None or order < best[0]:
+                best = order, Head(tenant, of_many)
+        return best and best[1]
 
-    def next_tenant(self, may: Callable[[str], bool] = lambda tenant: True) -> str | None:
-        """Whose item is next, of the tenants that `may`; None when none of these waits. O(tenants)."""
-        able = [name for name in self._waiting if may(name)]
-        return min(able, key=lambda name: (self._served[name], self._waiting[name][0][0]), default=None)
-
-    def pop(self, tenant: str | None = None) -> tuple[str, _T, float] | None:
-        """Take the next item, or that of `tenant`, which has one: its tenant, itself and the cost it was charged.
+    def pop(self, head: Head | None = None) -> tuple[str, _T, float] | None:
+        """Take the next item, or that of `head`: its tenant, itself and the cost it was charged.
 
         None when nothing waits.
         """
-        tenant = tenant or self.next_tenant()
-        if tenant is None:
+        if (head := head or self.head()) is None:
             return None
-        _, item = self._waiting[tenant].popleft()
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
+        tenant, of_many = head
+        item = self._waiting[tenant].pop(of_many=of_many)
+        self._forget_idle(tenant)
         self._virtual = max(self._virtual, self._served[tenant])
         charged = self._mean_cost.get(tenant, _FIRST_COST)
         self._charge(tenant, charged)
@@ -106,6 +149,10 @@ class FairQueue(Generic[_T]):
 
     def _charge(self, tenant: str, cost: float) -> None:
         self._served[tenant] = self._served.get(tenant, 0.0) + cost / self._weight_of(tenant)
+
+    def _forget_idle(self, tenant: str) -> None:
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
 
 
 class FairTurns:
@@ -137,7 +184,7 @@ class SeatShares:
     A running request is not taken away, and a step is as slow as its batch is large. So while others use the model, a
     tenant leaves seats free: for each of them as many as it had lately and one more, its share by weight at most. What
     others do not use is not kept for them, and a tenant alone may take all seats and queue behind them. Each may always
-    have one.
+    have one. Sequences of requests that have many leave an eighth of the seats, one at least, to those that come alone.
     """
 
     def __init__(self, weight_of: Callable[[str], float] = lambda tenant: 1.0, seats: int | None = None) -> None:
@@ -145,19 +192,28 @@ class SeatShares:
         """How many the engine has; None = not known, no bound."""
         self._weight_of = weight_of
         self._taken: dict[str, int] = {}
+        self._num_many = 0
         self._peaks: dict[str, tuple[int, float]] = {}  # most seats lately, and when that was
 
     def taken(self, tenant: str) -> int:
         """The seats that a tenant has."""
         return self._taken.get(tenant, 0)
 
-    def take(self, tenant: str, now_s: float) -> None:
-        """A request of the tenant goes to the engine."""
+    def take(self, tenant: str, now_s: float, *, of_many: bool = False) -> None:
+        """A sequence of the tenant goes to the engine."""
+        self._num_many += of_many
         self._set(tenant, self.taken(tenant) + 1, now_s)
 
-    def leave(self, tenant: str, now_s: float) -> None:
+    def leave(self, tenant: str, now_s: float, *, of_many: bool = False) -> None:
         """It has ended."""
+        self._num_many -= of_many
         self._set(tenant, self.taken(tenant) - 1, now_s)
+
+    def may_many(self) -> bool:
+        """Whether one more sequence of a request that has many, of whomever, may take a seat."""
+        if self.seats is None or self.seats == 1:
+            return True
+        return self._num_many < self.seats - max(1, self.seats // _PART_FOR_SINGLES)
 
     def others(self, tenant: str, now_s: float) -> list[str]:
         """The other tenants that use the model or have used it just now; forgets the rest. O(tenants)."""

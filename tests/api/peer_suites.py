@@ -58,23 +58,20 @@ FILES = (
     "openai/responses/test_simple.py",
     "anthropic/test_messages.py",
 )
+_SERVER = "RemoteOpenAIServer("
 _NO_SERVER = "starts no server: vLLM's classes are called in the process of the test"
 _GPT_OSS = "needs gpt-oss-20b and its vocabulary (harmony)"
 LEFT_OUT = {
-    "openai/chat_completion/test_chat_error.py": _NO_SERVER,
-    "openai/chat_completion/test_non_object_body_validation.py": _NO_SERVER,
-    "openai/chat_completion/test_thinking_token_budget_validation.py": _NO_SERVER,
     "openai/chat_completion/test_serving_chat.py": f"{_NO_SERVER}; one class {_GPT_OSS}",
     "openai/chat_completion/test_extra_content_fields.py": "needs the chat template of a multimodal Gemma 3",
-    "openai/completion/test_completion_error.py": _NO_SERVER,
-    "openai/completion/test_completion_text_offset.py": _NO_SERVER,
-    "openai/completion/test_lora_resolvers.py": _NO_SERVER,
     "openai/completion/test_tensorizer_entrypoint.py": "needs the package tensorizer and a GPU",
+    "openai/correctness/test_lmeval.py": "measures the answers of real models",
     "openai/test_openai_schema.py": "needs SmolVLM and the package schemathesis",
     "openai/responses/test_harmony.py": _GPT_OSS,
     "openai/responses/test_mcp_tools.py": _GPT_OSS,
     "openai/responses/test_parsable_context.py": "needs a Qwen3-8B that calls tools",
 }
+_SUITES = ("openai", "anthropic")
 _BASES = (
     "HuggingFaceH4/zephyr-7b-beta", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2-1.5B-Instruct", "Qwen/Qwen3-0.6B",
     "Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", "facebook/opt-125m", "openai-community/gpt2",
@@ -148,6 +145,17 @@ def _enlarge(tiny: Path, path: Path, *, seed: int, ends: bool) -> None:
     (path / "generation_config.json").write_text(json.dumps(defaults))
 
 
+def left_out(tests: Path) -> dict[str, str]:
+    """The files of the suites that are not sent, and why."""
+    reasons = {}
+    for suite in _SUITES:
+        for path in sorted((tests / _FOLDER / suite).rglob("test_*.py")):
+            if (file := str(path.relative_to(tests / _FOLDER))) not in FILES:
+                reasons[file] = LEFT_OUT.get(file) or _NO_SERVER
+                assert file in LEFT_OUT or _SERVER not in path.read_text(), f"{file} is not told of"
+    return reasons
+
+
 def run_side(side: str, tests: Path, files: Sequence[str], home: Path, logs: Path) -> dict[str, list[str]]:
     """Run vLLM's test files against one side; returns the outcome of each test and why it failed."""
     logs.mkdir(parents=True, exist_ok=True)
@@ -180,10 +188,11 @@ def run_side(side: str, tests: Path, files: Sequence[str], home: Path, logs: Pat
 
 
 def documented(text: str) -> list[str]:
-    """Patterns of tests of which a text's section "vLLM's own API tests" tells that they differ."""
+    """Patterns of tests that differ, by the table of four columns in a text's section "vLLM's own API tests"."""
     section = re.search(r"^## vLLM's own API tests\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     lines = section[1].splitlines() if section else []
-    patterns = [p for line in lines if line.startswith("| `") for p in re.findall("`([^`]+)`", line.split("|")[1])]
+    rows = [cells for line in lines if line.startswith("| `") and len(cells := line.strip("|").split("|")) == 4]
+    patterns = [pattern for cells in rows for pattern in re.findall("`([^`]+)`", cells[0])]
     return [pattern.replace("[", "[[]") for pattern in patterns]  # a bracket of a name stands for itself
 
 
@@ -236,6 +245,21 @@ def per_file(got: Mapping[str, Outcomes]) -> list[str]:
     return lines
 
 
+def per_suite(plain: Outcomes, pool: Outcomes) -> list[str]:
+    """One line a folder of tests: how many there are, and how many end alike."""
+    lines = []
+    for suite in dict.fromkeys(name.partition("::")[0].rpartition("/")[0] for name in [*plain, *pool]):
+        sides = [
+            {name: told[0] for name, told in outcomes.items() if name.partition("::")[0].rpartition("/")[0] == suite}
+            for outcomes in (plain, pool)
+        ]
+        names = sides[0].keys() | sides[1].keys()
+        same = [sides[0][name] for name in names if sides[0].get(name) == sides[1].get(name)]
+        kinds = " ".join(f"{kind}={same.count(kind)}" for kind in sorted(set(same)))
+        lines.append(f"suite {suite}: tests={len(names)} differ={len(names) - len(same)} same: {kinds}")
+    return lines
+
+
 def main() -> int:
     """Read the flags, run both sides, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,7 +269,8 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="keep the logs of pytest and of the servers in this folder")
     flags = parser.parse_args()
     files = [file for file in FILES if any(word in file for word in flags.only)]
-    for file, reason in LEFT_OUT.items():
+    reasons = left_out(flags.tests)
+    for file, reason in reasons.items():
         print(f"left out: {file}: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="peer-"))
     try:
@@ -258,9 +283,9 @@ def main() -> int:
         shutil.rmtree(folder)
     told, figures = compare(got["plain"], got["pool"], documented(DOCUMENT.read_text()))
     if flags.json:
-        result: dict[str, Any] = {"figures": figures, "left_out": LEFT_OUT, "outcomes": got}
+        result: dict[str, Any] = {"figures": figures, "left_out": reasons, "outcomes": got}
         flags.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(*per_file(got), *told, sep="\n")
+    print(*per_file(got), *per_suite(got["plain"], got["pool"]), *told, sep="\n")
     print("result: " + " ".join(f"{key}={value}" for key, value in figures.items()))
     return 1 if figures["undocumented"] else 0
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from tests.api.peer_servers import SIDES, StandIn, plain_words, words
-from tests.api.peer_suites import DOCUMENT, FILES, LEFT_OUT, compare, documented
+from tests.api.peer_suites import DOCUMENT, FILES, LEFT_OUT, compare, documented, left_out, per_suite
 
 pytestmark = pytest.mark.cpu
 
@@ -65,8 +66,9 @@ def test_a_failure_reads_the_same_at_each_run() -> None:
 def test_a_difference_is_known_only_by_its_section() -> None:
     """Rows of that section are patterns of tests, a bracket stands for itself, and other tables are not read."""
     text = "\n".join(
-        ["| `a.py::x` | one |", "## vLLM's own API tests", "| test | why |", "|---|---|",
-         "| `a.py::t[1]`, `a.py::u*` | `w` |", "## More", "| `b.py::v` | |"]
+        ["| `a.py::x` | passes | fails | one |", "## vLLM's own API tests", "| suite | tests |", "|---|---|",
+         "| `x` | 1 |",
+         "| `a.py::t[1]`, `a.py::u*` | passes | fails | `w` |", "## More", "| `b.py::v` | passes | fails | |"]
     )  # fmt: skip
     known = documented(text)
     plain = {f"a.py::{name}": ("passed", "") for name in ("t[1]", "u[2]", "x", "both")}
@@ -86,3 +88,32 @@ def test_a_file_is_run_or_left_out_and_the_document_names_files_that_run() -> No
     """No file is both, and each documented test is one of a file that is run."""
     assert not set(FILES) & set(LEFT_OUT)
     assert {pattern.partition("::")[0] for pattern in documented(DOCUMENT.read_text())} <= set(FILES)
+
+
+def test_every_file_of_the_suites_is_run_or_has_a_reason(tmp_path: Path) -> None:
+    """One that starts no server needs no entry; one that does, and has none, ends the command."""
+    folder = tmp_path / "tests/entrypoints/openai/responses"
+    folder.mkdir(parents=True)
+    for name, text in (("test_basic.py", ""), ("test_harmony.py", "RemoteOpenAIServer("), ("test_unit.py", "x = 1")):
+        (folder / name).write_text(text)
+    reasons = left_out(tmp_path)
+    assert list(reasons) == ["openai/responses/test_harmony.py", "openai/responses/test_unit.py"]
+    assert "gpt-oss" in reasons["openai/responses/test_harmony.py"] and "no server" in list(reasons.values())[1]
+    (folder / "test_new.py").write_text("with RemoteOpenAIServer(model, []) as server: ...")
+    with pytest.raises(AssertionError, match="test_new"):
+        left_out(tmp_path)
+
+
+def test_suites_are_counted_by_folder() -> None:
+    """Tests that end alike by how they end, and those that do not."""
+    plain = {
+        "a/x.py::1": ("passed", ""),
+        "a/x.py::2": ("failed", "1"),
+        "a/y.py::3": ("passed", ""),
+        "b/z.py::4": ("passed", ""),
+    }
+    pool = plain | {"a/x.py::2": ("failed", "2"), "a/y.py::3": ("error", "")}
+    assert per_suite(plain, pool) == [
+        "suite a: tests=3 differ=1 same: failed=1 passed=1",
+        "suite b: tests=1 differ=0 same: passed=1",
+    ]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenpool.policy.fairness import RECENT_S, FairQueue, FairTurns, SeatShares, token_cost
+from tokenpool.policy.fairness import RECENT_S, FairQueue, FairTurns, Head, SeatShares, token_cost
 
 pytestmark = pytest.mark.cpu
 
@@ -179,11 +179,42 @@ def test_a_tenant_that_may_not_is_passed_over_and_keeps_its_place():
     queue: FairQueue[int] = FairQueue()
     queue.push("a", 1)
     queue.push("b", 2)
-    assert queue.next_tenant(lambda name: name != "a") == "b"
-    assert queue.next_tenant(lambda name: False) is None
-    taken = queue.pop("b")
+    assert queue.head(lambda name: name != "a") == ("b", False)
+    assert queue.head(lambda name: False) is None
+    taken = queue.pop(Head("b", False))
     assert taken is not None and taken[:2] == ("b", 2)
-    assert queue.next_tenant() == "a"
+    assert queue.head() == ("a", False)
+
+
+def test_single_ones_and_lists_of_a_tenant_take_turns():
+    """Each in its order; what may not go is left out."""
+    queue: FairQueue[str] = FairQueue()
+    for i in range(4):
+        queue.push("a", f"list {i}", of_many=True)
+    assert queue.pop()[1] == "list 0"
+    for i in range(3):
+        queue.push("a", f"single {i}")
+    assert [queue.pop()[1] for _ in range(3)] == ["single 0", "list 1", "single 1"]
+    assert queue.head(may_many=False) == ("a", False)
+    queue.pop(Head("a", False))
+    assert queue.head(may_many=False) is None
+    assert [queue.pop()[1] for _ in range(2)] == ["list 2", "list 3"]
+    assert not len(queue)
+
+
+@given(st.integers(1, 300), st.lists(st.sampled_from(["single", "list", "leave"]), max_size=400))
+def test_lists_leave_an_eighth_of_the_seats(seats, actions):
+    """One at least, whoever has them; a single seat is for all."""
+    shares, there = SeatShares(seats=seats), []
+    for action in actions:
+        if action == "leave" and there:
+            shares.leave("a", 0.0, of_many=there.pop(0))
+        elif action == "single" or (action == "list" and shares.may_many()):
+            shares.take("a", 0.0, of_many=action == "list")
+            there.append(action == "list")
+        if seats > 1:
+            assert sum(there) <= seats - max(1, seats // 8)
+        assert shares.may_many() or sum(there) >= seats - max(1, seats // 8) > 0
 
 
 def test_turns_go_to_the_one_that_has_had_fewest_for_its_weight() -> None:

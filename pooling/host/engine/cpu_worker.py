@@ -9,6 +9,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tokenpool.host.engine import cpu_mla
 from tokenpool.host.engine.expert_group import ensure_expert_group
+from tokenpool.host.kv.embedded_rows import embed_in_place
 from tokenpool.host.kv.readable_blocks import hide_unreadable_blocks
 from tokenpool.patches.build_context import current_build
 from tokenpool.patches.cpu_gemm import use_plain_gemm
@@ -55,6 +56,7 @@ class PooledCPUWorker(CPUWorker):
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM's; from now on no step sees a block that its requests do not hold."""
         hide_unreadable_blocks(self.model_runner)
+        embed_in_place(self.model_runner)
         return super().compile_or_warm_up_model()
 
 

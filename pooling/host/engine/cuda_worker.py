@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from tokenpool.host.engine.expert_group import ensure_expert_group
 from tokenpool.host.engine.giving_way import giving_way
+from tokenpool.host.kv.embedded_rows import embed_in_place
 from tokenpool.host.kv.readable_blocks import hide_unreadable_blocks
 from tokenpool.host.kv.runner_adapter import warm_up_in_null_block
 from tokenpool.patches.build_context import current_build
@@ -73,6 +74,7 @@ class PooledCUDAWorker(Worker):
     def compile_or_warm_up_model(self) -> Any:
         """Compile, warm kernels up and capture graphs, without a write to blocks that are not this model's."""
         hide_unreadable_blocks(self.model_runner)
+        embed_in_place(self.model_runner)
         hold_graph_pool()
         build = current_build()
         way = nullcontext() if build is None else giving_way(self.model_runner, build.pause)

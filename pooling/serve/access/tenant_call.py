@@ -11,7 +11,7 @@ import asyncio
 import math
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -83,8 +83,8 @@ class Call:
         self.is_paced = False
         """Whether each of its sequences waits for the tenant's limits per minute: those of a websocket do, which is
         open for as long as its client likes."""
-        self.wait_in_line: Callable[[Call], Awaitable[Seat]] | None = None
-        """Waits for the place of one more sequence; None where nothing waits."""
+        self.wait_in_line: Callable[[Call, bool], Awaitable[Seat]] | None = None
+        """Waits for the place of one more sequence, which is one of many or alone; None where nothing waits."""
         self.spare: Seat | None = None
         """A place that no sequence has taken yet."""
         self.held_s = 0.0
@@ -100,6 +100,8 @@ class Call:
         self._live: dict[str, weakref.ref[Any]] = {}  # the OutputProcessor of each sequence
         self._seats: dict[str, Seat] = {}
         self._costs: dict[str, float] = {}  # of those without a seat
+        self._waiting: dict[str, asyncio.Task[None]] = {}
+        self._num_waiting = 0
         self._tasks = 0
         self._num_seen = 0
 
@@ -124,12 +126,27 @@ class Call:
             return  # more input for it
         seat, self.spare = self.spare, None
         if seat is None and self.wait_in_line is not None:
-            seat = await self.wait_in_line(self)
+            of_many = self.sequences > 1 or self.has_others
+            self._num_waiting += 1
+            try:
+                seat = await self.wait_in_line(self, of_many)
+            finally:
+                self._num_waiting -= 1
         if seat is not None and request_id in self._live:
             seat.cost += self._costs.pop(request_id, 0.0)
             self._seats[request_id] = seat
         elif seat is not None:  # it was aborted meanwhile
             seat.close()
+
+    @property
+    def has_others(self) -> bool:
+        """Whether a sequence that comes now is a further one: others have a place, or wait for one."""
+        return bool(self._seats) or self._num_waiting > 0
+
+    def wait_beside(self, request_id: str, waits: Coroutine[Any, Any, None]) -> None:
+        """Let a sequence wait while its call goes on, for as long as it is not over."""
+        task = self._waiting[request_id] = asyncio.create_task(waits)
+        task.add_done_callback(lambda _: self._waiting.pop(request_id, None))
 
     def put_out(self, request_id: str, num_tokens: int) -> None:
         """Tokens, or an embedding, have come from the engine."""
@@ -143,6 +160,8 @@ class Call:
         """A sequence is over, however it ended."""
         self._live.pop(request_id, None)
         self._costs.pop(request_id, None)
+        if task := self._waiting.pop(request_id, None):
+            task.cancel()
         if seat := self._seats.pop(request_id, None):
             seat.close()
 

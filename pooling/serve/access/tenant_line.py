@@ -3,9 +3,10 @@
 
 Only a few sequences without a token are with the engine at a time; whose is next is decided when one of them gets its
 first token. So a tenant with a thousand waiting ones, of as many requests or of one, is as far from its turn as one
-with a single one. The tenant whose turn it is does not wait for others if it has none there: a step begins before the
-frontend hears of the tokens of the last one, so that this would cost it the step after it too. While others use the
-model, a tenant has its share of the engine's seats at most (`policy.fairness.SeatShares`). Imports no vLLM.
+with a single one, and of one tenant those of long lists take turns with its requests of one sequence. The tenant whose
+turn it is does not wait for others if it has none there: a step begins before the frontend hears of the tokens of the
+last one, so that this would cost it the step after it too. While others use the model, a tenant has its share of the
+engine's seats at most, and lists leave some to single ones (`policy.fairness.SeatShares`). Imports no vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, TypeAlias
 
 from starlette.types import Receive
 
-from tokenpool.policy.fairness import FairQueue, SeatShares
+from tokenpool.policy.fairness import FairQueue, Head, SeatShares
 from tokenpool.serve.access.gone import until_gone
 from tokenpool.serve.access.tenant_call import Call
 
@@ -31,7 +32,7 @@ LATE_S = 1.0
 """A sequence that has had no token for so long waits for more than a step, such as its grammar. It is no reason for
 other tenants to wait; its own has no more than `ENGINE_QUEUE` of either kind there."""
 ALONE_QUEUE = 64
-"""The same for further sequences of calls that have some already, while no other tenant uses the model."""
+"""The same for sequences of calls that have many, while no other tenant uses the model."""
 ASIDE_AT_ONCE = 4
 """Calls of one tenant that have no sequence, such as `/tokenize`, at a time; more of them wait."""
 
@@ -42,9 +43,10 @@ _GrantedAside: TypeAlias = "asyncio.Future[_AsideSeat]"
 class LineSeat:
     """The place of one sequence; see `tenant_call.Seat`."""
 
-    def __init__(self, line: TenantLine, tenant: str, charged: float) -> None:
+    def __init__(self, line: TenantLine, head: Head, charged: float) -> None:
         self.cost = 0.0
-        self._line, self._tenant, self._charged = line, tenant, charged
+        self._line, self._charged = line, charged
+        self._tenant, self._of_many = head
         self._has_begun = self._is_closed = self._is_late = False
         self._timer = asyncio.get_running_loop().call_later(LATE_S, self._become_late)
 
@@ -64,7 +66,7 @@ class LineSeat:
         if not self._is_closed:
             self._is_closed = True
             self.begin()
-            self._line._ended(self._tenant, self._charged, self.cost)
+            self._line._ended(Head(self._tenant, self._of_many), self._charged, self.cost)
 
 
 class _AsideSeat:
@@ -112,7 +114,7 @@ class TenantLine:
     """The line in front of one model; lives on one event loop."""
 
     def __init__(self, weight_of: Callable[[str], float], engine_queue: int = ENGINE_QUEUE) -> None:
-        self._queue: FairQueue[tuple[bool, _Granted]] = FairQueue(weight_of)  # with whether its call has others already
+        self._queue: FairQueue[_Granted] = FairQueue(weight_of)
         self.shares = SeatShares(weight_of)
         """Who has how many of the engine's seats, and of how many."""
         self._engine_queue = engine_queue
@@ -147,10 +149,10 @@ class TenantLine:
         The call must be closed after it.
         """
         granted: _Granted = asyncio.get_running_loop().create_future()
-        entry, tenant = (False, granted), call.account.config.name
-        self._queue.push(tenant, entry)
+        tenant = call.account.config.name
+        self._queue.push(tenant, granted, of_many=call.sequences > 1)
         self._let_through()
-        return await _wait(call, granted, receive, lambda: self._queue.discard(tenant, entry))
+        return await _wait(call, granted, receive, lambda: self._queue.discard(tenant, granted))
 
     async def enter_aside(self, call: Call, receive: Receive) -> bool:
         """The same for a call that has no sequence, such as one that only tokenizes: each tenant has a few at a time,
@@ -160,16 +162,16 @@ class TenantLine:
         places.ask(granted)
         return await _wait(call, granted, receive, granted.cancel)
 
-    async def more(self, call: Call) -> LineSeat:
-        """Wait for the place of one more sequence of a call."""
+    async def more(self, call: Call, of_many: bool = True) -> LineSeat:
+        """Wait for the place of one more sequence of a call, which is one of many or alone."""
         granted: _Granted = asyncio.get_running_loop().create_future()
-        entry, tenant = (True, granted), call.account.config.name
-        self._queue.push(tenant, entry)
+        tenant = call.account.config.name
+        self._queue.push(tenant, granted, of_many=of_many)
         self._let_through()
         try:
             return await granted
         except BaseException:
-            self._queue.discard(tenant, entry)
+            self._queue.discard(tenant, granted)
             if granted.done() and not granted.cancelled():
                 granted.result().close()
             raise
@@ -177,33 +179,38 @@ class TenantLine:
     def _let_through(self) -> None:
         now_s = time.monotonic()
         stuck: set[str] = set()
-        while (tenant := self._queue.next_tenant(lambda name: self._may_go(name, now_s, stuck))) is not None:
+        while (head := self._next(now_s, stuck)) is not None:
+            tenant = head.tenant
             if self._ahead[tenant]:
-                bound = self._bound_for(tenant, now_s)
+                bound = self._bound_for(head, now_s)
                 if self._ahead.total() - self._late.total() >= bound:
                     return
                 if self._ahead[tenant] >= bound:
                     stuck.add(tenant)
                     continue
-            taken = self._queue.pop(tenant)
+            taken = self._queue.pop(head)
             assert taken is not None
-            _, (_, granted), charged = taken
+            _, granted, charged = taken
             self._ahead[tenant] += 1
-            self.shares.take(tenant, now_s)
-            seat = LineSeat(self, tenant, charged)
+            self.shares.take(tenant, now_s, of_many=head.of_many)
+            seat = LineSeat(self, head, charged)
             if granted.cancelled():
                 seat.close()
             else:
                 granted.set_result(seat)
 
-    def _may_go(self, tenant: str, now_s: float, stuck: Set[str]) -> bool:
-        return tenant not in stuck and self.shares.may_take(tenant, now_s)
+    def _next(self, now_s: float, stuck: Set[str]) -> Head | None:
+        """What is next of all that may have a seat."""
+        may_many = self.shares.may_many()
+        return self._queue.head(
+            lambda tenant: tenant not in stuck and self.shares.may_take(tenant, now_s), may_many=may_many
+        )
 
-    def _bound_for(self, tenant: str, now_s: float) -> int:
-        """Sequences without a token that the engine may have. While a tenant is alone, the further ones of its lists
-        fill the engine's steps; who comes then waits for them once."""
-        is_further, _ = self._queue.head(tenant)
-        return ALONE_QUEUE if is_further and not self.shares.others(tenant, now_s) else self._engine_queue
+    def _bound_for(self, head: Head, now_s: float) -> int:
+        """Sequences without a token that the engine may have. While a tenant is alone, those of its lists fill the
+        engine's steps; who comes then waits for them once."""
+        is_alone = head.of_many and not self.shares.others(head.tenant, now_s)
+        return ALONE_QUEUE if is_alone else self._engine_queue
 
     def _became_late(self, tenant: str) -> None:
         self._late[tenant] += 1
@@ -214,9 +221,9 @@ class TenantLine:
         self._late[tenant] -= was_late
         self._let_through()
 
-    def _ended(self, tenant: str, charged: float, cost: float) -> None:
-        self._queue.settle(tenant, charged, cost)
-        self.shares.leave(tenant, time.monotonic())
+    def _ended(self, head: Head, charged: float, cost: float) -> None:
+        self._queue.settle(head.tenant, charged, cost)
+        self.shares.leave(head.tenant, time.monotonic(), of_many=head.of_many)
         self._let_through()
 
 

@@ -38,21 +38,46 @@ def meter(engine: AsyncLLM) -> None:
 async def _send(
     send: Callable[[EngineCoreRequest], Awaitable[None]], processor: _MeteredOutputProcessor, request: EngineCoreRequest
 ) -> None:
-    """Give a request to the engine when its call has a place for it; not at all if it has ended before."""
+    """Give a request to the engine when its call has a place for it; not at all if it has ended before.
+
+    vLLM gives the sequences of `n` one after another and then begins to answer: further ones wait beside it, or a
+    stream would not begin before the last of them has its place.
+    """
     call, request_id = CURRENT_CALL.get(), request.request_id
     is_new = request_id in processor.unsent
     processor.unsent.discard(request_id)
-    if call is not None and (is_new or request.resumable):
-        try:
-            await call.admit(request_id)
-        except BaseException:
-            state = processor.request_states.get(request_id)
-            if is_new and state is not None and state.parent_req is None:  # those of n > 1 vLLM aborts by itself
-                processor.abort_requests([request_id], internal=True)
-            raise
-        if is_new and request_id not in processor.request_states:
-            return
-    await send(request)
+    if call is None or not (is_new or request.resumable):
+        await send(request)
+        return
+    state = processor.request_states.get(request_id)
+    if is_new and state is not None and state.parent_req is not None and call.has_others:
+        call.wait_beside(request_id, _send_later(send, processor, request, call))
+        return
+    try:
+        await call.admit(request_id)
+    except BaseException:
+        if is_new and state is not None and state.parent_req is None:  # those of n > 1 vLLM aborts by itself
+            processor.abort_requests([request_id], internal=True)
+        raise
+    if request_id in processor.request_states or not is_new:
+        await send(request)
+
+
+async def _send_later(
+    send: Callable[[EngineCoreRequest], Awaitable[None]],
+    processor: _MeteredOutputProcessor,
+    request: EngineCoreRequest,
+    call: Call,
+) -> None:
+    """The same for a sequence that nobody waits for; whoever reads the answers is told what fails."""
+    try:
+        await call.admit(request.request_id)
+        if request.request_id in processor.request_states:
+            await send(request)
+    except Exception as error:
+        state = processor.request_states.get(request.request_id)
+        if state is not None and state.queue is not None:
+            state.queue.put(error)
 
 
 class _MeteredOutputProcessor(OutputProcessor):

@@ -41,7 +41,7 @@ from tokenpool.serve.http.port import drop_port_parts, without_port_flags
 from tokenpool.serve.launch.model_plan import ModelPlan, first_line
 from tokenpool.serve.launch.names import names_of
 from tokenpool.serve.launch.start_checks import load_plugins
-from tokenpool.serve.media.image_bounds import bound_media
+from tokenpool.serve.media.bounded_media import bound_media
 from tokenpool.wire.addresses import EngineAddresses
 
 logger = logging.getLogger(__name__)

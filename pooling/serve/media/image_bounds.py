@@ -2,41 +2,36 @@
 """Bounds what the images of requests unpack to, by their heads, before they are unpacked.
 
 A file of 66 bytes may say that it has 178 million pixels, which vLLM takes: a gigabyte for a column of them, and the
-interpreter stands still while it is made. What a frontend has of images at a time is bounded, from the head of a file
-until nobody needs its pixels; tenants share it.
+interpreter stands still while it is made. Some formats hold a file of another format, whose head counts.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import weakref
-from http import HTTPStatus
+import struct
+import sys
+import warnings
 from io import BytesIO
 from typing import Any
 
-import aiohttp
 from PIL import Image
-from vllm.exceptions import GracefulHTTPError, VLLMError, VLLMUnprocessableEntityError, VLLMValidationError
+from vllm import envs
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.image import open_image
-from vllm.multimodal.media import MediaWithBytes, connector
+from vllm.multimodal.media import MediaWithBytes
 from vllm.multimodal.media.image import ImageMediaIO
 
-from tokenpool.process.heap import HeapTrimmer
-from tokenpool.serve.access.byte_shares import ByteShares
-from tokenpool.serve.access.tenant_call import current_tenant
+from tokenpool.serve.media.live_media import Keeper
 
 MAX_SIDE = 65_535
 """Pixels; what JPEG can have. Memory for rows is taken with the interpreter's lock."""
-MAX_LIVE_BYTES = 1 << 30
-"""Of the pixels of all images that a frontend has."""
-MAX_URL_CHARS = 8192
-"""Of media that are fetched: vLLM logs the URL at each attempt."""
-_BYTES_PER_PIXEL = 4
-_SHOWN = 200
-
-LIVE = ByteShares(MAX_LIVE_BYTES)
-_TRIMMER = HeapTrimmer()
+MAX_SCANS = 100
+"""Of a progressive JPEG: each costs the time of a whole image. Encoders make about ten."""
+BYTES_PER_PIXEL = 4
+_ICON = b"\0\0\1\0"
+_SCAN = b"\xff\xda"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_OPAQUE = frozenset({"ICNS", "BLP"})
+"""Formats whose head does not bound what they hold; not worth a parser."""
 
 
 class BoundedImageIO(ImageMediaIO):
@@ -44,76 +39,79 @@ class BoundedImageIO(ImageMediaIO):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._owner = current_tenant()  # it is made by the task of the request, and reads in a thread
-        self._loop = asyncio._get_running_loop()
+        self._keeper = Keeper()
 
     def load_bytes(self, data: bytes) -> MediaWithBytes[Image.Image]:
         """See MediaIO."""
-        size = _size_of(data)
+        size = size_of(data)
         if size is None:  # vLLM says what is wrong with it
             return super().load_bytes(data)
-        num_bytes = size[0] * size[1] * _BYTES_PER_PIXEL
-        if not LIVE.take(self._owner, num_bytes):
-            message = (
-                f"Images of requests take {LIVE.num_bytes} of {LIVE.max_bytes} bytes here, which leaves too little "
-                f"room for one of {size[0]}x{size[1]} pixels: send fewer or smaller ones, or retry after 5 s."
-            )
-            raise GracefulHTTPError(message, HTTPStatus.SERVICE_UNAVAILABLE)
-        try:
+        width, height, num_pixels = size
+        with self._keeper.room(num_pixels * BYTES_PER_PIXEL, f"an image of {width}x{height} pixels") as room:
             loaded = super().load_bytes(data)
-        except BaseException:
-            LIVE.give_back(self._owner, num_bytes)
-            raise
-        weakref.finalize(loaded.media, _forget, self._owner, num_bytes, self._loop)
+            width, height = loaded.media.size
+            room.keep_for(loaded.media, width * height * BYTES_PER_PIXEL)
         return loaded
 
 
-def _forget(owner: str, num_bytes: int, loop: asyncio.AbstractEventLoop | None) -> None:
-    """An image is gone, in whatever thread."""
-    LIVE.give_back(owner, num_bytes)
-    if loop is not None:
-        with contextlib.suppress(RuntimeError):  # it is closed: the process ends
-            loop.call_soon_threadsafe(_TRIMMER.freed, num_bytes)
+def size_of(data: bytes) -> tuple[int, int, int] | None:
+    """Width, height and pixels while it is unpacked, by a file's head; None if it has none that can be read.
 
-
-def _size_of(data: bytes) -> tuple[int, int] | None:
-    """Width and height by a file's head, None if it has none that can be read; raises VLLMValidationError."""
-    try:
-        with open_image(BytesIO(data)) as image:
-            width, height = image.size
-    except Image.DecompressionBombError as error:
-        raise VLLMValidationError(str(error), parameter="image_url") from None
-    except Exception:  # whatever a decoder makes of it
-        return None
-    if max(width, height) > MAX_SIDE:
-        message = f"The image has {width}x{height} pixels, at most {MAX_SIDE} in a row or column are taken."
-        raise VLLMValidationError(message, parameter="image_url")
-    return width, height
-
-
-class _AnsweredConnector(connector.MediaConnector):
-    """Media that cannot be had or read are the client's fault, whatever a decoder raises: it named them."""
-
-    async def load_from_url_async(self, url: str, *args: Any, **options: Any) -> Any:
-        if len(url) > MAX_URL_CHARS and url[:5].lower() != "data:":
-            message = f"The URL has {len(url)} characters, at most {MAX_URL_CHARS} are taken."
-            raise VLLMValidationError(message, parameter="url")
+    Raises VLLMValidationError for one that is too large or too slow.
+    """
+    if data.startswith(_ICON):  # Pillow unpacks it when it opens it
+        sizes = _sizes_in_icon(data)
+        if not sizes:
+            return None
+        width, height = (max(side) for side in zip(*sizes, strict=True))
+        kind: str | None = "ICO"
+    else:
         try:
-            return await super().load_from_url_async(url, *args, **options)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            message = f"Failed to fetch media from URL: {reason}"
-            raise VLLMUnprocessableEntityError(message, parameter="url", value=url[:_SHOWN]) from error
-        except (ValueError, TypeError, VLLMError, MemoryError):
-            raise
-        except ImportError as error:
-            message = "Failed to load media: their format needs a package that is not installed here."
-            raise VLLMValidationError(message, parameter="url") from error
-        except Exception as error:
-            raise VLLMValidationError(f"Failed to load media: {error}", parameter="url") from error
+            with open_image(BytesIO(data)) as image:
+                width, height = image.size
+                kind = image.format
+        except Image.DecompressionBombError as error:
+            raise VLLMValidationError(str(error), parameter="image_url") from None
+        except Exception:  # whatever a decoder makes of it
+            return None
+    _refuse_large(width, height)
+    if kind == "JPEG" and (count := data.count(_SCAN)) > MAX_SCANS:
+        message = f"The image has {count} scans, at most {MAX_SCANS} are taken."
+        raise VLLMValidationError(message, parameter="image_url")
+    return width, height, _most_pixels() if kind in _OPAQUE else width * height
 
 
-def bound_media() -> None:
-    """Bound the images of all models of this process; a second call finds nothing to change."""
-    connector.ImageMediaIO = BoundedImageIO
-    connector.MEDIA_CONNECTOR_REGISTRY.register("http")(_AnsweredConnector)
+def _refuse_large(width: int, height: int) -> None:
+    size = f"The image has {width}x{height} pixels, at most"
+    if max(width, height) > MAX_SIDE:
+        raise VLLMValidationError(f"{size} {MAX_SIDE} in a row or column are taken.", parameter="image_url")
+    if width * height > _most_pixels():
+        message = f"{size} {_most_pixels()} are taken: VLLM_MAX_IMAGE_PIXELS of the server."
+        raise VLLMValidationError(message, parameter="image_url")
+
+
+def _most_pixels() -> int:
+    return envs.VLLM_MAX_IMAGE_PIXELS or sys.maxsize
+
+
+def _sizes_in_icon(data: bytes) -> list[tuple[int, int]]:
+    """Width and height that the files in an icon say they have; its own directory may say less."""
+    sizes = []
+    for index in range(int.from_bytes(data[4:6], "little")):
+        entry = data[6 + 16 * index : 22 + 16 * index]
+        if len(entry) < 16:
+            break
+        held = data[(at := int.from_bytes(entry[12:16], "little")) : at + 24]
+        if len(held) == 24 and held.startswith(_PNG):
+            sizes.append(struct.unpack(">II", held[16:24]))
+        elif len(held) == 24:
+            width, height = struct.unpack("<ii", held[4:12])
+            sizes.append((abs(width), abs(height) // 2))
+    return sizes
+
+
+def bound_inner_images() -> None:
+    """Let Pillow refuse what is in a file of another format by the same bound."""
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    if most := envs.VLLM_MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = most // 2  # it warns from there on, and refuses twice as many

@@ -33,6 +33,7 @@ class Frontend:
         self.book = TenantBook([tenant("a"), tenant("b"), tenant("open", share_cache=True)], **options)
         self.line = TenantLine(self.book.weight_of)
         self.sent: list[str] = []
+        self.failure: Exception | None = None
         self.processor = OutputProcessor(None, log_stats=False)
         core = SimpleNamespace(add_request_async=self._take)
         self.core = core
@@ -41,6 +42,8 @@ class Frontend:
         ))  # fmt: skip
 
     async def _take(self, request: EngineCoreRequest) -> None:
+        if self.failure is not None:
+            raise self.failure
         self.sent.append(request.request_id)
 
     def call(self, name: str) -> Call:
@@ -223,5 +226,59 @@ def test_the_pool_itself_ends_any_request():
         frontend = Frontend()
         await asyncio.create_task(frontend.add(frontend.call("a"), request("a-1")))
         assert ["a-1"] == frontend.processor.abort_requests(["a-1"], internal=True)
+
+    run(main())
+
+
+async def add_many(frontend: Frontend, call: Call, count: int) -> tuple[list[str], RequestOutputCollector]:
+    """As `AsyncLLM.add_request` does it with `n`: all are registered, and then sent one after another."""
+    CURRENT_CALL.set(call)
+    parent = ParentRequest(request("p", sampling_params=SamplingParams(n=count, detokenize=False)))
+    queue, made = RequestOutputCollector(RequestOutputKind.DELTA, "p"), []
+    for i in range(count):
+        child, params = parent.get_child_info(i)
+        made.append(request(child, sampling_params=params, external_req_id="p"))
+        frontend.processor.add_request(made[-1], None, parent, i, queue)
+    for each in made:
+        await frontend.core.add_request_async(each)
+    return [each.request_id for each in made], queue
+
+
+def test_a_stream_of_many_sequences_begins_when_its_first_one_has_its_place():
+    """Those of `n` for which there is no seat wait beside it, and go, or are forgotten, each for itself."""
+
+    async def main() -> None:
+        frontend = Frontend()
+        frontend.line.shares.seats = 4
+        call = frontend.call("a")
+        names, _ = await add_many(frontend, call, 8)
+        await settle()
+        assert names[:3] == frontend.sent, "all but one of four seats"
+        frontend.put_out(names[1], FinishReason.STOP)
+        await settle()
+        assert names[:4] == frontend.sent
+        frontend.processor.abort_requests(["p"], internal=False)
+        await settle()
+        call.close()
+        assert names[:4] == frontend.sent, "an aborted one was sent"
+        assert (0, 0, {}) == (frontend.line.shares.taken("a"), len(frontend.line), call._waiting)
+
+    run(main())
+
+
+def test_whoever_reads_hears_that_a_sequence_cannot_be_sent():
+    """The engine of a stream dies while further sequences wait."""
+
+    async def main() -> None:
+        frontend = Frontend()
+        frontend.line.shares.seats = 3
+        _, queue = await add_many(frontend, frontend.call("a"), 3)
+        await settle()
+        frontend.failure = RuntimeError("the engine is gone")
+        frontend.put_out("1_p", FinishReason.STOP)
+        queue.get_nowait()
+        await settle()
+        with pytest.raises(RuntimeError, match="is gone"):
+            queue.get_nowait()
 
     run(main())

@@ -201,7 +201,7 @@ def test_a_sequence_that_is_aborted_while_it_is_held_takes_no_seat():
         call = account.begin(POST, "a", 0, 2)
         call.wait_in_line = line.more
         line.shares.seats, engine = 4, Engine()
-        running = [await line.more(call) for _ in range(ALONE_QUEUE)]
+        running = [await line.more(call) for _ in range(3)]
         engine.request_states["r"] = call
         call.add_engine_request("r", 1, engine)
         held = asyncio.create_task(call.admit("r"))

@@ -9,7 +9,6 @@ import gc
 import io
 import random
 import struct
-import zlib
 from typing import Any
 
 import aiohttp
@@ -20,26 +19,14 @@ from PIL import Image
 from vllm.exceptions import GracefulHTTPError, VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.multimodal.media import connector
 
+from tests.helpers.inputs.hostile_files import headed_png, icon, many_scans
 from tests.helpers.inputs.media import data_url, png
 from tests.serve.access.test_tenants import Pool, tenant
+from tests.serve.media.conftest import BYTES, SIDE
 from tokenpool.serve.access.byte_shares import ByteShares
 from tokenpool.serve.access.tenant_call import CURRENT_CALL
-from tokenpool.serve.media import image_bounds
 
-pytestmark = pytest.mark.vllm
-
-SIDE = 100
-BYTES = 4 * SIDE * SIDE
-
-
-def headed(width: int, height: int) -> bytes:
-    """A PNG file that says so, and has nothing of it."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"x")) + chunk(b"IEND", b"")
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("small_budget")]
 
 
 def square(colour: int) -> bytes:
@@ -56,18 +43,6 @@ def broken(file: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-@pytest.fixture(autouse=True)
-def small_budget(monkeypatch: pytest.MonkeyPatch) -> ByteShares:
-    """Four squares fit."""
-    shares = ByteShares(4 * BYTES)
-    monkeypatch.setattr(image_bounds, "LIVE", shares)
-    monkeypatch.setattr(connector, "ImageMediaIO", connector.ImageMediaIO)
-    before = dict(connector.MEDIA_CONNECTOR_REGISTRY.name2class)
-    image_bounds.bound_media()
-    yield shares
-    connector.MEDIA_CONNECTOR_REGISTRY.name2class.update(before)
-
-
 def fetch(url: str) -> Any:
     """As a chat's renderer fetches an image."""
     return connector.MEDIA_CONNECTOR_REGISTRY.load("http").fetch_image_async(url)
@@ -79,11 +54,30 @@ def test_a_head_that_promises_too_much_is_refused(size, small_budget, monkeypatc
     Image.init()
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("unpacked"))
     with pytest.raises(VLLMValidationError, match="pixels"):
-        asyncio.run(fetch(data_url(headed(*size), "image/png")))
+        asyncio.run(fetch(data_url(headed_png(*size), "image/png")))
     assert small_budget.num_bytes == 0
 
 
-@pytest.mark.parametrize("data", [b"", b"text", headed(0, 0), headed(90, 90), png(1)[:60]])
+@pytest.mark.parametrize(
+    "inner", [headed_png(20_000, 20_000), struct.pack("<IiiHH", 40, 20_000, 40_000, 1, 8) + b"x" * 80]
+)
+def test_what_is_in_an_icon_is_judged(inner: bytes, small_budget: ByteShares) -> None:
+    """Its directory says 16 x 16: nothing of the large one is unpacked."""
+    with pytest.raises(VLLMValidationError, match="20000x20000 pixels"):
+        asyncio.run(fetch(data_url(icon(inner), "image/x-icon")))
+    assert small_budget.num_bytes == 0
+    loaded = asyncio.run(fetch(data_url(icon(png(3)), "image/x-icon")))
+    assert loaded.media.size == Image.open(io.BytesIO(png(3))).size
+
+
+def test_an_image_of_many_scans_is_refused(small_budget: ByteShares) -> None:
+    """Each costs the time of an image; what encoders make is taken."""
+    with pytest.raises(VLLMValidationError, match="210 scans, at most 100"):
+        asyncio.run(fetch(data_url(many_scans(SIDE, 200), "image/jpeg")))
+    assert asyncio.run(fetch(data_url(many_scans(SIDE, 2), "image/jpeg"))).media.size == (SIDE, SIDE)
+
+
+@pytest.mark.parametrize("data", [b"", b"text", headed_png(0, 0), headed_png(90, 90), png(1)[:60]])
 def test_a_broken_image_takes_nothing(data: bytes, small_budget: ByteShares) -> None:
     """It is refused as vLLM refuses it."""
     with pytest.raises(ValueError):
@@ -112,8 +106,9 @@ def test_broken_images_of_all_formats_are_bad_input(small_budget: ByteShares) ->
     assert small_budget.num_bytes == 0
 
 
-def test_broken_sounds_are_bad_input() -> None:
+def test_broken_sounds_are_bad_input(small_budget: ByteShares) -> None:
     """The same with what soundfile writes; for what it does not know vLLM asks a package that may not be there."""
+    small_budget.max_bytes = 1 << 30
     rng, samples, files = random.Random(7), np.zeros((800, 2), np.float32), []
     for kind in sorted(soundfile.available_formats().keys() - {"SD2"}):  # which writes a second file
         with contextlib.suppress(soundfile.SoundFileError, ValueError, TypeError):  # it wants other samples
@@ -128,6 +123,8 @@ def test_broken_sounds_are_bad_input() -> None:
                 await medium.fetch_audio_async(data_url(broken(file or b"x", rng), "audio/wav"))
 
     asyncio.run(main())
+    gc.collect()
+    assert small_budget.num_bytes == 0
 
 
 def test_a_long_url_is_refused_before_it_is_asked_for(monkeypatch) -> None:
@@ -189,5 +186,7 @@ def test_media_that_cannot_be_had_are_the_clients_fault(monkeypatch) -> None:
         monkeypatch.setattr(connector.global_http_connection, "async_get_bytes", get)
         with pytest.raises(VLLMUnprocessableEntityError, match="Failed to fetch"):
             asyncio.run(fetch("http://none.invalid/x.png"))
-    with pytest.raises(VLLMValidationError, match="local files"):
-        asyncio.run(fetch("file:///etc/passwd"))
+    for what in ("image", "audio", "video"):
+        load = getattr(connector.MEDIA_CONNECTOR_REGISTRY.load("http"), f"fetch_{what}_async")
+        with pytest.raises(VLLMValidationError, match="local files"):
+            asyncio.run(load("file:///etc/passwd"))

@@ -16,6 +16,9 @@ _EQUAL = 0.2
 _MEAN_WEIGHT = 0.5
 _STEP = 1e-3
 """Smaller changes are not worth one."""
+_FIRM, _LITTLE = 0.1, 0.01
+"""Parts stay while no demand has changed by more than this share of it and this number of requests. Else two servers
+whose means draw near each other could each have the smaller one at their own word, and a slot would be nobody's."""
 
 
 class Lease(NamedTuple):
@@ -68,11 +71,15 @@ class _Tenant:
         self._num_slots = num_slots
         self._held: dict[str, Lease] = {}  # at most so much is with each
         self._demand: dict[str, float] = {}
+        self._weighed: dict[str, float] = {}  # the demand that parts go by
         self._fill: dict[str, float] = {}
 
     def hear(self, server: str, claim: Claim) -> None:
         before = self._demand.get(server, claim.demand)
-        self._demand[server] = before + _MEAN_WEIGHT * (claim.demand - before)
+        demand = self._demand[server] = before + _MEAN_WEIGHT * (claim.demand - before)
+        weighed = self._weighed.setdefault(server, demand)
+        if abs(demand - weighed) > _FIRM * max(demand, weighed) + _LITTLE:
+            self._weighed[server] = demand
         self._held[server] = Lease(claim.share, claim.slots)
         if claim.share:
             self._fill[server] = claim.fill
@@ -88,12 +95,12 @@ class _Tenant:
         return Lease(share, slots, min(self._fill.values(), default=1.0))
 
     def forget(self, server: str) -> None:
-        for book in (self._held, self._demand, self._fill):
+        for book in (self._held, self._demand, self._weighed, self._fill):
             book.pop(server, None)
 
     def _parts(self) -> dict[str, float]:
-        total, count = sum(self._demand.values()), len(self._demand)
-        by_demand = {name: demand / total if total else 1 / count for name, demand in self._demand.items()}
+        total, count = sum(self._weighed.values()), len(self._weighed)
+        by_demand = {name: demand / total if total else 1 / count for name, demand in self._weighed.items()}
         return {name: _EQUAL / count + (1 - _EQUAL) * part for name, part in by_demand.items()}
 
     def _split(self, parts: Mapping[str, float]) -> dict[str, int]:

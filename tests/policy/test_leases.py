@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tokenpool.policy.leases import Claim, Lease, LeaseBook
@@ -104,6 +104,8 @@ def test_tenants_that_nobody_knows_have_no_part():
 STEP = st.tuples(st.sampled_from(SERVERS), st.booleans(), st.floats(0, 100), st.sampled_from(("beat",) * 9 + ("die",)))
 
 
+@example(steps=[(name, False, demand, "beat") for demand in (1.0, 0.0) for name in SERVERS[:2]], slots=0)
+@example(steps=[("a", False, 3.0, "beat"), ("b", False, 2.0, "beat"), ("a", False, 1.0, "beat")] * 2, slots=1)
 @given(steps=st.lists(STEP, max_size=80), slots=st.integers(0, 9))
 def test_all_parts_together_are_never_more_than_the_whole(steps, slots):
     """Beats in any order, answers that are lost, servers that die and come back."""

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.vllm
 
 LONG = {"model": "qwen2", "temperature": 0, "max_tokens": 900}
 FORKED = "engine host forked from the template"
-_SAME = ("Umask", "Uid", "Gid", "Groups", "SigIgn", "NoNewPrivs", "Seccomp", "CapEff", "Cpus_allowed")
+_SAME = ("Umask", "Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "CapEff", "Cpus_allowed")
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def appearance(pid: int) -> dict[str, Any]:
         "status": {name: status[name] for name in _SAME if name in status},
         "signals": int(status["SigCgt"], 16) & ~(1 << 32),  # one is glibc's
         "blocked": blocked_signals(pid),
+        "ignored": int(status["SigIgn"], 16) & ~1,  # under nohup the template was made while SIGHUP was still ignored
         "files": files,
         "environment": shown,
         "command": command,

@@ -196,7 +196,6 @@ class _Trace:
 
     async def play(self, users: int) -> None:
         """Send requests, as `users` who each wait for an answer before the next one."""
-        self._begin_s = time.monotonic()
         limits = aiohttp.ClientTimeout(total=_REQUEST_LIMIT_S)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=limits) as session:
             await asyncio.gather(*(self._user(session) for _ in range(users)))

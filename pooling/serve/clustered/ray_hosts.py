@@ -31,7 +31,7 @@ from tokenpool.process.metric_files import forget_models
 from tokenpool.serve.clustered.host_questions import HostQuestions
 from tokenpool.serve.clustered.lease_keeper import LeaseKeeper
 from tokenpool.serve.clustered.no_lending import NoLending
-from tokenpool.serve.clustered.seat_follower import SeatFollower
+from tokenpool.serve.clustered.seat_follower import RETRY_S, SeatFollower
 from tokenpool.serve.launch.model_plan import ModelPlan
 from tokenpool.serve.pool.host_watch import HostWatch, follow_forecasts
 from tokenpool.serve.pool.models import Models, PoolModel
@@ -39,7 +39,6 @@ from tokenpool.serve.pool.models import Models, PoolModel
 logger = logging.getLogger(__name__)
 
 _DECISIONS = metric("decisions").make()
-_RETRY_S = 0.2
 _RETRY_CALLS_S = 60.0
 _BEAT_S, _BEAT_LIMIT_S = 1.0, 5.0
 _LEASE_LIMIT_S = 5.0
@@ -164,14 +163,14 @@ class RayHosts(HostQuestions):
 
     async def _insist(self, method: str, *args: Any) -> Any:
         """Tell the controller, again while it is being restarted; raises the PoolError with which it refuses."""
-        for _ in range(int(_RETRY_CALLS_S / _RETRY_S)):
+        for _ in range(int(_RETRY_CALLS_S / RETRY_S)):
             try:
                 return await self.tell_as_this(method, *args)
             except Exception as error:
                 if isinstance(cause := getattr(error, "cause", None), PoolError):
                     raise cause from None
                 logger.debug("controller does not hear %s: %s", method, error)
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
         raise HostError("the controller does not answer")
 
     async def _beat(self) -> None:
@@ -196,7 +195,7 @@ class RayHosts(HostQuestions):
             except Exception as error:
                 if epoch >= 0 and not self.watch.stopping:
                     logger.warning("controller is away, serving goes on: %s", type(error).__name__)
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
                 continue
             epoch, version = view.epoch, view.version
             try:
@@ -204,16 +203,16 @@ class RayHosts(HostQuestions):
             except Exception:  # the next view is complete, too
                 logger.exception("view not applied")
             if view.is_ending:  # from now on the controller answers at once
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
 
     async def _until_joined(self) -> None:
-        for _ in range(int(_RETRY_CALLS_S / _RETRY_S)):
+        for _ in range(int(_RETRY_CALLS_S / RETRY_S)):
             try:
                 await self._join()
                 return
             except Exception as error:
                 logger.debug("the controller does not let this server join: %s", error)
-                await asyncio.sleep(_RETRY_S)
+                await asyncio.sleep(RETRY_S)
         raise HostError("the controller does not answer")
 
     async def _join(self) -> None:
@@ -286,7 +285,7 @@ class RayHosts(HostQuestions):
         except Exception:
             logger.exception("what other servers changed cannot be followed model=%s", name)
             seen = None
-            await asyncio.sleep(_RETRY_S * 10)
+            await asyncio.sleep(RETRY_S * 10)
         del self._working[name]
         if self.view is not seen:
             self._look_again()
@@ -325,7 +324,7 @@ class RayHosts(HostQuestions):
                 await let_finish(model.client, drain_s)
         await self._insist("drained", name)
         while self.view is not None and name in self.view.retiring:
-            await asyncio.sleep(_RETRY_S)
+            await asyncio.sleep(RETRY_S)
 
     async def _forget(self, name: str) -> None:
         model, follower = self._models[name], self.followers.pop(name)

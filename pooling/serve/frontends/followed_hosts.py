@@ -36,7 +36,7 @@ from tokenpool.serve.pool.models import Models, PoolModel
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 0.2
+_RETRY_S = 0.2
 """Between two attempts."""
 _FINISH_LOOK_S = 0.02
 _USES_PERIOD_S = 0.25
@@ -167,7 +167,7 @@ class FollowedHosts:
                 view = await self.ask_as_this("view", version)
             except PoolError as error:  # it ends, and this process with it
                 logger.warning("the supervisor does not answer: %s", error)
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(_RETRY_S)
                 continue
             version = view.version
             self.apply(view)
@@ -227,7 +227,7 @@ class FollowedHosts:
             logger.exception("frontend cannot follow model=%s", name)
             with contextlib.suppress(PoolError):  # a supervisor that does not hear ends, and this process with it
                 await self.ask_as_this("failed", name, sendable(error))
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(_RETRY_S)
         if self.work.get(name) is asyncio.current_task():
             del self.work[name]
         if self.view is not None and not self._frozen:

@@ -165,7 +165,7 @@ async def until(look: Callable[[], object]) -> None:
 @asynccontextmanager
 async def two_servers(patch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Server, Server]]:
     """Both have joined a pool without models."""
-    patch.setattr(ray_hosts, "_RETRY_S", 0.005)
+    patch.setattr(ray_hosts, "RETRY_S", 0.005)
     patch.setattr(ray_hosts, "_BEAT_S", 0.005)
     patch.setattr(seat_follower, "RETRY_S", 0.005)
     patch.setattr(pool_operator, "plan_added", lambda spec, others, for_tenants=False: plan_of(spec.name))

@@ -19,6 +19,9 @@ import torch
 from tokenpool.patches.base import Patch, known
 from tokenpool.patches.build_context import current_build
 
+_BLOCK_ROWS = 32
+_PACKED_BYTES = 1 << 19
+
 _plain: ContextVar[bool] = ContextVar("tokenpool_plain_gemm", default=False)
 
 
@@ -44,8 +47,15 @@ def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
 
 
 def pack_weight(layer: Any) -> None:
-    """Put the packed bytes in the place of the layer's weight; needs as much memory again meanwhile."""
-    layer.weight.data.copy_(torch.ops._C.convert_weight_packed(layer.weight.data))
+    """Put the packed bytes in the place of the layer's weight.
+
+    The kernel's layout is one of blocks of 32 rows, so a few rows are packed at a time: their copy stays in the cache
+    of the CPU, and the system need not find memory for a second weight.
+    """
+    weight = layer.weight.data
+    num_rows = max(1, _PACKED_BYTES // (_BLOCK_ROWS * weight.shape[1] * weight.element_size())) * _BLOCK_ROWS
+    for rows in weight.split(num_rows):
+        rows.copy_(torch.ops._C.convert_weight_packed(rows))
 
 
 def _can_pack(weight: torch.Tensor) -> bool:

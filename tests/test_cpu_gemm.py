@@ -67,6 +67,16 @@ def test_a_packed_weight_lies_where_the_weight_was_and_computes_the_same(num_tok
     assert torch.equal(actual, again), "a weight that is read again is packed to the same bytes"
 
 
+@needs_kernel
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 4096), (160, 8192), (1024, 2048), (80, 1 << 15)])
+def test_a_weight_is_packed_in_parts_as_it_is_as_a_whole(rows, columns):
+    """Also where the last part has half a block, and where a part is one block."""
+    layer = layer_of(rows, columns, torch.bfloat16)
+    whole = torch.ops._C.convert_weight_packed(layer.weight.data)
+    pack_weight(layer)
+    assert torch.equal(whole, layer.weight.data)
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "dtype"),
     [(4, 64, torch.bfloat16), (40, 64, torch.bfloat16), (32, 48, torch.bfloat16), (32, 64, torch.float16)],

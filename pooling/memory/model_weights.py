@@ -17,7 +17,15 @@ from tokenpool.memory.devices.counted import CountedDevice
 from tokenpool.memory.states import WeightState
 from tokenpool.memory.weight_layout import WeightLayout
 from tokenpool.memory.weight_range import WeightRange
-from tokenpool.memory.weight_reload import Advance, Reload, ReloadProof, checksum_of, complete, try_reload
+from tokenpool.memory.weight_reload import (
+    Advance,
+    Checksum,
+    OnFinal,
+    Reload,
+    ReloadProof,
+    checksum_of,
+    try_reload,
+)
 
 _LOOK_S = 0.02
 """Between two looks whether another process has filled a copy."""
@@ -95,7 +103,7 @@ class ModelWeights:
         if not verify or reload is None or self.copy.is_whole:
             return None
         try:
-            return try_reload(layout, host, layout.bytes_of, lambda: reload(advance), advance)
+            return try_reload(layout, host, layout.bytes_of, lambda: reload(advance, lambda tensor: None), advance)
         finally:
             layout.fill_from(host, advance)  # for others who look at the loader's memory, or a failure
 
@@ -116,11 +124,11 @@ class ModelWeights:
         self.host = None
         self.copy.release()
 
-    def _read_into(self, buffer: torch.Tensor, advance: Advance) -> None:
+    def _read_into(self, buffer: torch.Tensor, advance: Advance, on_final: OnFinal = lambda tensor: None) -> None:
         assert self.reload is not None
         self.layout.point_into(buffer)
         try:
-            self.reload(advance)
+            self.reload(advance, on_final)
         finally:
             self.range.point_tensors_here()
 
@@ -159,8 +167,12 @@ class ModelWeights:
         assert self.proof is not None
         copy.prepare(self.nbytes)
         copy.allocate(self.nbytes, lambda nbytes: None)
-        self._read_into(copy.tensor, advance)
-        if not complete(self.layout, copy.tensor, self.proof, advance):
+        kept = self.proof.kept
+        checksum = Checksum(self.layout, copy.tensor, not_early=kept)
+        self._read_into(copy.tensor, advance, checksum.note_final)
+        for offset, part in kept.items():
+            copy.tensor[offset : offset + part.numel()].copy_(part)
+        if checksum.value(advance) != self.proof.checksum:
             raise ValueError("the checkpoint is not the one that the model was added with: remove and add it")
         copy.publish(self.meta())
 

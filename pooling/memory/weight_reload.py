@@ -8,8 +8,10 @@ of a model, giving its host copy up would free little, and it is not droppable.
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -19,15 +21,19 @@ from tokenpool.memory.weight_layout import Span, WeightLayout
 Advance = Callable[[int], None]
 """Called with bytes done; raises JobCancelled when the work is to stop, which must be let through."""
 
-Reload = Callable[[Advance], None]
+OnFinal = Callable[[torch.Tensor], None]
+"""Called with a tensor whose bytes stay as they are now; by one thread at a time, whichever."""
+
+Reload = Callable[[Advance, OnFinal], None]
 """Reads the checkpoint into the adopted tensors, whose `data` lies in host memory meanwhile.
 
-Runs on the side thread, where it must leave process-wide state of torch and vLLM alone, calls its argument once per
-tensor read, and may raise any Exception.
+Runs on the side thread, where it must leave process-wide state of torch and vLLM alone, calls its first argument once
+per tensor read, and the second for what it likes to tell early. May raise any Exception.
 """
 
 _MAX_KEPT_FRAC = 0.25
-_CHUNK_BYTES = 8 << 20
+_SMALL_BYTES = 16 << 20
+_CRC_THREADS = min(4, len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class ReloadProof:
     problem: str = ""
     """Why not, for people."""
     checksum: int = 0
-    """CRC-32 of all storages of the host copy, gaps left out."""
+    """Of the storages of the host copy, gaps left out; see `checksum_of`."""
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
     """Offset -> bytes of each storage that the checkpoint does not give."""
 
@@ -81,19 +87,42 @@ def try_reload(
     return ReloadProof(True, checksum=checksum, kept={offset: part.clone() for offset, part in kept.items()})
 
 
-def complete(layout: WeightLayout, buffer: torch.Tensor, proof: ReloadProof, advance: Advance) -> bool:
-    """Add the kept storages to a buffer just read; returns whether it is the old host copy then."""
-    for offset, part in proof.kept.items():
-        buffer[offset : offset + part.numel()].copy_(part)
-    return checksum_of(layout, buffer, advance) == proof.checksum
-
-
 def checksum_of(layout: WeightLayout, buffer: torch.Tensor, advance: Advance) -> int:
-    """CRC-32 of the storages in a host buffer, about 4 GB/s; other threads run meanwhile."""
-    crc = 0
-    view = memoryview(buffer.numpy())
-    for span in layout.spans:
-        for start in range(span.offset, span.offset + span.nbytes, _CHUNK_BYTES):
-            advance(0)
-            crc = zlib.crc32(view[start : min(start + _CHUNK_BYTES, span.offset + span.nbytes)], crc)
-    return crc
+    """CRC-32 of the CRC-32 of each storage in a host buffer."""
+    return Checksum(layout, buffer).value(advance)
+
+
+class Checksum:
+    """That of a host buffer which is being filled: what is final early is looked at while the rest is read."""
+
+    def __init__(self, layout: WeightLayout, buffer: torch.Tensor, not_early: Container[int] = ()) -> None:
+        """`not_early` has offsets of storages that are written to at last, whatever is said of them."""
+        self._layout = layout
+        self._view = memoryview(buffer.numpy())
+        self._crcs: dict[int, int] = {}  # by offset
+        self._early = {
+            id(member.tensor): span
+            for span in layout.spans if span.offset not in not_early
+            for member in span.members if member.tensor.nbytes == span.nbytes
+        }  # fmt: skip
+
+    def note_final(self, tensor: torch.Tensor) -> None:
+        """See `OnFinal`."""
+        if (span := self._early.get(id(tensor))) is not None and span.offset not in self._crcs:
+            self._crcs[span.offset] = self._crc_of(span)
+
+    def _crc_of(self, span: Span) -> int:
+        return zlib.crc32(self._view[span.offset : span.offset + span.nbytes])  # other threads run meanwhile
+
+    def value(self, advance: Advance) -> int:
+        """All is final: look at the rest, about 4 GB/s a thread."""
+        rest = [span for span in self._layout.spans if span.offset not in self._crcs]
+        side = ThreadPoolExecutor(_CRC_THREADS) if sum(span.nbytes for span in rest) > _SMALL_BYTES else None
+        try:
+            for span, crc in zip(rest, (side.map if side is not None else map)(self._crc_of, rest), strict=True):
+                advance(0)
+                self._crcs[span.offset] = crc
+        finally:
+            if side is not None:
+                side.shutdown(cancel_futures=True)
+        return zlib.crc32(b"".join(self._crcs[span.offset].to_bytes(4) for span in self._layout.spans))

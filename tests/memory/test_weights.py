@@ -195,7 +195,7 @@ def test_who_frees_too_few_pages_says_for_which_weights(rig):
 
 def test_a_model_without_tensors_takes_nothing(rig):
     """No page, no byte, no range; all moves work."""
-    rig.store.adopt("a", [torch.empty(0)], lambda advance: None, verify_reload=True)
+    rig.store.adopt("a", [torch.empty(0)], lambda advance, on_final: None, verify_reload=True)
     rig.store.evict("a")
     rig.load("a")
     rig.store.evict("a")

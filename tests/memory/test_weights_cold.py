@@ -85,7 +85,7 @@ def test_a_byte_that_reload_leaves_out_is_never_right_by_chance(rig):
     """Half a storage is not enough, even if what is left out looks like what memory may hold anyway."""
     tensors = [torch.zeros(PAGE, dtype=torch.uint8) for _ in range(6)]
 
-    def half(advance) -> None:
+    def half(advance, on_final) -> None:
         for index, tensor in enumerate(tensors):
             tensor.data[: PAGE // 2 if index == 3 else PAGE] = 0
 
@@ -123,7 +123,7 @@ def test_weights_made_after_loading_stay_in_host_memory(rig, when):
 def test_a_checkpoint_that_cannot_be_read_is_no_failure_of_the_model(rig):
     """The proof ends with no: the error is told when somebody asks for the drop."""
 
-    def broken(advance) -> None:
+    def broken(advance, on_final) -> None:
         raise FileNotFoundError("model.safetensors")
 
     tensors = parts()

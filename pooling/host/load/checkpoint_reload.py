@@ -7,16 +7,18 @@ So a model whose loading does more than what is done here is refused by the tria
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, replace
+from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.model_loader import get_model_loader
 
-from tokenpool.memory.weight_reload import Advance, Reload
+from tokenpool.host.load.straight_read import CopiesOfFiles, StraightRead
+from tokenpool.memory.weight_reload import Advance, OnFinal, Reload
 from tokenpool.patches.cpu_gemm import pack_weight, packed_linear
 
 
@@ -36,20 +38,79 @@ def checkpoint_reload(models: Sequence[torch.nn.Module], vllm_config: VllmConfig
         return None
     if any(config.quantization is not None for config, _ in configs):
         return None
+    sources = [(model, config, loader) for model, (config, _), loader in zip(models, configs, loaders, strict=True)]
+    return CheckpointReload(sources)
 
-    def reload(advance: Advance) -> None:
-        with torch.no_grad(), _parameters_that_stay(models):
-            for model, (config, _), loader in zip(models, configs, loaders, strict=True):
+
+class CheckpointReload:
+    """See `Reload`. What the first time has shown of where the bytes go spares later times vLLM's loader."""
+
+    def __init__(self, sources: Sequence[tuple[torch.nn.Module, ModelConfig, Any]]) -> None:
+        """`sources` are models, each with its config and the loader that reads its tensors."""
+        self._sources = sources
+        self._models = [model for model, _, _ in sources]
+        self._plan: StraightRead | None = None
+        self._is_first = True
+
+    def __call__(self, advance: Advance, on_final: OnFinal) -> None:
+        """Read all of it."""
+        with torch.no_grad():
+            if self._plan is not None and self._plan.is_on_host():
+                packed = self._read_straight(self._plan, advance, on_final)
+            else:
+                self._load(advance)
+                packed = set()
+            self._pack(packed, advance)
+
+    def _read_straight(self, plan: StraightRead, advance: Advance, on_final: OnFinal) -> set[Any]:
+        """Read it to its place; a side thread packs what is there meanwhile. Returns the layers that are packed."""
+        layers = {id(layer.weight): layer for layer in self._layers() if _is_packed(layer)}
+        of_experts = {id(tensor) for layer in self._layers() if _has_experts(layer) for tensor in layer.parameters()}
+        packed = set()
+
+        def finish(tensor: torch.Tensor) -> None:
+            if (layer := layers.get(id(tensor))) is not None:
+                pack_weight(layer)
+                packed.add(layer)
+            if id(tensor) not in of_experts:
+                on_final(tensor)
+
+        finished: list[Future[None]] = []
+        with ThreadPoolExecutor(1) as side:
+            plan.read(advance, lambda tensor: finished.append(side.submit(finish, tensor)))
+        for each in finished:
+            each.result()
+        return packed
+
+    def _load(self, advance: Advance) -> None:
+        tensors = [t for model in self._models for of_model in (model.parameters(), model.buffers()) for t in of_model]
+        copies = CopiesOfFiles(tensors) if self._is_first else None
+        with _parameters_that_stay(self._models), copies or nullcontext():
+            for model, config, loader in self._sources:
                 model.load_weights(_counted(loader.get_all_weights(config, model), advance))
-            # Once all is read, and once each: a draft model may share layers of its target.
-            for layer in dict.fromkeys(layer for model in models for layer in model.modules()):
-                advance(0)
-                if isinstance(getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod):
-                    _pack_experts(layer)
-                elif layer.__dict__.get("cpu_linear") is packed_linear:
-                    pack_weight(layer)
+        if copies is not None:
+            self._is_first, self._plan = False, copies.plan()
 
-    return reload
+    def _pack(self, packed: set[Any], advance: Advance) -> None:
+        """Pack what is not packed yet, once all is read."""
+        for layer in self._layers():
+            advance(0)
+            if _has_experts(layer):
+                _pack_experts(layer)
+            elif _is_packed(layer) and layer not in packed:
+                pack_weight(layer)
+
+    def _layers(self) -> Iterable[Any]:
+        """Each once: a draft model may share some of its target."""
+        return dict.fromkeys(layer for model in self._models for layer in model.modules())
+
+
+def _has_experts(layer: torch.nn.Module) -> bool:
+    return isinstance(getattr(layer, "quant_method", None), UnquantizedFusedMoEMethod)
+
+
+def _is_packed(layer: torch.nn.Module) -> bool:
+    return layer.__dict__.get("cpu_linear") is packed_linear
 
 
 @contextmanager

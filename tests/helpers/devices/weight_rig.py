@@ -68,12 +68,14 @@ class Checkpoint:
     def __post_init__(self) -> None:
         self.saved = [tensor.detach().clone() for tensor in self.tensors]
 
-    def reload(self, advance: Callable[[int], None]) -> None:
+    def reload(self, advance: Callable[[int], None], on_final: Callable[[torch.Tensor], None]) -> None:
         self.reads += 1
         for index, (tensor, value) in enumerate(zip(self.tensors, self.saved, strict=True)):
             if index not in self.skip:
                 self.before(index)
                 tensor.data.copy_(value)
+                if index % 2:
+                    on_final(tensor)
             advance(value.nbytes)
 
 

@@ -178,6 +178,28 @@ def test_nothing_but_what_changes_stays_behind(kind, tiny_models):
         pooled.close()
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "qwen2", "embed"])
+def test_a_later_read_does_without_the_loader(kind, tiny_models, monkeypatch):
+    """Bytes of the files go straight to their places; what they give then is the host copy that was dropped."""
+    from tokenpool.demo.tiny_models import ENGINE_ARGS
+
+    pooled = _pooled()
+    try:
+        args = {"max_model_len": 512, **ENGINE_ARGS.get(kind, {})}
+        pooled.add(Case(kind, str(tiny_models.path(kind)), args, []))
+        store, model = pooled.host.weights, _model_of(pooled, kind)
+        monkeypatch.setattr(type(model), "load_weights", lambda *_: pytest.fail("vLLM loads it again"))
+        for _ in range(2):
+            store.evict(kind)
+            store.drop_host(kind)
+            assert store.load_host(kind).wait(LIMIT_S)
+            store.finish(kind)
+            _bring_back(store, kind)
+            store.verify(kind)
+    finally:
+        pooled.close()
+
+
 def test_a_model_is_added_where_its_weights_fit_once(cases, monkeypatch):
     """As on a GPU, where the loader has pages' memory until the host has a copy; then its pages back the range."""
     from tests.helpers.pooled import make_spec

@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from tokenpool.host.load.straight_read import CopiesOfFiles, StraightRead
 
+pytestmark = pytest.mark.vllm
+
 DTYPES = (torch.float32, torch.bfloat16, torch.int8)
 
 

@@ -82,7 +82,7 @@ def main(control_path: str, config_json: str) -> None:
         """A model from a controller, which neither opens the spec nor knows vLLM."""
         add_model(replace(pickle.loads(spec), addresses=_addresses(input_address, output_address, server_key)))
 
-    exchange = KVExchange(host, (host.config.node_ip, 0) if host.config.node_ip else f"{control_path}.kv")
+    exchange = KVExchange(host, f"{control_path}.kv", host.config.node_ip)
 
     def added(hosted: HostedModel) -> None:
         exchange.add(hosted)

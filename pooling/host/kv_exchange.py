@@ -6,7 +6,10 @@ host's tier under the same hashes, vLLM's prefix cache finds them, and only the 
 
     frontend ── export_kv(request) ──► engine on the source host      copies full blocks into its tier
              ◄── where, which ────────
-             ── import_kv(offer) ────► engine on the target host ── read_kv ──► source host, chunk by chunk
+             ── import_kv(offer) ────► engine on the target host ── kv/kv_fetch.py ──► source host, kv/kv_supply.py
+
+On one machine the bytes go through memory that both hosts map, between machines over TCP, straight from the source's
+slots into the target's. What both say to each other is in wire/kv_frames.py.
 
 Models whose layers keep a state hand over all blocks of a request instead, and the request ends at its source with that
 (kv/request_image.py): `given_up` says so.
@@ -19,17 +22,25 @@ from __future__ import annotations
 
 import logging
 import secrets
+import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
+import msgspec
 
 from tokenpool.errors import HostError
 from tokenpool.host.kv import request_image
-from tokenpool.wire.control import ControlServer, call_host
+from tokenpool.host.kv.kv_fetch import Fetch, receive
+from tokenpool.host.kv.kv_saving import Saving
+from tokenpool.host.kv.kv_supply import Sender
+from tokenpool.memory.kv_blocks import CachedBlock
+from tokenpool.process.affinity import unpinned
+from tokenpool.wire.kv_frames import IDLE_LIMIT_S, KV_LIMIT_S, Open, blocks_in_chunk
+from tokenpool.wire.messages import Address, KeyRefusedError, Wire, connect, listen, serve
 
 if TYPE_CHECKING:
     from tokenpool.host.engine_host import EngineHost
@@ -37,35 +48,53 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 8 << 20
-"""Bytes asked for at a time: while they are copied the host makes no step."""
+_MOST_MOVES = 4
+"""Requests whose blocks come here at a time, and go from here through shared memory; each has 16 MiB of either."""
 
 Offer = dict[str, Any]
-"""`address` and `access` of the exchange that has the blocks, `model`, their `keys` in order, `block_bytes`, and
-whether the request was `given_up`: it has to be sent on whatever becomes of the blocks."""
+"""`addresses`, the nearest first, and `access` of the exchange that has the blocks, `model`, their `keys` in order,
+`block_bytes`, and whether the request was `given_up`: it has to be sent on whatever becomes of the blocks."""
 
 
 class KVExchange:
-    """One host's end; all methods but `import_kv`'s copying belong to the loop's thread.
+    """One host's end; all methods belong to the loop's thread, what goes on beside it is in threads of their own.
 
     Who has the `access` of an offer can read cached blocks of this host's models: it goes to frontends and to hosts.
     """
 
-    def __init__(self, host: EngineHost, address: str | tuple[str, int]) -> None:
-        """Listen at a Unix socket's path, or at (IP address, port), 0 for any."""
+    def __init__(self, host: EngineHost, path: str, node_ip: str | None = None) -> None:
+        """Listen at a Unix socket, and for hosts of other machines at a free port of `node_ip`."""
         self._host = host
         self._access = secrets.token_bytes(32)
-        server = ControlServer(address, self._access, host.call)
-        self._address = server.address
-        server.serve({"read_kv": self._read})
+        self._entries: dict[str, Mapping[bytes, CachedBlock]] = {}
+        self._sharing = threading.BoundedSemaphore(_MOST_MOVES)
+        self._coming = threading.BoundedSemaphore(_MOST_MOVES)
+        self._addresses: list[Address] = []
+        self._listen(path, needed=node_ip is None)
+        if node_ip is not None:
+            self._listen((node_ip, 0), needed=True)
         self.exported_blocks = 0
         self.imported_blocks = 0
 
+    def _listen(self, address: Address, *, needed: bool) -> None:
+        try:
+            listening = listen(address)
+        except OSError as error:
+            if needed:
+                raise
+            logger.warning("KV goes to hosts of this machine over TCP: %s: %s", address, error)
+            return
+        self._addresses.append(address if isinstance(address, str) else listening.getsockname()[:2])
+        with unpinned():  # threads have the cores of who starts them, and the loop has its own
+            serve(listening, self._serve, "kv")
+
     def add(self, hosted: HostedModel) -> None:
         """Let the model's frontends call its engine's `export_kv` and `import_kv`."""
-        pool = hosted.build.pool
-        if pool is not None and self._host.group is None and request_image.can_carry(hosted.core):
-            request_image.Arrivals(hosted.core, pool, self._host.swapper.tier)
+        pool, tier = hosted.build.pool, self._host.swapper.tier
+        if pool is not None and self._host.group is None:
+            self._entries[hosted.name] = tier.entries_of(hosted.name)
+            if request_image.can_carry(hosted.core):
+                request_image.Arrivals(hosted.core, pool, tier)
         hosted.core.export_kv = lambda request_id: self._export(hosted, request_id)
         hosted.core.import_kv = lambda offer: self._import(hosted, offer)
 
@@ -73,22 +102,41 @@ class KVExchange:
         """KV blocks that went to other hosts' requests and came from other hosts, so far."""
         return {"exported_blocks": self.exported_blocks, "imported_blocks": self.imported_blocks}
 
-    def _export(self, hosted: HostedModel, request_id: str) -> Offer:
+    # -- the source ----------------------------------------------------------------------------------
+
+    def _export(self, hosted: HostedModel, request_id: str) -> Future[Offer]:
         """Copy the full blocks of a request into the tier and say where they are; without blocks if it has none."""
-        pool, core = hosted.build.pool, hosted.core
+        done: Future[Offer] = Future()
+        pool, core, swapper = hosted.build.pool, hosted.core, self._host.swapper
         keys: list[bytes] = []
-        given_up = False
         if pool is not None and self._host.group is None:  # else only the first rank's part of a block could be read
             core.drain_batches()
-            self._host.swapper.after_step(hosted)
+            swapper.after_step(hosted)
             if request_image.can_carry(core):
-                keys = request_image.give_up(core, pool, self._host.swapper.tier, request_id)
-                given_up = bool(keys)
+                keys = request_image.give_up(core, pool, swapper.tier, request_id)
             if not keys and pool.link is not None:
-                keys = _offer_cached(core, pool.link, request_id)
+
+                def told(saved: Future[list[bytes]]) -> None:
+                    if (error := saved.exception()) is not None:
+                        done.set_exception(error)
+                    else:
+                        done.set_result(self._offer(hosted, saved.result()))
+
+                saving = Saving(core, pool, request_id, self._host.call, lambda: self._is_on_device(hosted))
+                saving.done.add_done_callback(told)
+                saving.save()
+                return done
+        done.set_result(self._offer(hosted, keys, given_up=bool(keys)))
+        return done
+
+    def _is_on_device(self, hosted: HostedModel) -> bool:
+        return self._host.models.get(hosted.name) is hosted and not self._host.swapper.is_out(hosted.name)
+
+    def _offer(self, hosted: HostedModel, keys: list[bytes], *, given_up: bool = False) -> Offer:
         self.exported_blocks += len(keys)
+        pool = hosted.build.pool
         return {
-            "address": self._address,
+            "addresses": self._addresses,
             "access": self._access,
             "model": hosted.name,
             "keys": keys,
@@ -96,12 +144,39 @@ class KVExchange:
             "block_bytes": pool.view.block_bytes if pool is not None else 0,
         }
 
-    def _read(self, model: str, keys: Sequence[bytes]) -> list[tuple[bytes, int | None, bytes]]:
-        """Key, tag and bytes of those blocks that are still here."""
+    def _serve(self, sock: socket.socket) -> None:
+        """Send to one target; on a thread of its own."""
+        with Wire(sock, IDLE_LIMIT_S) as wire:
+            try:
+                wire.ask_proof(self._access)
+                opened = msgspec.msgpack.decode(wire.receive(), type=Open)
+                self._send(wire, opened, is_near=sock.family == socket.AF_UNIX)
+            except (KeyRefusedError, HostError, OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
+                logger.warning("KV is sent no further: %s", _text(error))
+
+    def _send(self, wire: Wire, opened: Open, *, is_near: bool) -> None:
         tier = self._host.swapper.tier
-        blocks = list(tier.read(model, keys))
-        request_image.forget(tier, model, list(keys))
-        return blocks
+        forget = partial(request_image.forget, tier, opened.model)
+        sender = Sender(wire, opened, self._entries_for(opened), self._host.call, forget)
+        shares_memory = is_near and self._sharing.acquire(blocking=False)
+        try:
+            sender.run(shares_memory=shares_memory)
+        finally:
+            if shares_memory:
+                self._sharing.release()
+
+    def _entries_for(self, opened: Open) -> Mapping[bytes, CachedBlock]:
+        hosted = self._host.models.get(opened.model)
+        pool = hosted.build.pool if hosted is not None else None
+        if pool is None or opened.model not in self._entries:
+            raise HostError(f"model {opened.model!r} has no KV on this host that could be sent")
+        if opened.block_bytes != pool.view.block_bytes or not 0 < opened.chunk_blocks <= blocks_in_chunk(
+            opened.block_bytes
+        ):
+            raise HostError(f"KV blocks of {opened.model!r} are of another size on the other host")
+        return self._entries[opened.model]
+
+    # -- the target ----------------------------------------------------------------------------------
 
     def _import(self, hosted: HostedModel, offer: Offer) -> Future[int]:
         """Fetch the blocks that are missing here; the result is how many there are now. Never fails for want of room.
@@ -109,46 +184,62 @@ class KVExchange:
         HostError when the source is gone, or its blocks are of another size.
         """
         done: Future[int] = Future()
-        pool = hosted.build.pool
-        if pool is None or (pool.link is None and not request_image.can_carry(hosted.core)):
+        pool, is_group = hosted.build.pool, self._host.group is not None
+        if pool is None or is_group or (pool.link is None and not request_image.can_carry(hosted.core)):
             done.set_result(0)
         elif offer["block_bytes"] != pool.view.block_bytes:
             done.set_exception(HostError(f"KV blocks of {hosted.name!r} are of another size on the other host"))
         else:
-            threading.Thread(target=self._fetch, args=(hosted.name, offer, done), name="kv-fetch", daemon=True).start()
+            with unpinned():
+                threading.Thread(target=self._fetch, args=(hosted, offer, done), name="kv-fetch", daemon=True).start()
         return done
 
-    def _fetch(self, model: str, offer: Offer, done: Future[int]) -> None:
-        address = offer["address"] if isinstance(offer["address"], str) else tuple(offer["address"])
-        count, step = 0, max(1, _CHUNK_BYTES // offer["block_bytes"])
+    def _fetch(self, hosted: HostedModel, offer: Offer, done: Future[int]) -> None:
+        fetch = Fetch(self._host.swapper.tier, hosted.name, offer["keys"], offer["block_bytes"])
+
+        def on_loop(function: Any) -> Future[Any]:
+            return self._host.call(lambda: self._if_there(hosted, function))
+
+        def ended() -> None:
+            fetch.close()
+            self.imported_blocks += fetch.num_came
+
         try:
-            for start in range(0, len(offer["keys"]), step):
-                keys = offer["keys"][start : start + step]
-                blocks = call_host(address, offer["access"], "read_kv", offer["model"], keys)
-                count += self._host.call(partial(self._store, model, blocks)).result()
-        except Exception as error:
-            done.set_exception(error)
+            if not self._coming.acquire(timeout=KV_LIMIT_S):
+                raise HostError("KV of too many other requests comes to this host")
+            with ExitStack() as stack:
+                stack.callback(self._coming.release)
+                stack.callback(lambda: self._host.call(ended).result(KV_LIMIT_S))
+                receive(stack.enter_context(_connect(offer)), fetch, offer["model"], on_loop)
+        except Exception as error:  # whatever it is, the request goes without
+            failed = isinstance(error, HostError)
+            done.set_exception(error if failed else HostError(f"the other host does not send KV: {_text(error)}"))
         else:
-            done.set_result(count)
+            done.set_result(fetch.num_here)
 
-    def _store(self, model: str, blocks: Sequence[tuple[bytes, int | None, bytes]]) -> int:
-        if model not in self._host.models:
-            raise HostError(f"model {model!r} is no longer on this host")
-        tier, pool = self._host.swapper.tier, self._host.models[model].build.pool
-        assert pool is not None, "a model that asks for KV keeps some"
-        stored = 0
-        for key, tag, data in blocks:
-            if len(data) == pool.view.block_bytes:
-                stored += tier.put(model, key, tag, torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        self.imported_blocks += stored
-        return stored
+    def _if_there(self, hosted: HostedModel, function: Any) -> Any:
+        if self._host.models.get(hosted.name) is not hosted:
+            raise HostError(f"model {hosted.name!r} is no longer on this host")
+        return function()
 
 
-def _offer_cached(core: Any, link: Any, request_id: str) -> list[bytes]:
-    """Put the full blocks of a request into the tier, which goes on; returns their keys."""
-    keys: list[bytes] = []
-    for manager in core.scheduler.kv_cache_manager.coordinator.single_type_managers:
-        blocks = [b for b in manager.req_to_blocks.get(request_id, ()) if b.block_hash is not None]
-        link.offer(blocks)
-        keys += [bytes(b.block_hash) for b in blocks if b.block_hash in link.stored]
-    return keys
+def _connect(offer: Offer) -> Wire:
+    """A proved connection to the source, at the nearest of its addresses where it answers."""
+    problem: Exception = HostError("the other host listens nowhere")
+    for address in offer["addresses"]:
+        try:
+            wire = connect(address if isinstance(address, str) else tuple(address), IDLE_LIMIT_S)
+        except OSError as error:  # such as the path of a socket on another machine
+            problem = error
+            continue
+        try:
+            wire.prove(offer["access"])
+            return wire
+        except (OSError, EOFError, KeyRefusedError) as error:
+            problem = error
+            wire.close()
+    raise problem
+
+
+def _text(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -33,8 +33,11 @@ class LoopCalls:
         return future
 
     def run(self) -> None:
-        """Run all calls; raises EngineLostError, for which each caller gets a HostError."""
-        while self._calls:
+        """Run all calls that wait; those that come meanwhile wait for the next step.
+
+        Raises EngineLostError, for which each caller gets a HostError.
+        """
+        for _ in range(len(self._calls)):
             function, future = self._calls.popleft()
             self._pulse.enter(f"call {getattr(function, '__name__', '')}")
             try:

@@ -18,7 +18,7 @@ FREE_SLOTS = "free kv slots"
 """Owner of the memory of slots that nobody uses."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class SlotBuffer:
     """One host buffer, a whole number of slots."""
 
@@ -159,6 +159,17 @@ class SlotPool:
             assert set(buffer.free) | buffer.occupants.keys() == slots, "a slot is lost"
         empty_bytes = sum(b.nbytes for b in self.buffers if not b.occupants)
         assert empty_bytes <= self._spare_bytes, f"{empty_bytes} bytes of empty buffers are kept"
+
+
+def in_order(slots: Iterable[Slot]) -> list[tuple[SlotBuffer, int, int]]:
+    """The slots as runs of neighbours: buffer, first slot and count."""
+    runs: list[tuple[SlotBuffer, int, int]] = []
+    for buffer, index in slots:
+        if runs and runs[-1][0] is buffer and runs[-1][1] + runs[-1][2] == index:
+            runs[-1] = (buffer, runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((buffer, index, 1))
+    return runs
 
 
 def in_runs(places: Iterable[tuple[Slot, int]], block_bytes: int) -> list[BlockCopy]:

@@ -11,76 +11,17 @@ a block that is still on its way here can be sent back at once. Whoever touches 
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
-
-import torch
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from tokenpool.memory.devices.device import BlockCopy, Copies, Device
 from tokenpool.memory.host_ledger import HostLedger, HostUse
-from tokenpool.memory.host_slots import FREE_SLOTS, Slot, SlotPool, in_runs
+from tokenpool.memory.host_slots import FREE_SLOTS, Slot, SlotBuffer, SlotPool, in_runs
+from tokenpool.memory.kv_blocks import Arrival, CachedBlock, KVImage, OfferedBlock, SizeClass, TierCounters
 
 _LEAST_BUFFER, _MOST_BUFFER = 1 << 20, 32 << 20
-
-
-@dataclass(slots=True)
-class TierCounters:
-    """Running totals; bytes are those copied between device and host."""
-
-    paused_out_bytes: int = 0
-    paused_in_bytes: int = 0
-    cached_out_bytes: int = 0
-    cached_in_bytes: int = 0
-    copies: int = 0
-    """Copies between two places; neighbouring blocks go in one."""
-    hits: int = 0
-    """Cached blocks copied back to the device."""
-    misses: int = 0
-    """Lookups of models that have cached blocks here which found nothing."""
-    evictions: int = 0
-    """Cached blocks dropped for want of memory."""
-    refusals: int = 0
-    """Cached blocks not taken for want of memory."""
-
-
-@dataclass(slots=True, eq=False)
-class KVImage:
-    """Blocks of one model's paused requests; `slots[i]` holds the i-th one, None after it was dropped."""
-
-    model: str
-    block_bytes: int
-    slots: list[Slot | None]
-
-
-@dataclass(slots=True)
-class CachedBlock:
-    """One cached block; `tag` is given back with it and means nothing to the tier."""
-
-    model: str
-    key: bytes
-    slot: Slot
-    tag: int | None
-    used: int
-    """Tick of the last use."""
-
-
-class OfferedBlock(NamedTuple):
-    """A block on the device whose bytes are complete, or will be when the engine has done what it was told by now."""
-
-    key: bytes
-    tag: int | None
-    address: int
-
-
-@dataclass(slots=True)
-class _SizeClass:
-    """All that is stored in blocks of one size."""
-
-    paused: SlotPool
-    cached: SlotPool
-    lru: OrderedDict[tuple[str, bytes], CachedBlock] = field(default_factory=OrderedDict)
 
 
 class HostKVTier:
@@ -99,10 +40,11 @@ class HostKVTier:
         self.counters = TierCounters()
         self._buffer_bytes = buffer_bytes or min(_MOST_BUFFER, max(_LEAST_BUFFER, host.budget_bytes // 64))
         self._spare_bytes = spare_bytes
-        self._classes: dict[int, _SizeClass] = {}  # by block_bytes
+        self._classes: dict[int, SizeClass] = {}  # by block_bytes
         self._entries: dict[str, dict[bytes, CachedBlock]] = {}  # by model, then by key
         self._images: list[KVImage] = []
         self._under_way: deque[Copies] = deque()  # of cached blocks
+        self._arrivals: list[Arrival] = []
         self._tick = 0
 
     # -- images --------------------------------------------------------------------------------------
@@ -170,7 +112,7 @@ class HostKVTier:
         the last ones are taken, as many as there is memory for and at most `most_bytes`. Nobody may write to the
         blocks on the device before the copies have ended.
         """
-        new = {block.key: block for block in blocks if not self._refresh(model, block.key)}
+        new = {block.key: block for block in blocks if not self.refresh(model, block.key)}
         kept = list(new.values())[-max(1, most_bytes // block_bytes) if most_bytes is not None else 0 :]
         slots = self._cached_slots(model, len(kept), block_bytes) if kept else []
         self.counters.refusals += len(new) - len(slots)
@@ -186,9 +128,9 @@ class HostKVTier:
                 self._class(block_bytes).cached.give(model, slot)
             self.counters.refusals += len(slots)
             return None
+        self._note(begun, slots)  # before others can find them: who reads beside the loop looks whether copies go on
         for block in kept:
             self._insert(model, block.key, block.tag, slot_of[block.address])
-        self._note(begun, slots)
         self.counters.cached_out_bytes += len(kept) * block_bytes
         self.counters.copies += len(copies)
         return begun
@@ -197,7 +139,7 @@ class HostKVTier:
         """Copy a block of an image among the cached ones; the image keeps its own."""
         source = image.slots[index]
         assert source is not None
-        if self._refresh(image.model, key):
+        if self.refresh(image.model, key):
             return True
         slot = self._cached_slot(image.model, image.block_bytes)
         if slot is None:
@@ -218,7 +160,7 @@ class HostKVTier:
         begun = self.device.begin_copies_in(copies)
         self._note(begun, slots)
         for key in places:
-            self._refresh(model, key)
+            self.refresh(model, key)
         self.counters.hits += len(places)
         self.counters.cached_in_bytes += len(places) * block_bytes
         self.counters.copies += len(copies)
@@ -227,6 +169,16 @@ class HostKVTier:
     def tag_of(self, model: str, key: bytes) -> int | None:
         """What a block that is here was offered with."""
         return self._entries[model][key].tag
+
+    def refresh(self, model: str, key: bytes) -> bool:
+        """Whether a cached block is here; one that is counts as used now."""
+        entry = self._entries.get(model, {}).get(key)
+        if entry is None:
+            return False
+        self._tick += 1
+        entry.used = self._tick
+        self._class(entry.slot.buffer.block_bytes).lru.move_to_end((model, key))
+        return True
 
     @property
     def is_copying(self) -> bool:
@@ -241,42 +193,63 @@ class HostKVTier:
             for slot in slots:
                 slot.buffer.copies = copies
 
-    def read(self, model: str, keys: Iterable[bytes]) -> Iterator[tuple[bytes, int | None, bytes]]:
-        """Key, tag and a copy of the bytes of those cached blocks that are here."""
-        for key in keys:
-            if self._refresh(model, key):
-                entry = self._entries[model][key]
-                entry.slot.buffer.settle()
-                yield key, entry.tag, entry.slot.view().numpy().tobytes()
+    def begin_arrival(self, model: str, count: int, block_bytes: int) -> Arrival:
+        """Set slots aside for blocks of another host, as many of `count` as there is memory for.
 
-    def put(self, model: str, key: bytes, tag: int | None, data: torch.Tensor) -> bool:
-        """Take in a block that another tier had, flat uint8; False if there is no memory for it."""
-        if self._refresh(model, key):
-            return True
-        slot = self._cached_slot(model, data.numel())
-        if slot is None:
-            return False
-        slot.buffer.settle()
-        slot.view().copy_(data)
-        self._insert(model, key, tag, slot)
-        return True
+        They are written to beside the loop, and nobody gets them until `end_arrival`, which must follow.
+        """
+        slots = self._cached_slots(model, count, block_bytes)
+        self.counters.refusals += count - len(slots)
+        arrival = Arrival(model, slots)
+        for slot in slots:
+            slot.buffer.settle()
+            slot.buffer.occupants[slot.index] = arrival
+        self._arrivals.append(arrival)
+        return arrival
+
+    def end_arrival(self, arrival: Arrival, came: Sequence[tuple[bytes, int | None] | None]) -> int:
+        """Take in what came, and give the other slots back; returns how many of these blocks are here.
+
+        `came[i]` is key and tag of the block whose bytes are in the i-th slot, None or beyond the end: nothing came.
+        """
+        self._arrivals.remove(arrival)
+        num_here, stale = 0, arrival.stale
+        for index, slot in enumerate(arrival.slots):
+            block = came[index] if index < len(came) else None
+            is_valid = block is not None and stale is not None and block[0] not in stale
+            if block is not None and is_valid and not self.refresh(arrival.model, block[0]):
+                self._insert(arrival.model, *block, slot)
+            else:
+                self._class(slot.buffer.block_bytes).cached.give(arrival.model, slot)
+            num_here += is_valid
+        return num_here
 
     def discard(self, model: str, key: bytes) -> None:
         """Forget one cached block, if it is here: what it names is no longer what it was."""
         entry = self._entries.get(model, {}).get(key)
         if entry is not None:
             self._remove(entry)
+        for arrival in self._arrivals:
+            if arrival.model == model and arrival.stale is not None:
+                arrival.stale.add(key)
 
     def forget(self, model: str) -> None:
         """Forget all cached blocks of `model`: it is removed, or its weights changed."""
         for entry in list(self._entries.get(model, {}).values()):
             self._remove(entry)
+        for arrival in self._arrivals:
+            if arrival.model == model:
+                arrival.stale = None
 
     @property
     def droppable_bytes(self) -> int:
         """What `drop_cached` can give back at most."""
         spare = sum(b.nbytes for c in self._classes.values() for b in c.paused.buffers if not b.occupants)
-        return self.host.total(HostUse.CACHED_KV) + spare
+        return self.host.total(HostUse.CACHED_KV) + spare - sum(b.nbytes for b in self._arriving_in().values())
+
+    def _arriving_in(self) -> dict[int, SlotBuffer]:
+        """Buffers that somebody writes to beside the loop."""
+        return {id(slot.buffer): slot.buffer for arrival in self._arrivals for slot in arrival.slots}
 
     def drop_cached(self, nbytes: int) -> int:
         """Give at least `nbytes` of host memory back if cached blocks hold as much; returns how much it was.
@@ -295,15 +268,6 @@ class HostKVTier:
                 self._remove(entry)
                 self.counters.evictions += 1
         return self.host.free_bytes - before
-
-    def _refresh(self, model: str, key: bytes) -> bool:
-        entry = self._entries.get(model, {}).get(key)
-        if entry is None:
-            return False
-        self._tick += 1
-        entry.used = self._tick
-        self._class(entry.slot.buffer.block_bytes).lru.move_to_end((model, key))
-        return True
 
     def _cached_slot(self, model: str, block_bytes: int) -> Slot | None:
         slots = self._cached_slots(model, 1, block_bytes)
@@ -343,14 +307,14 @@ class HostKVTier:
         del self._entries[entry.model][entry.key]
         size_class.cached.give(entry.model, entry.slot, keep_buffer=keep_buffer)
 
-    def _class(self, block_bytes: int) -> _SizeClass:
+    def _class(self, block_bytes: int) -> SizeClass:
         found = self._classes.get(block_bytes)
         if found is None:
             paused, cached = (
                 SlotPool(self.host, self.device, use, block_bytes, self._buffer_bytes, spare)
                 for use, spare in ((HostUse.PAUSED_KV, self._spare_bytes), (HostUse.CACHED_KV, 0))
             )
-            found = self._classes[block_bytes] = _SizeClass(paused, cached)
+            found = self._classes[block_bytes] = SizeClass(paused, cached)
         return found
 
     # -- state ---------------------------------------------------------------------------------------
@@ -365,7 +329,7 @@ class HostKVTier:
                 held[FREE_SLOTS, pool.use] += pool.num_free * block_bytes
                 for buffer in pool.buffers:
                     for occupant in buffer.occupants.values():
-                        owner = occupant.model if isinstance(occupant, CachedBlock) else occupant
+                        owner = occupant.model if isinstance(occupant, CachedBlock | Arrival) else occupant
                         held[owner, pool.use] += block_bytes
         for (owner, use), nbytes in held.items():
             assert nbytes == self.host.held(owner, use), f"{owner!r} holds {nbytes} bytes of {use} here"
@@ -378,8 +342,11 @@ class HostKVTier:
         for c in self._classes.values():
             ticks = [entry.used for entry in c.lru.values()]
             assert ticks == sorted(ticks), "not in the order of use"
-            stored = {id(e) for b in c.cached.buffers for e in b.occupants.values()}
-            assert stored == {id(e) for e in c.lru.values()}, "a slot is lost"
+            stored = [e for b in c.cached.buffers for e in b.occupants.values()]
+            entries = {id(e) for e in stored if not isinstance(e, Arrival)}
+            assert entries == {id(e) for e in c.lru.values()}, "a slot is lost"
+            arriving = [a for a in self._arrivals for slot in a.slots if slot.buffer in c.cached.buffers]
+            assert len(arriving) == sum(isinstance(e, Arrival) for e in stored), "a slot waits for nothing"
         for bb, c in self._classes.items():
             used = sum(len(b.occupants) for b in c.paused.buffers)
             mine = [s for i in self._images if i.block_bytes == bb for s in i.slots if s is not None]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -13,14 +12,13 @@ from typing import Any
 
 from tokenpool.errors import HostError
 from tokenpool.wire.coding import Call, coding_for
-from tokenpool.wire.messages import Address, KeyRefusedError, Wire, connect, listen
+from tokenpool.wire.messages import Address, KeyRefusedError, Wire, connect, listen, serve
 
 logger = logging.getLogger(__name__)
 
 _HANDSHAKE_LIMIT_S = 10.0
 """For a peer to show that it knows the key, and to say what it wants."""
 _SEND_LIMIT_S = 60.0
-_REST_S = 0.1
 _CHANGE_S, _BUILD_S = 3600.0, 4 * 3600.0
 _LIMITS_S = {
     "pulse": 5.0,
@@ -71,21 +69,7 @@ class ControlServer:
     ) -> None:
         """Answer in the background until the process ends."""
         self._direct = direct or {}
-        threading.Thread(target=self._accept, args=(methods,), name="control", daemon=True).start()
-
-    def _accept(self, methods: Mapping[str, Callable[..., Any]]) -> None:
-        while True:
-            try:
-                sock, _ = self._socket.accept()
-            except OSError as error:  # such as a process that has no file left to open
-                logger.warning("control connection not accepted: %s", error)
-                time.sleep(_REST_S)
-                continue
-            try:
-                threading.Thread(target=self._serve_one, args=(sock, methods), name="control call", daemon=True).start()
-            except RuntimeError as error:  # no thread left
-                logger.warning("control connection not served: %s", error)
-                sock.close()
+        serve(self._socket, lambda sock: self._serve_one(sock, methods), "control")
 
     def _serve_one(self, sock: socket.socket, methods: Mapping[str, Callable[..., Any]]) -> None:
         with Wire(sock, _HANDSHAKE_LIMIT_S) as wire:

@@ -13,10 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
+import select
 import socket
+import threading
 import time
+from collections.abc import Callable, Sequence
+
+logger = logging.getLogger(__name__)
 
 Address = str | tuple[str, int]
 """Path of a Unix socket, or IP address and port."""
@@ -25,6 +31,7 @@ _BACKLOG = 128
 _NONCE_BYTES = 32
 _HEADER_BYTES = 8
 _FULL_REST_S = 0.01
+_REST_S = 0.1
 
 
 class KeyRefusedError(Exception):
@@ -36,6 +43,8 @@ class Wire:
 
     def __init__(self, sock: socket.socket, limit_s: float) -> None:
         self._sock = sock
+        if sock.family == socket.AF_INET:  # a message is a header and content: the latter would wait for an answer
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.set_limit(limit_s)
 
     def set_limit(self, limit_s: float) -> None:
@@ -44,12 +53,57 @@ class Wire:
 
     def send(self, message: bytes) -> None:
         """Send one message."""
-        self._send_raw(len(message).to_bytes(_HEADER_BYTES, "big"))
-        self._send_raw(message)
+        self.send_with_file(message, None)
 
     def receive(self) -> bytes:
         """The next message."""
         return self._receive_raw(int.from_bytes(self._receive_raw(_HEADER_BYTES), "big"))
+
+    def send_with_file(self, message: bytes, file: int | None) -> None:
+        """Send one message and, on a Unix socket, a descriptor that the other side gets a copy of."""
+        header = len(message).to_bytes(_HEADER_BYTES, "big")
+        self._limit_socket()
+        sent = socket.send_fds(self._sock, [header], [file]) if file is not None else 0
+        self._send_raw(header[sent:] + message)
+
+    def receive_with_file(self) -> tuple[bytes, int | None]:
+        """The next message, and the descriptor that came with it, which is the caller's to close."""
+        if self._sock.family != socket.AF_UNIX:
+            return self.receive(), None
+        self._limit_socket()
+        header, files, *_ = socket.recv_fds(self._sock, _HEADER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+        try:
+            if not header:
+                raise EOFError("it ended")
+            header += self._receive_raw(_HEADER_BYTES - len(header))
+            return self._receive_raw(int.from_bytes(header, "big")), files[0] if files else None
+        except BaseException:
+            for file in files:
+                os.close(file)
+            raise
+
+    def send_views(self, views_from: Callable[[int], Sequence[memoryview]], nbytes: int) -> None:
+        """Send raw bytes out of where they are: `views_from` gives them from a place on, or the first part of them.
+
+        While the other side does not read, no view is held.
+        """
+        poller, done = select.poll(), 0
+        poller.register(self._sock, select.POLLOUT)
+        while done < nbytes:
+            if not poller.poll(1000 * max(0.001, self._deadline_s - time.monotonic())):
+                raise TimeoutError
+            self._limit_socket()
+            done += self._sock.sendmsg(views_from(done))
+
+    def receive_into(self, view: memoryview) -> None:
+        """Fill a view with the raw bytes that come next."""
+        filled = 0
+        while filled < len(view):
+            self._limit_socket()
+            received = self._sock.recv_into(view[filled:])
+            if not received:
+                raise EOFError("it ended")
+            filled += received
 
     def prove(self, key: bytes) -> None:
         """As who calls: show that this side knows the key and see that the other does; raises KeyRefusedError."""
@@ -87,13 +141,8 @@ class Wire:
         self._sock.sendall(content)
 
     def _receive_raw(self, count: int) -> bytes:
-        content, filled = bytearray(count), 0
-        while filled < count:
-            self._limit_socket()
-            received = self._sock.recv_into(memoryview(content)[filled:])
-            if not received:
-                raise EOFError("it ended")
-            filled += received
+        content = bytearray(count)
+        self.receive_into(memoryview(content))
         return bytes(content)
 
     def _limit_socket(self) -> None:
@@ -114,6 +163,26 @@ def listen(address: Address) -> socket.socket:
         made.close()
         raise
     return made
+
+
+def serve(listening: socket.socket, serve_one: Callable[[socket.socket], None], name: str) -> None:
+    """Give each connection a thread of its own, in the background until the process ends."""
+    threading.Thread(target=_accept, args=(listening, serve_one, name), name=name, daemon=True).start()
+
+
+def _accept(listening: socket.socket, serve_one: Callable[[socket.socket], None], name: str) -> None:
+    while True:
+        try:
+            sock, _ = listening.accept()
+        except OSError as error:  # such as a process that has no file left to open
+            logger.warning("%s connection not accepted: %s", name, error)
+            time.sleep(_REST_S)
+            continue
+        try:
+            threading.Thread(target=serve_one, args=(sock,), name=f"{name} call", daemon=True).start()
+        except RuntimeError as error:  # no thread left
+            logger.warning("%s connection not served: %s", name, error)
+            sock.close()
 
 
 def connect(address: Address, limit_s: float) -> Wire:

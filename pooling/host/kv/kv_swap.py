@@ -36,7 +36,8 @@ from tokenpool.host.kv.kv_transit import Group, KVTransit, blocks_of
 from tokenpool.host.kv.runner_adapter import RunnerAdapter, adapter_of
 from tokenpool.host.kv.slab_block_pool import SlabBlockPool
 from tokenpool.host.kv.tier_link import TierLink
-from tokenpool.memory.kv_tier import HostKVTier, KVImage
+from tokenpool.memory.kv_blocks import KVImage
+from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.memory.states import KVState, check_transition
 
 

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from vllm.v1.request import Request, RequestStatus
 
-from tokenpool.memory.kv_tier import HostKVTier, OfferedBlock
+from tokenpool.memory.kv_blocks import OfferedBlock
+from tokenpool.memory.kv_tier import HostKVTier
 
 MARK = b"request image "
 """How keys begin; those of cached blocks are hashes and no text."""

@@ -22,7 +22,8 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 
 from tokenpool.memory.devices.device import Copies
-from tokenpool.memory.kv_tier import HostKVTier, OfferedBlock
+from tokenpool.memory.kv_blocks import OfferedBlock
+from tokenpool.memory.kv_tier import HostKVTier
 
 
 class _Batch(NamedTuple):

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -164,6 +165,8 @@ class CpuDevice:
         if nbytes < _LEAST_MAPPED_BYTES:
             return torch.empty(nbytes, dtype=torch.uint8)
         own = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without large pages backs it with small ones
+            own.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(own, dtype=torch.uint8)  # which keeps the mapping as long as it lives
 
     def register_host(self, address: int, nbytes: int) -> Callable[[], None]:

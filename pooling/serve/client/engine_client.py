@@ -25,11 +25,11 @@ from tokenpool.serve.client.journal import Journal, JournalEntry
 from tokenpool.serve.client.request_route import Route, by_prefix
 from tokenpool.serve.client.suspects import SUSPECTS, Suspects
 from tokenpool.wire.addresses import EngineAddresses
+from tokenpool.wire.kv_frames import KV_LIMIT_S
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
-_KV_LIMIT_S = 30.0
 
 
 class _Resources:
@@ -182,7 +182,7 @@ class PoolEngineClient(AsyncMPClient):
             return False
         with_kv, given_up = False, True  # unless its engine says that it still has it
         try:
-            async with asyncio.timeout(_KV_LIMIT_S):
+            async with asyncio.timeout(KV_LIMIT_S):
                 offer = await source.call("export_kv", entry.wire_id)
                 given_up = offer["given_up"]
                 with_kv = bool(offer["keys"]) and await target.call("import_kv", offer) > 0

@@ -14,7 +14,8 @@ from tests.helpers.devices.weight_rig import LIMIT_S, bytes_of, random_tensors
 from tokenpool.memory.arena import KVArena
 from tokenpool.memory.devices.device import Device
 from tokenpool.memory.host_ledger import HostLedger
-from tokenpool.memory.kv_tier import HostKVTier, OfferedBlock
+from tokenpool.memory.kv_blocks import OfferedBlock
+from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.memory.ledger import PageLedger, PageUse
 from tokenpool.memory.weights import WeightStore
 

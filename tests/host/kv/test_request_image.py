@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -82,11 +83,14 @@ class Pair:
         return len(self.tokens[request_id]) == MAX_TOKENS
 
     def export(self, request_id: str) -> Offer:
-        return self.core(self.place[request_id]).export_kv(self._wire[request_id])
+        return self._wait(self.core(self.place[request_id]).export_kv(self._wire[request_id]))
 
     def fetch(self, offer: Offer, model: str) -> int:
         """Import an offer; the other requests go on meanwhile."""
-        future, limit = self.core(model).import_kv(offer), time.monotonic() + LIMIT_S
+        return self._wait(self.core(model).import_kv(offer))
+
+    def _wait(self, future: Future[Any]) -> Any:
+        limit = time.monotonic() + LIMIT_S
         while not future.done():
             self.step()
             assert time.monotonic() < limit

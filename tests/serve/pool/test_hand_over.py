@@ -124,6 +124,44 @@ def test_streams_go_on_elsewhere_with_their_kv(tiny_models: TinyModels, monkeypa
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("dies", ["source", "target"])
+def test_no_token_is_lost_or_told_twice_when_a_host_dies_in_a_move(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    """Killed between the offer and the blocks: the stream is that of a request that stayed, on the host that lives."""
+    from tokenpool.serve.client.engine_link import EngineLink
+
+    for name, value in ENV.items():
+        monkeypatch.setenv(name, value)
+    call, killed = EngineLink.call, []
+
+    async def run() -> None:
+        async with _two_hosts(str(tiny_models.path("qwen2"))) as (client, host, other):
+            core = client.core
+            first, second = core.hosts
+            core.route = lambda request, loads: first if first in loads else second
+            alone = await _tokens(client, "alone")
+            dead, name, lives = (host, first, second) if dies == "source" else (other, second, first)
+
+            async def call_and_die(link: Any, method: str, *args: Any) -> Any:
+                if method == "import_kv":
+                    killed.append(name)
+                    await dead.kill()
+                    core.lost(name)
+                return await call(link, method, *args)
+
+            monkeypatch.setattr(EngineLink, "call", call_and_die)
+
+            async def move() -> None:
+                (entry,) = core.journal.at(core._links[first])
+                assert not await core.move_with_kv(entry.request_id, second), "KV came from or to a host that is dead"
+
+            assert await _tokens(client, "moved", after=40, move=move) == alone
+            assert core.hosts == [lives] and killed == [name]
+
+    asyncio.run(run())
+
+
 async def _move(core: Any, name: str, host: str) -> None:
     (entry,) = (e for e in core.journal.at(core._links[core.hosts[0]]) if name in e.request_id)
     assert await core.move_with_kv(entry.request_id, host)

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a script: only bench/ itself is on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench.parts import common, sized_models
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ class Kind:
     """Fields that are changed in the written config.json."""
     renamed: tuple[tuple[str, str], ...] = ()
     """Pattern and replacement for weights' names, where vLLM knows others than transformers writes."""
+    transposed: str | None = None
+    """Pattern for names of weights whose last two dimensions checkpoints of the hub have the other way round."""
     demo: str | None = None
     """The kind of `tokenpool.demo.tiny_models` that this is; the fields above are not used then."""
     media: str | None = None
@@ -113,20 +116,21 @@ def _write(kind: Kind, target: Path, seed: int) -> None:
     model.save_pretrained(target)
     if more is not None:
         add_processing(target, more)
-    if kind.renamed:
-        _rename(target / "model.safetensors", kind.renamed)
+    if kind.renamed or kind.transposed:
+        _rewrite(target / "model.safetensors", kind)
     if kind.after or kind.architecture:
         file = target / "config.json"
         architecture = {"architectures": [kind.architecture]} if kind.architecture else {}
         file.write_text(json.dumps(json.loads(file.read_text()) | dict(kind.after) | architecture, indent=2) + "\n")
 
 
-def _rename(file: Path, renamed: tuple[tuple[str, str], ...]) -> None:
-    import re
-
+def _rewrite(file: Path, kind: Kind) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(file)
-    for pattern, name in renamed:
+    for pattern, name in kind.renamed:
         weights = {re.sub(pattern, name, old): weight for old, weight in weights.items()}
+    if kind.transposed:
+        turned = {name for name in weights if re.search(kind.transposed, name)}
+        weights = {n: w.transpose(-1, -2).contiguous() if n in turned else w for n, w in weights.items()}
     save_file(weights, file, {"format": "pt"})

@@ -153,7 +153,7 @@ MEDIA = {
             **_QWEN_IDS, "vision_config": _QWEN_TOWER,
             "text_config": {**_TEXT, **_EXPERTS, "rope_parameters": _INTERLEAVED},
         },
-        without=tuple(COMMON), processing=_QWEN3, media=_QWEN_PROMPT,
+        transposed=r"\.experts\.", without=tuple(COMMON), processing=_QWEN3, media=_QWEN_PROMPT,
     ),
     "qwen3_5_mm": Kind(
         "Qwen3_5",
@@ -184,6 +184,7 @@ MEDIA = {
             "vision_config": {**_CLIP, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4,
             "boi_token_index": TEXT_VOCAB, "eoi_token_index": TEXT_VOCAB + 1, "image_token_index": TEXT_VOCAB + 2,
         },
+        renamed=((r"vision_tower\.(?!vision_model)", "vision_tower.vision_model."),),
         without=tuple(COMMON), media=f"image:{TEXT_VOCAB}",
         processing=Processing(_IMAGE_TEXT, ("<boi>", "<eoi>", "<image>", *_NEW_LINES), _GEMMA3),
         tokenizer={"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"},

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -104,8 +105,31 @@ def run_plain(cases: Iterable[Case], folder: Path, *, how: str = "batch", movabl
 def run_pools(
     groups: Sequence[Sequence[Tried]], folder: Path, *, alone: bool = False, movable: bool = True
 ) -> list[Answer]:
-    """Each group in a pool of its own; one with fixed weights has memory for them all."""
-    pieces = []
+    """Each group in a pool of its own; one with fixed weights has memory for them all.
+
+    What models have on the device beside weights, KV and media is not known before: a group that lacks pages for it
+    gets them, and runs again.
+    """
+    pieces = _pieces(groups, alone=alone, movable=movable)
+    answers = list(run_pieces("tests.models.pool_side", pieces, folder, POOL_LIMIT_S).values())
+    lacking = {index: missing for index, answer in enumerate(answers) if (missing := _missing_pages(answer))}
+    for index, missing in lacking.items():
+        pieces[index]["pages"] += missing
+    if lacking:
+        again = [pieces[index] for index in lacking]
+        more = run_pieces("tests.models.pool_side", again, folder / "wider", POOL_LIMIT_S).values()
+        for index, answer in zip(lacking, more, strict=True):
+            answers[index] = answer
+    return answers
+
+
+def _missing_pages(answer: Answer) -> int:
+    told = (re.match(r"(\d+) more pages? (?:is|are) needed", why) for why in answer.get("refused", {}).values())
+    return sum(int(found[1]) for found in told if found)
+
+
+def _pieces(groups: Sequence[Sequence[Tried]], *, alone: bool, movable: bool) -> list[Answer]:
+    pieces: list[Answer] = []
     for index, group in enumerate(groups):
         page_size = max(tried.page for tried in group)
         pages = max(tried.pages_to_serve(page_size) for tried in group) + 1
@@ -124,7 +148,7 @@ def run_pools(
                 "movable": movable,
             }
         )
-    return list(run_pieces("tests.models.pool_side", pieces, folder, POOL_LIMIT_S).values())
+    return pieces
 
 
 def _fields(case: Case, alone: bool) -> Answer:
@@ -181,13 +205,13 @@ def _plain_entry(answer: Answer) -> Answer:
 
 
 def _pool(entries: dict[str, Answer], groups: list[list[Tried]], folder: Path) -> None:
-    """Run the groups, and the members of one that failed alone; note in the entries what came of it."""
+    """Run the groups, and alone who was refused in one or was in one that failed; note what came of it."""
     again: list[list[Tried]] = []
     for group, answer in zip(groups, run_pools(groups, folder / "pools"), strict=True):
-        if "error" in answer and group[1].case.name in entries:
-            again += [[one, *_twins(one)] for one in group]
-        else:
-            _note(entries, group, answer)
+        refused = group if "error" in answer else [one for one in group if one.case.name in answer["refused"]]
+        if refused and group[1].case.name in entries:
+            again += [[one, *_twins(one)] for one in refused]
+        _note(entries, group, answer)
     if again:
         for group, answer in zip(again, run_pools(again, folder / "singles"), strict=True):
             _note(entries, group[:1], answer)

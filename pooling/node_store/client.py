@@ -264,7 +264,7 @@ class NodeStore:
             try:
                 self._run_once()
             except (OSError, HostError, msgspec.MsgspecError) as error:
-                self._lose(f"{error or type(error).__name__}")
+                self._lose(f"{str(error) or type(error).__name__}")
             except Exception as error:  # whatever it is, the host does without
                 logger.exception("the keeper of host copies cannot be seen to")
                 self._lose(type(error).__name__)

@@ -293,7 +293,7 @@ class _Life:
         except (HostError, OSError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 raise _EndedError(f"it ended with status {self.process.wait(_END_S)}") from error
-            raise HostError(f"it does not fork: {error or type(error).__name__}") from error
+            raise HostError(f"it does not fork: {str(error) or type(error).__name__}") from error
         finally:
             if child is None:
                 for pid in pids:

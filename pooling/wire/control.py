@@ -77,7 +77,7 @@ class ControlServer:
                 wire.ask_proof(self._key)
                 request = wire.receive()
             except (KeyRefusedError, OSError, EOFError) as error:  # whoever it is, only its own connection ends
-                logger.warning("control connection failed: %s", error or type(error).__name__)
+                logger.warning("control connection failed: %s", str(error) or type(error).__name__)
                 return
             answer = self._answer(request, methods)
             wire.set_limit(_SEND_LIMIT_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from tokenpool.patches import (
     block_pool,
+    compile_hash,
     cpu_gemm,
     dependencies,
     draft_constraints,
@@ -32,6 +33,7 @@ PATCHES = PatchSet(
         draft_constraints.PATCH,
         encoder_order.PATCH,
         token_ranks.PATCH,
+        compile_hash.PATCH,
         *dependencies.PATCHES,
     )
 )

@@ -24,13 +24,12 @@ from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.load.build_lane import BuildLane
 from tokenpool.host.load.device_choice import (
-    WORKERS,
     EngineMemory,
     give_back_loading_memory,
     make_room_for_loading,
     release_device_memory,
 )
-from tokenpool.host.load.model_build import LAYOUT, ModelBuild
+from tokenpool.host.load.model_build import ModelBuild, set_for_pool
 from tokenpool.host.load.model_tensors import models_of, weight_bytes_of
 from tokenpool.host.load.progress import BuildProgress
 from tokenpool.host.load.shared_weights import SharedWeights
@@ -164,10 +163,7 @@ class EngineBuilder:
         drafts = spec.vllm_config.speculative_config
         if drafts is not None and drafts.method == "ngram":
             keep_thread_count()
-        cache = spec.vllm_config.cache_config
-        cache.kv_cache_layout = LAYOUT
-        cache.kv_cache_memory_bytes = self._allocator.arena.span_bytes
-        spec.vllm_config.parallel_config.worker_cls = WORKERS[spec.vllm_config.device_config.device_type]
+        set_for_pool(spec.vllm_config, self._allocator.arena.span_bytes)
         ledger = self._allocator.ledger
         loading_pages = pages_for(spec.weight_bytes, ledger.page_size) if self.config.movable_weights else 0
         device = self._allocator.arena.device

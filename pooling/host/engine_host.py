@@ -23,12 +23,12 @@ from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.lending.budget import Budget
 from tokenpool.host.lending.sleepers import Sleepers
 from tokenpool.host.load.build_lane import BuildLane
-from tokenpool.host.load.device_choice import make_all_pages, make_device, spare_host_bytes
+from tokenpool.host.load.device_choice import spare_host_bytes
 from tokenpool.host.load.progress import BuildProgress
 from tokenpool.host.loop_calls import LoopCalls
 from tokenpool.host.node_share import join_node
 from tokenpool.host.pressure import PressureRelief
-from tokenpool.host.ranks.rank_group import RankGroup
+from tokenpool.host.ranks.rank_devices import open_devices
 from tokenpool.host.residency import ResidencyManager
 from tokenpool.host.room_maker import RoomMaker
 from tokenpool.host.turn_chooser import TurnChooser
@@ -36,7 +36,6 @@ from tokenpool.host.waiting import is_blocked
 from tokenpool.memory.arena import KVArena
 from tokenpool.memory.copy_engine import CopyEngine
 from tokenpool.memory.devices.device import Device
-from tokenpool.memory.devices.mirrored import MirroredDevice
 from tokenpool.memory.host_ledger import HostLedger
 from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.memory.ledger import PageLedger, PageUse
@@ -72,11 +71,7 @@ class EngineHost:
         apply_all()
         self.config = config
         self.ledger = PageLedger(config.device_memory // config.page_size, config.page_size)
-        device = make_all_pages(device or make_device(config.page_size, config.cpu_link), self.ledger.num_pages)
-        num_ranks = config.tensor_parallel_size
-        self.group = RankGroup(num_ranks, config.cpu_link) if num_ranks > 1 else None
-        if self.group is not None:
-            device = MirroredDevice(device, self.group.repeat)
+        device, self.group = open_devices(config, device, self.ledger.num_pages)
         self.arena = KVArena(device, self.ledger, poison=poison)
         self.allocator = SlabAllocator(self.ledger, self.arena)
         self.models: dict[str, HostedModel] = {}

@@ -25,6 +25,7 @@ from tokenpool.host.engine_host import EngineHost
 from tokenpool.host.frontends import attach_frontend, detach_frontend
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.kv_exchange import KVExchange
+from tokenpool.host.load.compiled_code import CompiledCode
 from tokenpool.host.load.device_choice import WORKERS
 from tokenpool.host.metrics import HostMetrics, scrape
 from tokenpool.host.state import host_load, host_state, host_trace, model_state
@@ -76,7 +77,12 @@ def main(control_path: str, config_json: str) -> None:
     def add_model(spec: HostedModelSpec) -> dict[str, Any]:
         configure_logging_if_needed(spec.vllm_config.logging_config)  # of models of one pool they are equal
         import_architecture(spec)
-        return host.build_beside(lambda: model_state(host, host.add_model(spec))).result()
+        code = CompiledCode(spec.name, spec.vllm_config, movable_weights=host.config.movable_weights)
+        if host.models:
+            code.make_aside()
+        state = host.build_beside(lambda: model_state(host, host.add_model(spec))).result()
+        code.note_made()
+        return state
 
     def add_packed(spec: bytes, input_address: str, output_address: str, server_key: bytes) -> None:
         """A model from a controller, which neither opens the spec nor knows vLLM."""

@@ -495,6 +495,24 @@ def test_a_page_comes_to_a_place_or_goes_when_no_kernel_can_be_reading_there():
     arena.close()
 
 
+def test_all_parked_pages_that_weights_need_go_in_one_wait():
+    """However many: the host waits for the engine once, and neighbours go in one call."""
+    device, _, arena = _arena(8)
+    for slab in range(6):
+        arena.map_slab(slab)
+    device.run_engine()
+    for slab in (0, 1, 2, 4, 5):
+        arena.unmap_slab(slab)
+    waits, unmaps = _waits(device), device.fake.count("cuMemUnmap")
+    weights = device.reserve(7 * PAGE)
+    map_some = device.map_later(weights, 7 * PAGE)
+    assert (waits + 1, unmaps + 2) == (_waits(device), device.fake.count("cuMemUnmap"))
+    map_some(weights, 7 * PAGE)
+    device.unmap(weights, 7 * PAGE)
+    device.release(weights, 7 * PAGE)
+    arena.close()
+
+
 def test_a_sealed_mapping_is_page_locked_as_long_as_it_is_there():
     """Once, however many ask for it, and until the last tensor over it is gone."""
     device, memory = FakeCudaDevice(), SharedMemory.make(5000)

@@ -14,7 +14,7 @@ from tokenpool.errors import CapacityError, ConfigError
 from tokenpool.host.load import cuda_copies
 from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.devices.cuda import CudaDevice
-from tokenpool.memory.devices.cuda_driver import CUDA_WARNING
+from tokenpool.memory.devices.cuda_driver import CUDA_WARNING, CudaDriver
 from tokenpool.memory.devices.device import Device
 from tokenpool.units import format_bytes
 
@@ -29,16 +29,18 @@ WORKERS = {
 """vLLM's device type -> the worker class for it."""
 
 
-def make_device(page_size: int, cpu_link: int | None = None) -> Device:
-    """The device of this process; `page_size` and `cpu_link` as in HostConfig. A CUDA device is warned about.
+def make_device(page_size: int, cpu_link: int | None = None, rank: int = 0) -> Device:
+    """The device of this process, which has this rank of a tensor parallel group; the others as in HostConfig.
 
-    Raises ConfigError for a platform without a device, or whose device cannot be used.
+    A CUDA device is warned about. Raises ConfigError for a platform without a device, or whose device cannot be used.
     """
     if current_platform.is_cpu():
         return CpuDevice(link_bytes_per_s=cpu_link)
     if current_platform.is_cuda():
         logger.warning(CUDA_WARNING)
-        return CudaDevice(page_size, ways=cuda_copies.ways())
+        if rank:  # before anything makes a context: it would lie on the first GPU
+            torch.cuda.set_device(rank)
+        return CudaDevice(page_size, driver=CudaDriver(rank), ways=cuda_copies.ways())
     raise ConfigError(
         f"{current_platform.device_name} is not supported: install tokenpool[cpu] or tokenpool[cuda]", key="device"
     )

@@ -21,6 +21,7 @@ from tokenpool.errors import ModelRefusedError
 from tokenpool.host.kv.slab_block_pool import SlabBlockPool
 from tokenpool.host.load.adoption_check import AdoptionCheck
 from tokenpool.host.load.checkpoint_reload import checkpoint_reload
+from tokenpool.host.load.device_choice import WORKERS
 from tokenpool.host.load.model_tensors import fixed_tensors, models_of, movable_tensors
 from tokenpool.host.load.shared_weights import SharedWeights
 from tokenpool.memory.arena import ArenaView
@@ -43,6 +44,13 @@ _MOST_FIXED = 0.1
 
 _STATES_WITHOUT_CPU_KERNEL = {"MAMBA1": "Mamba 1"}
 """Kinds of layers that keep a state, by vLLM's names."""
+
+
+def set_for_pool(config: VllmConfig, span_bytes: int) -> None:
+    """Ask for a worker of ours, and for KV of the pool's layout over so many bytes of addresses."""
+    config.cache_config.kv_cache_layout = LAYOUT
+    config.cache_config.kv_cache_memory_bytes = span_bytes
+    config.parallel_config.worker_cls = WORKERS[config.device_config.device_type]
 
 
 class ModelBuild:

@@ -3,6 +3,8 @@
 
 A copy that is there is mapped, and the checkpoint is not read: vLLM makes the model without weights, and the self-test
 must give what it gave the host that filled the copy. If it does not, the model is built once more, from the checkpoint.
+
+What a trial of reading the checkpoint again has shown is kept on disk, with a store or without: no later host tries.
 """
 
 from __future__ import annotations
@@ -43,9 +45,10 @@ class SharedWeights:
         self._pause = pause
         self._store = store
         self._proofs = KnownProofs()
-        self._key = content_key(config) if store is not None and may_map else None
+        self._content = content_key(config) if may_map else None
+        self._key = self._content if store is not None and may_map else None  # in the store
         self._format: str = config.load_config.load_format
-        self._files = checkpoint_state(config) if self._key is not None else []
+        self._files = checkpoint_state(config) if self._content is not None else []
         self._said: CopyMeta | None = None
 
     @property
@@ -56,7 +59,7 @@ class SharedWeights:
     @property
     def known(self) -> CopyMeta | None:
         """What a trial of reading the checkpoint again has shown, in whatever process."""
-        return self._proofs.of(self._key) if self._key is not None and not self.is_mapped else None
+        return self._proofs.of(self._content) if self._content is not None and not self.is_mapped else None
 
     def before_loading(self) -> None:
         """Claim the copy, and wait while another host fills it."""
@@ -83,9 +86,11 @@ class SharedWeights:
     def loaded(self) -> None:
         """vLLM has made the model."""
         self._config.load_config.load_format = self._format
-        if not self.is_mapped and self._copy is not None and checkpoint_state(self._config) != self._files:
-            logger.warning("the checkpoint has changed while it was read model=%s", self._name)
-            self._take_own()
+        if self.is_mapped or self._content is None or checkpoint_state(self._config) == self._files:
+            return
+        logger.warning("the checkpoint has changed while it was read model=%s", self._name)
+        self._take_own()
+        self._content = None
 
     def take(self) -> HostCopy | None:
         """The copy, for whoever releases it; None = the host makes one of its own."""
@@ -99,11 +104,12 @@ class SharedWeights:
 
     def adopted(self, weights: WeightStore, outputs: str, fixed_bytes: int) -> None:
         """The model works: others may have the copy. `outputs` is what the self-test gave; empty = it says nothing."""
-        if self._key is None or self.is_mapped:
+        if self.is_mapped:
             return
-        weights.publish(self._name, outputs if fixed_bytes <= _MOST_FIXED_BYTES else "")
-        if (meta := weights.meta(self._name)) is not None:
-            self._proofs.keep(self._key, meta)
+        if self._key is not None:
+            weights.publish(self._name, outputs if fixed_bytes <= _MOST_FIXED_BYTES else "")
+        if self._content is not None and (meta := weights.meta(self._name)) is not None:
+            self._proofs.keep(self._content, meta)
 
     def give_up(self) -> None:
         """The build has failed, or is over; what the weight store has taken stays."""

@@ -4,6 +4,7 @@
 Messages from rank 0, in order:
 
     device  NAME ARGS                      a call on the memory; not answered, a failure ends this rank
+    make_pages NUM                         make all pages of the device
     build   MODEL CONFIG                   make the model's worker and load its weights
     call    MODEL METHOD ARGS KWARGS WANTED     call the worker; its result is sent back if WANTED, else None
     runner  MODEL METHOD ARGS              call the model's runner adapter
@@ -26,7 +27,9 @@ from tokenpool.process.parent_death import end_with_parent
 logger = logging.getLogger(__name__)
 
 
-def follow(connection: Connection, alarm: Connection, rank: int, init_method: str, cpu_link: int | None) -> None:
+def follow(
+    connection: Connection, alarm: Connection, rank: int, init_method: str, page_size: int, cpu_link: int | None
+) -> None:
     """Entry of the process; returns when rank 0 says so or is gone."""
     log_to_stderr(f"rank {rank}")
     end_with_parent()
@@ -34,7 +37,7 @@ def follow(connection: Connection, alarm: Connection, rank: int, init_method: st
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 drains first
     from tokenpool.host.ranks.rank_models import RankModels
 
-    _Follower(connection, alarm, RankModels(rank, init_method, cpu_link)).run()
+    _Follower(connection, alarm, RankModels(rank, init_method, page_size, cpu_link)).run()
 
 
 class _Follower:

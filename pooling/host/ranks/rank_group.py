@@ -35,8 +35,8 @@ _STOP_LIMIT_S = 5.0
 class RankGroup:
     """Rank 0's side. `send` may be called from any thread, all else from the host loop's."""
 
-    def __init__(self, size: int, cpu_link: int | None = None) -> None:
-        """Start the followers; they import vLLM while this process goes on. `cpu_link` as in HostConfig."""
+    def __init__(self, size: int, page_size: int, cpu_link: int | None = None) -> None:
+        """Start the followers; they import vLLM while this process goes on. Sizes and link are those of HostConfig."""
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="tokenpool-ranks-")
         # vLLM names the ranks' shared memory after this file, which must therefore be like no other on the machine.
@@ -54,7 +54,7 @@ class RankGroup:
             alarm, alarm_end = context.Pipe(duplex=False)
             process = context.Process(
                 target=follow,
-                args=(theirs, alarm_end, rank, self.init_method, cpu_link),
+                args=(theirs, alarm_end, rank, self.init_method, page_size, cpu_link),
                 name=f"rank {rank}",
                 daemon=True,
             )

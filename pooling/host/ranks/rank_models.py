@@ -15,11 +15,12 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.serial_utils import run_method
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+from tokenpool.errors import CapacityError
 from tokenpool.host.engine.engine_globals import EngineGlobals
 from tokenpool.host.kv.runner_adapter import RunnerAdapter, make_runner_adapter
+from tokenpool.host.load.device_choice import make_all_pages, make_device
 from tokenpool.host.load.model_build import kv_cache_views
 from tokenpool.host.load.model_tensors import models_of, movable_tensors
-from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.devices.mirrored import Mirror
 from tokenpool.memory.weight_layout import WeightLayout
 from tokenpool.patches import apply_all
@@ -39,13 +40,21 @@ class RankModels:
 
     next_message: Callable[[], tuple[Any, ...]]
 
-    def __init__(self, rank: int, init_method: str, cpu_link: int | None = None) -> None:
+    def __init__(self, rank: int, init_method: str, page_size: int, cpu_link: int | None = None) -> None:
         apply_all()
-        self.mirror = Mirror(CpuDevice(link_bytes_per_s=cpu_link))
+        self.mirror = Mirror(make_device(page_size, cpu_link, rank))
         self._rank = rank
         self._init_method = init_method
         self._globals = EngineGlobals()
         self._models: dict[str, _Model] = {}
+
+    def make_pages(self, num_pages: int) -> None:
+        """Make all pages of this rank's device, as rank 0 has done; raises CapacityError."""
+        try:
+            make_all_pages(self.mirror.device, num_pages)
+        except CapacityError as error:
+            needed, free = error.needed_pages, error.free_pages
+            raise CapacityError(f"rank {self._rank}: {error}", needed_pages=needed, free_pages=free) from error
 
     def build(self, name: str, config: VllmConfig, movable_weights: bool) -> None:
         """Make a worker for the model and load its weights, together with rank 0."""

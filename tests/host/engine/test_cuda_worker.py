@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.utils import request_memory
 
 from tests.helpers.devices.fake_cuda import GRANULARITY, FakeCudaDevice
+from tests.helpers.server import REPOSITORY
 from tokenpool.errors import CapacityError, ConfigError
 from tokenpool.host.engine import cuda_worker
 from tokenpool.host.engine.cuda_worker import PooledCUDAWorker
@@ -112,9 +115,14 @@ def test_the_device_is_that_of_vllms_platform(monkeypatch, caplog):
     assert not caplog.records
     cuda = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_name="cuda")
     monkeypatch.setattr(device_choice, "current_platform", cuda)
-    monkeypatch.setattr(device_choice, "CudaDevice", lambda page, ways: ("cuda", page, ways))
-    assert ("cuda", 2 << 20, [(0, None)]) == device_choice.make_device(2 << 20)
+    contexts: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", contexts.append)
+    monkeypatch.setattr(device_choice, "CudaDriver", lambda ordinal: f"driver {ordinal}")
+    monkeypatch.setattr(device_choice, "CudaDevice", lambda page, driver, ways: ("cuda", page, driver, ways))
+    assert ("cuda", 2 << 20, "driver 0", [(0, None)]) == device_choice.make_device(2 << 20)
     assert ["docs/gpu.md" in record.getMessage() for record in caplog.records] == [True]
+    assert ("cuda", 2 << 20, "driver 3", [(0, None)]) == device_choice.make_device(2 << 20, rank=3)
+    assert [3] == contexts, "torch's context of a rank lies on its own GPU"
     cuda.is_cuda, cuda.device_name = lambda: False, "xpu"
     with pytest.raises(ConfigError, match="xpu is not supported"):
         device_choice.make_device(2 << 20)
@@ -282,3 +290,31 @@ def test_a_gpu_that_has_too_few_pages_is_told_at_start(monkeypatch):
         device_choice.make_all_pages(device, 20)
     assert 0 == len(device.fake.handles)
     device_choice.make_all_pages(CpuDevice(), 20)
+
+
+def test_a_rank_with_too_few_pages_is_named(monkeypatch):
+    """Each rank makes all of its own pages, so none can be short of them where rank 0 is not."""
+    from tokenpool.host.ranks import rank_models
+
+    device = FakeCudaDevice()
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(rank_models, "make_device", lambda page, link, rank: asked.append((page, rank)) or device)
+    models = rank_models.RankModels(2, "file:///nowhere", GRANULARITY)
+    models.make_pages(6)
+    assert [(GRANULARITY, 2)] == asked
+    assert 6 == len(device.fake.handles)
+
+    def refuse(nbytes):
+        raise CudaError("cuMemCreate", 2, "CUDA_ERROR_OUT_OF_MEMORY")
+
+    monkeypatch.setattr(device.driver, "create", refuse)
+    with pytest.raises(CapacityError, match="rank 2: the GPU gives 6 of 7 pages") as raised:
+        models.make_pages(7)
+    assert (7, 6) == (raised.value.needed_pages, raised.value.free_pages)
+
+
+def test_a_host_does_not_start_with_a_rank_that_is_short_of_memory():
+    """It says which rank has how much, and leaves no process behind."""
+    words = [sys.executable, "-m", "tests.helpers.failing_rank", "short"]
+    done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert (0, "rank 1: the GPU gives 3 of 16 pages; needed 16, free 3\n") == (done.returncode, done.stdout)

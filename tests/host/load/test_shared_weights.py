@@ -83,10 +83,10 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @contextlib.contextmanager
-def pool_of(*cases: Case, host_memory: int = 1 << 30) -> Iterator[Any]:
+def pool_of(*cases: Case, host_store: str = STORE) -> Iterator[Any]:
     from tests.helpers.pooled import PooledModels
 
-    pooled = PooledModels(MEMORY, PAGE, poison=True, movable_weights=True, host_memory=host_memory, host_store=STORE)
+    pooled = PooledModels(MEMORY, PAGE, poison=True, movable_weights=True, host_memory=1 << 30, host_store=host_store)
     try:
         for case in cases:
             pooled.add(case)
@@ -187,6 +187,28 @@ def test_what_was_shown_of_a_checkpoint_is_not_shown_twice(cases, reads, folder)
         with pool_of(case) as pooled:
             assert expected == reads.total()
             assert pooled.host.weights.snapshot()[case.name].droppable
+
+
+def test_a_host_without_a_store_does_not_show_it_twice_either(cases, reads):
+    """It reads the checkpoint to load it, and gives its copy up and reads it again as one that has tried."""
+    case = cases["qwen3"]
+    for expected, touched in ((2, ()), (1, ()), (2, ("config.json",))):
+        for name in touched:
+            os.utime(Path(case.model, name))
+        reads.clear()
+        with pool_of(case, host_store="") as pooled:
+            assert expected == reads.total()
+            store = pooled.host.weights
+            assert store.snapshot()[case.name].droppable
+            store.evict(case.name)
+            store.drop_host(case.name)
+            assert store.load_host(case.name).wait(60)
+            store.finish(case.name)
+            store.map(case.name)
+            store.copy(case.name).wait(60)
+            store.finish(case.name)
+            assert expected + 1 == reads.total()
+            store.verify(case.name)
 
 
 @pytest.mark.slow

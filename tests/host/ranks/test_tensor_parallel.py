@@ -91,7 +91,7 @@ def test_a_rank_copies_at_the_speed_of_the_link() -> None:
     """What `cpu_link` says holds for the memory of a rank that follows, too."""
     from tokenpool.host.ranks.rank_models import RankModels
 
-    assert 77 == RankModels(1, "file:///nowhere", 77).mirror.device.link_bytes_per_s  # type: ignore[attr-defined]
+    assert 77 == RankModels(1, "file:///nowhere", 1 << 16, 77).mirror.device.link_bytes_per_s  # type: ignore[attr-defined]
 
 
 def test_a_model_of_another_size_is_refused(server: PoolServerProcess, tiny_models: TinyModels) -> None:

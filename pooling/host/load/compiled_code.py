@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Has the code of a model compiled in a process of its own before the model is built: the models that run go on.
+
+A compilation takes seconds to a minute and cannot be split, and the build of a model shares its thread with the steps
+of all others. What the process leaves in vLLM's cache folder is found by the build, which then compiles nothing. One
+that dies, hangs or cannot start costs nothing else: the build compiles by itself.
+
+Only on the CPU. On a GPU the process would need memory for the weights there a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from vllm import envs
+from vllm.config import CompilationMode, VllmConfig
+from vllm.config.utils import hash_factors
+from vllm.platforms import current_platform
+
+import tokenpool
+
+logger = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-m", "tokenpool.host.load.compile_child")
+LIMIT_S = 900.0
+
+
+class CompiledCode:
+    """That of one model; made before its build, which changes the configuration. Used on one thread."""
+
+    def __init__(self, name: str, config: VllmConfig, *, movable_weights: bool) -> None:
+        self._name = name
+        self._packed = b""
+        mode, ranks = config.compilation_config.mode, config.parallel_config.world_size
+        if mode in (None, CompilationMode.NONE) or not current_platform.is_cpu() or ranks > 1:
+            return
+        self._packed = pickle.dumps((config, movable_weights))
+        facts = [hash_factors(envs.compile_factors()), config.compute_hash(), movable_weights, torch.__version__]
+        key = hashlib.sha256(repr([*facts, tokenpool.__version__]).encode()).hexdigest()
+        self._mark = Path(envs.VLLM_CACHE_ROOT, "tokenpool", "compiled", key)
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the build would compile, as far as is known."""
+        return bool(self._packed) and not self._mark.exists()
+
+    def make_aside(self, command: Sequence[str] = COMMAND, limit_s: float = LIMIT_S) -> bool:
+        """Compile in another process if that is to be done; returns whether it is done. Blocks, raises nothing."""
+        if not self.is_missing:
+            return True
+        start_s = time.monotonic()
+        try:
+            self._run(command, limit_s)
+        except (OSError, subprocess.SubprocessError) as error:
+            logger.warning("compiled while it is built, not aside model=%s: %s", self._name, error)
+            return False
+        self.note_made()
+        logger.info("compiled aside model=%s seconds=%.1f", self._name, time.monotonic() - start_s)
+        return True
+
+    def note_made(self) -> None:
+        """The code is in the cache: a build has succeeded."""
+        if self.is_missing:
+            with contextlib.suppress(OSError):
+                self._mark.parent.mkdir(parents=True, exist_ok=True)
+                self._mark.touch()
+
+    def _run(self, command: Sequence[str], limit_s: float) -> None:
+        """Run the process to its end; raises OSError, SubprocessError, and then nothing of it is left."""
+        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+            try:
+                process.communicate(self._packed, limit_s)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started; nobody has reaped it
+                raise
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)

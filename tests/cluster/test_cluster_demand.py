@@ -83,7 +83,7 @@ def test_a_request_at_one_server_loads_a_model_once_for_all(one: PoolServerProce
 
 
 def test_models_make_room_for_each_other(one: PoolServerProcess, two: PoolServerProcess) -> None:
-    """One is loaded at a time; requests to all three at both servers are answered, and the host's books are in order."""
+    """One is loaded at a time; requests to all three at both servers are answered, and hosts' books are in order."""
     wanted = [(server, name) for name in NAMES for server in (one, two)]
     with ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda each: complete(*each), wanted))

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from tests.cluster.test_reconcile import MIB, MemoryHost
 from tokenpool.cluster.deciding.lives import MAX_HOST_DEATHS
+from tokenpool.cluster.live_placement import placement_of
 from tokenpool.cluster.placement import KeepReplicas
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import Deployment, HostReport, Order, Peer, SeatState, Use
+from tokenpool.cluster_config import ClusterConfig
 from tokenpool.config import Loading
 from tokenpool.errors import ConfigError, HostError
 
@@ -151,10 +153,15 @@ class World:
     """A controller, hosts and servers."""
 
     def __init__(
-        self, models: list[Deployment], num_hosts: int = 1, max_loaded: int | None = None, **host: Any
+        self,
+        models: list[Deployment],
+        num_hosts: int = 1,
+        max_loaded: int | None = None,
+        is_live: bool = False,
+        **host: Any,
     ) -> None:
         self.now_s = 100.0
-        self.models, self.max_loaded = models, max_loaded
+        self.models, self.max_loaded, self.is_live = models, max_loaded, is_live
         self.hosts = {f"h{i}": Host(f"h{i}", **host) for i in range(num_hosts)}
         self.servers = {name: Server(name) for name in ("one", "two")}
         self.requests: list[Request] = []
@@ -165,8 +172,9 @@ class World:
             self.control.join(server.peer, self.now_s)
 
     def _controller(self, snapshot: dict[str, Any] | None, models: list[Deployment]) -> Reconciler:
+        placement = placement_of(ClusterConfig()) if self.is_live else KeepReplicas(1)
         return Reconciler(
-            KeepReplicas(1), host_timeout_s=2.0, now_s=self.now_s, snapshot=snapshot, identity=f"c{next(_numbers)}",
+            placement, host_timeout_s=2.0, now_s=self.now_s, snapshot=snapshot, identity=f"c{next(_numbers)}",
             num_hosts=len(self.hosts), models=models, servers=list(self.control.peers) if snapshot is not None else (),
             server_timeout_s=2.0, max_loaded=self.max_loaded,
         )  # fmt: skip
@@ -502,12 +510,15 @@ EVENTS = st.lists(
     sizes=st.lists(st.sampled_from([4, 20, 40]), min_size=3, max_size=6),
     unload_after_s=st.sampled_from([math.inf, 2.0]),
     load_periods=st.integers(0, 3),
+    is_live=st.booleans(),
 )
-def test_every_request_is_answered_or_refused(events, num_hosts, max_loaded, sizes, unload_after_s, load_periods):
+def test_every_request_is_answered_or_refused(
+    events, num_hosts, max_loaded, sizes, unload_after_s, load_periods, is_live
+):
     """Through deaths of hosts, servers and controllers and loads that fail: no seat is taken from a model that is in
     use, never more than `max_loaded` are loaded, and in the end nobody waits."""
     models = [model(f"m{i}", mib, unload_after_s=unload_after_s) for i, mib in enumerate(sizes)]
-    w = World(models, num_hosts, max_loaded, load_periods=load_periods)
+    w = World(models, num_hosts, max_loaded, is_live, load_periods=load_periods)
     for what, which, steps in events:
         name, host = models[which % len(models)].name, w.hosts[f"h{which % num_hosts}"]
         server = ["one", "two"][which % 2]

@@ -33,8 +33,8 @@ from tokenpool.serve.pool.models import Models, PoolModel
 logger = logging.getLogger(__name__)
 
 _RETRY_CALLS_S = 60.0
-_USES_PERIOD_S, _REST_PERIOD_S = 0.5, 0.1
-"""Between two words of what this server has of models, and while one of them rests."""
+_USES_PERIOD_S, _REST_PERIOD_S, _GAP_S = 0.5, 0.1, 0.05
+"""Between two words of what this server has of models: usually, while one of them rests, and at least."""
 
 
 class ClusterModels(HostQuestions):
@@ -285,6 +285,7 @@ class ClusterModels(HostQuestions):
             for name in bare or ():
                 self._work(f"what hosts need of {name}", self._equip(name))
             self._look_again()
+            await asyncio.sleep(_GAP_S)  # however many requests begin to wait
 
     def _uses(self, now_s: float) -> dict[str, Use]:
         uses = {}

@@ -195,6 +195,7 @@ async def two_servers(
     patch.setattr(cluster_models, "RETRY_S", 0.005)
     patch.setattr(cluster_models, "_USES_PERIOD_S", 0.005)
     patch.setattr(cluster_models, "_REST_PERIOD_S", 0.002)
+    patch.setattr(cluster_models, "_GAP_S", 0.002)
     patch.setattr(ModelPlan, "for_host", lambda plan, config: SimpleNamespace())
     rules = {plan.spec.name: models_of("x")._config.loading_of(plan.spec) for plan in plans}
     models = [deployment_of(plan, 1, rules[plan.spec.name], is_bare=True) for plan in plans]

@@ -28,9 +28,9 @@ from tokenpool.cluster.pool_record import Kept, PoolStanding, PoolStore
 from tokenpool.cluster.private_state import read_private, write_private
 from tokenpool.cluster.raylet import end_with_raylet
 from tokenpool.cluster.reconcile import Reconciler
-from tokenpool.cluster.values import ClusterView, Deployment, HostReport, Order, Peer, StaleEpochError
+from tokenpool.cluster.values import ClusterView, Deployment, HostReport, Order, Peer, StaleEpochError, Use
 from tokenpool.cluster_config import ClusterConfig
-from tokenpool.errors import HostError
+from tokenpool.errors import HostError, PoolError
 from tokenpool.logs import log_to_stderr
 from tokenpool.policy.leases import Claim, Lease, LeaseBook
 
@@ -73,6 +73,8 @@ class Controller:
             models=kept.models if kept else record.models,
             servers=kept.servers if kept else (),
             identity=token_hex(4),
+            max_loaded=record.max_loaded,
+            weight_of=lambda tenant: record.tenant_weights.get(tenant, 1.0),
         )
         self._saved: dict[str, Any] | None = None
         self._kept: tuple[Any, ...] = ()
@@ -129,6 +131,18 @@ class Controller:
         if not self.reconciler.peers.beat(server, time.monotonic()):
             return None
         return self._leases.answer(server, claims, is_settled=not self.reconciler.peers.missing)
+
+    async def uses(self, server: str, uses: Mapping[str, Use]) -> list[str] | None:
+        """See Reconciler.tell."""
+        bare = self.reconciler.tell(server, uses, time.monotonic())
+        if any(use.num_held or use.rested for use in uses.values()):
+            await self._act()
+        return bare
+
+    async def equip(self, server: str, name: str, version: int, made: bytes | PoolError) -> None:
+        """See Reconciler.equip."""
+        self.reconciler.equip(name, version, made, time.monotonic())
+        await self._act()
 
     async def leave(self, server: str) -> None:
         """A server ends; hosts forget it."""

@@ -89,6 +89,7 @@ class HostSupervisor:
         self._models: dict[str, HostedReport] = {}
         self._loads: dict[str, dict[str, Any]] = {}
         self._free_pages: int | None = None
+        self._building: tuple[str, int] | None = None
         self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()
         self._news = threading.Event()
@@ -119,6 +120,8 @@ class HostSupervisor:
                     raise HostError(f"{self.host} has a new process: {life} is gone")
                 hosted = self._models.get(name)
             if order.action == "add" and (hosted is None or hosted.version != order.deployment.version):
+                self._building = name, order.deployment.version
+                self._news.set()
                 self.call("add_packed", order.deployment.payload, *NOWHERE)  # servers have themselves attached later
                 report = HostedReport(order.deployment.version)
                 self._done(life, lambda: self._models.__setitem__(name, report))
@@ -128,6 +131,7 @@ class HostSupervisor:
                 self._done(life, lambda: self._models.pop(name, None))
             return self._changes
         finally:
+            self._building = None
             self._ordering.release()
 
     def _done(self, life: str, change: Callable[[], Any]) -> None:
@@ -187,6 +191,7 @@ class HostSupervisor:
                 free_pages=self._free_pages,
                 labels=self._labels,
                 overdue=self._guard.reason if self._guard is not None else "",
+                building=self._building if self._life else None,
                 node=self._node,
                 address=self._address,
                 machine=self._machine,

@@ -228,7 +228,9 @@ class LivePlacement:
             _seat(name, report.models.get(name), measured.rates.get((name, host, life), _NO_RATES), is_leaving)
             for name, is_leaving in models
         ]
-        used = sum([room_bytes(situation.models[name], report) for name, _ in models])
+        going = [model for name, model in situation.going.items() if host in situation.leaving.get(name, ())]
+        there = [*going, *(situation.models[name] for name, _ in models)]
+        used = sum([room_bytes(model, report) for model in there])
         budget = report.host_memory if report.movable else report.device_memory
         return CapacityHost(
             host,

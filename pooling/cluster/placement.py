@@ -46,6 +46,8 @@ class Situation:
     """Of hosts that were given one; all others do everything."""
     draining: Set[str] = frozenset()
     """Hosts that nothing comes to, and that models leave once they are served elsewhere."""
+    going: Mapping[str, Deployment] = field(default_factory=dict)
+    """Models that are not wanted now, and leave hosts."""
 
 
 class Placement(Protocol):
@@ -154,9 +156,10 @@ def has_room(name: str, situation: Situation, apart: Mapping[str, Set[str]]) -> 
 
 
 def deployments_on(host: str, placed: Mapping[str, Set[str]], situation: Situation) -> list[Deployment]:
-    """The wanted models that are on a host, or leave it."""
+    """The models that are on a host, or leave it."""
     names = {name for where in (placed, situation.leaving) for name, hosts in where.items() if host in hosts}
-    return [situation.models[name] for name in sorted(names) if name in situation.models]
+    found = (situation.models.get(name) or situation.going.get(name) for name in sorted(names))
+    return [deployment for deployment in found if deployment is not None]
 
 
 def _load(deployments: list[Deployment]) -> tuple[int, int]:

@@ -45,6 +45,9 @@ class PoolRecord:
     """A digest of each setting that the servers must agree on."""
     tenant_slots: Mapping[str, int] = field(default_factory=dict)
     """Each tenant's `max_concurrent`, 0 without one."""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    max_loaded: int | None = None
+    """Models that are loaded at a time; None = all."""
     file_models: bytes = field(default=b"", repr=False)
     """The pickled entries of the pool file that the models come from; only servers open it."""
 

@@ -13,18 +13,16 @@ The hosts are the truth about what is loaded: a new controller takes seats over 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import replace
 from typing import Any
 
-from tokenpool.cluster.decision_log import Decision, DecisionLog
-from tokenpool.cluster.peers import Peers
+from tokenpool.cluster.deciding.lives import Event, Scene
+from tokenpool.cluster.deciding.pool_state import PoolState
 from tokenpool.cluster.placement import Move, Placement, Situation
-from tokenpool.cluster.seats import BAR_S, Bars, Seat, Seats
-from tokenpool.cluster.values import ClusterView, Deployment, HostReport, ModelView, Order, Peer, SeatState, SeatView
-from tokenpool.cluster.wishes import Wishes
+from tokenpool.cluster.seats import BAR_S, Seat
+from tokenpool.cluster.values import Deployment, HostReport, Order, Peer, SeatState, Use
 from tokenpool.errors import CapacityError, ConfigError, HostError, PoolError
-from tokenpool.policy.capacity import Role
 
 _FIRST_SETTLE_S = 300.0
 """Longest wait for all hosts of a new pool: the first to come shall not get every model."""
@@ -33,10 +31,9 @@ _SETTLE_S = 3.0
 _ORDER_LIMIT_S = 3600.0
 """For the answer to an order; a host that hangs is killed by its supervisor long before, and one that is slow reports
 what it has loaded in the end."""
-_TAKEN = (SeatState.LOADING, SeatState.SERVING)
 
 
-class Reconciler:
+class Reconciler(PoolState):
     """All that the controller knows and decides; `now_s` is a monotonic clock of the caller."""
 
     def __init__(
@@ -48,41 +45,21 @@ class Reconciler:
         order_limit_s: float = _ORDER_LIMIT_S,
         snapshot: dict[str, Any] | None = None,
         num_hosts: int = 0,
-        models: Iterable[Deployment] = (),
-        servers: Iterable[Peer] = (),
-        server_timeout_s: float = 10.0,
-        identity: str = "controller",
-        wall_clock: Callable[[], float] = time.time,
+        **state: Any,
     ) -> None:
         """`snapshot` is that of the predecessor, empty if it left none; None = there was no predecessor.
 
-        A first controller waits for `num_hosts` hosts before it places `models`. `servers` are those that the
-        predecessor had; one that says nothing for `server_timeout_s` is gone.
+        A first controller waits for `num_hosts` hosts before it places models. See PoolState for `state`: `models`, the
+        `servers` that the predecessor had, of which one that says nothing for `server_timeout_s` is gone, and what
+        else it is given.
         """
-        self.identity = identity
-        self.epoch = int((snapshot or {}).get("epoch", 0)) + 1
-        self.models = Wishes(models, int((snapshot or {}).get("revision", 0)))
-        self.peers = Peers(timeout_s=server_timeout_s, now_s=now_s, known=servers)
+        super().__init__(now_s=now_s, snapshot=snapshot, **state)
         self.gone: list[Peer] = []
         """Servers that hosts are to forget; whoever tells them takes them from here."""
-        self.is_ending = False
-        """Whether servers are to end."""
-        self.log = DecisionLog()
-        self.hosts: dict[str, HostReport] = {}
-        self.seats = Seats()
-        """By (model, host)."""
-        self.roles = {host: Role(role) for host, role in (snapshot or {}).get("roles", {}).items()}
-        """Of hosts that were given one, also of such that are lost: they come back with it."""
-        self.draining = set((snapshot or {}).get("draining", ()))
-        """Hosts that the operator wants empty, also of such that are lost."""
-        self.version = 0
-        """Grows with every change that frontends need to know."""
         self._placement = placement
         self._host_timeout_s = host_timeout_s
         self._order_limit_s = order_limit_s
         self._heard_s: dict[str, float] = {}
-        self._errors: dict[str, PoolError] = {}
-        self._bars = Bars()
         self._expected = set((snapshot or {}).get("hosts", ()))
         self._num_hosts = num_hosts if snapshot is None else 0
         self._settle_until_s = now_s + (_FIRST_SETTLE_S if snapshot is None else _SETTLE_S)
@@ -90,17 +67,10 @@ class Reconciler:
         """Whether enough was known to decide; before that a view would tell frontends that hosts are gone."""
         self._min_changes: dict[tuple[str, str], int] = {}  # by (host, life): older reports are of the past
         self._last: dict[str, HostReport] = {}  # of every host that was ever there
-        self._wall_clock = wall_clock
-        self._seq = int((snapshot or {}).get("seq", 0))
         reason = "first of this pool" if snapshot is None else f"takes over from epoch {self.epoch - 1}"
         self._note("controller_started", reason)
 
     # -- what happens ----------------------------------------------------------------------------------
-
-    @property
-    def revision(self) -> int:
-        """Of what is wanted."""
-        return self.models.revision
 
     def join(self, peer: Peer, now_s: float) -> bool:
         """A server is there; returns whether it has to have itself attached to engines anew."""
@@ -124,6 +94,24 @@ class Reconciler:
         self.gone.append(peer)
         self._note("frontend_lost", f"server {peer.name} on {peer.address}: {reason}")
         self._changed()
+
+    def tell(self, server: str, uses: Mapping[str, Use], now_s: float) -> list[str] | None:
+        """A server has these requests; returns the models of which it shall `equip` hosts, None if it has to join."""
+        if server not in self.peers.names:
+            return None
+        self.lives.uses.tell(server, uses, now_s)
+        used = (name for name, use in uses.items() if use.num_held or use.num_unfinished)
+        bare = [name for name in used if name in self.models and self.models[name].payload is None]
+        return [name for name in bare if name not in self._errors]
+
+    def equip(self, name: str, version: int, made: bytes | PoolError, now_s: float) -> None:
+        """A server has made what hosts need of a model, or cannot."""
+        if name not in self.models or self.models[name].version != version:
+            return
+        if isinstance(made, bytes):
+            self.models.equip(name, made)
+        elif self.models[name].payload is None and name not in self._errors:
+            self._note_events([self.lives.fail(name, made, now_s)])
 
     def deploy(self, deployment: Deployment) -> int:
         """Want one more model; returns its version. Raises ConfigError if there is another one of its name."""
@@ -193,6 +181,8 @@ class Reconciler:
             return
         gone = self.seats.on_host(host)
         for pair in gone:
+            if self.seats[pair].state is SeatState.LOADING and self.seats[pair].ordered:
+                self.lives.died(pair[0])
             del self.seats[pair]
         self._min_changes = {key: count for key, count in self._min_changes.items() if key[0] != host}
         self._note("host_lost", f"{reason}; it had {len(gone)} models", host=host)
@@ -238,8 +228,7 @@ class Reconciler:
         for name in self.models.finished(self.peers.names, now_s):
             self.withdraw(name)
         self._give_up_orders(now_s)
-        self._leave_unwanted()
-        self._place(now_s)
+        self._decide(now_s)
         return self._orders(now_s)
 
     def _settled(self, now_s: float) -> bool:
@@ -251,26 +240,49 @@ class Reconciler:
                 self._changed()
         return self.is_settled
 
+    def _decide(self, now_s: float) -> None:
+        self.lives.keep(self.models, now_s)
+        self.lives.look(now_s, self.peers.names)
+        for name in self.lives.forgiven(now_s):
+            self._errors.pop(name, None)
+            self._changed()
+        for _ in range(len(self.hosts) + 1):
+            self._note_events(events := self.lives.decide(self._scene(now_s)))
+            self._leave_unwanted()
+            self._place(now_s)
+            if not any(event.action == "wake" for event in events):
+                break
+        seated = {name for name, _ in self.seats}
+        until_s = lambda name: self._bars.until_s(name, self.hosts, now_s)  # noqa: E731
+        self._note_events(self.lives.give_up(now_s, self._errors, seated, until_s))
+
+    def _scene(self, now_s: float) -> Scene:
+        def has_room(name: str, gone: Set[str]) -> bool:
+            return self._placement.has_room(name, self.situation(now_s, {*self.lives.awake, name} - gone, gone))
+
+        retiring, servers = self.models.retiring.keys(), self.peers.names
+        return Scene(now_s, self.models, retiring, self.seats, servers, len(self.hosts), has_room)
+
+    def _note_events(self, events: Iterable[Event]) -> None:
+        for action, name, reason, error in events:
+            self._errors.pop(name, None)
+            if error is not None:
+                self._errors[name] = error
+            self._note(action, reason, name)
+            self._changed()
+
     def _leave_unwanted(self) -> None:
         for (name, host), seat in list(self.seats.items()):
-            if self.models.get(name) == seat.deployment or seat.state not in _TAKEN:
-                continue
-            if seat.state is SeatState.SERVING:
+            if seat.state is SeatState.SERVING and not self.is_wanted(name, seat):
                 self._leave(name, host, "it is not wanted any more")
-            self._changed()
+                self._changed()
         for seat in self.seats.values():
             if seat.state is SeatState.LEAVING and self.peers.names <= seat.left_by:
                 seat.state, seat.ordered = SeatState.REMOVING, False
                 self._changed()
 
     def _place(self, now_s: float) -> None:
-        barred = self._bars.at(now_s)
-        placed: dict[str, set[str]] = {name: set() for name in self.models}
-        leaving: dict[str, set[str]] = {}
-        for (name, host), seat in self.seats.items():
-            is_placed = seat.state in _TAKEN and self.models.get(name) == seat.deployment
-            (placed if is_placed else leaving).setdefault(name, set()).add(host)
-        situation = Situation(self.models, self.hosts, placed, leaving, barred, now_s, self.roles, self.draining)
+        situation = self.situation(now_s, self.lives.awake)
         moves = self._placement.decide(situation)
         self._note_homeless(situation, moves)
         for move in moves:
@@ -278,6 +290,8 @@ class Reconciler:
             if move.action == "role":
                 self._note("role", move.reason, host=move.host)
                 self.roles[move.host] = move.role
+            elif move.action == "add" and self.models[move.model].payload is None:
+                continue  # a server is about to make it
             elif move.action == "add" and pair not in self.seats:
                 self._note("add", move.reason, *pair)
                 life = self.hosts[move.host].life
@@ -289,7 +303,8 @@ class Reconciler:
     def _note_homeless(self, situation: Situation, moves: list[Move]) -> None:
         if not self.hosts:
             return  # they are being started
-        waiting = {name for name in self.models if not situation.placed[name]} - {move.model for move in moves}
+        waiting = {name for name, hosts in situation.placed.items() if not hosts} - {move.model for move in moves}
+        situation = replace(situation, going={})  # those make room soon
         for name in [name for name in waiting - self._errors.keys() if not self._placement.has_room(name, situation)]:
             problem = f"model {name!r}: no host has room for it, or may take it; add hosts, or raise their memory"
             self._errors[name] = CapacityError(problem)
@@ -331,8 +346,21 @@ class Reconciler:
             wanted = self.models.get(name)
             if wanted is None or wanted.version != hosted.version:
                 wanted = Deployment(name, hosted.version)
+            else:
+                self.lives.found(name)
             self.seats[name, report.host] = Seat(wanted, report.life, SeatState.SERVING)
             self._note("adopted", "the host has it loaded", name, report.host)
+            self._changed()
+        if report.building is not None and report.controller != self.identity:
+            self._adopt_building(report, *report.building)
+
+    def _adopt_building(self, report: HostReport, name: str, version: int) -> None:
+        """Go on with what a former controller has ordered: the host answers the same order once it is carried out."""
+        wanted = self.models.get(name)
+        if wanted is not None and wanted.version == version and (name, report.host) not in self.seats:
+            self.seats[name, report.host] = Seat(wanted, report.life, SeatState.LOADING)
+            self.lives.found(name)
+            self._note("adopted", "the host is loading it", name, report.host)
             self._changed()
 
     def _drop_vanished(self, report: HostReport) -> None:
@@ -342,46 +370,3 @@ class Reconciler:
                 del self.seats[name, host]
                 self._note("vanished", "the host does not have it", name, host)
                 self._changed()
-
-    # -- what others see -------------------------------------------------------------------------------
-
-    def view(self) -> ClusterView:
-        """What frontends act on."""
-        seats: dict[str, dict[str, SeatView]] = {name: {} for name in self.models}
-        for (name, host), seat in self.seats.items():
-            of_model = seats.setdefault(name, {})
-            if (report := self.hosts.get(host)) is not None:
-                version = seat.deployment.version
-                of_model[host] = SeatView(seat.life, seat.state, version, report.address, report.machine)
-        models = {}
-        for name, of_model in seats.items():
-            version = self.models[name].version if name in self.models else -1
-            models[name] = ModelView(version, of_model, self._errors.get(name))
-        lives = {host: report.life for host, report in self.hosts.items()}
-        roles = {host: self.roles[host] for host in self.roles.keys() & lives if self.roles[host] is not Role.MIXED}
-        overdue = frozenset(host for host, report in self.hosts.items() if report.overdue)
-        return ClusterView(
-            self.epoch, self.version, self.revision, models, lives, roles, dict(self.log.totals), overdue,
-            frozenset(self.draining & lives.keys()), self.models.retiring, tuple(self.peers), self.is_ending,
-        )  # fmt: skip
-
-    def snapshot(self) -> dict[str, Any]:
-        """What the next controller needs beyond what hosts and frontends tell it; small and plain."""
-        plain = {"epoch": self.epoch, "revision": self.revision, "seq": self._seq, "hosts": sorted(self.hosts)}
-        plain |= {"draining": sorted(self.draining)} if self.draining else {}
-        return plain | ({"roles": dict(self.roles)} if self.roles else {})
-
-    def check(self) -> None:
-        """Prove that every seat is on a living host in that life; raises AssertionError."""
-        assert {pair for host in self.hosts for pair in self.seats.on_host(host)} == self.seats.keys()
-        for (name, host), seat in self.seats.items():
-            report = self.hosts.get(host)
-            assert report is not None and report.life == seat.life, f"seat of {name} on {host} outlived its host"
-
-    def _note(self, action: str, reason: str, model: str | None = None, host: str | None = None) -> None:
-        self._seq += 1
-        at_s = self._wall_clock()
-        self.log.add(Decision(self._seq, at_s, self.epoch, self.revision, action, reason, model, host))
-
-    def _changed(self) -> None:
-        self.version += 1

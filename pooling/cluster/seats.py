@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 
-from tokenpool.cluster.values import Deployment, SeatState
+from tokenpool.cluster.values import Deployment, HostReport, SeatState, SeatView
 
 Pair = tuple[str, str]
 """Model, host."""
@@ -54,6 +54,15 @@ class Seats(dict[Pair, Seat]):
         """The seats of one host. O(these)."""
         return list(self._on_host.get(host, ()))
 
+    def views(self, hosts: Mapping[str, HostReport]) -> dict[str, dict[str, SeatView]]:
+        """As frontends see them, by model and host, on the hosts that are there."""
+        views: dict[str, dict[str, SeatView]] = {}
+        for (name, host), seat in self.items():
+            if (report := hosts.get(host)) is not None:
+                seen = SeatView(seat.life, seat.state, seat.deployment.version, report.address, report.machine)
+                views.setdefault(name, {})[host] = seen
+        return views
+
     def joined(self, server: str, model: str, host: str, life: str) -> None:
         """All frontends of a server send requests to that engine."""
         seat = self.get((model, host))
@@ -92,6 +101,10 @@ class Bars(dict[Pair, _Bar]):
         """Let all hosts try a model."""
         for pair in [pair for pair in self if pair[0] == model]:
             del self[pair]
+
+    def until_s(self, model: str, hosts: Iterable[str], now_s: float) -> float:
+        """When the first of these hosts may try a model again."""
+        return min((self[model, host].until_s for host in hosts if (model, host) in self), default=now_s)
 
     def at(self, now_s: float) -> set[Pair]:
         """What is barred now."""

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from tokenpool.config import Loading
 from tokenpool.errors import PoolError
 from tokenpool.policy.capacity import Role
 
@@ -36,6 +39,9 @@ class Endpoints(NamedTuple):
 NOWHERE = Endpoints("", "")
 """Those of an engine that has no frontend yet."""
 
+ALWAYS = Loading(at_start=True, unload_after_s=math.inf, keep=None, timeout_s=1800.0)
+"""Loaded with the pool, and never unloaded by itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
@@ -47,8 +53,9 @@ class Deployment:
     weight_bytes: int = 0
     """Size of its weights, 0 when not known."""
     priority: int = 0
-    payload: bytes = field(default=b"", repr=False)
-    """The pickled HostedModelSpec without addresses; only the host process opens it."""
+    payload: bytes | None = field(default=b"", repr=False)
+    """The pickled HostedModelSpec without addresses; only the host process opens it. None = nobody has made it yet: a
+    server does, once requests wait for the model."""
     plan: bytes = field(default=b"", repr=False)
     """The pickled ModelPlan; only frontends open it."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -61,6 +68,25 @@ class Deployment:
     """Labels of the hosts that it may be on; see `group_config.may_be_on`."""
     origin: str = ""
     """Drawn by who asked for it: a wish that is told once more, because no answer came, is the same one."""
+    loading: Loading = ALWAYS
+    """When it is loaded and unloaded."""
+
+
+class Use(NamedTuple):
+    """What one server has of a model; times are seconds before or after the moment at which it is told."""
+
+    num_held: int = 0
+    """Requests that wait for it to be loaded."""
+    due_in_s: Mapping[str, float] = {}
+    """In how many seconds the most urgent of each tenant's is due."""
+    held_for_s: float = 0.0
+    """For how long the first of them waits."""
+    num_unfinished: int = 0
+    """Requests that are being answered."""
+    idle_for_s: float = math.inf
+    """Since the last one began or ended."""
+    rested: int = 0
+    """The rest (`ModelView.rest`) in which this server has finished what it had; 0 = it has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +135,8 @@ class HostReport:
     """By which a model may ask for it: of its Ray node, `key` and `key=value`, its name, the address of its node."""
     overdue: str = ""
     """Why nobody should count on the host now, such as a pulse that does not come; empty for one that is alive."""
+    building: tuple[str, int] | None = None
+    """Name and version of the model that it loads now, whoever ordered that."""
 
 
 class Order(NamedTuple):
@@ -159,6 +187,11 @@ class ModelView:
     """By host."""
     error: PoolError | None = None
     """Why the last attempt to load it failed; None once it is served."""
+    is_cold: bool = False
+    """Whether nothing of it is built, nor is to be built before requests wait for it."""
+    rest: int = 0
+    """Not 0 while servers are to finish what they have of it, and to hold what comes, because it is to get cold; each
+    time another number."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,10 @@ class Wishes(dict[str, Deployment]):
             there = self[deployment.name] = replace(deployment, version=self.revision)
         return there
 
+    def equip(self, name: str, payload: bytes) -> None:
+        """What hosts need of a model has been made; it is the same model as before."""
+        self[name] = replace(self[name], payload=payload)
+
     def retire(self, name: str, drain_s: float, now_s: float) -> bool:
         """Drain a model at all servers, then want it no longer; returns False if it is not wanted."""
         if name in self and name not in self._retiring:

@@ -64,6 +64,16 @@ def test_a_model_is_reported_with_its_version():
     assert host.calls == [("add_packed", b"spec", "", "", b"")], "no server is named to the host"
 
 
+def test_what_a_host_is_loading_is_reported():
+    """A new controller goes on with it instead of having it loaded elsewhere."""
+    host, seen = Recorded(), []
+    call = host.call
+    host.call = lambda *args: (seen.append(host.report().building), call(*args))
+    host.order(order(3, version=7))
+
+    assert seen == [("a", 7)] and host.report().building is None
+
+
 @pytest.mark.parametrize("late", [order(1, "remove"), order(2, "remove", controller="c0")])
 def test_orders_of_another_controller_are_refused(late):
     """An older epoch is refused, and another controller of the same epoch."""

@@ -84,12 +84,15 @@ class Rig:
         replicas: int = 1,
         snapshot: dict[str, Any] | None = None,
         placement: Placement | None = None,
+        models: Sequence[Deployment] = (),
+        max_loaded: int | None = None,
     ) -> None:
         self.now_s = 100.0
         self.placement = placement
+        self.max_loaded = max_loaded
         self.hosts = {host.name: host for host in hosts}
         self.replicas = replicas
-        self.control = self.controller(snapshot, "first", num_hosts=len(hosts))
+        self.control = self.controller(snapshot, "first", num_hosts=len(hosts), models=models)
 
     def controller(
         self, snapshot: dict[str, Any] | None, identity: str, num_hosts: int = 0, models: Sequence[Deployment] = ()
@@ -97,6 +100,7 @@ class Rig:
         return Reconciler(
             self.placement or KeepReplicas(self.replicas), host_timeout_s=5.0, now_s=self.now_s, snapshot=snapshot,
             identity=identity, num_hosts=num_hosts, models=models, wall_clock=lambda: self.now_s,
+            max_loaded=self.max_loaded,
         )  # fmt: skip
 
     def replace_controller(self, snapshot: dict[str, Any] | None, identity: str = "second") -> Reconciler:

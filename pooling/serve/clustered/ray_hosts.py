@@ -12,40 +12,40 @@ import logging
 import os
 import signal
 from collections import Counter as Totals
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from secrets import token_hex
 from types import MappingProxyType
 from typing import Any
 
-from tokenpool.cluster.pool_record import unpack
 from tokenpool.cluster.session import Session
-from tokenpool.cluster.values import ClusterView, Endpoints, SeatState
-from tokenpool.errors import HostError, PoolError
+from tokenpool.cluster.values import ClusterView, Endpoints
+from tokenpool.errors import HostError
 from tokenpool.metric_registry import metric
 from tokenpool.model_life import Life
 from tokenpool.policy.routing import LOADS_PERIOD_S
-from tokenpool.process.ending import HOST_END_S, KILL_S, let_finish, within
+from tokenpool.process.ending import HOST_END_S, KILL_S, within
 from tokenpool.process.keeper import Work, start_kept
-from tokenpool.process.metric_files import forget_models
-from tokenpool.serve.clustered.host_questions import HostQuestions
+from tokenpool.serve.clustered.cluster_models import ClusterModels
 from tokenpool.serve.clustered.lease_keeper import LeaseKeeper
 from tokenpool.serve.clustered.no_lending import NoLending
-from tokenpool.serve.clustered.seat_follower import RETRY_S, SeatFollower
-from tokenpool.serve.launch.model_plan import ModelPlan
-from tokenpool.serve.pool.host_watch import HostWatch, follow_forecasts
+from tokenpool.serve.clustered.seat_follower import RETRY_S, SeatFollower, deployment_of
+from tokenpool.serve.pool.demand import LOADS, UNLOADS
+from tokenpool.serve.pool.host_watch import follow_forecasts
 from tokenpool.serve.pool.models import Models, PoolModel
 
 logger = logging.getLogger(__name__)
 
 _DECISIONS = metric("decisions").make()
+_COUNTED = {"demand_load": LOADS, "cold": UNLOADS}
+"""Decisions that have a metric of their own."""
 _RETRY_CALLS_S = 60.0
 _BEAT_S, _BEAT_LIMIT_S = 1.0, 5.0
 _LEASE_LIMIT_S = 5.0
 _UNLOAD_LIMIT_S = 120.0
 
 
-class RayHosts(HostQuestions):
+class RayHosts(ClusterModels):
     """See `Hosts`."""
 
     def __init__(
@@ -57,7 +57,7 @@ class RayHosts(HostQuestions):
         num_frontends: int = 1,
     ) -> None:
         """`make_follower` makes what follows a model's seats, given its version; `versions` are those at the start."""
-        super().__init__(session)
+        super().__init__(models, session, make_follower, versions)
         self.loads: dict[str, Any] = {}
         """What hosts told last of their queues; an exception where none came."""
         self.leases: LeaseKeeper | None = None
@@ -66,15 +66,10 @@ class RayHosts(HostQuestions):
         """See Hosts."""
         self.num_attachments = 0
         """How often hosts had forgotten this server, whose frontends then have themselves attached anew."""
-        self._models = models
-        self._make_follower = make_follower
-        self._versions = dict(versions)
         self._num_frontends = num_frontends
-        self._changing: set[str] = set()  # models that somebody adds or removes here
-        self._working: dict[str, asyncio.Task[None]] = {}  # on models that others have added or remove, by name
         self._counted: Totals[tuple[int, str]] = Totals()
         self._tasks: list[asyncio.Task[None]] = []
-        self.watch = HostWatch(models.apps, lambda: self.ask_as_one)
+        self._viewed = asyncio.Event()
 
     # -- life ----------------------------------------------------------------------------------------
 
@@ -108,11 +103,14 @@ class RayHosts(HostQuestions):
         await self._until_joined()
         self._tasks = [start_kept("telling that this server is there", self._beat)]
         for model in self._models.values():
-            self.followers[model.name] = await self._new_follower(model, self._versions[model.name])
+            if model.rule.at_start:
+                self.followers[model.name] = await self._new_follower(model, self.versions[model.name])
         self._tasks.append(start_kept("following the controller", self._follow))
+        self._tasks.append(start_kept("telling what waits", self._tell_uses))
         # What no host takes is `failed` by now; the controller tries it again.
         await asyncio.gather(*(self._until_served(name) for name in list(self.followers)), return_exceptions=True)
-        if any(follower.is_served for follower in self.followers.values()):
+        is_served = any(follower.is_served for follower in self.followers.values())
+        if is_served or any(model.is_on_demand and model.error is None for model in self._models.values()):
             self._session.has_started = False
 
     def works(self) -> Mapping[str, Work]:
@@ -143,10 +141,6 @@ class RayHosts(HostQuestions):
 
     # -- the controller ------------------------------------------------------------------------------
 
-    async def tell_as_this(self, method: str, *args: Any) -> Any:
-        """Call the controller, which is told who calls; raises what the call raises."""
-        return await self.tell(method, self._session.name, *args)
-
     async def answer(self, method: str, *args: Any) -> Any:
         """What followers of seats tell: hosts where they listen, the controller everything else."""
         return await (self.attach(*args) if method == "attach" else self.tell_as_this(method, *args))
@@ -160,18 +154,6 @@ class RayHosts(HostQuestions):
     async def detach(self, index: int) -> None:
         """Let all hosts forget the frontend with that index."""
         await self.ask("detach_frontend", self._session.first_index + index)
-
-    async def _insist(self, method: str, *args: Any) -> Any:
-        """Tell the controller, again while it is being restarted; raises the PoolError with which it refuses."""
-        for _ in range(int(_RETRY_CALLS_S / RETRY_S)):
-            try:
-                return await self.tell_as_this(method, *args)
-            except Exception as error:
-                if isinstance(cause := getattr(error, "cause", None), PoolError):
-                    raise cause from None
-                logger.debug("controller does not hear %s: %s", method, error)
-                await asyncio.sleep(RETRY_S)
-        raise HostError("the controller does not answer")
 
     async def _beat(self) -> None:
         while True:
@@ -234,9 +216,12 @@ class RayHosts(HostQuestions):
             new = count - self._counted[view.epoch, action]
             self._counted[view.epoch, action] = count
             _DECISIONS.labels(action).inc(max(0, new))
+            if action in _COUNTED:
+                _COUNTED[action].inc(max(0, new))
         self._models.share_queues(max(1, len(view.peers)))
         for name, follower in self.followers.items():
             follower.apply(view.models.get(name), view.hosts, view.roles, view.overdue)
+        self._viewed.set()
         self._look_again()
 
     def show(self, follower: SeatFollower) -> None:
@@ -252,94 +237,7 @@ class RayHosts(HostQuestions):
         elif model.app.state == Life.READY:
             model.suspend()
 
-    # -- models of others ----------------------------------------------------------------------------
-
-    def _follow_models(self, view: ClusterView) -> None:
-        """Begin what other servers' changes ask for."""
-        for name in self.followers.keys() | view.models.keys():
-            follower, wanted = self.followers.get(name), view.models.get(name)
-            for host, seat in wanted.seats.items() if wanted else ():
-                is_others = follower is None or follower.version != seat.version
-                if seat.state is SeatState.LEAVING and is_others:  # this server has never been there
-                    self._work(f"{name} at {host}", self._say_left(name, host, seat.life))
-            if name in self._changing:
-                continue
-            if follower is not None and (wanted is None or wanted.version not in (-1, follower.version)):
-                self._work(name, self._forget(name))
-            elif follower is None and wanted is not None and wanted.version >= 0 and name not in view.retiring:
-                self._work(name, self._take_in(name))
-            elif follower is not None and name in view.retiring:
-                self._work(name, self._retire(name, view.retiring[name]))
-
-    def _work(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        """Do something for a model, unless something is being done: whoever does it looks at the newest view then."""
-        if name in self._working:
-            work.close()
-            return
-        self._working[name] = asyncio.create_task(self._work_on(name, work))
-
-    async def _work_on(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        seen = self.view
-        try:
-            await work
-        except Exception:
-            logger.exception("what other servers changed cannot be followed model=%s", name)
-            seen = None
-            await asyncio.sleep(RETRY_S * 10)
-        del self._working[name]
-        if self.view is not seen:
-            self._look_again()
-
-    def _look_again(self) -> None:
-        if self.view is not None and not self.watch.stopping:
-            self._follow_models(self.view)
-
-    async def _say_left(self, name: str, host: str, life: str) -> None:
-        await self.tell_as_this("left", name, host, life)
-
-    async def _take_in(self, name: str) -> None:
-        """Serve a model that another server has added."""
-        for deployment in await self.tell("deployments", [name]):
-            plan: ModelPlan = unpack(deployment.plan)
-            model = self._models.add(plan)
-            try:
-                follower = await self._new_follower(model, deployment.version)
-            except BaseException:
-                self._models.remove(name)
-                raise
-            self.followers[name] = follower
-            logger.info("another server has added model=%s", name)
-            if (view := self.view) is not None:
-                follower.apply(view.models.get(name), view.hosts, view.roles, view.overdue)
-
-    async def _retire(self, name: str, drain_s: float) -> None:
-        """Let requests finish of a model that another server removes, and wait until it is gone."""
-        model = self._models[name]
-        if not model.is_leaving:
-            model.is_leaving = True
-            model.app.move(Life.DRAINING)
-            if model.error is not None:
-                model.fail_requests()
-            if model.client is not None:
-                await let_finish(model.client, drain_s)
-        await self._insist("drained", name)
-        while self.view is not None and name in self.view.retiring:
-            await asyncio.sleep(RETRY_S)
-
-    async def _forget(self, name: str) -> None:
-        model, follower = self._models[name], self.followers.pop(name)
-        logger.info("another server has removed model=%s", name)
-        series = self._models.remove(name)
-        await follower.close()
-        model.client = None
-        await asyncio.to_thread(forget_models, series)
-
     # -- models of this server -----------------------------------------------------------------------
-
-    async def _new_follower(self, model: PoolModel, version: int) -> SeatFollower:
-        follower = self._make_follower(model, version, self)
-        await follower.prepare()
-        return follower
 
     async def _until_served(self, name: str) -> None:
         """Wait for the first host of a model; raises what the hosts said when none takes it."""
@@ -356,23 +254,23 @@ class RayHosts(HostQuestions):
         self._changing.add(name)
         try:
             follower = await self._new_follower(model, -1)
-            deployment = replace(await follower.deployment(), origin=token_hex(8))
-            follower.version = await self._insist("deploy", deployment)
-            is_wanted, self.followers[name] = True, follower
-            if (view := self.view) is not None:
-                follower.apply(view.models.get(name), view.hosts, view.roles, view.overdue)
+            deployment = await asyncio.to_thread(deployment_of, model.plan, -1, model.rule)
+            follower.version = await self._insist("deploy", replace(deployment, origin=token_hex(8)))
+            is_wanted, self.followers[name], self.versions[name] = True, follower, follower.version
+            self._apply_to(follower)
             await self._until_served(name)
             if not await self._insist("all_joined", name):
                 logger.warning("not all servers serve it yet model=%s", name)
         except BaseException:
             if is_wanted:
                 await self._insist("withdraw", name)
+                del self.versions[name]
                 await self.followers.pop(name).close()
             model.client = None
             raise
         finally:
             self._changing.discard(name)
-            asyncio.get_running_loop().call_soon(self._look_again)
+            self._look_soon()
 
     async def retry(self, model: PoolModel) -> None:
         """See Hosts: nothing, the controller does."""
@@ -384,14 +282,15 @@ class RayHosts(HostQuestions):
 
     async def remove(self, model: PoolModel) -> None:
         """See Hosts."""
-        name, follower = model.name, self.followers[model.name]
+        name = model.name
         await self._insist("drained", name)
         try:
             async with asyncio.timeout(_UNLOAD_LIMIT_S):
                 while self.view is not None and name in self.view.models:
-                    follower.changed.clear()
-                    await follower.changed.wait()
+                    self._viewed.clear()
+                    await self._viewed.wait()
         except TimeoutError:
             raise HostError(f"hosts still have model {name!r} after {_UNLOAD_LIMIT_S:g} s") from None
-        del self.followers[name]
+        self.followers.pop(name, None)
+        self.versions.pop(name, None)
         self._changing.discard(name)

@@ -17,6 +17,7 @@ from vllm.version import __version__ as VLLM_VERSION
 import tokenpool
 from tokenpool.cluster.pool_record import PoolRecord, PoolStanding, differing, digests, unpack, wanted_hosts
 from tokenpool.cluster.session import Session, connect, host_env
+from tokenpool.cluster.values import Deployment
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError
 from tokenpool.serve.access.tenants import tenants_of
@@ -59,7 +60,6 @@ def plan_cluster(config: PoolConfig, num_hosts: int) -> tuple[PoolConfig, list[M
 
     With `weights: fixed` all models must fit on all hosts together, else on each: a host may get any of them.
     """
-    config.refuse_demand("on a cluster")
     for key in ("device_memory", "host_memory"):
         if getattr(config, key) is None:
             raise ConfigError("auto is not there for a cluster: give the size that each host may use", key=key)
@@ -105,12 +105,20 @@ def _record_of(given: PoolConfig, config: PoolConfig, plans: Sequence[ModelPlan]
         host_env(config.cluster, use_gpus=use_gpus),
         use_gpus,
         config.host_template,
-        tuple(deployment_of(plan, 1) for plan in plans),
+        tuple(_deployment(config, plan) for plan in plans),
         {"weights": config.weights, "policy": config.scheduling.policy},
         digests(given, SOFTWARE, identity),
         {tenant.name: tenant.max_concurrent or 0 for tenant in tenants_of(config)},
+        {tenant.name: tenant.weight for tenant in config.tenants},
+        config.max_loaded,
         pickle.dumps(config.models),
     )
+
+
+def _deployment(config: PoolConfig, plan: ModelPlan) -> Deployment:
+    """A model of the pool file; what hosts need of one that is loaded on demand is made when it is."""
+    rule = config.loading_of(plan.spec)
+    return deployment_of(plan, 1, rule, is_bare=not rule.at_start and plan.checked is None)
 
 
 def _agreed(config: PoolConfig, session: Session, standing: PoolStanding) -> PoolStanding:

@@ -7,6 +7,7 @@ How requests reach an engine is for a subclass: over this process's own sockets,
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import pickle
 from abc import ABC, abstractmethod
@@ -14,7 +15,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from tokenpool.cluster.values import Deployment, ModelView, SeatState, SeatView
+from tokenpool.cluster.values import ALWAYS, Deployment, ModelView, SeatState, SeatView
+from tokenpool.config import Loading
 from tokenpool.errors import HostError
 from tokenpool.policy.capacity import Role
 from tokenpool.process.keeper import count_failure
@@ -28,6 +30,7 @@ Tell = Callable[..., Awaitable[Any]]
 Key = tuple[str, str]
 """A host and its life."""
 
+_births = itertools.count(1)
 RETRY_S = 0.2
 """Between two attempts."""
 _MANY_FAILURES = 10
@@ -47,6 +50,9 @@ class SeatFollower(ABC):
         """Set at the same moments as `on_change` is called."""
         self.error: Exception | None = None
         """Why no host serves it; None while one may."""
+        self.birth = next(_births)
+        """Tells those apart that were made for one model, which was cold in between."""
+        self._is_closed = False
         self._fatal: Exception | None = None
         self._unreachable: dict[Key, Exception] = {}
         self._overdue: frozenset[str] = frozenset()  # engines that nobody should count on now
@@ -90,10 +96,6 @@ class SeatFollower(ABC):
 
     # -- the controller ------------------------------------------------------------------------------
 
-    async def deployment(self) -> Deployment:
-        """What the controller, the hosts and other servers need to know of the model."""
-        return await asyncio.to_thread(deployment_of, self.plan, self.version)
-
     @property
     def is_served(self) -> bool:
         """Whether a host takes its requests that can be counted on."""
@@ -133,7 +135,8 @@ class SeatFollower(ABC):
         return next(iter(self._unreachable.values()), None) if not self.hosts else None
 
     def _notify(self) -> None:
-        self._on_change(self)
+        if not self._is_closed:
+            self._on_change(self)
         self.changed.set()
 
     def attach_anew(self) -> None:
@@ -210,28 +213,37 @@ class SeatFollower(ABC):
 
     async def close(self) -> None:
         """End what goes on here; who waits for a host hears that there will be none."""
-        self.error = self.error or HostError(f"model {self.plan.spec.name!r} is removed")
+        self._is_closed = True
+        self.error = self.error or HostError(f"model {self.plan.spec.name!r} is not followed any more")
         self.changed.set()
         for task in (*self._joining.values(), *self._leaving.values()):
             task.cancel()
 
 
-def deployment_of(plan: ModelPlan, version: int) -> Deployment:
-    """A model as controller, hosts and other servers are told of it; takes the time of making its engine config."""
+def deployment_of(plan: ModelPlan, version: int, loading: Loading = ALWAYS, *, is_bare: bool = False) -> Deployment:
+    """A model as controller, hosts and other servers are told of it; takes the time of making its engine config.
+
+    With `is_bare` that is made by whoever has a request for it first.
+    """
     slo = plan.spec.slo
-    spec = plan.for_host(plan.checked if plan.checked is not None else plan.engine_config())
     return Deployment(
         plan.spec.name,
         version,
         plan.weight_bytes,
         plan.spec.priority,
-        pickle.dumps(spec),
+        None if is_bare else packed(plan),
         pickle.dumps(replace(plan, checked=None)),
         {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s} if slo else {},
         plan.spec.replicas,
         plan.spec.max_replicas,
         plan.spec.hosts,
+        loading=loading,
     )
+
+
+def packed(plan: ModelPlan) -> bytes:
+    """What hosts need to load a model."""
+    return pickle.dumps(plan.for_host(plan.checked if plan.checked is not None else plan.engine_config()))
 
 
 def name_of(key: Key) -> str:

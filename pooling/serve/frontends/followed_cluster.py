@@ -85,18 +85,23 @@ class ClusterEngines:
     def follow(self, model: PoolModel, standing: ModelStanding, view: SupervisorView) -> None:
         """See Engines."""
         follower, seats = self._followers.get(model.name), view.cluster
-        if follower is None:
-            self._hosts.begin(model.name, self._make(model, standing))
-            return
         assert seats is not None
-        follower.apply(seats.models.get(model.name), seats.lives, seats.roles, seats.overdue)
-        self._hosts.take_state(model, standing, follower.is_served)
+        if follower is not None and follower.birth != standing.birth:
+            if model.client is None or model.has_finished:
+                self._hosts.begin(model.name, self._hosts.chill(model))
+            else:  # what it has goes on once the model is loaded again
+                follower.birth = standing.birth or follower.birth
+        elif follower is None and standing.birth:
+            self._hosts.begin(model.name, self._make(model, standing))
+        if follower is not None:
+            follower.apply(seats.models.get(model.name), seats.lives, seats.roles, seats.overdue)
+        self._hosts.take_state(model, standing, follower is not None and follower.is_served)
 
     async def _make(self, model: PoolModel, standing: ModelStanding) -> None:
         tell, index = self._hosts.ask_as_this, self._hosts.settings.client_index
         plan = self._hosts.plan_of(model.name, standing)
         follower = FrontendModel(plan, standing.version, tell, self._endpoints, self._show, client_index=index)
-        follower.on_fault = model.note_client_fault
+        follower.on_fault, follower.birth = model.note_client_fault, standing.birth
         await follower.prepare()
         self._followers[model.name] = follower
 

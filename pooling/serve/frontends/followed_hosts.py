@@ -25,13 +25,12 @@ from tokenpool.serve.client.host_calls import call_beside
 from tokenpool.serve.frontends.frontend_view import (
     FrontendSettings,
     ModelStanding,
-    ModelUse,
     SupervisorView,
     sendable,
 )
-from tokenpool.serve.frontends.told_uses import use_of
 from tokenpool.serve.launch.model_plan import ModelPlan
 from tokenpool.serve.pool.host_watch import Call, HostWatch, follow_forecasts
+from tokenpool.serve.pool.model_use import ModelUse, use_of
 from tokenpool.serve.pool.models import Models, PoolModel
 
 logger = logging.getLogger(__name__)

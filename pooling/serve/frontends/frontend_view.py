@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import NamedTuple
 
 from tokenpool.cluster.values import ModelView
 from tokenpool.config import PoolConfig
@@ -56,21 +52,6 @@ class FrontendSettings:
     def limits(self) -> str:
         """The table of the tenants' limits."""
         return os.path.join(self.folder, "limits")
-
-
-class ModelUse(NamedTuple):
-    """What one frontend has of a model; times on the monotonic clock, which is the same for all processes."""
-
-    num_held: int = 0
-    """Requests that wait for it to be loaded."""
-    due_by_tenant: Mapping[str, float] = MappingProxyType({})
-    """When the most urgent of each tenant's is due."""
-    since_s: float = math.inf
-    """Since when the first of them waits."""
-    inflight: int = 0
-    """Calls into its app."""
-    last_used_s: float = 0.0
-    """When the last one began or ended."""
 
 
 @dataclass(frozen=True, slots=True)

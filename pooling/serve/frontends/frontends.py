@@ -31,11 +31,12 @@ from tokenpool.serve.access.tenants import with_default
 from tokenpool.serve.client.host_calls import call_beside
 from tokenpool.serve.frontends.frontend_process import FrontendProcess
 from tokenpool.serve.frontends.frontend_reports import merged_reports, state_of_all, used_only
-from tokenpool.serve.frontends.frontend_view import FrontendSettings, ModelUse, SupervisorView
+from tokenpool.serve.frontends.frontend_view import FrontendSettings, SupervisorView
 from tokenpool.serve.frontends.sayings import Sayings
 from tokenpool.serve.frontends.shared_hosts import SharedHosts
 from tokenpool.serve.frontends.told_uses import ToldUses
 from tokenpool.serve.pool.hosts import ManagedHosts
+from tokenpool.serve.pool.model_use import ModelUse
 from tokenpool.serve.pool.pool import Pool
 from tokenpool.serve.pool.pool_operator import PoolOperator
 from tokenpool.wire.control import ControlServer

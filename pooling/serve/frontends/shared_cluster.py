@@ -22,6 +22,7 @@ from tokenpool.serve.frontends.frontend_view import ClusterSeats, SupervisorView
 from tokenpool.serve.frontends.frontends import Frontends
 from tokenpool.serve.frontends.sayings import Sayings
 from tokenpool.serve.frontends.shared_hosts import JOIN_LIMIT_S, SharedClients, standing_of
+from tokenpool.serve.frontends.told_uses import ToldHold
 from tokenpool.serve.launch.model_plan import ModelPlan
 from tokenpool.serve.pool.models import Models, PoolModel
 from tokenpool.serve.pool.pool import Pool
@@ -88,11 +89,11 @@ class SharedCluster:
         self._sayings = sayings
 
     def view(self, version: int, has_started: bool, pids: Mapping[int, int]) -> SupervisorView:
-        """See SharedHosts; a model whose seats nobody follows yet is not shown."""
+        """See SharedHosts."""
         view = self._hosts.view
         standings = {
-            name: standing_of(self._models[name], version=follower.version)
-            for name, follower in self._hosts.followers.items()
+            name: standing_of(self._models[name], version=version, birth=self._hosts.birth_of(name))
+            for name, version in self._hosts.versions.items()
             if name in self._models
         }
         seats = ClusterSeats({}, {}, {})
@@ -142,7 +143,7 @@ def cluster_frontends(planned: PlannedCluster, pool_file: str | None, sock: sock
     def make_hosts(models: Models) -> RayHosts:
         return RayHosts(models, session, partial(shared_model, sayings), planned.versions, config.frontends)
 
-    pool = Pool(config, planned.plans, Starlette(), make_hosts)
+    pool = Pool(config, planned.plans, Starlette(), make_hosts, make_hold=ToldHold)
     shared = SharedCluster(pool.hosts, pool.models, sayings)
     operator = cluster_operator(pool, pool_file)
     where = (session.address, session.first_index, session.folder)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 from tokenpool.serve.access.holding import Hold
-from tokenpool.serve.frontends.frontend_view import ModelUse
+from tokenpool.serve.pool.model_use import ModelUse
 from tokenpool.serve.pool.models import Models, PoolModel
 
 
@@ -62,10 +62,3 @@ class ToldUses:
         model.app.inflight = sum(use.inflight for use in hold.told.values())
         if len(hold):
             model.app.want()
-
-
-def use_of(model: PoolModel) -> ModelUse:
-    """What this frontend has of a model."""
-    app, client = model.app, model.client
-    inflight = app.inflight + (client.num_unfinished if client is not None else 0)
-    return ModelUse(len(app.hold), app.hold.due_by_tenant, app.hold.since_s, inflight, app.last_used_s)

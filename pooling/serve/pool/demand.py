@@ -30,7 +30,7 @@ PATIENCE_S = 5.0
 _CLOSE_S = 3.0
 _FINISH_LIMIT_S, _FINISH_LOOK_S = 5.0, 0.01
 _TO_LOAD = (Life.LOADING, Life.UNAVAILABLE)
-_LOADS, _UNLOADS = metric("demand_loads").make(), metric("unloads").make()
+LOADS, UNLOADS = metric("demand_loads").make(), metric("unloads").make()
 
 
 class Demand:
@@ -79,7 +79,7 @@ class Demand:
             self._models.take_turn(wanted[0])
             try:
                 await self._hosts.retry(wanted[0])
-                _LOADS.inc(wanted[0].client is not None)
+                LOADS.inc(wanted[0].client is not None)
             except PoolError as error:  # the host ended: the next one loads what is waited for
                 logger.debug("no success model=%s: %s", wanted[0].name, error)
 
@@ -171,6 +171,6 @@ class Demand:
         await within(_CLOSE_S, f"closing model {model.name!r}", client.close())
         await asyncio.to_thread(forget_models, series)
         model.get_cold()
-        _UNLOADS.inc()
+        UNLOADS.inc()
         logger.info("model cold model=%s", model.name)
         return True

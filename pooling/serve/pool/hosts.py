@@ -87,6 +87,10 @@ class ManagedHosts(Hosts, Protocol):
         """Load a model, after which it is served; raises PoolError, with nothing left of it."""
         ...
 
+    async def introduce(self, model: PoolModel) -> None:
+        """Let whoever else serves it know a model that is loaded on demand; raises PoolError."""
+        ...
+
     async def retry(self, model: PoolModel) -> None:
         """Load a model that was `failed`; raises HostError when its host ends."""
         ...

@@ -259,6 +259,9 @@ class LocalHosts:
         model.served(host.pid)
         logger.info("model ready model=%s seconds=%.2f", model.name, client.added["build_s"])
 
+    async def introduce(self, model: PoolModel) -> None:
+        """See Hosts: nobody else serves it."""
+
     async def retire(self, model: PoolModel, drain_s: float) -> None:
         """See Hosts: nobody else serves it."""
 

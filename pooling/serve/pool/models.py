@@ -207,6 +207,14 @@ class Models(Mapping[str, PoolModel]):
         """How far the loading of a model has come, in a few words."""
 
     @property
+    def come_and_go(self) -> bool:
+        """Whether any is loaded when it is wanted, or unloaded."""
+        rules = (model.rule for model in self._models.values())
+        return self._config.max_loaded is not None or any(
+            not rule.at_start or rule.unload_after_s < math.inf for rule in rules
+        )
+
+    @property
     def apps(self) -> Mapping[str, ModelApp]:
         """What the router has of them; a live, read-only view."""
         return self._router.models

@@ -76,6 +76,7 @@ class PoolOperator:
             try:
                 if model.is_on_demand:
                     await asyncio.to_thread(plan.engine_config)
+                    await self._pool.hosts.introduce(model)
                 else:
                     await self._pool.hosts.add(model)
             except BaseException as error:

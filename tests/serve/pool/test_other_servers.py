@@ -8,7 +8,7 @@ import math
 import os
 import pickle
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -17,14 +17,14 @@ import pytest
 
 from tests.cluster.test_reconcile import MemoryHost, Rig
 from tests.helpers.stand_ins import StandInClient, models_of, plan_of
-from tokenpool.cluster.values import Peer
+from tokenpool.cluster.values import Deployment, Peer
 from tokenpool.errors import ConfigError, PoolError
 from tokenpool.model_life import Life
 from tokenpool.policy.leases import Lease, LeaseBook
-from tokenpool.serve.clustered import ray_hosts, seat_follower
+from tokenpool.serve.clustered import cluster_models, ray_hosts, seat_follower
 from tokenpool.serve.clustered.lease_keeper import LeaseKeeper
 from tokenpool.serve.clustered.ray_hosts import RayHosts
-from tokenpool.serve.clustered.seat_follower import Key, SeatFollower, name_of
+from tokenpool.serve.clustered.seat_follower import Key, SeatFollower, deployment_of, name_of
 from tokenpool.serve.launch.model_plan import ModelPlan
 from tokenpool.serve.pool import pool_operator
 from tokenpool.serve.pool.pool_operator import PoolOperator
@@ -44,13 +44,18 @@ class Refused(Exception):
 class Cluster:
     """A controller and one host in memory; time passes by periods."""
 
-    def __init__(self) -> None:
-        self.rig = Rig(MemoryHost("h0"))
+    def __init__(self, models: Sequence[Deployment] = (), max_loaded: int | None = None) -> None:
+        self.rig = Rig(MemoryHost("h0"), models=models, max_loaded=max_loaded)
         self.leases = LeaseBook({"t": 4})
 
     @property
     def control(self) -> Any:
         return self.rig.control
+
+    @property
+    def host(self) -> Any:
+        """As a stand-in client looks at it."""
+        return SimpleNamespace(models=self.rig.hosts["h0"].models, ended=False)
 
     async def run(self) -> None:
         while True:
@@ -76,6 +81,8 @@ class Cluster:
                 self.leases.answer(server, claims) if control.peers.beat(server, now_s) else None
             ),
             "deploy": lambda server, deployment: control.deploy(deployment),
+            "uses": lambda server, uses: control.tell(server, uses, now_s),
+            "equip": lambda server, *told: control.equip(*told, now_s),
             "withdraw": lambda server, name: control.withdraw(name),
             "retire": lambda server, name, drain_s: control.retire(name, drain_s, now_s),
             "drained": lambda server, name: control.models.drained(name, server),
@@ -89,6 +96,8 @@ class Cluster:
                 if control.is_ending or (control.is_settled and (control.epoch, control.version) != (epoch, version)):
                     return control.view()
                 await asyncio.sleep(0.001)
+                if control is not self.control:
+                    raise ConnectionError("the controller has died")
             return None
         if method == "all_joined":
             while not control.seats.are_joined(control.peers.names, args[1]):
@@ -104,6 +113,7 @@ class Follower(SeatFollower):
         super().__init__(plan, version, tell, on_change)
         self.joined: list[str] = []
         self.num_attached = 0
+        self.world: Any = None
 
     @property
     def hosts(self) -> list[str]:
@@ -112,11 +122,16 @@ class Follower(SeatFollower):
     async def _connect(self, key: Key, machine: str) -> None:
         self.num_attached += 1
         self.joined.append(name_of(key))
-        self.client = self.client or StandInClient(self.plan)
+        self.client = self.client or StandInClient(self.plan, self.world)
 
     async def _disconnect(self, key: Key) -> None:
         assert not self.client.waiting, "it was left with a request"
         self.joined = [name for name in self.joined if name != name_of(key)]
+
+    async def close(self) -> None:
+        await super().close()
+        if self.client is not None:
+            await self.client.close()
 
     def _lose(self, key: Key, blame: bool = True) -> None:
         self.joined = [name for name in self.joined if name != name_of(key)]
@@ -125,7 +140,7 @@ class Follower(SeatFollower):
 class Server:
     """One server: its models, hosts and operator."""
 
-    def __init__(self, name: str, cluster: Cluster) -> None:
+    def __init__(self, name: str, cluster: Cluster, plans: Sequence[ModelPlan] = ()) -> None:
         self.name = name
         self.models = models_of("x")
         self.models.remove("x")
@@ -133,7 +148,9 @@ class Server:
             name=name, has_started=False, tell=cluster.tell, peer=lambda num: Peer(name, 64, num), leave=self._leave
         )
         self.cluster = cluster
-        self.hosts = RayHosts(self.models, session, self._follow)
+        for plan in plans:
+            self.models.add(plan)
+        self.hosts = RayHosts(self.models, session, self._follow, {plan.spec.name: 1 for plan in plans})
         pool: Any = SimpleNamespace(
             models=self.models, works={}, hosts=self.hosts, stopping=False, config=SimpleNamespace(tenants=())
         )
@@ -143,7 +160,9 @@ class Server:
         self.cluster.control.leave(self.name, self.cluster.rig.now_s)
 
     def _follow(self, model: Any, version: int, hosts: RayHosts) -> Follower:
-        return Follower(model.plan, version, hosts.answer, hosts.show)
+        follower = Follower(model.plan, version, hosts.answer, hosts.show)
+        follower.world = self.cluster
+        return follower
 
     def follower(self, name: str) -> Follower:
         found: Any = self.hosts.followers[name]
@@ -163,18 +182,26 @@ async def until(look: Callable[[], object]) -> None:
 
 
 @asynccontextmanager
-async def two_servers(patch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Server, Server]]:
-    """Both have joined a pool without models."""
+async def two_servers(
+    patch: pytest.MonkeyPatch, plans: Sequence[ModelPlan] = (), max_loaded: int | None = None
+) -> AsyncIterator[tuple[Server, Server]]:
+    """Both have joined a pool with these models, which are loaded on demand."""
     patch.setattr(ray_hosts, "RETRY_S", 0.005)
     patch.setattr(ray_hosts, "_BEAT_S", 0.005)
     patch.setattr(seat_follower, "RETRY_S", 0.005)
-    patch.setattr(pool_operator, "plan_added", lambda spec, others, for_tenants=False: plan_of(spec.name))
+    patch.setattr(pool_operator, "plan_added", lambda spec, *_: plan_of(spec.name, load=spec.load))
     patch.setattr(pool_operator, "forget_models", lambda names: None)
-    patch.setattr(ray_hosts, "forget_models", lambda names: None)
+    patch.setattr(cluster_models, "forget_models", lambda names: None)
+    patch.setattr(cluster_models, "RETRY_S", 0.005)
+    patch.setattr(cluster_models, "_USES_PERIOD_S", 0.005)
+    patch.setattr(cluster_models, "_REST_PERIOD_S", 0.002)
+    patch.setattr(cluster_models, "_GAP_S", 0.002)
     patch.setattr(ModelPlan, "for_host", lambda plan, config: SimpleNamespace())
-    cluster = Cluster()
+    rules = {plan.spec.name: models_of("x")._config.loading_of(plan.spec) for plan in plans}
+    models = [deployment_of(plan, 1, rules[plan.spec.name], is_bare=True) for plan in plans]
+    cluster = Cluster(models, max_loaded)
     running = asyncio.create_task(cluster.run())
-    servers = Server("one", cluster), Server("two", cluster)
+    servers = Server("one", cluster, plans), Server("two", cluster, plans)
     try:
         for server in servers:
             await server.hosts.start()

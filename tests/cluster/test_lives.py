@@ -1,0 +1,551 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models on demand in a cluster: the controller's logic and servers in memory, without Ray, on a clock of the test."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.cluster.test_reconcile import MIB, MemoryHost
+from tokenpool.cluster.deciding.lives import MAX_HOST_DEATHS
+from tokenpool.cluster.live_placement import placement_of
+from tokenpool.cluster.placement import KeepReplicas
+from tokenpool.cluster.reconcile import Reconciler
+from tokenpool.cluster.values import Deployment, HostReport, Order, Peer, SeatState, Use
+from tokenpool.cluster_config import ClusterConfig
+from tokenpool.config import Loading
+from tokenpool.errors import ConfigError, HostError
+
+pytestmark = pytest.mark.cpu
+
+PERIOD_S = 0.5
+RULE = Loading(at_start=False, unload_after_s=math.inf, keep=None, timeout_s=600.0)
+_numbers = itertools.count(1)
+
+
+def model(name: str, mib: int = 4, **rule: Any) -> Deployment:
+    return Deployment(name, 1, weight_bytes=mib * MIB, payload=b"spec", loading=RULE._replace(**rule))
+
+
+@dataclass(eq=False)
+class Request:
+    model: str
+    steps: int
+    since_s: float
+    tenant: str = ""
+    end: str = ""
+    number: int = field(default_factory=lambda: next(_numbers))
+
+
+class Host(MemoryHost):
+    """Takes some periods for a load; what it is told meanwhile waits."""
+
+    def __init__(self, name: str, pages: int = 64, load_periods: int = 1) -> None:
+        super().__init__(name, pages)
+        self.load_periods = load_periods
+        self.orders: list[tuple[Order, int]] = []
+        self.is_there = True
+        self.built: Counter[str] = Counter()
+
+    @property
+    def building(self) -> Deployment | None:
+        first = self.orders[0][0] if self.orders else None
+        is_new = first is not None and first.action == "add" and first.deployment.name not in self.models
+        return first.deployment if first is not None and is_new else None
+
+    def report(self, number: float) -> HostReport:
+        building = (self.building.name, self.building.version) if self.building else None
+        return replace(super().report(number), building=building)
+
+    def die(self) -> list[Order]:
+        lost, self.orders = [order for order, _ in self.orders], []
+        self.start()
+        return lost
+
+    def take(self, order: Order) -> None:
+        """Begin to carry it out, or let it wait; those of an earlier controller that wait are dropped then."""
+        assert order.epoch > self.epoch or (order.epoch, order.controller) == (self.epoch, self.controller)
+        if order.controller != self.controller:
+            del self.orders[1:]
+        self.epoch, self.controller = order.epoch, order.controller
+        self.orders.append((order, self.load_periods))
+
+    def order(self, order: Order) -> int:
+        order = order._replace(epoch=self.epoch, controller=self.controller)  # it was taken
+        if order.action == "add" and order.deployment.name in self.models:
+            return self.changes
+        if order.action == "add" and order.deployment.name not in self.refuses:
+            self.built[order.deployment.name] += 1
+        return super().order(order)
+
+
+class Server:
+    """Holds requests, joins what serves, and does what the view asks for, as real ones do."""
+
+    def __init__(self, name: str) -> None:
+        self.peer = Peer(name, 64, 1)
+        self.name = name
+        self.held: dict[str, list[Request]] = {}
+        self.running: dict[str, list[Request]] = {}
+        self.ready: set[str] = set()
+        self.rested: dict[str, int] = {}
+        self.used_s: dict[str, float] = {}
+        self.is_there = True
+
+    def ask(self, request: Request) -> None:
+        where = self.running if request.model in self.ready else self.held
+        where.setdefault(request.model, []).append(request)
+
+    def uses(self, now_s: float) -> dict[str, Use]:
+        uses = {}
+        for name in self.held.keys() | self.running.keys() | self.rested.keys() | self.used_s.keys():
+            held = self.held.get(name, [])
+            due = {r.tenant: r.since_s + 600 - now_s for r in reversed(held)}
+            since_s = min((r.since_s for r in held), default=now_s)
+            idle_s = now_s - self.used_s.get(name, -math.inf)
+            running = len(self.running.get(name, []))
+            uses[name] = Use(len(held), due, now_s - since_s, running, idle_s, self.rested.get(name, 0))
+        return uses
+
+    def follow(self, control: Reconciler, now_s: float) -> None:
+        self.ready = set()
+        for name, seen in control.view().models.items():
+            seats = seen.seats
+            serving = [host for host, seat in seats.items() if seat.state is SeatState.SERVING]
+            if seen.error is not None and not seats:
+                for request in self.held.pop(name, []):
+                    request.end = f"refused: {seen.error}"
+            self.rested.pop(name, None)
+            if seen.rest and not self.running.get(name):
+                self.rested[name] = seen.rest
+            for host in serving:
+                control.seats.joined(self.name, name, host, seats[host].life)
+            if serving and not seen.rest:
+                self.ready.add(name)
+                self.running.setdefault(name, []).extend(self.held.pop(name, []))
+            if serving:
+                self._step(name, now_s)
+            for host, seat in seats.items():
+                if seat.state is SeatState.LEAVING:
+                    if not serving:
+                        self._step(name, now_s)
+                    if serving or not self.running.get(name):
+                        control.seats.left(self.name, name, host, seat.life)
+
+    def _step(self, name: str, now_s: float) -> None:
+        for request in self.running.get(name, []):
+            request.steps -= 1
+            self.used_s[name] = now_s
+            if request.steps <= 0:
+                request.end = "answered"
+        self.running[name] = [request for request in self.running.get(name, []) if not request.end]
+
+
+class World:
+    """A controller, hosts and servers."""
+
+    def __init__(
+        self,
+        models: list[Deployment],
+        num_hosts: int = 1,
+        max_loaded: int | None = None,
+        is_live: bool = False,
+        **host: Any,
+    ) -> None:
+        self.now_s = 100.0
+        self.models, self.max_loaded, self.is_live = models, max_loaded, is_live
+        self.hosts = {f"h{i}": Host(f"h{i}", **host) for i in range(num_hosts)}
+        self.servers = {name: Server(name) for name in ("one", "two")}
+        self.requests: list[Request] = []
+        self.have_returned = False
+        """Whether a host was back with models after it had counted as lost."""
+        self.control = self._controller(None, models)
+        for server in self.servers.values():
+            self.control.join(server.peer, self.now_s)
+
+    def _controller(self, snapshot: dict[str, Any] | None, models: list[Deployment]) -> Reconciler:
+        placement = placement_of(ClusterConfig()) if self.is_live else KeepReplicas(1)
+        return Reconciler(
+            placement, host_timeout_s=2.0, now_s=self.now_s, snapshot=snapshot, identity=f"c{next(_numbers)}",
+            num_hosts=len(self.hosts), models=models, servers=list(self.control.peers) if snapshot is not None else (),
+            server_timeout_s=2.0, max_loaded=self.max_loaded,
+        )  # fmt: skip
+
+    def replace_controller(self, *, with_snapshot: bool = True) -> None:
+        snapshot = json.loads(json.dumps(self.control.snapshot())) if with_snapshot else {}
+        self.control = self._controller(snapshot, self.control.models.kept)
+        for server in self.servers.values():
+            if server.is_there:
+                self.control.join(server.peer, self.now_s)
+
+    def ask(self, server: str, name: str, steps: int = 1, tenant: str = "") -> Request:
+        self.requests.append(request := Request(name, steps, self.now_s, tenant))
+        self.servers[server].ask(request)
+        return request
+
+    def kill_server(self, name: str) -> None:
+        server = self.servers[name]
+        server.is_there = False
+        for request in self.requests:
+            if request in [r for rs in (*server.held.values(), *server.running.values()) for r in rs]:
+                request.end = "lost with its server"
+
+    def kill_host(self, name: str) -> None:
+        self.hosts[name].die()
+
+    def period(self) -> None:
+        self.now_s += PERIOD_S
+        for host in self.hosts.values():
+            if host.is_there:
+                self.control.host_reported(host.report(self.now_s), self.now_s)
+        for server in self.servers.values():
+            if server.is_there:
+                if not self.control.peers.beat(server.name, self.now_s):
+                    self.control.join(server.peer, self.now_s)
+                self.control.tell(server.name, server.uses(self.now_s), self.now_s)
+        for order in self.control.tick(self.now_s):
+            self._check_order(order)
+            self.hosts[order.host].take(order)
+        for host in self.hosts.values():
+            self._work(host)
+        for server in self.servers.values():
+            if server.is_there and self.control.is_settled:
+                server.follow(self.control, self.now_s)
+        self.control.check()
+        self._check()
+
+    def _work(self, host: Host) -> None:
+        while host.is_there and host.orders:
+            order, left = host.orders[0]
+            if order.action == "add" and left > 0:
+                host.orders[0] = order, left - 1
+                return
+            host.orders.pop(0)
+            changes, error = 0, None
+            try:
+                if order.life != host.life:
+                    raise HostError("a new process")
+                changes = host.order(order)
+            except Exception as raised:
+                error = raised
+            if order.controller == self.control.identity:
+                self.control.order_done(order, error, self.now_s, changes)
+
+    def _check_order(self, order: Order) -> None:
+        name = order.deployment.name
+        if order.action == "remove":
+            elsewhere = any(m == name and h != order.host for m, h in self.control.seats)
+            for server in self.servers.values():
+                assert elsewhere or not server.is_there or not server.running.get(name), f"{name} is in use"
+
+    def _check(self) -> None:
+        if self.max_loaded is not None and not self.have_returned:
+            assert len(self.loaded()) <= self.max_loaded, self.loaded()
+
+    def loaded(self) -> set[str]:
+        """Models that are in hosts of which the controller knows, or are being loaded there."""
+        hosts = [self.hosts[name] for name in self.control.hosts]
+        found = {name for host in hosts for name in host.models}
+        return found | {host.building.name for host in hosts if host.building}
+
+    def run(self, periods: int = 400) -> None:
+        """Until all requests have ended, at most so long."""
+        for _ in range(periods):
+            if all(request.end for request in self.requests):
+                return
+            self.period()
+        assert [] == [(r.model, r.number) for r in self.requests if not r.end], self.control.log.last()[-30:]
+
+    def settle(self, periods: int = 8) -> None:
+        for _ in range(periods):
+            self.period()
+
+    def ends(self) -> list[str]:
+        return [request.end for request in self.requests]
+
+    def actions(self, *names: str) -> list[tuple[str, str]]:
+        return [(d["action"], d["model"]) for d in self.control.log.last() if d["action"] in names]
+
+
+def test_a_cold_model_is_built_once_for_all_who_wait_and_served_by_all():
+    w = World([model("a"), model("b")], num_hosts=2)
+    w.settle()
+    assert (w.loaded(), w.control.seats) == (set(), {})
+    assert all(seen.is_cold for seen in w.control.view().models.values())
+    for server in ("one", "one", "two"):
+        w.ask(server, "a")
+    w.run()
+    assert w.ends() == ["answered"] * 3
+    assert (w.loaded(), sum((host.built for host in w.hosts.values()), Counter())) == ({"a"}, {"a": 1})
+    w.settle(1)
+    assert w.control.view().models["b"].is_cold and w.actions("demand_load") == [("demand_load", "a")]
+
+
+def test_what_nobody_uses_is_unloaded_once_all_servers_have_finished():
+    w = World([model("a", unload_after_s=5.0), model("b", unload_after_s=5.0, keep="host")])
+    long = w.ask("two", "a", steps=30)
+    w.ask("one", "b")
+    w.settle(12)
+    assert w.loaded() == {"a", "b"} and not long.end
+    w.run()
+    w.settle(9)
+    assert w.loaded() == {"a", "b"}, "not so long"
+    w.settle(8)
+    assert (w.loaded(), w.control.view().models["a"].is_cold) == ({"b"}, True)
+    w.ask("one", "a")
+    w.run()
+    assert w.hosts["h0"].built == {"a": 2, "b": 1}
+
+
+def test_the_longest_idle_model_makes_room_and_kept_ones_stay():
+    w = World([model("k", keep="device"), *(model(name) for name in "abc")], max_loaded=3)
+    for name in "kabac":
+        w.ask("one", name)
+        w.run()
+        w.settle(2)
+    assert w.loaded() == {"k", "a", "c"}
+
+
+def test_models_of_two_servers_take_turns_and_each_load_serves_who_waited():
+    """`max_loaded: 1`, both servers always want another model: both are answered, and no load is for nobody."""
+    w = World([model("a"), model("b")], max_loaded=1, load_periods=3)
+    for _ in range(12):
+        for server, name in (("one", "a"), ("two", "b")):
+            if all(r.end for r in w.requests if r.model == name):
+                w.ask(server, name, steps=3)
+        w.settle(4)
+    w.run()
+    assert set(w.ends()) == {"answered"}
+    asked = Counter(request.model for request in w.requests)
+    assert min(asked.values()) >= 2 and sum(w.hosts["h0"].built.values()) <= sum(asked.values())
+
+
+def test_nobody_starves_beside_a_model_that_is_always_busy():
+    w = World([model("a"), model("b")], max_loaded=1)
+    for i in range(60):
+        w.ask("one", "a", steps=4)
+        if i == 10:
+            wanted = w.ask("two", "b")
+        w.period()
+    assert wanted.end == "answered"
+    w.run()
+
+
+def test_room_in_memory_is_made_where_the_model_may_go():
+    """Of two hosts one is for the model that is wanted: what lies on the other one stays, however long it was idle."""
+    w = World([model("a", 30), model("b", 30), replace(model("big", 50), hosts=("h1",))], num_hosts=2)
+    for name in "ab":
+        w.ask("one", name)
+        w.run()
+    assert [sorted(host.models) for host in w.hosts.values()] == [["a"], ["b"]]
+    w.ask("one", "big")
+    w.run()
+    assert [sorted(host.models) for host in w.hosts.values()] == [["a"], ["big"]]
+
+
+def test_what_never_fits_is_refused_at_once_and_names_why():
+    w = World([model("a", 100), model("b")])
+    asked = [w.ask("one", "a"), w.ask("two", "a"), w.ask("two", "b")]
+    w.run(8)
+    assert ["no host has room" in request.end for request in asked] == [True, True, False]
+    assert (w.loaded(), asked[2].end) == ({"b"}, "answered")
+
+
+def test_nothing_is_wanted_in_vain_where_all_that_is_loaded_is_kept():
+    w = World([model("k", keep="host"), model("a")], max_loaded=1)
+    w.ask("one", "k")
+    w.run()
+    asked = w.ask("two", "a")
+    w.run(8)
+    assert "max_loaded is 1" in asked.end and w.loaded() == {"k"}
+
+
+def test_a_load_that_fails_is_told_to_all_once_and_tried_again_later():
+    w = World([model("a")], num_hosts=2)
+    for host in w.hosts.values():
+        host.refuses["a"] = ConfigError("no file")
+    asked = [w.ask(server, "a") for server in ("one", "two", "two")]
+    w.run(20)
+    assert ["no file" in request.end for request in asked] == [True] * 3
+    assert w.control.view().models["a"].error is not None
+    w.settle(30)
+    seen = w.control.view().models["a"]
+    assert (seen.error, seen.is_cold, w.actions("wake")) == (None, True, [("wake", "a")]), "nobody wants it"
+    for host in w.hosts.values():
+        host.refuses.clear()
+    w.ask("one", "a")
+    w.run()
+    assert w.ends()[3] == "answered"
+
+
+def test_a_host_that_dies_while_it_loads_keeps_nobody_from_being_answered():
+    w = World([model("a")], num_hosts=2, load_periods=4)
+    w.ask("one", "a")
+    w.settle(3)
+    (host,) = [name for name, host in w.hosts.items() if host.building]
+    w.hosts[host].is_there = False
+    w.run()
+    assert w.ends() == ["answered"]
+
+
+def test_a_model_that_hosts_die_of_is_refused():
+    w = World([model("a"), model("b")], num_hosts=2, load_periods=2)
+    asked = w.ask("one", "a")
+    deaths = 0
+    for _ in range(200):
+        for name, host in w.hosts.items():
+            if host.building and host.building.name == "a" and host.orders[0][1] == 0:
+                deaths += 1
+                w.kill_host(name)
+        w.period()
+        if asked.end:
+            break
+    assert f"{MAX_HOST_DEATHS} engine hosts ended" in asked.end and deaths == MAX_HOST_DEATHS
+    w.ask("one", "b")
+    w.run()
+
+
+def test_a_dead_server_takes_its_wishes_along():
+    w = World([model("a"), model("b")], max_loaded=1, load_periods=2)
+    w.ask("one", "b", steps=30)
+    w.settle()
+    w.ask("two", "a")
+    w.settle(2)
+    w.kill_server("two")
+    w.run()
+    w.settle(20)
+    assert w.loaded() == {"b"} and ("wake", "a") not in w.actions("wake")
+
+
+@pytest.mark.parametrize("with_snapshot", [True, False])
+def test_a_controller_that_dies_while_a_model_loads_has_it_built_once(with_snapshot):
+    """The next one finds that a host is at it, and puts no other one to work."""
+    w = World([model("a"), model("b"), model("c")], num_hosts=2, max_loaded=1, load_periods=6)
+    w.ask("one", "a")
+    w.settle(3)
+    w.replace_controller(with_snapshot=with_snapshot)
+    w.ask("two", "b")
+    w.run()
+    assert set(w.ends()) == {"answered"}
+    assert sum((host.built for host in w.hosts.values()), Counter()) == {"a": 1, "b": 1}
+
+
+def test_a_new_controller_takes_over_streams_and_what_was_unloaded_stays_cold():
+    w = World([model("a"), model("s", at_start=True, unload_after_s=3.0)])
+    w.settle(20)
+    assert w.loaded() == set(), "loaded with the pool, and unloaded when it was idle"
+    long = w.ask("one", "a", steps=40)
+    w.settle(5)
+    w.replace_controller()
+    w.settle(5)
+    assert (w.loaded(), w.hosts["h0"].built["a"], long.end) == ({"a"}, 1, "")
+    w.run()
+    assert w.control.view().models["s"].is_cold
+
+
+def test_a_model_that_is_not_configured_yet_is_asked_for_at_whoever_waits():
+    w = World([replace(model("a"), payload=None), replace(model("b"), payload=None)])
+    w.settle(2)
+    w.ask("one", "a")
+    w.ask("two", "b")
+    told = [w.control.tell(s.name, s.uses(w.now_s), w.now_s) for s in w.servers.values()]
+    assert told == [["a"], ["b"]]
+    w.settle(3)
+    assert w.loaded() == set()
+    w.control.equip("a", 1, b"spec", w.now_s)
+    w.control.equip("b", 1, ConfigError("is no flag", key="--x"), w.now_s)
+    w.run(10)
+    assert [end.partition(":")[0] for end in w.ends()] == ["answered", "refused"] and "--x" in w.ends()[1]
+
+
+def test_a_tenant_that_wants_many_models_waits_for_itself():
+    names = [f"a{i}" for i in range(8)]
+    w = World([model(name) for name in [*names, "b0", "b1"]], max_loaded=1)
+    for name in names:
+        w.ask("one", name, tenant="many")
+    w.settle(2)
+    for name in ("b0", "b1"):
+        w.ask("two", name, tenant="few")
+    w.run()
+    woken = [name for _, name in w.actions("wake")]
+    assert woken.index("b0") <= 2 and woken.index("b1") <= 4
+
+
+def test_an_added_model_is_loaded_at_once_within_max_loaded():
+    w = World([model("a"), model("b")], max_loaded=1)
+    w.ask("one", "a")
+    w.run()
+    w.control.deploy(model("new", at_start=True))
+    w.control.deploy(model("cold"))
+    w.settle(12)
+    assert w.loaded() == {"new"} and w.control.view().models["cold"].is_cold
+    w.control.withdraw("new")
+    w.settle(6)
+    assert w.loaded() == set()
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["ask"] * 8 + ["host dies", "host away", "server dies", "controller", "refuse", "wait"]),
+        st.integers(0, 5),
+        st.integers(0, 30),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    events=EVENTS,
+    num_hosts=st.integers(1, 3),
+    max_loaded=st.sampled_from([None, 1, 2]),
+    sizes=st.lists(st.sampled_from([4, 20, 40]), min_size=3, max_size=6),
+    unload_after_s=st.sampled_from([math.inf, 2.0]),
+    load_periods=st.integers(0, 3),
+    is_live=st.booleans(),
+)
+def test_every_request_is_answered_or_refused(
+    events, num_hosts, max_loaded, sizes, unload_after_s, load_periods, is_live
+):
+    """Through deaths of hosts, servers and controllers and loads that fail: no seat is taken from a model that is in
+    use, never more than `max_loaded` are loaded, and in the end nobody waits."""
+    models = [model(f"m{i}", mib, unload_after_s=unload_after_s) for i, mib in enumerate(sizes)]
+    w = World(models, num_hosts, max_loaded, is_live, load_periods=load_periods)
+    for what, which, steps in events:
+        name, host = models[which % len(models)].name, w.hosts[f"h{which % num_hosts}"]
+        server = ["one", "two"][which % 2]
+        if what == "ask" and w.servers[server].is_there:
+            w.ask(server, name, steps, tenant="xy"[steps % 2])
+        elif what == "host dies":
+            w.kill_host(host.name)
+        elif what == "host away":
+            host.is_there = not host.is_there
+            w.have_returned |= host.is_there
+        elif what == "server dies" and server == "two":
+            w.kill_server(server)
+        elif what == "controller":
+            w.replace_controller(with_snapshot=steps % 2 == 0)
+        elif what == "refuse":
+            host.refuses = {} if name in host.refuses else {name: ConfigError("no file")}
+        w.settle(1 + steps % 3)
+    for host in w.hosts.values():
+        w.have_returned |= not host.is_there
+        host.is_there, host.refuses = True, {}
+    w.run(2000)
+    w.settle(20)
+    w.have_returned = False
+    w.settle(1)
+    for request in w.requests:
+        is_told = "no file" in request.end or "no host" in request.end or "engine hosts ended" in request.end
+        assert request.end in ("answered", "lost with its server") or is_told
+    if unload_after_s < math.inf:
+        w.settle(40)
+        assert w.loaded() == set() and w.control.seats == {}

@@ -94,7 +94,7 @@ LOG_LEVEL = Variable("TOKENPOOL_LOG_LEVEL", _level, "all", "level of tokenpool's
 CPU_KV_BYTES = Variable("VLLM_CPU_KVCACHE_SPACE", _gib, "`serve`",
     "GiB of KV of all models together, with `device_memory: auto` on CPUs ([flags.md](flags.md))")  # fmt: skip
 DEV_MODE = Variable("VLLM_SERVER_DEV_MODE", _flag, "`serve`",
-    "vLLM's own: 1 = its routes for development are there, with `/sleep`, `/wake_up` and `/is_sleeping`")  # fmt: skip
+    "vLLM's own: 1 = its [routes for development](operations.md#vllms-routes-for-development) are there")  # fmt: skip
 RAY_AUTH_MODE = Variable("RAY_AUTH_MODE", str, "`serve --cluster`",
     "Ray's own: whether it asks for a token ([cluster.md](cluster.md))", is_secret=True)  # fmt: skip
 RAY_AUTH_TOKEN = Variable("RAY_AUTH_TOKEN", str, "`serve --cluster`",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from bench.parts import hostile_bodies as bodies
 from bench.parts import hostile_waits as waits
-from bench.parts.hostile_bodies import COMPLETIONS, EMBED, GENERATE, MODEL, Draw, completion, good_body
+from bench.parts.hostile_bodies import COMPLETIONS, EMBED, GENERATE, MODEL, RESPONSES, Draw, completion, good_body
 from bench.parts.hostile_wire import Script
 
 ALL = 1 << 30
@@ -332,6 +332,19 @@ def forms(draw: Draw, keys: Keys) -> Script:
     return Script("forms", [(0, request(path, body, key, Content_Type=kind))], ALL * bool(key))
 
 
+def stored(draw: Draw, keys: Keys) -> Script:
+    """Responses that are stored, fetched, streamed and cancelled, with ids that are guessed, long or in use."""
+    name = draw.choice(["resp_1", f"resp_{draw.randrange(50)}", "x" * 900, "x" * 50_000, "%00", "%2e%2e"])
+    more = {"store": True, "background": draw.random() < 0.8, "stream": draw.random() < 0.5, "request_id": name}
+    body = good_body(RESPONSES) | more | {"max_output_tokens": draw.choice([2, 200])}
+    place, after = f"{RESPONSES}/{name}", draw.choice(["5", "-1", "9" * 5_000, "x"])
+    asked = place + draw.choice(["", "?stream=true", f"?stream=true&starting_after={after}"])
+    made = request(RESPONSES, json.dumps(body).encode(), keys.odd, close=False)
+    sent = [made, request(asked, key=keys.odd, method="GET", close=False)]
+    sent += [request(f"{place}/cancel", key=keys.odd, close=False), request(place, method="GET")]
+    return Script("stored", [(0, b"".join(sent))], keyed=3, num_answers=4, leaves_after_s=draw.choice([0.5, 5]))
+
+
 def floods(draw: Draw, keys: Keys) -> Script:
     """Small requests that are as they should be, of a tenant above its limits."""
     path = draw.choice([*GENERATE, bodies.EMBEDDINGS, bodies.TOKENIZE])
@@ -356,10 +369,11 @@ KINDS: dict[str, tuple[int, Kind]] = {
         for weight, kind in (
             (4, heads), (4, lines), (3, garbage), (4, framing), (1, pipelines), (2, slow), (3, halves), (2, unread),
             (10, keyless), (4, other_purposes), (8, paths), (3, preflights), (3, websockets), (3, forms), (14, floods),
+            (3, stored),
         )
     },
     **{name: (2, _with_body(name, make, False)) for name, make in bodies.ODD.items()},
-    **{make.__name__: (1, _with_body(make.__name__, make, False)) for make in (waits.long_texts, waits.slow_grammars)},
+    **{name: (1, _with_body(name, make, False)) for name, make in waits.WAITS.items()},
     **{name: (4, _with_body(name, make, True)) for name, make in bodies.GREEDY.items()},
 }  # fmt: skip
 """How often each kind comes, and what draws one."""

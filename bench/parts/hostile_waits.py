@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 from bench.parts.hostile_bodies import CHAT, COMPLETIONS, MODEL, TOKENIZE, Body, Draw, chat, completion
 
@@ -40,3 +41,19 @@ def slow_grammars(draw: Draw) -> Body:
     path, body = draw.choice([(CHAT, chat()), (COMPLETIONS, completion())])
     more = {"structured_outputs": form, "max_tokens": draw.choice([20, 60, 200]), "ignore_eos": True}
     return path, json.dumps(body | more | {"stream": draw.random() < 0.5}).encode()
+
+
+def long_ids(draw: Draw) -> Body:
+    """An id that would go to the engine, and come back with each of many tokens."""
+    path, body = draw.choice([(CHAT, chat()), (COMPLETIONS, completion())])
+    size = draw.choice([1_000, 100_000, 4 * _MIB])
+    more = {"request_id": "x" * size, "stream": True, "max_tokens": 200, "ignore_eos": True}
+    return path, json.dumps(body | more).encode()
+
+
+WAITS: dict[str, Callable[[Draw], Body]] = {
+    "long_texts": long_texts,
+    "slow_grammars": slow_grammars,
+    "long_ids": long_ids,
+}
+"""Kinds whose cost comes later."""

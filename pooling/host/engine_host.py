@@ -110,8 +110,7 @@ class EngineHost:
         self._current: HostedModel | None = None
         self._previous: HostedModel | None = None  # whose turn ended; its last outputs may still be due
         self._calls = LoopCalls(self.pulse)
-        self._next_index, self._stopping = 0, False
-        self._naps = 0  # in a row
+        self._next_index, self._naps, self._stopping = 0, 0, False  # naps in a row
         self.budget.begin_with(config.device_budget)
 
     # -- models --------------------------------------------------------------------------------------
@@ -126,6 +125,7 @@ class EngineHost:
         self.budget.refuse_parked(spec.name)
         hosted = self._builder.build(spec, self._next_index)
         hosted.core.is_away = lambda: not self.residency.is_ready(hosted)
+        hosted.core.obstacle = lambda: hosted.obstacle or self.budget.obstacle
         self.on_add(hosted)
         self._next_index += 1
         self.models[spec.name] = hosted
@@ -140,6 +140,7 @@ class EngineHost:
         if hosted.core.scheduler.has_unfinished_requests():
             raise ModelBusyError(f"model {name!r} still has requests: drain or abort them first")
         hosted.core.forget_finished()
+        hosted.core.refuse_deferred(f"model {name!r} is being removed", all_of_them=True)
         del self.models[name]
         self._active.pop(name, None)
         self._relief.forget(name)
@@ -264,8 +265,7 @@ class EngineHost:
     def _drain_inputs(self) -> None:
         while self._inputs:
             name = self._inputs.pop()
-            hosted = self.models.get(name)
-            if hosted is None:
+            if (hosted := self.models.get(name)) is None:
                 continue
             core = hosted.core
             core._process_input_queue()

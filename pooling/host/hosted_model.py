@@ -68,7 +68,13 @@ class HostedModel:
         self.failures = 0
         for request_id in list(self.core.scheduler.requests):
             self.core.fail_request(request_id)
+        self.core.refuse_deferred(f"model {self.name!r} cannot come onto the device: {error}", all_of_them=True)
         return True
+
+    @property
+    def obstacle(self) -> str:
+        """Why it stays off the device until an operator wakes it; empty unless it sleeps."""
+        return "" if self.asleep is None else f"model {self.name!r} sleeps: wake it first, with POST /wake_up"
 
     @property
     def stays_on_device(self) -> bool:

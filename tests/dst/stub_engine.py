@@ -290,7 +290,7 @@ class StubExecutor(Executor):
     def collective_rpc(self, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None, **_: Any) -> Any:
         if callable(method):
             return [method(self.driver_worker.worker, *args, **(kwargs or {}))]
-        assert method == "synchronize_device", f"the stub has no {method}"
+        assert method in ("synchronize_device", "reset_encoder_cache", "reset_mm_cache"), f"the stub has no {method}"
         return [None]
 
     @property

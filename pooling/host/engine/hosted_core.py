@@ -8,13 +8,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import NewRequestData
-from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType, FinishReason
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType, FinishReason, UtilityOutput
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.executor.abstract import Executor
@@ -27,16 +27,13 @@ from tokenpool.host.engine.grammar_wait import limited, pending_grammar
 from tokenpool.host.engine.input_receiver import InputReceiver
 from tokenpool.host.engine.output_sender import OutputSender
 from tokenpool.host.engine.resume import restore_in_worker, restore_request
-from tokenpool.host.engine.step_watch import StepWatch
+from tokenpool.host.engine.step_watch import CoreCounters, StepWatch
 from tokenpool.policy.slo import SloAccount, SloBook
 from tokenpool.process.affinity import use_all_cpus
 from tokenpool.wire.addresses import EngineAddresses
 from tokenpool.wire.continued_request import ContinuedRequest
+from tokenpool.wire.utility_calls import FOR_REQUESTS, NEED_NO_WEIGHTS, refusal, rpc_problem
 
-_NEED_NO_WEIGHTS = frozenset(
-    {"get_supported_tasks", "is_scheduler_paused", "is_sleeping", "list_loras", "reset_mm_cache"}
-)
-"""Utility calls that are answered although the model is not on the device; all others wait until it is."""
 _CLASS = ""  # all requests of an engine are of one class
 
 
@@ -51,21 +48,6 @@ class Inbox(queue.Queue[Any]):
         """Queue `item` and wake the host's loop."""
         super().put(item, block, timeout)
         self._notify()
-
-
-@dataclass(slots=True)
-class CoreCounters:
-    """Running totals of one engine, plain integers because they change on every step."""
-
-    steps: int = 0
-    turns: int = 0
-    step_seconds: float = 0.0
-    crashed_steps: int = 0
-    failed_requests: int = 0
-    requests: int = 0
-    """That began here; those that another host began and this one goes on with do not count."""
-    prompt_tokens: int = 0
-    """Of these requests."""
 
 
 class HostedEngineCore(EngineCoreProc):
@@ -93,6 +75,8 @@ class HostedEngineCore(EngineCoreProc):
         self.counters = CoreCounters()
         self.is_away: Callable[[], bool] = lambda: False
         """Whether the weights or the KV are off the device; set by a host that moves them."""
+        self.obstacle: Callable[[], str] = lambda: ""
+        """Why the model does not come back before an operator lets it; empty if nothing is in its way."""
         self.deferred: list[tuple[EngineCoreRequestType, Any]] = []
         """Utility calls that wait until the model is back."""
         self.on_crash: Callable[[Exception], None] = _raise
@@ -105,6 +89,8 @@ class HostedEngineCore(EngineCoreProc):
         self.process_input_queue_block = False
         use_all_backends(self.structured_output_manager)
         self.watch = StepWatch(self.scheduler)
+        extension = vllm_config.parallel_config.worker_extension_cls
+        self._worker_extension = resolve_obj_by_qualname(extension) if extension else None
 
     # -- overrides of EngineCoreProc -----------------------------------------------------------------
 
@@ -198,10 +184,36 @@ class HostedEngineCore(EngineCoreProc):
         self._send_abort_outputs(self.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED))
 
     def _handle_client_request(self, request_type: EngineCoreRequestType, request: Any) -> None:
-        if request_type == EngineCoreRequestType.UTILITY and request[2] not in _NEED_NO_WEIGHTS and self.is_away():
-            self.deferred.append((request_type, request))
-            return
+        if request_type == EngineCoreRequestType.UTILITY:
+            method, args = request[2:]
+            if method == "collective_rpc" and (problem := rpc_problem(args[0], self._worker_extension)):
+                self._refuse(request, problem)
+                return
+            if method not in NEED_NO_WEIGHTS and self.is_away():
+                self.deferred.append((request_type, request))
+                self.settle_calls()
+                return
         super()._handle_client_request(request_type, request)
+
+    def settle_calls(self) -> None:
+        """Answer calls that waited until there is nothing to do, and those of operators while the model cannot come."""
+        if self._idle_state_callbacks and not self.has_work():
+            self._notify_idle_state_callbacks()
+        if self.deferred and (reason := self.obstacle()):
+            self.refuse_deferred(reason)
+
+    def refuse_deferred(self, reason: str, *, all_of_them: bool = False) -> None:
+        """Tell whoever waits for the model why it does not come; calls for requests wait on, unless `all_of_them`."""
+        waiting, self.deferred = self.deferred, []
+        for kind, call in waiting:
+            if call[2] in FOR_REQUESTS and not all_of_them:
+                self.deferred.append((kind, call))
+            else:
+                self._refuse(call, reason)
+
+    def _refuse(self, call: Any, reason: str) -> None:
+        output = UtilityOutput(call[1], failure_message=refusal(reason))
+        self.output_queue.put_nowait((call[0], EngineCoreOutputs(utility_output=output)))
 
     def shutdown(self) -> None:
         """Free this engine only; the process groups stay, for the other engines use them."""
@@ -263,10 +275,11 @@ class HostedEngineCore(EngineCoreProc):
     def forget_finished(self) -> None:
         """Let the worker forget requests that ended, when no others would make it step; computes nothing.
 
-        Afterwards no step is in flight, not even one for a request that ended before.
+        Afterwards no step is in flight, not even one for a request that ended before, and who waited for that is told.
         """
         while self.has_work() and not self.scheduler.has_unfinished_requests():
             self._step_unasked()
+        self.settle_calls()
 
     def run_deferred(self) -> None:
         """Answer the utility calls that waited for the model."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import zmq
 from vllm.utils.network_utils import make_zmq_socket
+from vllm.v1.engine import EngineCoreOutputs, UtilityOutput
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.serial_utils import MsgpackEncoder
 
@@ -68,7 +69,18 @@ class OutputSender:
             elif client := self._sockets.get(item[0]):
                 outputs = item[1]
                 outputs.engine_index = 0
-                client.send_multipart(self._encoder.encode(outputs), copy=False)
+                client.send_multipart(self._encode(outputs), copy=False)
+
+    def _encode(self, outputs: EngineCoreOutputs) -> Any:
+        """Encode outputs; what no message can carry of a utility call's answer is told to its caller."""
+        try:
+            return self._encoder.encode(outputs)
+        except Exception as error:  # of any type's making
+            if outputs.utility_output is None:
+                raise
+            call_id, message = outputs.utility_output.call_id, f"its answer cannot be sent: {error}"
+            outputs.utility_output = UtilityOutput(call_id, failure_message=message)
+            return self._encoder.encode(outputs)
 
     def close(self) -> None:
         """Close without a word, for an engine that nobody knows; a context left to the collector blocks for ever."""

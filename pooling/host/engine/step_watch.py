@@ -7,11 +7,27 @@ It adds to the last output of a request whose grammar could not be compiled that
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
 from tokenpool.host.engine.grammar_hold import GrammarHold
 from tokenpool.host.kv.kv_transit import schedule_arrived
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
+
+
+@dataclass(slots=True)
+class CoreCounters:
+    """Running totals of one engine, plain integers because they change on every step."""
+
+    steps: int = 0
+    turns: int = 0
+    step_seconds: float = 0.0
+    crashed_steps: int = 0
+    failed_requests: int = 0
+    requests: int = 0
+    """That began here; those that another host began and this one goes on with do not count."""
+    prompt_tokens: int = 0
+    """Of these requests."""
 
 
 class StepWatch:

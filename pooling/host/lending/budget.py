@@ -64,10 +64,15 @@ class Budget:
             self.is_parked = device_memory == 0
             self._lend(self._ledger.num_usable - self._pages_of(device_memory))
 
+    @property
+    def obstacle(self) -> str:
+        """Why no model comes onto the device; empty unless the pool is parked."""
+        return "the pool is parked (device_memory 0): grow it first" if self.is_parked else ""
+
     def refuse_parked(self, name: str) -> None:
         """Raise CapacityError if the pool is parked, in which no model can be loaded."""
         if self.is_parked:
-            raise CapacityError(f"model {name!r} cannot be loaded: the pool is parked (device_memory 0); grow it first")
+            raise CapacityError(f"model {name!r} cannot be loaded: {self.obstacle}")
 
     def set(self, order: BudgetOrder) -> BudgetState:
         """Make this the budget; raises PoolError, with the budget as it was, when it cannot be.
@@ -124,6 +129,8 @@ class Budget:
         else:
             self._take_back(-change)
         self.is_parked = nbytes == 0
+        for hosted in self._models.values():
+            hosted.core.settle_calls()
 
     def _make_room(self, pages: int, nbytes: int) -> None:
         try:

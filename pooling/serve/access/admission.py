@@ -19,6 +19,7 @@ from starlette.types import Message, Scope
 from tokenpool.config import SLO, Admission
 from tokenpool.policy.admission import AdmissionLimits, AdmissionMode, Admit, Reject, judge
 from tokenpool.serve.access.auth import error_response
+from tokenpool.serve.access.dev_routes import DEV_PATHS
 from tokenpool.serve.access.tenant_line import TenantLine
 
 FORECAST_PERIOD_S = 0.5
@@ -26,7 +27,7 @@ FORECAST_PERIOD_S = 0.5
 _FORECAST_LIFE_S = 4 * FORECAST_PERIOD_S
 _UNQUEUED_PATHS = (
     "/tokenize", "/detokenize", "/count_tokens", "/render", "/derender", "/cancel",
-    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/abort_requests",
+    "/v1/load_lora_adapter", "/v1/unload_lora_adapter", *DEV_PATHS,
 )  # fmt: skip
 """POST routes that wait for no token."""
 _KINDS = {429: "RateLimitError", 503: "ServiceUnavailableError"}

@@ -19,11 +19,10 @@ from urllib.parse import unquote
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tokenpool.serve.access.dev_routes import SLEEP_PATHS, dev_path_of
+
 POOL_PREFIX = "/v1/pool"
 """Everything below this path is the pool's admin API."""
-
-SLEEP_PATHS = frozenset({"/sleep", "/wake_up", "/is_sleeping"})
-"""What the pool answers of one model, also below ``/models/<name>``, where vLLM's routes of development are on."""
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/live", "/ping", "/pool"})
 """Probes, and the status page, which asks for the admin key itself: answered without a key."""
@@ -96,11 +95,6 @@ def scope_below(scope: Scope, prefix: str) -> Scope:
     return {**scope, **moved}
 
 
-def is_sleep_path(path: str) -> bool:
-    """Tell whether a route path is one of `SLEEP_PATHS`, or may be for a model that the path names."""
-    return path in SLEEP_PATHS or (path.startswith("/models/") and path.endswith(tuple(SLEEP_PATHS)))
-
-
 def is_picker_path(path: str) -> bool:
     """Tell whether a route path is `PICKER_PATH`, of the pool or of one model."""
     return path == PICKER_PATH or path.startswith(f"{PICKER_PATH}/")
@@ -146,7 +140,8 @@ class ApiKeyAuth:
     | `is_picker_path`      | nothing, with `opens_picker`                                        |
     | GET, ``/v1/pool``     | a view or admin key; without any configured, always refused with 403|
     | touches ``/v1/pool``  | an admin key; without any configured, always refused with 403       |
-    | `is_sleep_path`       | the same, with `guards_sleep`                                       |
+    | ``/is_sleeping``      | as GET, ``/v1/pool``, with `guards_dev`                             |
+    | other `dev_path_of`   | an admin key for every method, with `guards_dev`                    |
     | any other             | an API, tenant or admin key, if API or tenant keys are configured   |
 
     It holds for every method. Preflights, which carry no key, are answered in front of it: see `port`.
@@ -163,7 +158,7 @@ class ApiKeyAuth:
         default_tenant: object = None,
         open_paths: Iterable[str] = OPEN_PATHS,
         opens_picker: bool = False,
-        guards_sleep: bool = False,
+        guards_dev: bool = False,
     ) -> None:
         """`tenant_keys` are SHA-256 digests, each with what the request's scope then has at `TENANT_KEY`.
 
@@ -180,7 +175,7 @@ class ApiKeyAuth:
         self._owners = [default_tenant] * (len(self._user_digests) - len(tenants)) + [owner for _, owner in tenants]
         self._open_paths = frozenset(open_paths)
         self._opens_picker = opens_picker
-        self._guards_sleep = guards_sleep
+        self._guards_dev = guards_dev
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer 401 or 403 (on a websocket without that extension: close 1008)."""
@@ -193,8 +188,9 @@ class ApiKeyAuth:
             await send({"type": "websocket.close", "code": 1008, "reason": "invalid or missing key"})
 
     def _refusal(self, scope: Scope) -> Response | None:
-        if touches_pool_api(scope["path"]) or (self._guards_sleep and is_sleep_path(route_path(scope))):
-            return self._admin_refusal(scope)
+        dev_path = dev_path_of(route_path(scope)) if self._guards_dev else ""
+        if touches_pool_api(scope["path"]) or dev_path:
+            return self._admin_refusal(scope, dev_path)
         owner = self._default_tenant
         if not self._is_open:
             found = _carried_key(scope, self._user_digests)
@@ -209,10 +205,11 @@ class ApiKeyAuth:
     def _is_open_path(self, path: str) -> bool:
         return path in self._open_paths or (self._opens_picker and is_picker_path(path))
 
-    def _admin_refusal(self, scope: Scope) -> Response | None:
-        looks = scope.get("method") in _LOOKING_METHODS
+    def _admin_refusal(self, scope: Scope, dev_path: str) -> Response | None:
+        looks = scope.get("method") in _LOOKING_METHODS and (not dev_path or dev_path in SLEEP_PATHS)
         if not (self._looking_digests if looks else self._admin_digests):
-            message = f"The pool API below {POOL_PREFIX} is off: set admin_key in the pool file to use it"
+            what = f"{dev_path} of vLLM's development mode" if dev_path else f"The pool API below {POOL_PREFIX}"
+            message = f"{what} is off: set admin_key in the pool file to use it"
             return error_response(403, "PermissionDeniedError", message + (", or view_key to look." if looks else "."))
         if _carried_key(scope, self._admin_digests) is not None:
             return None

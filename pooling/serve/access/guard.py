@@ -31,7 +31,7 @@ def guarded(router: ASGIApp, config: PoolConfig, tenants: TenantBook | None) -> 
     options["tenant_keys"] = [*options.get("tenant_keys", ()), *readers]
     options |= {"admin_keys": config.admin_key, "view_keys": config.view_key}
     options["opens_picker"] = config.open_picker_metrics
-    options["guards_sleep"] = bool(settings.DEV_MODE.get())
+    options["guards_dev"] = bool(settings.DEV_MODE.get())
     return ApiKeyAuth(_Guard(router), api_keys=config.api_key, **options)
 
 

@@ -9,7 +9,7 @@ here the oldest goes when there is too much. Imports no vLLM.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
 from functools import partial
 from http import HTTPStatus
@@ -17,11 +17,18 @@ from typing import Any
 
 from tokenpool.serve.access.tenant_call import CURRENT_CALL, current_tenant
 
+MAX_ID_CHARS = 1 << 10
+"""Of an id that a client has chosen: it goes to the engine, and comes back with each token."""
 _STORES = ("response_store", "msg_store", "event_store", "background_tasks")
 MAX_STORED_BYTES = 64 << 20
 """Of what a tenant has stored with one model, about; the oldest of it that is over goes first."""
 _EVENT_BYTES = 2048
 """An event of a stream, which has a few characters of the answer, as an object."""
+_ENTRY_BYTES = 4096
+"""Objects of a response beside its texts."""
+_UNFINISHED = ("queued", "in_progress")
+_MOST_AT_ONCE = 16
+"""Events that are sent before others have a turn."""
 
 
 class TenantStore(MutableMapping[str, Any]):
@@ -68,36 +75,46 @@ class ResponseShelf:
         self.stores: list[TenantStore] = []
         self._max_bytes = max_bytes
         self._sizes: dict[str, dict[str, int]] = {}  # by owner and id, the oldest first
+        self._totals: Counter[str] = Counter()  # by owner
         self._running: set[tuple[str, str]] = set()
 
     def stored(self, owner: str, key: str, value: Any) -> None:
         """A tenant has stored something by that id; what is too much of its own goes."""
-        sizes = self._sizes.setdefault(owner, {})
-        sizes[key] = sizes.get(key, 0) + _size_of(value)
+        self._count(owner, key, _size_of(value))
         if isinstance(value, asyncio.Task):
             self._running.add((owner, key))
-            value.add_done_callback(lambda task: self._ended(owner, key))
+            value.add_done_callback(lambda task: self._ended(owner, key, task))
         self._make_room(owner)
 
-    def _ended(self, owner: str, key: str) -> None:
+    def _count(self, owner: str, key: str, size: int) -> None:
+        sizes = self._sizes.setdefault(owner, {})
+        size += 0 if key in sizes else _ENTRY_BYTES + len(key)
+        sizes[key] = sizes.get(key, 0) + size
+        self._totals[owner] += size
+
+    def _ended(self, owner: str, key: str, task: asyncio.Task[Any]) -> None:
         self._running.discard((owner, key))
+        held: list[Any] = [store._items.get((owner, key)) for store in self.stores]
+        for value in held:
+            if (task.cancelled() or task.exception()) and getattr(value, "status", "") in _UNFINISHED:
+                value.status = "cancelled" if task.cancelled() else "failed"  # in vLLM it stays queued for ever
         if key in self._sizes.get(owner, {}):
-            held: list[Any] = [store._items.get((owner, key)) for store in self.stores]
-            num_events = sum([len(value[0]) for value in held if _is_stream(value)])
-            self._sizes[owner][key] += _EVENT_BYTES * num_events
+            self._count(owner, key, sum([_EVENT_BYTES * len(value[0]) for value in held if _is_stream(value)]))
             self._make_room(owner)
 
     def _make_room(self, owner: str) -> None:
-        sizes = self._sizes[owner]
-        total = sum(sizes.values())
-        *older, _ = sizes
-        for key in older:
-            if total <= self._max_bytes:
+        sizes, newest = self._sizes[owner], next(reversed(self._sizes[owner]))
+        too_old = []
+        for key, size in sizes.items():
+            if self._totals[owner] <= self._max_bytes or key == newest:
                 break
             if (owner, key) not in self._running:
-                total -= sizes.pop(key)
-                for store in self.stores:
-                    store.drop(owner, key)
+                self._totals[owner] -= size
+                too_old.append(key)
+        for key in too_old:
+            del sizes[key]
+            for store in self.stores:
+                store.drop(owner, key)
 
 
 def _is_stream(value: Any) -> bool:
@@ -110,7 +127,10 @@ def _size_of(value: Any) -> int:
         return 0
     if isinstance(value, list):
         return sum(_size_of(each) for each in value)
-    return len(value.model_dump_json()) if hasattr(value, "model_dump_json") else len(str(value))
+    try:
+        return len(value.model_dump_json()) if hasattr(value, "model_dump_json") else len(str(value))
+    except ValueError:  # its texts are no UTF-8
+        return len(repr(value))
 
 
 def keep_apart(serving: Any) -> None:
@@ -126,6 +146,31 @@ def keep_apart(serving: Any) -> None:
     if hasattr(serving, "responses_background_stream_generator"):
         serving.responses_background_stream_generator = partial(_stream, serving)
         serving.retrieve_responses = partial(_retrieve, serving, serving.retrieve_responses)
+        serving.create_responses = partial(_create, serving, serving.create_responses)
+
+
+async def _create(serving: Any, create: Callable[..., Any], request: Any, *args: Any, **options: Any) -> Any:
+    """vLLM's `create`, but for ids that cannot be kept, or that a response has which is being made.
+
+    vLLM would forget how to cancel that one, and who reads its events would wait for ever.
+    """
+    for param in ("request_id", "previous_response_id"):
+        given, fault = getattr(request, param) or "", ""
+        if len(given) > MAX_ID_CHARS:
+            fault = f"It has {len(given)} characters, at most {MAX_ID_CHARS} are taken."
+        elif given.encode(errors="replace") != given.encode(errors="surrogatepass"):
+            fault = "It has half of a surrogate pair: it is no UTF-8."
+        elif param == "request_id" and given in serving.background_tasks:
+            fault = "A response of this id is being made: wait for its end, or give another id."
+        if fault:
+            return _error(serving, fault, param)
+    return await create(request, *args, **options)
+
+
+def _error(serving: Any, fault: str, param: str) -> Any:
+    return serving.create_error_response(
+        message=fault, err_type="invalid_request_error", status_code=HTTPStatus.BAD_REQUEST, param=param
+    )
 
 
 async def _retrieve(
@@ -139,15 +184,14 @@ async def _retrieve(
         elif starting_after is not None and starting_after < 0:
             fault = "It counts events from 0."
         if fault:
-            return serving.create_error_response(
-                message=fault, err_type="invalid_request_error", status_code=HTTPStatus.BAD_REQUEST, param=param
-            )
+            return _error(serving, fault, param)
     return await retrieve(response_id, starting_after, stream)
 
 
 async def _stream(serving: Any, response_id: str, starting_after: int | None = None) -> AsyncIterator[Any]:
     """The events of a response from one on, until the last one, or until who makes them has ended without it."""
-    events, news = serving.event_store[response_id]
+    events, news = serving.event_store.get(response_id) or (deque(), asyncio.Event())
+    task = serving.background_tasks.get(response_id)
     index = 0 if starting_after is None else starting_after + 1
     while True:
         news.clear()
@@ -157,7 +201,8 @@ async def _stream(serving: Any, response_id: str, starting_after: int | None = N
             if getattr(event, "type", "") == "response.completed":
                 return
             index += 1
-        task = serving.background_tasks.get(response_id)
+            if index % _MOST_AT_ONCE == 0:
+                await asyncio.sleep(0)
         if task is None or task.done():
             return
         await news.wait()

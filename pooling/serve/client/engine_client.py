@@ -20,16 +20,17 @@ from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tokenpool.policy.capacity import Role
-from tokenpool.serve.client.engine_link import EngineLink, LinkClosedError
+from tokenpool.serve.client.engine_link import EngineLink, call_all
 from tokenpool.serve.client.journal import Journal, JournalEntry
 from tokenpool.serve.client.request_route import Route, by_prefix
 from tokenpool.serve.client.suspects import SUSPECTS, Suspects
 from tokenpool.wire.addresses import EngineAddresses
 from tokenpool.wire.kv_frames import KV_LIMIT_S
+from tokenpool.wire.utility_calls import REPEATED
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.02
+_POLL_S, _MAX_CALLS = 0.02, 3
 
 
 class _Resources:
@@ -255,7 +256,7 @@ class PoolEngineClient(AsyncMPClient):
                 self._give_up(entry, f"The engine host died, and the request cannot be continued: {reason}.")
 
     def _note_hosts(self) -> None:
-        (self._joined.set if self._links else self._joined.clear)()
+        (self._joined.set if self._links or self.resources.engine_dead else self._joined.clear)()
 
     # -- requests ------------------------------------------------------------------------------------
 
@@ -349,17 +350,16 @@ class PoolEngineClient(AsyncMPClient):
     # -- utility calls -------------------------------------------------------------------------------
 
     async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
-        """Call all hosts, waiting for one while there is none; returns their answers, raises the first error."""
-        while True:
+        """Call all hosts, waiting for one while there is none; returns their answers, raises the first error.
+
+        Only what is `REPEATED` is asked again of the next host when all die meanwhile, and not for ever.
+        """
+        for _ in range(_MAX_CALLS if method in REPEATED else 1):
             await self._joined.wait()
-            calls = (link.call(method, *args) for link in list(self._links.values()))
-            answers = await asyncio.gather(*calls, return_exceptions=True)
-            answers = [answer for answer in answers if not isinstance(answer, LinkClosedError)]
-            for answer in answers:
-                if isinstance(answer, BaseException):
-                    raise answer
-            if answers:
+            self.ensure_alive()
+            if answers := await call_all(list(self._links.values()), method, *args):
                 return answers
+        raise GracefulHTTPError(f"The engine host was gone before it had answered {method}.", HTTPStatus.BAD_GATEWAY)
 
     async def call_utility_async(self, method: str, *args: Any) -> Any:
         """Call all hosts and return the first one's answer."""
@@ -390,6 +390,7 @@ class PoolEngineClient(AsyncMPClient):
             link.close()
         self._links.clear()
         self._left.clear()
+        self._note_hosts()
         self._outputs.put_nowait(EngineDeadError())
         # It may wait for ZMQ's own threads, for which the event loop has no time.
         threading.Thread(target=self._context.term, name="zmq-term", daemon=True).start()

@@ -8,11 +8,13 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from http import HTTPStatus
 from typing import Any
 
 import zmq
 import zmq.asyncio
+from vllm.exceptions import GracefulHTTPError
 from vllm.utils.network_utils import make_zmq_socket
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreRequestType
 from vllm.v1.engine.core import EngineCoreProc
@@ -23,10 +25,15 @@ from tokenpool.errors import HostError
 from tokenpool.policy.routing import HostQueue, Told
 from tokenpool.wire.addresses import EngineAddresses
 from tokenpool.wire.curve import secured
+from tokenpool.wire.utility_calls import reason_of
 
 logger = logging.getLogger(__name__)
 
 _GREETING_LIMIT_S = 120.0
+
+
+class CallRefusedError(GracefulHTTPError, ValueError):
+    """The engine does not do what an operator asks of it; the message says why."""
 
 
 class LinkClosedError(HostError):
@@ -110,7 +117,7 @@ class EngineLink:
         self._send(EngineCoreRequestType.ABORT, wire_ids)
 
     async def call(self, method: str, *args: Any) -> Any:
-        """Call a utility method of the engine; raises what it says, or LinkClosedError."""
+        """Call a utility method of the engine; raises what it says, CallRefusedError or LinkClosedError."""
         if self.closed:
             raise LinkClosedError(f"the engine on host {self.host!r} is gone")
         call_id = next(self._call_ids)
@@ -118,6 +125,10 @@ class EngineLink:
         self._send(EngineCoreRequestType.UTILITY, (self._client_index, call_id, method, args))
         try:
             return await answer
+        except Exception as error:  # of vLLM's making, with what the engine says
+            if reason := reason_of(str(error)):
+                raise CallRefusedError(reason, HTTPStatus.BAD_REQUEST) from None
+            raise
         finally:
             self._calls.pop(call_id, None)  # there still if the caller has given up
 
@@ -163,3 +174,13 @@ class EngineLink:
         for output in outputs.outputs:
             for event in output.events or ():
                 event.timestamp += behind_s
+
+
+async def call_all(links: Collection[EngineLink], method: str, *args: Any) -> list[Any]:
+    """Call engines; returns what those answer that are not gone meanwhile, raises the first error."""
+    answers = await asyncio.gather(*(link.call(method, *args) for link in links), return_exceptions=True)
+    answers = [answer for answer in answers if not isinstance(answer, LinkClosedError)]
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+    return answers

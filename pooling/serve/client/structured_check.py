@@ -27,6 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
+from tokenpool.serve.access.stored_responses import MAX_ID_CHARS
 from tokenpool.serve.access.tenant_call import CURRENT_CALL, current_tenant
 from tokenpool.serve.client.check_worker import CHECK_LIMIT_S, ChecksBusyError, CheckWorker
 from tokenpool.serve.client.grammar_bounds import grammar_problem
@@ -38,6 +39,8 @@ _NO_ANSWER = (
     "The grammar or schema could not be compiled, allows no answer, or takes too long for each token: "
     "use another or a simpler one."
 )
+_ADDED_ID_CHARS = 64
+"""The most that vLLM adds to an id that a client has chosen."""
 _NOT_READ = "Call to add_lora method failed: [Errno"
 """Of an adapter whose files cannot be read; why one of them is not taken, such as its rank, is told as it is."""
 _KEPT = 256
@@ -136,6 +139,9 @@ class _CheckedLLM(AsyncLLM):
     async def add_request(
         self, request_id: str, prompt: Any, params: Any, *args: Any, **options: Any
     ) -> RequestOutputCollector:
+        if len(request_id) > MAX_ID_CHARS + _ADDED_ID_CHARS:
+            message = f"The request id has {len(request_id)} characters, at most {MAX_ID_CHARS} are taken."
+            raise VLLMValidationError(message, parameter="request_id", value=len(request_id))
         constraint = getattr(params, "structured_outputs", None)
         if constraint is not None and not isinstance(constraint, CheckedOutputs):
             params.structured_outputs = await check(constraint, self.judge, self.worker)

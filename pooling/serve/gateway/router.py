@@ -17,7 +17,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokenpool import settings
-from tokenpool.serve.access.auth import PICKER_PATH, POOL_PREFIX, SLEEP_PATHS, TENANT_KEY, route_path
+from tokenpool.serve.access.auth import PICKER_PATH, POOL_PREFIX, TENANT_KEY, route_path
+from tokenpool.serve.access.dev_routes import REFUSED_PATHS, SLEEP_PATHS
 from tokenpool.serve.access.entry import Access, Asked
 from tokenpool.serve.access.held_stream import asks_for_stream
 from tokenpool.serve.access.refused import RefusedError, bad_request
@@ -61,7 +62,7 @@ class ModelRouter:
     def __init__(self, outer: ASGIApp, *, max_request_bytes: int, tenants: TenantBook | None = None) -> None:
         self.outer_paths: set[str] = set(OUTER_PATHS)
         self.outer_prefixes: tuple[str, ...] = OUTER_PREFIXES
-        self._sleep_paths = SLEEP_PATHS if settings.DEV_MODE.get() else frozenset()
+        self._dev_mode = bool(settings.DEV_MODE.get())
         self._outer = outer
         self._bodies = BodyBudget(max_request_bytes)
         self._models: dict[str, ModelApp] = {}
@@ -134,7 +135,10 @@ class ModelRouter:
             body, app_receive = read, replay(read, receive, content_type)
         model = model or await choice.by_request(path, scope, headers, body)
         note.model = model.name
-        if route_path(scope) in self._sleep_paths:
+        dev_path = route_path(scope) if self._dev_mode else ""
+        if dev_path in REFUSED_PATHS:
+            raise bad_request(REFUSED_PATHS[dev_path])
+        if dev_path in SLEEP_PATHS:
             await self._outer({**scope, SLEEP_MODEL_KEY: model.name}, app_receive, send)
             return
         for key in {key for ending, key in _LOAD_ADAPTER.items() if path.endswith(ending)}:

@@ -22,6 +22,14 @@ MAX_BYTES = 256 << 20
 """Of all connections of a frontend; tenants leave room for others."""
 
 WAITING = ByteShares(MAX_BYTES)
+_ITEM_BYTES = 256
+"""Of an array beside its samples: a client may send few at a time."""
+_FIELDS = {
+    ("session.update", "model"): str,
+    ("input_audio_buffer.append", "audio"): str,
+    ("input_audio_buffer.commit", "final"): bool,
+}
+"""What types fields of events have."""
 
 
 class AudioQueue(asyncio.Queue[Any]):
@@ -31,6 +39,7 @@ class AudioQueue(asyncio.Queue[Any]):
         super().__init__()
         self._owner = owner
         self.num_bytes = 0
+        self._ends = False  # the last of what waits is an end, and another one would say nothing more
 
     def has_room(self, num_bytes: int) -> bool:
         """Whether so many more may wait."""
@@ -42,17 +51,24 @@ class AudioQueue(asyncio.Queue[Any]):
             self.get_nowait()
 
     def _put(self, item: Any) -> None:
-        size = 0 if item is None else item.nbytes
-        if size and not WAITING.take(self._owner, size):
+        if item is None:
+            if not self._ends or self.empty():
+                super()._put(item)
+            self._ends = True
+            return
+        size = item.nbytes + _ITEM_BYTES
+        if not WAITING.take(self._owner, size):
             raise ValueError("too much audio waits")
         self.num_bytes += size
+        self._ends = False
         super()._put(item)
 
     def _get(self) -> Any:
         item = super()._get()
         if item is not None:
-            WAITING.give_back(self._owner, item.nbytes)
-            self.num_bytes -= item.nbytes
+            size = item.nbytes + _ITEM_BYTES
+            WAITING.give_back(self._owner, size)
+            self.num_bytes -= size
         return item
 
 
@@ -65,8 +81,8 @@ class BoundedConnection(RealtimeConnection):
 
     async def handle_event(self, event: Any) -> None:
         """See RealtimeConnection."""
-        if not isinstance(event, dict):
-            await self.send_error("An event is a JSON object with a type.", "invalid_event")
+        if (problem := _problem(event)) is not None:
+            await self.send_error(problem, "invalid_event")
             return
         audio = event.get("audio") if event.get("type") == "input_audio_buffer.append" else None
         if isinstance(audio, str) and not self.audio_queue.has_room(_size_of(audio)):
@@ -82,8 +98,20 @@ class BoundedConnection(RealtimeConnection):
 
 
 def _size_of(audio: str) -> int:
-    """Bytes of the samples in a text of base64: two of PCM become four."""
-    return len(audio) * 3 // 4 // 2 * 4
+    """Bytes of the samples in a text of base64, two of PCM become four, and of the array that has them."""
+    return len(audio) * 3 // 4 // 2 * 4 + _ITEM_BYTES
+
+
+def _problem(event: Any) -> str | None:
+    """What is wrong with an event, for which vLLM would log a stack."""
+    if not isinstance(event, dict):
+        return "An event is a JSON object with a type."
+    for (kind, field), types in _FIELDS.items():
+        if event.get("type") == kind and field in event and not isinstance(event[field], types):
+            return f"The field {field} of an event {kind} is no {types.__name__}."
+    if event.get("type") == "input_audio_buffer.append" and "audio" not in event:
+        return "An event input_audio_buffer.append has no field audio."
+    return None
 
 
 def bound_realtime() -> None:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from tests.serve.access.test_tenants import Pool, tenant
-from tokenpool.serve.access.stored_responses import TenantStore, has_response, keep_apart
+from tokenpool.serve.access.stored_responses import MAX_ID_CHARS, TenantStore, has_response, keep_apart
 from tokenpool.serve.access.tenant_call import CURRENT_CALL
 from tokenpool.serve.gateway.model_app import ModelApp
 
@@ -131,6 +131,10 @@ class Serving:
     def create_error_response(self, **fields: Any) -> dict[str, Any]:
         return fields
 
+    async def create_responses(self, request: Any, raw_request: Any = None) -> Any:
+        self.response_store[request.request_id] = request
+        return request
+
     async def responses_background_stream_generator(self, response_id: str, starting_after: Any = None) -> Any:
         raise NotImplementedError
         yield
@@ -209,7 +213,7 @@ def test_the_oldest_of_a_tenant_goes_when_it_has_too_much():
         accounts, serving = Pool(tenant("a"), tenant("b")).book.accounts, Serving()
         keep_apart(serving)
         shelf = serving.response_store._shelf
-        shelf._max_bytes = 1000
+        shelf._max_bytes = 14_000  # for three, of which each has some thousand bytes beside its texts
 
         def as_tenant(name: str) -> None:
             CURRENT_CALL.set(accounts[name].begin({"type": "http", "method": "POST"}, "m", 0))
@@ -225,8 +229,125 @@ def test_the_oldest_of_a_tenant_goes_when_it_has_too_much():
         assert serving.response_store.holds("b", "theirs")
         serving.ends.set()
         await asyncio.sleep(0.01)  # its events count when it has ended
-        serving.response_store["large"] = "x" * 5000
+        serving.response_store["large"] = "x" * 15_000
         assert ["large"] == list(serving.response_store) and [] == list(serving.event_store)
         assert {"large"} == set(shelf._sizes["a"]) and not shelf._running
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"request_id": "x" * (MAX_ID_CHARS + 1)}, "request_id"),
+        ({"request_id": "resp_\ud800"}, "request_id"),
+        ({"request_id": "runs"}, "request_id"),
+        ({"previous_response_id": "x" * 100_000}, "previous_response_id"),
+        ({}, None),
+        ({"request_id": "x" * MAX_ID_CHARS, "previous_response_id": "none"}, None),
+    ],
+)
+def test_ids_that_cannot_be_kept_are_refused(given: dict[str, str], param: str | None):
+    """Long ones, which would come back with each token, ones that are no text, and that of one which is being made."""
+
+    async def main() -> None:
+        serving = Serving()
+        keep_apart(serving)
+        serving.begin("runs")
+        request = SimpleNamespace(**{"request_id": "resp_1", "previous_response_id": None} | given)
+        answer = await serving.create_responses(request, None)
+        if param is None:
+            assert answer is request
+        else:
+            assert (400, param) == (answer["status_code"], answer["param"])
+            assert ["runs"] == list(serving.response_store)
+        serving.ends.set()
+
+    asyncio.run(main())
+
+
+def test_a_reader_waits_for_who_made_what_it_reads():
+    """Not for another response that has got the same id since, and may never end."""
+
+    async def main() -> None:
+        serving = Serving()
+        keep_apart(serving)
+        serving.begin("r")
+        reader = asyncio.create_task(serving.events("r"))
+        await asyncio.sleep(0)
+        serving.ends.set()
+        serving.ends = asyncio.Event()
+        first = serving.background_tasks["r"]
+        serving.begin("r")
+        async with asyncio.timeout(5):
+            await first
+            assert 3 <= len(await reader)
+        serving.ends.set()
+
+    asyncio.run(main())
+
+
+def test_others_have_turns_while_a_stored_stream_is_sent():
+    """However many events there are, and however fast they are taken."""
+
+    async def main() -> None:
+        serving = Serving()
+        keep_apart(serving)
+        serving.begin("r", num_events=1000)
+        serving.ends.set()
+        await asyncio.sleep(0.01)
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        assert 1001 == len(await serving.events("r"))
+        task.cancel()
+        assert turns >= 1000 // 16
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_a_response_that_nobody_makes_any_more_is_not_queued(how: str):
+    """It says what became of it; one that was cancelled keeps its word."""
+
+    async def main() -> None:
+        serving = Serving()
+        keep_apart(serving)
+        response = serving.response_store["r"] = SimpleNamespace(status="queued")
+
+        async def run() -> None:
+            await serving.ends.wait()
+            raise RuntimeError("the engine is gone")
+
+        serving.background_tasks["r"] = task = asyncio.create_task(run())
+        if how == "cancelled":
+            task.cancel()
+        serving.ends.set()
+        await asyncio.wait([task])
+        await asyncio.sleep(0)
+        assert how == response.status
+
+    asyncio.run(main())
+
+
+def test_what_is_no_text_counts_too():
+    """Its size is known although it is no JSON; an id counts, and so do the objects of a small response."""
+
+    class Odd:
+        def model_dump_json(self) -> str:
+            return "\ud800".encode()  # type: ignore[return-value]
+
+    serving = Serving()
+    keep_apart(serving)
+    shelf = serving.response_store._shelf
+    serving.response_store["x" * 1000] = Odd()
+    serving.response_store["small"] = ""
+    sizes = shelf._sizes[""]
+    assert sizes["x" * 1000] > 5000 and sizes["small"] >= 4096
+    assert shelf._totals[""] == sum(sizes.values())

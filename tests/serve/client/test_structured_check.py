@@ -15,6 +15,7 @@ from vllm.exceptions import GracefulHTTPError, VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from tokenpool.serve.access.stored_responses import MAX_ID_CHARS
 from tokenpool.serve.client import structured_check
 from tokenpool.serve.client.check_worker import PLACES_EACH, CheckWorker
 from tokenpool.serve.client.structured_check import (
@@ -157,6 +158,16 @@ def test_nothing_reaches_the_engine_before_the_verdict(monkeypatch):
     asyncio.run(main())
     assert [True, True, False] == [isinstance(constraint, CheckedOutputs) for constraint in given]
     assert given[0] is given[1]
+
+
+def test_a_long_id_is_refused_before_anything_is_done():
+    """It would come back from the engine with each token; the longest that is taken gets as far as vLLM."""
+    engine = object.__new__(_CheckedLLM)
+    params = SamplingParams()
+    with pytest.raises(VLLMValidationError, match=f"has 2000 characters, at most {MAX_ID_CHARS} are"):
+        asyncio.run(engine.add_request("x" * 2000, "p", params))
+    with pytest.raises(AttributeError):  # this engine is none
+        asyncio.run(engine.add_request(f"chatcmpl-{'x' * MAX_ID_CHARS}-0", "p", params))
 
 
 @pytest.mark.parametrize(("stop_reason", "is_refused"), [(GRAMMAR_FAILED, True), (None, False)])

@@ -7,13 +7,19 @@ import asyncio
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
+from vllm.entrypoints.rl.factories import register_rl_api_routers
+from vllm.entrypoints.serve import register_vllm_dev_api_routers
 
 from tests.serve.access.test_auth import status
 from tests.serve.gateway.test_router import make_app
 from tokenpool.config import PoolConfig
 from tokenpool.errors import CapacityError, ConfigError
-from tokenpool.serve.access.auth import ApiKeyAuth, is_sleep_path
+from tokenpool.serve.access.admission import waits_for_tokens
+from tokenpool.serve.access.auth import ApiKeyAuth
+from tokenpool.serve.access.dev_routes import DEV_PATHS, REFUSED_PATHS, SERVED_PATHS, SLEEP_PATHS, dev_path_of
 from tokenpool.serve.access.guard import guarded
 from tokenpool.serve.clustered.no_lending import NoLending
 from tokenpool.serve.gateway.endpoints import build_outer_app
@@ -119,7 +125,7 @@ def test_only_an_admin_key_puts_a_model_to_sleep() -> None:
     for path in ("/is_sleeping", "/models/a/is_sleeping"):
         assert [401, 200, 200] == [client.get(path, headers=key).status_code for key in (CLIENT, VIEW, ADMIN)]
     assert {} == operator.sleepers
-    auth = ApiKeyAuth(make_app("a"), api_keys=(), admin_keys=(), guards_sleep=True)
+    auth = ApiKeyAuth(make_app("a"), api_keys=(), admin_keys=(), guards_dev=True)
     assert [403, 403, 200] == [status(auth, path, method="POST") for path in ("/sleep", "/models/a/sleep", "/v1/x")]
 
 
@@ -134,8 +140,41 @@ def test_without_vllms_dev_mode_the_paths_are_the_models() -> None:
 @pytest.mark.parametrize("path", ["/sleep", "/wake_up", "/models/a/is_sleeping", "/models/org/b/sleep"])
 def test_paths_that_may_be_for_a_model_are_guarded(path: str) -> None:
     """Those of other routes that end alike are not, such as the card of a model whose name is `sleep`."""
-    assert is_sleep_path(path)
-    assert not any(map(is_sleep_path, (f"/v1{path}", f"{path}/x", "/v1/models/sleep")))
+    assert path.endswith(dev_path_of(path)) and dev_path_of(path) in SLEEP_PATHS
+    assert not any(map(dev_path_of, (f"/v1{path}", f"{path}/x", "/v1/models/sleep")))
+
+
+def test_each_of_vllms_routes_for_development_is_known() -> None:
+    """In one list: what the pool answers, what the model's app answers, and what is refused."""
+    app = FastAPI()
+    register_vllm_dev_api_routers(app)
+    register_rl_api_routers(app)
+    assert {route.path for route in app.routes if isinstance(route, APIRoute)} == DEV_PATHS
+    assert len(DEV_PATHS) == len(SLEEP_PATHS) + len(SERVED_PATHS) + len(REFUSED_PATHS)
+
+
+@pytest.mark.usefixtures("dev_mode")
+@pytest.mark.parametrize("prefix", ["", "/models/a"])
+def test_only_an_admin_key_reaches_routes_for_development(prefix: str) -> None:
+    """A view key does not even look; what would put the books wrong is refused with what to do."""
+    client, _ = make_pool("a")
+    for path in SERVED_PATHS | REFUSED_PATHS.keys():
+        for method in ("GET", "POST"):
+            statuses = [client.request(method, prefix + path, headers=key).status_code for key in (CLIENT, VIEW, {})]
+            assert [401, 403, 401] == statuses
+        answer = client.post(prefix + path, headers=ADMIN)
+        if path in SERVED_PATHS:
+            assert (200, "a") == (answer.status_code, answer.json()["app"])
+        else:
+            assert (400, REFUSED_PATHS[path]) == (answer.status_code, answer.json()["error"]["message"])
+    auth = ApiKeyAuth(make_app("a"), api_keys=(), admin_keys=(), guards_dev=True)
+    assert [403] * 2 == [status(auth, f"{prefix}/{path}", method="POST") for path in ("pause", "collective_rpc")]
+
+
+@pytest.mark.parametrize("path", sorted(DEV_PATHS))
+def test_routes_for_development_wait_in_no_queue(path: str) -> None:
+    """A model that is paused with a full queue can be resumed."""
+    assert not waits_for_tokens({"type": "http", "method": "POST"}, path)
 
 
 def test_a_cluster_refuses_by_name() -> None:

@@ -87,3 +87,20 @@ def test_others_have_a_turn_between_frames_that_are_there():
         assert taken < 10
 
     asyncio.run(main())
+
+
+def test_a_frame_of_bytes_has_a_text_too() -> None:
+    """Apps that read texts would fail with a stack at a frame that has none."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
+        seen = [await receive() for _ in range(4)]
+        await send({"type": "websocket.send", "text": repr([message["text"] for message in seen[1:]])})
+
+    socket = [{"type": "websocket.receive", "bytes": frame} for frame in (b"{}", b"\xff\xfe", b"")]
+    router, _ = serve_raw(app)
+    client = Client(*socket)
+    scope = make_scope("/v1/realtime", type="websocket")
+    scope.pop("method")
+    asyncio.run(router(scope, client.receive, client.send))
+    assert repr(["{}", "\ufffd\ufffd", ""]) == client.sent[-1]["text"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from tokenpool.serve.media import realtime_bounds
 pytestmark = pytest.mark.vllm
 
 SECOND = base64.b64encode(bytes(32_000)).decode()
-BYTES = 64_000  # of its samples
+BYTES = 64_000 + realtime_bounds._ITEM_BYTES  # of its samples and their array
 
 
 class Socket:
@@ -120,3 +121,52 @@ def test_a_tenant_leaves_room_for_the_audio_of_others(room: ByteShares) -> None:
         assert room.num_bytes == 4 * BYTES
 
     asyncio.run(main())
+
+
+def test_small_chunks_and_ends_are_counted_too(room: ByteShares, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of one sample takes an array; ends without audio between them are one."""
+    monkeypatch.setattr(realtime_bounds, "MAX_BYTES_OF_ONE", 100 * realtime_bounds._ITEM_BYTES)
+
+    async def main() -> None:
+        socket = Socket()
+        connection = api_router.RealtimeConnection(socket, SimpleNamespace())
+        connection._is_model_validated = True
+        for _ in range(300):
+            await connection.handle_event(APPEND | {"audio": base64.b64encode(bytes(2)).decode()})
+            await connection.handle_event({"type": "input_audio_buffer.commit", "final": True})
+            await connection.handle_event({"type": "input_audio_buffer.commit", "final": True})
+        assert 90 < 300 - len(socket.errors) <= 100
+        assert connection.audio_queue.qsize() <= 200
+        await connection.cleanup()
+        assert room.num_bytes == 0
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"type": "input_audio_buffer.append"},
+        {"type": "input_audio_buffer.append", "audio": 5},
+        {"type": "input_audio_buffer.append", "audio": ["a"] * 1000},
+        {"type": "input_audio_buffer.commit", "final": {}},
+        {"type": "session.update", "model": ["a"]},
+        {"type": ["session.update"]},
+        {},
+    ],
+)
+def test_an_event_with_a_wrong_field_is_an_error_event(event: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """And no stack in the log, which one client could fill."""
+
+    async def main() -> None:
+        socket = Socket()
+        task = asyncio.create_task(api_router.realtime_endpoint(socket))
+        socket.say(event)
+        await settle()
+        assert len(socket.errors) == 1
+        socket.events.put_nowait(None)
+        await task
+
+    logging.getLogger("vllm").propagate = True
+    asyncio.run(main())
+    assert not [record for record in caplog.records if record.exc_info]

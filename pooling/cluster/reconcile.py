@@ -90,6 +90,7 @@ class Reconciler:
         """Whether enough was known to decide; before that a view would tell frontends that hosts are gone."""
         self._min_changes: dict[tuple[str, str], int] = {}  # by (host, life): older reports are of the past
         self._last: dict[str, HostReport] = {}  # of every host that was ever there
+        self._silent: frozenset[str] = frozenset()
         self._wall_clock = wall_clock
         self._seq = int((snapshot or {}).get("seq", 0))
         reason = "first of this pool" if snapshot is None else f"takes over from epoch {self.epoch - 1}"
@@ -157,11 +158,13 @@ class Reconciler:
             self._note("drain" if is_wanted else "undrain", "the operator asked for it", host=host)
             self._changed()
 
-    def host_reported(self, report: HostReport, now_s: float) -> None:
-        """A host's supervisor is there and says what the host has loaded."""
+    def host_reported(self, report: HostReport, now_s: float) -> bool:
+        """A host's supervisor is there and says what the host has loaded; returns whether that is news of the host."""
         last = self._last.get(report.host)
+        if last is not None and report.generation < last.generation:
+            return False  # its node was cut off, and another one has taken its place
         if last is not None and last.node == report.node and last.number > report.number:
-            return  # overtaken by a later one
+            return False  # overtaken by a later one
         self._last[report.host] = report
         is_others = report.controller not in ("", self.identity)
         if report.epoch > self.epoch or (report.epoch == self.epoch and is_others):
@@ -173,8 +176,9 @@ class Reconciler:
             self.host_lost(report.host, "its process ended")
             before = None
         if not report.life:
-            return
+            return True
         self.hosts[report.host] = report
+        self._silent -= {report.host}
         self._expected.discard(report.host)
         if before is not None and bool(before.overdue) != bool(report.overdue):
             self._note("host_overdue" if report.overdue else "host_in_time", report.overdue, host=report.host)
@@ -186,6 +190,7 @@ class Reconciler:
         if report.changes >= self._min_changes.get((report.host, report.life), 0):
             self._adopt(report)
             self._drop_vanished(report)
+        return True
 
     def host_lost(self, host: str, reason: str) -> None:
         """A host is gone with all that it had loaded."""
@@ -231,6 +236,7 @@ class Reconciler:
         for host, heard_s in list(self._heard_s.items()):
             if host in self.hosts and now_s - heard_s > self._host_timeout_s:
                 self.host_lost(host, f"no word for {now_s - heard_s:.1f} s")
+                self._silent |= {host}
         for peer in self.peers.expire(now_s):
             self._forget_peer(peer, "it says nothing any more")
         if not self._settled(now_s):
@@ -356,7 +362,7 @@ class Reconciler:
         models = {}
         for name, of_model in seats.items():
             version = self.models[name].version if name in self.models else -1
-            models[name] = ModelView(version, of_model, self._errors.get(name))
+            models[name] = ModelView(version, of_model, self._errors.get(name), self._silent)
         lives = {host: report.life for host, report in self.hosts.items()}
         roles = {host: self.roles[host] for host in self.roles.keys() & lives if self.roles[host] is not Role.MIXED}
         overdue = frozenset(host for host, report in self.hosts.items() if report.overdue)

@@ -88,6 +88,8 @@ class HostReport:
     """Orders carried out in this life."""
     number: int = 0
     """Grows with each report; of two reports from one node the one with the larger number holds."""
+    generation: int = 0
+    """Larger for a later actor of that name: while a node is cut off, Ray may start another one elsewhere."""
     node: str = ""
     address: str = ""
     """IP address of its node."""
@@ -159,6 +161,8 @@ class ModelView:
     """By host."""
     error: PoolError | None = None
     """Why the last attempt to load it failed; None once it is served."""
+    silent: frozenset[str] = frozenset()
+    """Hosts that were lost because nothing was heard of them: their requests are not to blame."""
 
 
 @dataclass(frozen=True, slots=True)

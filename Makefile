@@ -1,4 +1,4 @@
-# make demo | demo-files | demo-kinds | test | test-all | test-api | test-models | test-fast | test-compat | test-deploy | test-image | port | dashboards | reference | lint:
+# make demo | demo-files | demo-kinds | test | test-all | test-api | test-models | test-fast | test-compat | test-cluster | test-deploy | test-image | port | dashboards | reference | lint:
 # each creates .venv first if it is not there.
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ COMPAT_VLLM = 0.29.0
 TORCH_CPU_INDEX = https://download.pytorch.org/whl/cpu
 EXTRA := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: setup demo demo-files demo-kinds test test-all test-api test-models test-fast test-compat test-deploy test-image dashboards lint ruff types clean
+.PHONY: setup demo demo-files demo-kinds test test-all test-api test-models test-fast test-compat test-cluster test-deploy test-image dashboards lint ruff types clean
 
 setup: $(VENV)/.ready-$(EXTRA)
 
@@ -72,6 +72,18 @@ $(TOOLS)/promtool:
 	-mkdir -p $(TOOLS)/deb && cd $(TOOLS)/deb && apt-get download -qq prometheus && dpkg -x prometheus_*.deb .
 	-mv $(TOOLS)/deb/usr/bin/promtool $@
 	rm -rf $(TOOLS)/deb
+
+# A real Redis for the death of Ray's head, with the libraries that Debian's brings; what needs it says so when it is absent.
+REDIS_PACKAGES = redis-server redis-tools libjemalloc2 liblzf1 libhiredis0.14 liblua5.1-0 lua-cjson lua-bitop
+$(TOOLS)/redis-server:
+	-mkdir -p $(TOOLS)/redis && cd $(TOOLS)/redis && apt-get download -qq $(REDIS_PACKAGES) && \
+	  for package in *.deb; do dpkg -x $$package .; done && rm *.deb
+	-printf '#!/bin/sh\nLD_LIBRARY_PATH=%s exec %s/usr/bin/redis-server "$$@"\n' \
+	  "$$(dirname $$(find $(CURDIR)/$(TOOLS)/redis -name libjemalloc.so.2))" "$(CURDIR)/$(TOOLS)/redis" >$@ && chmod +x $@
+
+# Clusters: Ray nodes on this machine, and on machines of their own made of Linux namespaces, for which it must be root.
+test-cluster: setup $(TOOLS)/redis-server
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/cluster
 
 $(VENV)/.ready-deploy: $(VENV)/.ready-$(EXTRA)
 	$(PY) -m pip install -q -e ".[deploy]"

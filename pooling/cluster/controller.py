@@ -95,8 +95,8 @@ class Controller:
         """A host's supervisor reports; returns this controller's epoch and identity."""
         self._begin()
         self._seen_hosts.add(report.host)
-        self.reconciler.host_reported(report, time.monotonic())
-        if (report.host, report.actor_pid) not in self._held:
+        is_news = self.reconciler.host_reported(report, time.monotonic())
+        if is_news and (report.host, report.actor_pid) not in self._held:
             self._held.add((report.host, report.actor_pid))
             self._spawn(self._hold(report.host, report.actor_pid))
         await self._act()

@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 
 from tokenpool.cluster.host_supervisor import HostSupervisor
 from tokenpool.cluster.machine import clear_after, machine_id
+from tokenpool.cluster.pool_record import PoolStore
 from tokenpool.cluster.raylet import end_with_raylet
 from tokenpool.cluster.values import HostReport, Order, Peer
 from tokenpool.errors import HostError
@@ -46,6 +47,7 @@ class HostActor:
             node=context.get_node_id(),
             address=ray.util.get_node_ip_address(),
             template=Template() if has_template else None,
+            generation=PoolStore(context.namespace).next_generation(host),
             labels=[label for key, value in context.get_node_labels().items() for label in (key, f"{key}={value}")],
         )
         self._gone = threading.Event()

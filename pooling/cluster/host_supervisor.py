@@ -61,6 +61,7 @@ class HostSupervisor:
         address: str = "",
         template: Template | None = None,
         labels: Collection[str] = (),
+        generation: int = 0,
     ) -> None:
         """`config` holds the fields of a HostConfig; a variable that is None in `env` is kept from the host.
 
@@ -85,6 +86,7 @@ class HostSupervisor:
         self._life = ""
         self._changes = 0
         self._guard: HostGuard | None = None
+        self._generation = generation
         self._numbers = itertools.count(time.monotonic_ns())  # a later supervisor of the node begins above
         self._models: dict[str, HostedReport] = {}
         self._loads: dict[str, dict[str, Any]] = {}
@@ -181,6 +183,7 @@ class HostSupervisor:
                 controller=self.controller,
                 changes=self._changes,
                 number=next(self._numbers),
+                generation=self._generation,
                 pid=self._process.pid if self._process else 0,
                 device_memory=self.config["device_memory"],
                 host_memory=self.config.get("host_memory", 0),

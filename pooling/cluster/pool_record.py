@@ -137,6 +137,12 @@ class PoolStore:
         """Keep this for the next controller, in the place of what was kept before."""
         self._put("kept", kept)
 
+    def next_generation(self, host: str) -> int:
+        """A number larger than that of any earlier actor of this name; Ray starts one at a time."""
+        generation: int = 1 + (self._get(f"generation-{host}") or 0)
+        self._put(f"generation-{host}", generation)
+        return generation
+
     def clear(self) -> None:
         """Keep nothing for the next controller."""
         self._delete("kept")

@@ -145,11 +145,13 @@ class Reconciler(PoolState):
             self._note("drain" if is_wanted else "undrain", "the operator asked for it", host=host)
             self._changed()
 
-    def host_reported(self, report: HostReport, now_s: float) -> None:
-        """A host's supervisor is there and says what the host has loaded."""
+    def host_reported(self, report: HostReport, now_s: float) -> bool:
+        """A host's supervisor is there and says what the host has loaded; returns whether that is news of the host."""
         last = self._last.get(report.host)
+        if last is not None and report.generation < last.generation:
+            return False  # its node was cut off, and another one has taken its place
         if last is not None and last.node == report.node and last.number > report.number:
-            return  # overtaken by a later one
+            return False  # overtaken by a later one
         self._last[report.host] = report
         is_others = report.controller not in ("", self.identity)
         if report.epoch > self.epoch or (report.epoch == self.epoch and is_others):
@@ -161,8 +163,9 @@ class Reconciler(PoolState):
             self.host_lost(report.host, "its process ended")
             before = None
         if not report.life:
-            return
+            return True
         self.hosts[report.host] = report
+        self._silent -= {report.host}
         self._expected.discard(report.host)
         if before is not None and bool(before.overdue) != bool(report.overdue):
             self._note("host_overdue" if report.overdue else "host_in_time", report.overdue, host=report.host)
@@ -174,6 +177,7 @@ class Reconciler(PoolState):
         if report.changes >= self._min_changes.get((report.host, report.life), 0):
             self._adopt(report)
             self._drop_vanished(report)
+        return True
 
     def host_lost(self, host: str, reason: str) -> None:
         """A host is gone with all that it had loaded."""
@@ -221,6 +225,7 @@ class Reconciler(PoolState):
         for host, heard_s in list(self._heard_s.items()):
             if host in self.hosts and now_s - heard_s > self._host_timeout_s:
                 self.host_lost(host, f"no word for {now_s - heard_s:.1f} s")
+                self._silent |= {host}
         for peer in self.peers.expire(now_s):
             self._forget_peer(peer, "it says nothing any more")
         if not self._settled(now_s):

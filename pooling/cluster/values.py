@@ -114,6 +114,8 @@ class HostReport:
     """Orders carried out in this life."""
     number: int = 0
     """Grows with each report; of two reports from one node the one with the larger number holds."""
+    generation: int = 0
+    """Larger for a later actor of that name: while a node is cut off, Ray may start another one elsewhere."""
     node: str = ""
     address: str = ""
     """IP address of its node."""
@@ -192,6 +194,8 @@ class ModelView:
     rest: int = 0
     """Not 0 while servers are to finish what they have of it, and to hold what comes, because it is to get cold; each
     time another number."""
+    silent: frozenset[str] = frozenset()
+    """Hosts that were lost because nothing was heard of them: their requests are not to blame."""
 
 
 @dataclass(frozen=True, slots=True)

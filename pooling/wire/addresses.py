@@ -16,3 +16,5 @@ class EngineAddresses:
     """CURVE public key of the frontend's sockets, in Z85; empty = they are plain."""
     secret_key: bytes = field(default=b"", repr=False)
     """The other half, in the frontend only; engines get none."""
+    silence_s: float = 0.0
+    """Without a sign of life for so long, the frontend takes the connection for broken; 0 = it waits for ever."""

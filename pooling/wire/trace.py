@@ -12,7 +12,7 @@ _HOST_TRACK = 0
 SINCE = "tokenpool-since"
 """Trace header of a request: when it came, in wall-clock seconds. Requests without it are not looked at."""
 WAITS = "tokenpool-waits"
-"""Trace header of the last output: a list of [kind, start in wall-clock seconds, seconds, model] in JSON."""
+"""Trace header of the last output: a list of [kind, seconds from `SINCE` to its start, seconds, model] in JSON."""
 
 
 class Event(NamedTuple):

@@ -78,8 +78,14 @@ class PoolServerProcess:
     """
 
     def __init__(
-        self, pool: Mapping[str, Any], *, env: Mapping[str, str] | None = None, flags: Sequence[str] = ()
+        self,
+        pool: Mapping[str, Any],
+        *,
+        env: Mapping[str, str] | None = None,
+        flags: Sequence[str] = (),
+        enter: Sequence[str] = (),
     ) -> None:
+        """`enter` are words before the command, which become it."""
         self._folder = tempfile.TemporaryDirectory(prefix="tokenpool-test-")
         self.port = free_port()
         models = [{**model, "args": TINY_ARGS | model.get("args", {})} for model in pool["models"]]
@@ -88,7 +94,7 @@ class PoolServerProcess:
         self.api_key: str | None = pool.get("api_key")
         self.admin_key: str | None = pool.get("admin_key")
         self.process: subprocess.Popen[bytes] | None = None
-        self._flags = list(flags)
+        self._flags, self._enter = list(flags), list(enter)
         self._env = {**os.environ, **ENV, **(env or {})}
         self.pool_file = Path(self._folder.name, "pool.yaml")
         self._log_file = Path(self._folder.name, "log")
@@ -98,7 +104,7 @@ class PoolServerProcess:
         self.pool_file.write_text(yaml.safe_dump(self.pool, sort_keys=False))
         with self._log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tokenpool.cli.main", "serve", str(self.pool_file), *self._flags],
+                [*self._enter, sys.executable, "-m", "tokenpool.cli.main", "serve", str(self.pool_file), *self._flags],
                 cwd=REPOSITORY, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:

@@ -24,7 +24,8 @@ from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder, UtilityResult
 
 from tokenpool.wire.addresses import EngineAddresses
-from tokenpool.wire.continued_request import ContinuedRequest
+from tokenpool.wire.continued_request import ContinuedRequest, to_own_clock
+from tokenpool.wire.curve import secured
 
 _LIMIT_S = 30
 _ANSWERS = {
@@ -55,17 +56,20 @@ def make_request(request_id: str, *, resumable: bool = False, **params: Any) -> 
 class ToldEngine:
     """Greets at once, answers utility calls, and keeps what it is sent until the test asks for it."""
 
-    def __init__(self, base: Path) -> None:
-        self.addresses = EngineAddresses((f"ipc://{base}.in",), (f"ipc://{base}.out",))
+    def __init__(self, at: Path | EngineAddresses) -> None:
+        """Its frontend listens beside that path, or at those addresses."""
+        if isinstance(at, Path):
+            at = EngineAddresses((f"ipc://{at}.in",), (f"ipc://{at}.out",))
+        self.addresses = at
         self.calls: list[str] = []
         self.answers: dict[str, Any] = dict(_ANSWERS)
         self.on_call: Callable[[str], Any] = lambda method: None
         """Told of a utility call before it is answered."""
         self._context = zmq.asyncio.Context()
-        self._input = self._context.socket(zmq.DEALER)
+        self._input = secured(self._context, at).socket(zmq.DEALER)
         self._input.setsockopt(zmq.IDENTITY, b"\x00\x00")
         self._input.connect(self.addresses.inputs[0])
-        self._output = self._context.socket(zmq.PUSH)
+        self._output = secured(self._context, at).socket(zmq.PUSH)
         self._output.connect(self.addresses.outputs[0])
         self._encode = MsgpackEncoder().encode
         self._added: asyncio.Queue[ContinuedRequest] = asyncio.Queue()
@@ -105,7 +109,8 @@ class ToldEngine:
             kind, *frames = await self._input.recv_multipart()
             kind = EngineCoreRequestType(kind)
             if kind == EngineCoreRequestType.ADD:
-                self._added.put_nowait(decode_add(frames))
+                self._added.put_nowait(message := decode_add(frames))
+                to_own_clock(message)
             elif kind == EngineCoreRequestType.ABORT:
                 self._aborted.put_nowait(decode(frames))
             elif kind == EngineCoreRequestType.UTILITY:

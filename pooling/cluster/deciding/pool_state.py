@@ -60,6 +60,7 @@ class PoolState:
         self.version = 0
         """Grows with every change that frontends need to know."""
         self._errors: dict[str, PoolError] = {}
+        self._silent: frozenset[str] = frozenset()
         self._bars = Bars()
         self._wall_clock = wall_clock
         self._seq = int(known.get("seq", 0))
@@ -99,7 +100,7 @@ class PoolState:
             version = self.models[name].version if name in self.models else -1
             is_cold = version >= 0 and name not in seats and not self.lives.is_awake(name)
             seen, rest = seats.get(name, {}), self.lives.rest_of(name)
-            models[name] = ModelView(version, seen, self._errors.get(name), is_cold, rest)
+            models[name] = ModelView(version, seen, self._errors.get(name), is_cold, rest, self._silent)
         lives = {host: report.life for host, report in self.hosts.items()}
         roles = {host: self.roles[host] for host in self.roles.keys() & lives if self.roles[host] is not Role.MIXED}
         overdue = frozenset(host for host, report in self.hosts.items() if report.overdue)

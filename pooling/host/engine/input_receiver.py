@@ -31,7 +31,7 @@ from vllm.v1.serial_utils import MsgpackDecoder
 from tokenpool.errors import HostError
 from tokenpool.host.engine.grammar_wait import pending_grammar
 from tokenpool.wire.addresses import EngineAddresses
-from tokenpool.wire.continued_request import ContinuedRequest
+from tokenpool.wire.continued_request import ContinuedRequest, to_own_clock
 from tokenpool.wire.curve import secured
 
 _JOIN_LIMIT_S = 1.0
@@ -153,6 +153,7 @@ class InputReceiver:
         core, request_type = self._core, EngineCoreRequestType(bytes(kind.buffer))
         if request_type == EngineCoreRequestType.ADD:
             message = self._decode_add(frames)
+            to_own_clock(message)
             try:
                 request: Any = core.make_request(message)
                 if message.delivered_token_ids and (grammar := pending_grammar(request[0])) is not None:

@@ -37,7 +37,7 @@ def tell_waits(core: HostedEngineCore, model: str, trace: TraceLog) -> None:
 def waits_of(model: str, trace: TraceLog, since_s: float) -> list[tuple[str, float, float, str]]:
     """The switches to `model` and the turns of others that ended later than `since_s`, newest first, 200 at most.
 
-    Each as (kind, start, seconds, model). Looks at the newest events only, since the loop waits for it.
+    Each as (kind, start after `since_s`, seconds, model). Looks at the newest events only, since the loop waits for it.
     """
     found: list[tuple[str, float, float, str]] = []
     for event in trace.newest_first():
@@ -45,5 +45,5 @@ def waits_of(model: str, trace: TraceLog, since_s: float) -> list[tuple[str, flo
         if end_s < since_s - _DISORDER_S or len(found) == _MOST:
             break
         if end_s > since_s and (event.model == model) == (event.kind == "switch") and event.kind in ("switch", "turn"):
-            found.append((event.kind, event.start_s, event.duration_s, event.model))
+            found.append((event.kind, event.start_s - since_s, event.duration_s, event.model))
     return found

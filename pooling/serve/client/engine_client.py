@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 import zmq.asyncio
@@ -33,19 +34,12 @@ logger = logging.getLogger(__name__)
 _POLL_S, _MAX_CALLS = 0.02, 3
 
 
-class _Resources:
-    """The one thing that AsyncLLM asks of a client's resources."""
-
-    engine_dead = False
-
-
 class PoolEngineClient(AsyncMPClient):
     """What `AsyncLLM` takes as its `engine_core`; lives on one event loop.
 
         client = PoolEngineClient(vllm_config)
         await client.join("host-0", addresses)   # once the model was added on that host
         client.lost("host-0")                    # its process is gone: the requests wait, or go to other hosts
-        await client.join("host-0", addresses)   # a new process under the old name, with new addresses
 
     The utility calls are vLLM's; each goes to all hosts. Only the construction of `AsyncMPClient`, which makes one
     pair of sockets and waits for one engine, is not used.
@@ -59,7 +53,7 @@ class PoolEngineClient(AsyncMPClient):
         self.client_index = client_index
         self.engine_ranks_managed = [0]
         """vLLM counts metrics by engine; the pool shows all engines of a model as one."""
-        self.resources = _Resources()
+        self.resources = SimpleNamespace(engine_dead=False)
         self.journal: Journal[EngineLink] = Journal()
         self._suspects = suspects
         suspects.watch(self.journal)
@@ -73,9 +67,10 @@ class PoolEngineClient(AsyncMPClient):
         """Ends a request, named by its id, that cannot go on; by default as one whose engine reports an error."""
         self.on_assign: Callable[[str, str], None] = lambda request_id, host: None
         """Told which host gets a request, each time that it is sent to one."""
+        self.on_broken: Callable[[str], None] = partial(self.lost, blame=False)
+        """Told that the connection to a host broke; its requests stay there until it is `lost`."""
         self._links: dict[str, EngineLink] = {}
-        self._left: set[EngineLink] = set()
-        self._greeting: set[EngineLink] = set()
+        self._left, self._greeting = set[EngineLink](), set[EngineLink]()
         self._loras: dict[int, LoRARequest] = {}
         self._outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._moves: dict[str, asyncio.Task[bool]] = {}
@@ -83,7 +78,6 @@ class PoolEngineClient(AsyncMPClient):
         self._context = zmq.asyncio.Context()
         self._loop = asyncio.get_running_loop()
         self._knows_config = False
-        # What vLLM's code for a greeting writes to, beside the config.
         self._effective_attention_block_sizes: set[int | None] = set()
         self._kv_event_sources: dict[int, Any] = {}
         self.stats_update_address = None
@@ -108,10 +102,10 @@ class PoolEngineClient(AsyncMPClient):
         """Unfinished requests that wait for a host to join."""
         return len(self.journal.at(None))
 
-    async def join(self, host: str, addresses: EngineAddresses) -> None:
-        """Connect to the model's engine on `host`, wait for its greeting, then give it what waits.
+    async def join(self, host: str, addresses: EngineAddresses, attach: Callable[[], Any] | None = None) -> None:
+        """Listen for the model's engine on `host`, `attach` it, wait for its greeting, then give it what waits.
 
-        Raises HostError when no engine greets in time, ValueError when the host has joined already.
+        Attached, it forgets what it had before. Raises HostError if none greets, ValueError if it has joined already.
         """
         if host in self._links:
             raise ValueError(f"host {host!r} has joined already: it must leave or be lost first")
@@ -120,6 +114,9 @@ class PoolEngineClient(AsyncMPClient):
         )
         self._greeting.add(link)
         try:
+            if attach is not None:
+                await attach()
+            self.lost(host, blame=False, only_broken=True)
             await link.connect()
             if not self._knows_config:
                 self._apply_ready_response(link.greeting)
@@ -218,19 +215,25 @@ class PoolEngineClient(AsyncMPClient):
         except KeyError:  # it has ended, or the host left
             return False
 
-    def lost(self, host: str, *, blame: bool = True) -> None:
+    def lost(self, host: str, *, blame: bool = True, only_broken: bool = False) -> None:
         """`host` is gone: its requests go to the other hosts, or wait until one joins. Unknown names are ignored.
 
-        With `blame`, unless it was ended on purpose, one of its requests may be the cause: see `suspects`.
+        With `blame`, unless it was ended on purpose, one of its requests may be the cause: see `suspects`. With
+        `only_broken` just those go whose connection broke.
         """
         for link in [*self._links.values(), *self._left, *self._greeting]:
-            if link.host == host:
+            if link.host == host and (link.is_broken or not only_broken):
                 self._lost(link, blame)
 
     def _link_ended(self, link: EngineLink) -> None:
-        level = logging.WARNING if link.load else logging.INFO
-        logger.log(level, "engine ended host=%s requests=%d", link.host, link.load)
-        self._lost(link)
+        level, what = logging.WARNING if link.load else logging.INFO, "connection" if link.is_broken else "engine"
+        logger.log(level, "%s ended host=%s requests=%d", what, link.host, link.load)
+        if link.is_broken and self._links.get(link.host) is link:
+            self._left.add(self._links.pop(link.host))
+            self._note_hosts()
+            self.on_broken(link.host)
+        else:
+            self._lost(link, blame=not link.is_broken)
 
     def _lost(self, link: EngineLink, blame: bool = True) -> None:
         if self._links.get(link.host) is link:

@@ -20,16 +20,20 @@ from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest, EngineCoreReque
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.core_client import _process_utility_output
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+from zmq.utils.monitor import parse_monitor_message
 
 from tokenpool.errors import HostError
 from tokenpool.policy.routing import HostQueue, Told
 from tokenpool.wire.addresses import EngineAddresses
+from tokenpool.wire.continued_request import stamped
 from tokenpool.wire.curve import secured
 from tokenpool.wire.utility_calls import reason_of
 
 logger = logging.getLogger(__name__)
 
 _GREETING_LIMIT_S = 120.0
+_FAR_GREETING_LIMIT_S = 15.0
+"""On another machine the engine is attached by then, and does not try again to connect."""
 
 
 class CallRefusedError(GracefulHTTPError, ValueError):
@@ -68,15 +72,20 @@ class EngineLink:
         self._call_ids = itertools.count()
         self._encoder = MsgpackEncoder()
         self._engine = b""
-        self._receiver: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         context = secured(context, addresses)
-        self._clock_behind_s: float | None = None if addresses.outputs[0].startswith("ipc:") else math.inf
+        self.is_broken = False
+        """Whether its connection ended by itself: the engine may live, what was on the way is lost."""
+        self._is_remote = not addresses.outputs[0].startswith("ipc:")
+        self._clock_behind_s = math.inf
         self._input = make_zmq_socket(context, addresses.inputs[0], zmq.ROUTER, bind=True, linger=0)
         try:
             self._output = make_zmq_socket(context, addresses.outputs[0], zmq.PULL, linger=0)
         except BaseException:
             self._input.close()
             raise
+        sockets = (self._input, self._output) if self._is_remote else ()
+        self._connections = [_Connection(made.get_monitor_socket(_Connection.EVENTS)) for made in sockets]
 
     @property
     def queue(self) -> HostQueue:
@@ -90,7 +99,10 @@ class EngineLink:
     async def connect(self) -> None:
         """Wait for the engine's greeting; raises HostError, with all closed, when none comes."""
         try:
-            self._engine, self.greeting = await asyncio.wait_for(self._input.recv_multipart(), _GREETING_LIMIT_S)
+            async with asyncio.timeout(_FAR_GREETING_LIMIT_S if self._is_remote else _GREETING_LIMIT_S):
+                self._engine, self.greeting = await self._input.recv_multipart()
+                for connection in self._connections:
+                    await connection.begun()
         except BaseException as error:
             was_closed = self.closed
             self.close()
@@ -100,7 +112,7 @@ class EngineLink:
                 raise HostError(f"no engine on host {self.host!r} said it is ready") from error
             raise
         self.connected_s = time.monotonic()
-        self._receiver = asyncio.create_task(self._receive())
+        self._tasks = [asyncio.create_task(work) for work in (self._receive(), *map(self._watch, self._connections))]
 
     @property
     def closed(self) -> bool:
@@ -110,7 +122,7 @@ class EngineLink:
     def add(self, request: EngineCoreRequest) -> None:
         """Send a request."""
         request.client_index = self._client_index
-        self._send(EngineCoreRequestType.ADD, request)
+        self._send(EngineCoreRequestType.ADD, stamped(request) if self._is_remote else request)
 
     def abort(self, wire_ids: list[str]) -> None:
         """Tell the engine to drop requests."""
@@ -134,10 +146,10 @@ class EngineLink:
 
     def close(self) -> None:
         """Close the sockets; calls without an answer fail. What the engine still sends is lost."""
-        if self._receiver is not None:
-            self._receiver.cancel()
-        self._input.close()
-        self._output.close()
+        for task in self._tasks:
+            task.cancel()
+        for made in (*(connection.monitor for connection in self._connections), self._input, self._output):
+            made.close()
         calls, self._calls = self._calls, {}
         for answer in calls.values():
             if not answer.done():
@@ -157,7 +169,7 @@ class EngineLink:
                 if len(frames) == 1 and frames[0].buffer == EngineCoreProc.ENGINE_CORE_DEAD:
                     break
                 outputs: EngineCoreOutputs = decode(frames)
-                if self._clock_behind_s is not None:
+                if self._is_remote:
                     self._to_own_clock(outputs)
                 if outputs.utility_output is None:
                     self._on_outputs(self, outputs)
@@ -166,6 +178,13 @@ class EngineLink:
         except Exception:  # whatever cannot be read, this engine cannot be listened to any more
             logger.exception("cannot read what the engine on host %s sends", self.host)
         self._on_end(self)
+
+    async def _watch(self, connection: _Connection) -> None:
+        """Notice that a connection ends that leaves the machine: the engine does not begin another one by itself."""
+        await connection.ended()
+        self.is_broken = True
+        self._on_end(self)
+        self.close()
 
     def _to_own_clock(self, outputs: EngineCoreOutputs) -> None:
         """Shift times of another machine's monotonic clock, up to the shortest way that a message took."""
@@ -184,3 +203,32 @@ async def call_all(links: Collection[EngineLink], method: str, *args: Any) -> li
         if isinstance(answer, BaseException):
             raise answer
     return answers
+
+
+class _Connection:
+    """The connection of a peer with the right key to a socket that listens; others are refused, and end soon."""
+
+    EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+
+    def __init__(self, monitor: zmq.asyncio.Socket) -> None:
+        self.monitor = monitor
+        self._open: set[int] = set()
+
+    async def begun(self) -> None:
+        """Wait until the peer is there."""
+        while await self._next() != zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            pass
+
+    async def ended(self) -> None:
+        """Wait until it is gone, which ZMQ does not tell apart from the end of one that was refused."""
+        while self._open:
+            await self._next()
+
+    async def _next(self) -> int:
+        told = parse_monitor_message(await self.monitor.recv_multipart())
+        if told["event"] == zmq.EVENT_ACCEPTED:
+            self._open.add(told["value"])
+        elif told["event"] == zmq.EVENT_DISCONNECTED:
+            self._open.discard(told["value"])
+        event: int = told["event"]
+        return event

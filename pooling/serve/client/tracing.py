@@ -140,7 +140,8 @@ class RequestTracer:
         phases = {"held": (arrival_s, arrival_s + held_s)} if held_s else {}
         for name, (start_s, end_s) in (phases | _phases(state.stats, arrival_s + held_s, now_s)).items():
             self._child(span, name, max(arrival_s, start_s), min(now_s, end_s))
-        for kind, start_s, seconds, model in reversed(json.loads((output.trace_headers or {}).get(WAITS, "[]"))):
+        for kind, after_s, seconds, model in reversed(json.loads((output.trace_headers or {}).get(WAITS, "[]"))):
+            start_s = arrival_s + after_s
             self._child(span, kind, max(arrival_s, start_s), min(now_s, start_s + seconds), {"tokenpool.model": model})
         if output.finish_reason is FinishReason.ERROR:
             _set_error(span, "the engine failed the request")

@@ -14,6 +14,7 @@ import zmq
 
 from tokenpool.cluster.machine import machine_id
 from tokenpool.cluster.values import Endpoints
+from tokenpool.cluster_config import ClusterConfig
 from tokenpool.policy.capacity import Role
 from tokenpool.serve.client.engine_client import PoolEngineClient
 from tokenpool.serve.client.model_client import ModelClient
@@ -22,6 +23,8 @@ from tokenpool.serve.clustered.seat_follower import Key, SeatFollower, Tell, nam
 from tokenpool.serve.launch.model_plan import ModelPlan
 from tokenpool.wire.addresses import EngineAddresses
 
+_VIEW_S = 2.0
+"""In which a view mostly tells of a host that died."""
 _BUILDING = asyncio.Lock()
 """One app at a time, of all models: vLLM registers its metrics anew with each, and two threads must not do that."""
 
@@ -29,37 +32,37 @@ _BUILDING = asyncio.Lock()
 class EndpointMaker:
     """Makes addresses at which this frontend can listen for one engine."""
 
-    def __init__(self, folder: str, address: str, *, always_tcp: bool) -> None:
+    def __init__(self, folder: str, address: str, config: ClusterConfig) -> None:
         self._folder = folder
         self._address = address
-        self._always_tcp = always_tcp
+        self._config = config
         self._num_made = 0
-        self._kept: dict[str, list[socket.socket]] = {}  # by input address
-        self._keys: tuple[bytes, bytes] = zmq.curve_keypair()
+        self._kept: dict[str, tuple[bytes, list[socket.socket]]] = {}  # secret key and ports by input address
 
     def make(self, machine: str) -> Endpoints:
         """Unix sockets for a host on this machine, else TCP on this node's address: nobody else gets these ports.
 
         `release` must be called once they are bound, or not wanted any more.
         """
-        if machine == machine_id() and not self._always_tcp:
+        if machine == machine_id() and self._config.transport != "tcp":
             self._num_made += 1
             base = f"ipc://{os.path.join(self._folder, str(self._num_made))}"
             return Endpoints(f"{base}.in", f"{base}.out")
         kept = [self._keep_port() for _ in range(2)]
         input_address, output_address = (f"tcp://{self._address}:{sock.getsockname()[1]}" for sock in kept)
-        self._kept[input_address] = kept
-        return Endpoints(input_address, output_address, self._keys[0])
+        public, secret = zmq.curve_keypair()  # of their own: an engine that was left may try these ports once more
+        self._kept[input_address] = secret, kept
+        return Endpoints(input_address, output_address, public)
 
     def release(self, made: Endpoints) -> None:
         """Keep the ports no longer; nothing for addresses that have none."""
-        for sock in self._kept.pop(made.input, ()):
+        for sock in self._kept.pop(made.input, (b"", ()))[1]:
             sock.close()
 
     def addresses(self, made: Endpoints) -> EngineAddresses:
         """What this frontend listens with, its secret key included."""
-        secret = self._keys[1] if made.server_key else b""
-        return EngineAddresses((made.input,), (made.output,), made.server_key, secret)
+        secret = self._kept[made.input][0] if made.server_key else b""
+        return EngineAddresses((made.input,), (made.output,), made.server_key, secret, self._config.host_timeout_s)
 
     def _keep_port(self) -> socket.socket:
         """A free port that only a socket with the same option can bind, as those of ZMQ have, and nobody is given."""
@@ -102,6 +105,7 @@ class ClusterModel(SeatFollower):
         slo = self.plan.spec.slo
         route = partial(by_prefix, ttft_s=slo.ttft_s) if slo else by_prefix
         self._core = PoolEngineClient(config, route=route, client_index=self._client_index)
+        self._core.on_broken = self._join_again
 
     @property
     def hosts(self) -> Collection[str]:
@@ -129,8 +133,8 @@ class ClusterModel(SeatFollower):
         assert self._core is not None
         made = self._endpoints.make(machine)
         try:
-            await self._tell("attach", self.plan.spec.name, *key, made)
-            await self._core.join(name_of(key), self._endpoints.addresses(made))
+            attach = partial(self._tell, "attach", self.plan.spec.name, *key, made)
+            await self._core.join(name_of(key), self._endpoints.addresses(made), attach)
         finally:
             self._endpoints.release(made)
         async with _BUILDING:
@@ -145,6 +149,17 @@ class ClusterModel(SeatFollower):
         except Exception as error:
             self._fatal = self.error = error  # its client is closed: no host can help
             raise
+
+    def _join_again(self, name: str) -> None:
+        """A connection broke: begin another one. The next view may say that the host is gone, and who is to blame."""
+        host, _, life = name.rpartition("/")
+        self._rejoin((host, life))
+        asyncio.get_running_loop().call_later(_VIEW_S, self._go_elsewhere, name)
+
+    def _go_elsewhere(self, name: str) -> None:
+        """Requests of a connection that broke wait no longer for another one."""
+        if self._core is not None:
+            self._core.lost(name, blame=False, only_broken=True)
 
     async def _disconnect(self, key: Key) -> None:
         if name_of(key) in self.hosts:

@@ -168,7 +168,7 @@ def _joined(
 def ray_pool(planned: PlannedCluster, pool_file: str | None, outer: Starlette) -> Pool[RayHosts]:
     """A pool whose engines this process has sockets to; `pool_file` is followed."""
     config, session = planned.config, planned.session
-    endpoints = EndpointMaker(session.folder, session.address, always_tcp=config.cluster.transport == "tcp")
+    endpoints = EndpointMaker(session.folder, session.address, config.cluster)
 
     def follow(model: PoolModel, version: int, hosts: RayHosts) -> ClusterModel:
         index = session.first_index

@@ -58,6 +58,7 @@ class SeatFollower(ABC):
         self._overdue: frozenset[str] = frozenset()  # engines that nobody should count on now
         self._tell = tell
         self._on_change = on_change
+        self._machines: dict[Key, str] = {}
         self._joining: dict[Key, asyncio.Task[None]] = {}
         self._leaving: dict[Key, asyncio.Task[None]] = {}
 
@@ -122,7 +123,7 @@ class SeatFollower(ABC):
         seats = view.seats if view is not None else {}
         there = {(host, seat.life) for host, seat in seats.items()}
         for key in [key for key in self._joining if lives.get(key[0]) != key[1] or key not in there]:
-            self._forget(key)
+            self._forget(key, blame=view is None or key[0] not in view.silent)
         for host, seat in seats.items():
             if seat.version == self.version:
                 self._follow((host, seat.life), seat)
@@ -153,16 +154,24 @@ class SeatFollower(ABC):
     def _forget(self, key: Key, blame: bool = True) -> None:
         """A host is gone, or has a new process: its requests go elsewhere."""
         self._unreachable.pop(key, None)
+        self._machines.pop(key, None)
         if task := self._joining.pop(key, None):
             task.cancel()
         self._lose(key, blame)
 
     def _follow(self, key: Key, seat: SeatView) -> None:
         if seat.state is SeatState.SERVING and key not in self._joining:
+            self._machines[key] = seat.machine
             self._joining[key] = _spawn(self._join(key, seat.machine))
         is_to_leave = seat.state is SeatState.LEAVING or (seat.state is SeatState.REMOVING and key in self._joining)
         if is_to_leave and key not in self._leaving:
             self._leaving[key] = _spawn(self._leave(key))
+
+    def _rejoin(self, key: Key) -> None:
+        """An engine cannot be reached any more that may be there still."""
+        if key in self._joining:
+            self._joining[key] = _spawn(self._join(key, self._machines[key]))
+        self._notify()
 
     async def _join(self, key: Key, machine: str) -> None:
         name, failures = self.plan.spec.name, 0
@@ -202,6 +211,7 @@ class SeatFollower(ABC):
                 logger.info("host left model=%s host=%s life=%s", self.plan.spec.name, *key)
             await self._say("left", *key)
         finally:
+            self._machines.pop(key, None)
             del self._leaving[key]
             self._notify()
 

@@ -41,8 +41,7 @@ class ClusterEngines:
         self._followers: dict[str, FrontendModel] = {}
         self._num_attachments = 0
         settings = hosts.settings
-        always_tcp = settings.config.cluster.transport == "tcp"
-        self._endpoints = EndpointMaker(hosts.folder, settings.address, always_tcp=always_tcp)
+        self._endpoints = EndpointMaker(hosts.folder, settings.address, settings.config.cluster)
 
     def call(self) -> Call | None:
         """See Engines."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tokenpool.cluster.values import ModelView, SeatState, SeatView
+from tokenpool.cluster_config import ClusterConfig
 from tokenpool.errors import HostError
 from tokenpool.policy.capacity import Role
 
@@ -78,6 +79,39 @@ def test_a_host_that_cannot_be_joined_is_tried_until_it_can_and_that_is_told() -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(seat_follower, "RETRY_S", 0.0)
         asyncio.run(test())
+
+
+@pytest.mark.parametrize("silent", [frozenset[str](), frozenset({"h0"})])
+def test_the_requests_of_a_host_that_fell_silent_are_not_to_blame(silent: frozenset[str]) -> None:
+    """As its network may be; those of one that died are suspected."""
+    from tokenpool.serve.clustered.seat_follower import Key, SeatFollower
+
+    lost: list[tuple[Key, bool]] = []
+
+    class Model(SeatFollower):
+        hosts: Any = ("h0/x",)
+
+        async def _connect(self, key: Key, machine: str) -> None:
+            pass
+
+        async def _disconnect(self, key: Key) -> None:
+            raise AssertionError("nothing is left")
+
+        def _lose(self, key: Key, blame: bool = True) -> None:
+            lost.append((key, blame))
+
+    async def tell(method: str, *args: Any) -> None:
+        pass
+
+    async def test() -> None:
+        plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        model = Model(plan, 1, tell, lambda follower: None)
+        seats = {"h0": SeatView("x", SeatState.SERVING, 1, "address", "machine")}
+        model.apply(ModelView(1, seats), {"h0": "x"}, {})
+        model.apply(ModelView(1, {}, silent=silent), {}, {})
+
+    asyncio.run(test())
+    assert lost == [(("h0", "x"), not silent)]
 
 
 def test_what_hosts_tell_decides_where_requests_go(tmp_path: Path) -> None:
@@ -239,7 +273,7 @@ def test_ports_of_an_endpoint_are_kept_until_they_are_bound(tmp_path: Path) -> N
 
     from tokenpool.serve.clustered.cluster_model import EndpointMaker
 
-    maker = EndpointMaker(str(tmp_path), "127.0.0.1", always_tcp=True)
+    maker = EndpointMaker(str(tmp_path), "127.0.0.1", ClusterConfig())
     made = maker.make("elsewhere")
     ports = [int(address.rpartition(":")[2]) for address in made[:2]]
     for port in ports:

@@ -250,9 +250,7 @@ class PoolEngineClient(AsyncMPClient):
         for entry in stranded:
             if entry.place is not None or self.journal.get(entry.request_id) is not entry:
                 continue  # it ended together with one before
-            reason = entry.obstacle()
-            if entry.is_guilty:
-                reason = f"{entry.num_losses} engine hosts died while they had it"
+            reason = f"{entry.num_losses} engine hosts died while they had it" if entry.is_guilty else entry.obstacle()
             if reason is None:
                 self._assign(entry)
             else:
@@ -347,16 +345,13 @@ class PoolEngineClient(AsyncMPClient):
         self.fail(entry.request_id, GracefulHTTPError(message, HTTPStatus.BAD_GATEWAY))
 
     def _report_error(self, request_id: str, error: Exception) -> None:
-        output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
-        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output]))
+        outputs = [EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)]
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=outputs))
 
     # -- utility calls -------------------------------------------------------------------------------
 
     async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
-        """Call all hosts, waiting for one while there is none; returns their answers, raises the first error.
-
-        Only what is `REPEATED` is asked again of the next host when all die meanwhile, and not for ever.
-        """
+        """Call all hosts, or the next to join, which is asked again what is `REPEATED`; raises the first error."""
         for _ in range(_MAX_CALLS if method in REPEATED else 1):
             await self._joined.wait()
             self.ensure_alive()
@@ -391,8 +386,7 @@ class PoolEngineClient(AsyncMPClient):
             task.cancel()
         for link in [*self._links.values(), *self._left, *self._greeting]:
             link.close()
-        self._links.clear()
-        self._left.clear()
+        self._links, self._left = {}, set()
         self._note_hosts()
         self._outputs.put_nowait(EngineDeadError())
         # It may wait for ZMQ's own threads, for which the event loop has no time.

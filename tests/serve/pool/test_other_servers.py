@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.test_reconcile import MemoryHost, Rig
+from tests.cluster.deciding.test_reconcile import MemoryHost, Rig
 from tests.helpers.stand_ins import StandInClient, models_of, plan_of
 from tokenpool.cluster.values import Deployment, Peer
 from tokenpool.errors import ConfigError, PoolError

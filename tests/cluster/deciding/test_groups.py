@@ -8,7 +8,7 @@ from itertools import combinations
 
 import pytest
 
-from tests.cluster.test_reconcile import MemoryHost, Rig, deployment
+from tests.cluster.deciding.test_reconcile import MemoryHost, Rig, deployment
 from tokenpool.cluster.live_placement import placement_of
 from tokenpool.cluster.values import Deployment, SeatState
 from tokenpool.cluster_config import ClusterConfig

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cluster.test_reconcile import MIB, MemoryHost
+from tests.cluster.deciding.test_reconcile import MIB, MemoryHost
 from tokenpool.cluster.deciding.lives import MAX_HOST_DEATHS
 from tokenpool.cluster.live_placement import placement_of
 from tokenpool.cluster.placement import KeepReplicas

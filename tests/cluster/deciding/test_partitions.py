@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cluster.test_reconcile import MemoryHost, Rig, deployment
+from tests.cluster.deciding.test_reconcile import MemoryHost, Rig, deployment
 from tokenpool.cluster.values import HostReport, Order
 
 pytestmark = pytest.mark.cpu

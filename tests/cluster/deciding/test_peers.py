@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.test_reconcile import FRONT, MemoryHost, Rig, attached, deployment
+from tests.cluster.deciding.test_reconcile import FRONT, MemoryHost, Rig, attached, deployment
 from tokenpool.cluster.machine import clear_after
 from tokenpool.cluster.peers import Peers
 from tokenpool.cluster.pool_record import PoolRecord, differing, digests

@@ -7,6 +7,7 @@ in, on the host loop's thread: a call of it per chunk, in which no bytes are cop
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -100,6 +101,8 @@ class Fetch:
         """Take in a chunk that came, and make room for the next ones, as many as may be on their way."""
         if filled is not None:
             self._open.remove(filled)
+            if filled.arrival.stale is None:  # the model is another one, and the other host may not know yet
+                self._next = len(self._keys)
             came = self._tier.end_arrival(filled.arrival, filled.came)
             self.num_came += came
             self.num_here += came
@@ -161,15 +164,8 @@ def receive(wire: Wire, fetch: Fetch, model: str, on_loop: OnLoop) -> None:
     deadline_s = time.monotonic() + KV_LIMIT_S
     wire.set_limit(IDLE_LIMIT_S)
     wire.send(msgspec.msgpack.encode(Open(model, fetch.block_bytes, fetch.chunk_blocks)))
-    content, file = wire.receive_with_file()
-    opened = msgspec.msgpack.decode(content, type=Opened)
     with ExitStack() as stack:
-        window = None
-        if file is not None:
-            window = Window.open(file, opened.num_places, fetch.chunk_blocks * fetch.block_bytes)
-            stack.enter_context(window)
-        if window is not None and opened.num_places < fetch.window:
-            raise HostError("the other host has too little shared memory")
+        window = _window(wire, fetch, stack)
         turns = deque([on_loop(fetch.turn)])
         waiting: dict[int, Asked] = {}
         while turns or waiting:
@@ -185,6 +181,23 @@ def receive(wire: Wire, fetch: Fetch, model: str, on_loop: OnLoop) -> None:
             wire.set_limit(min(IDLE_LIMIT_S, left_s))
             if waiting:
                 turns.append(on_loop(partial(fetch.turn, _next(wire, waiting, fetch.block_bytes, window))))
+
+
+def _window(wire: Wire, fetch: Fetch, stack: ExitStack) -> Window | None:
+    """The memory in which the other host puts chunks, until the stack ends; None = they come over the connection."""
+    content, file = wire.receive_with_file()
+    try:
+        opened = msgspec.msgpack.decode(content, type=Opened)
+    except msgspec.MsgspecError:
+        if file is not None:
+            os.close(file)
+        raise
+    if file is None:
+        return None
+    window = stack.enter_context(Window.open(file, opened.num_places, fetch.chunk_blocks * fetch.block_bytes))
+    if opened.num_places < fetch.window:
+        raise HostError("the other host has too little shared memory")
+    return window
 
 
 def _next(wire: Wire, waiting: dict[int, Asked], block_bytes: int, window: Window | None) -> Asked:

@@ -20,6 +20,9 @@ CONFIG = SimpleNamespace(
     compilation_config=SimpleNamespace(static_forward_context={}),
     cache_config=SimpleNamespace(block_size=128),
     load_config=SimpleNamespace(load_format="auto"),
+    model_config=SimpleNamespace(quantization="fp8"),  # so that nothing is known of its checkpoint
+    parallel_config=SimpleNamespace(world_size=1),
+    speculative_config=None,
 )
 
 

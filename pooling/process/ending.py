@@ -7,7 +7,9 @@ import asyncio
 import faulthandler
 import logging
 import os
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -53,7 +55,8 @@ def end_after(limit_s: float, end: Callable[[int], object] = os._exit) -> thread
 
     def give_up() -> None:
         logger.critical("the shutdown hangs for more than %g s, ending without it; stacks follow", limit_s)
-        faulthandler.dump_traceback()
+        traceback.print_stack(sys._current_frames().get(threading.main_thread().ident or 0))
+        faulthandler.dump_traceback()  # of the newest hundred
         end(STATUS_OF_A_HANG)
 
     timer = threading.Timer(limit_s, give_up)

@@ -206,7 +206,7 @@ def test_the_server_that_started_the_pool_is_killed(
 ) -> None:
     """The other one's stream goes on; hosts keep their processes, build nothing and forget the dead one's requests."""
     before, pids, expected = builds(second), host_pids(second), Stream(second).rest()
-    lost, kept = Stream(starter), Stream(second)
+    kept, lost = Stream(second), Stream(starter)  # the last is at its beginning when it is cut
     kill(starter)
     assert kept.rest() == expected
     lost.join(WAIT_LIMIT_S)

@@ -25,7 +25,9 @@ from vllm.v1.request import Request, RequestStatus
 from tokenpool.host.engine.grammar_cost import PATIENCE_S, AheadGrammar
 
 _NEVER = 1 << 62
-CAN_HOLD = "drop_stale_output" in inspect.signature(Scheduler._preempt_request).parameters
+CAN_HOLD = "drop_stale_output" in inspect.signature(Scheduler._preempt_request).parameters and hasattr(
+    Scheduler, "_handle_blocked_waiting_request"
+)
 """Whether masks may be late; not in vLLM 0.29."""
 
 

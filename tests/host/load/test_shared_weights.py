@@ -65,9 +65,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each checkpoint was read."""
+    """How often each checkpoint was read, by vLLM's loader or without it."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+    from tokenpool.host.load.straight_read import StraightRead
     from tokenpool.patches import apply_all
 
     apply_all()  # it looks whether that function is vLLM's
@@ -78,7 +79,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counted[Path(model_config.model).name] += 1
         return get_all(self, model_config, model)
 
+    read = StraightRead.read
+
+    def count_straight(self: Any, *args: Any) -> None:
+        counted[next(Path(path).parent.name for path in self._calls)] += 1
+        read(self, *args)
+
     monkeypatch.setattr(DefaultModelLoader, "get_all_weights", count)
+    monkeypatch.setattr(StraightRead, "read", count_straight)
     return counted
 
 

@@ -168,3 +168,8 @@ class EngineLostError(Exception):
 
     No PoolError: whoever handles the failure of one model must let it pass.
     """
+
+
+def text_of(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing, as EOFError and TimeoutError do."""
+    return str(error) or type(error).__name__

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tokenpool.errors import HostError
+from tokenpool.errors import HostError, text_of
 from tokenpool.host.kv import request_image
 from tokenpool.host.kv.kv_fetch import Fetch, receive
 from tokenpool.host.kv.kv_saving import Saving
@@ -152,7 +152,7 @@ class KVExchange:
                 opened = msgspec.msgpack.decode(wire.receive(), type=Open)
                 self._send(wire, opened, is_near=sock.family == socket.AF_UNIX)
             except (KeyRefusedError, HostError, OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
-                logger.warning("KV is sent no further: %s", _text(error))
+                logger.warning("KV is sent no further: %s", text_of(error))
 
     def _send(self, wire: Wire, opened: Open, *, is_near: bool) -> None:
         tier = self._host.swapper.tier
@@ -213,7 +213,7 @@ class KVExchange:
                 receive(stack.enter_context(_connect(offer)), fetch, offer["model"], on_loop)
         except Exception as error:  # whatever it is, the request goes without
             failed = isinstance(error, HostError)
-            done.set_exception(error if failed else HostError(f"the other host does not send KV: {_text(error)}"))
+            done.set_exception(error if failed else HostError(f"the other host does not send KV: {text_of(error)}"))
         else:
             done.set_result(fetch.num_here)
 
@@ -239,7 +239,3 @@ def _connect(offer: Offer) -> Wire:
             problem = error
             wire.close()
     raise problem
-
-
-def _text(error: Exception) -> str:
-    return str(error) or type(error).__name__

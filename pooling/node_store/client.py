@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from tokenpool.errors import HostError
+from tokenpool.errors import HostError, text_of
 from tokenpool.memory.copies.shared_memory import SharedMemory
 from tokenpool.node_store.line import Line, Told
 from tokenpool.node_store.messages import Drop, Hold, Message, Offer, Seal, SetBudget, Show, Tick
@@ -264,7 +264,7 @@ class NodeStore:
             try:
                 self._run_once()
             except (OSError, HostError, msgspec.MsgspecError) as error:
-                self._lose(f"{str(error) or type(error).__name__}")
+                self._lose(text_of(error))
             except Exception as error:  # whatever it is, the host does without
                 logger.exception("the keeper of host copies cannot be seen to")
                 self._lose(type(error).__name__)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenpool.errors import HostError
+from tokenpool.errors import HostError, text_of
 from tokenpool.process.birth import Birth
 from tokenpool.process.forked_child import ForkedChild, adopting_orphans
 from tokenpool.process.keeper import Backoff, count_failure
@@ -293,7 +293,7 @@ class _Life:
         except (HostError, OSError) as error:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 raise _EndedError(f"it ended with status {self.process.wait(_END_S)}") from error
-            raise HostError(f"it does not fork: {str(error) or type(error).__name__}") from error
+            raise HostError(f"it does not fork: {text_of(error)}") from error
         finally:
             if child is None:
                 for pid in pids:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from tokenpool.errors import HostError
+from tokenpool.errors import HostError, text_of
 from tokenpool.wire.coding import Call, coding_for
 from tokenpool.wire.messages import Address, KeyRefusedError, Wire, connect, listen, serve
 
@@ -77,7 +77,7 @@ class ControlServer:
                 wire.ask_proof(self._key)
                 request = wire.receive()
             except (KeyRefusedError, OSError, EOFError) as error:  # whoever it is, only its own connection ends
-                logger.warning("control connection failed: %s", str(error) or type(error).__name__)
+                logger.warning("control connection failed: %s", text_of(error))
                 return
             answer = self._answer(request, methods)
             wire.set_limit(_SEND_LIMIT_S)

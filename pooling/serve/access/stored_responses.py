@@ -81,10 +81,19 @@ class ResponseShelf:
     def stored(self, owner: str, key: str, value: Any) -> None:
         """A tenant has stored something by that id; what is too much of its own goes."""
         self._count(owner, key, _size_of(value))
+        is_response = not isinstance(value, (asyncio.Task, list)) and not _is_stream(value)
+        if is_response and (owner, key) not in self._running:
+            self._drop_events(owner, key)
         if isinstance(value, asyncio.Task):
             self._running.add((owner, key))
             value.add_done_callback(lambda task: self._ended(owner, key, task))
         self._make_room(owner)
+
+    def _drop_events(self, owner: str, key: str) -> None:
+        """A new response has the id: what the one before it has sent is not of this one."""
+        for store in self.stores:
+            if _is_stream(store._items.get((owner, key))):
+                store.drop(owner, key)
 
     def _count(self, owner: str, key: str, size: int) -> None:
         sizes = self._sizes.setdefault(owner, {})
@@ -192,6 +201,8 @@ async def _stream(serving: Any, response_id: str, starting_after: int | None = N
     """The events of a response from one on, until the last one, or until who makes them has ended without it."""
     events, news = serving.event_store.get(response_id) or (deque(), asyncio.Event())
     task = serving.background_tasks.get(response_id)
+    if task is not None:  # it may end before it has begun, and its events may be none of these
+        task.add_done_callback(lambda _: news.set())
     index = 0 if starting_after is None else starting_after + 1
     while True:
         news.clear()

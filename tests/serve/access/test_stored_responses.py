@@ -148,7 +148,8 @@ class Serving:
     def begin(self, response_id: str, *, num_events: int = 3, last: str = "response.completed") -> None:
         """A background stream that has had some events; its last one comes when `ends` is set."""
         events, news = deque(SimpleNamespace(type="delta") for _ in range(num_events)), asyncio.Event()
-        self.event_store[response_id], self.response_store[response_id] = (events, news), "a response"
+        self.response_store[response_id] = "a response"
+        self.event_store[response_id] = (events, news)
 
         async def run() -> None:
             try:

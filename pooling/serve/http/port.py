@@ -17,7 +17,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.x_request_id import XRequestIdMiddleware
 
 from tokenpool.errors import ConfigError
@@ -43,9 +43,25 @@ def with_port_flags(app: ASGIApp, args: Namespace, shell: Any = None) -> ASGIApp
             scope.setdefault("app", shell)
         if args.root_path:
             scope["root_path"] = args.root_path
-        await stack(scope, receive, send)
+        await stack(scope, receive, while_there(send))
 
     return port
+
+
+def while_there(send: Send) -> Send:
+    """`send` that drops what a client that has gone would get, as uvicorn does once it knows.
+
+    Between the end of a connection and the next turn of the event loop it does not, and uvloop refuses to write.
+    """
+
+    async def to_who_is_there(message: Message) -> None:
+        try:
+            await send(message)
+        except RuntimeError as error:
+            if not str(error).endswith("the handler is closed"):
+                raise
+
+    return to_who_is_there
 
 
 def _load(name: str, app: ASGIApp) -> ASGIApp:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -11,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import uvloop
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -26,7 +28,7 @@ from tokenpool.serve.access.tenants import TenantBook
 from tokenpool.serve.gateway.endpoints import build_outer_app
 from tokenpool.serve.gateway.model_app import ModelApp
 from tokenpool.serve.gateway.router import ModelRouter
-from tokenpool.serve.http.port import drop_port_parts, with_port_flags, without_port_flags
+from tokenpool.serve.http.port import drop_port_parts, while_there, with_port_flags, without_port_flags
 from tokenpool.serve.launch.flags import parse_serve_flags
 from tokenpool.serve.launch.launch_plan import plan_model
 from tokenpool.tenant_config import TenantConfig
@@ -242,3 +244,39 @@ def test_bodies_of_errors_are_json_for_each_api():
         body = b'{"model": "' + b"x" * 2000 + b'"}'
         response = client.post(path, content=body, headers=KEY)
         assert (413, True) == (response.status_code, told in json.loads(response.content))
+
+
+def test_what_a_client_that_has_gone_would_get_is_dropped():
+    """It is nobody's error that uvloop refuses to write to a connection that has just ended; other errors are told."""
+
+    async def main() -> None:
+        loop, made = asyncio.get_running_loop(), asyncio.Event()
+        transports: list[Any] = []
+
+        class Server(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                transports.append(transport)
+                made.set()
+
+        server = await loop.create_server(Server, "127.0.0.1", 0)
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        await made.wait()
+        transports[0].abort()
+        await asyncio.sleep(0.05)
+
+        async def send(message: Any) -> None:
+            transports[0].write(message["body"])
+
+        async def fail(message: Any) -> None:
+            raise RuntimeError("another one")
+
+        body = {"type": "http.response.body", "body": b"token"}
+        with pytest.raises(RuntimeError, match="the handler is closed$"):
+            await send(body)
+        await while_there(send)(body)
+        with pytest.raises(RuntimeError, match="another one"):
+            await while_there(fail)(body)
+        writer.close()
+        server.close()
+
+    uvloop.run(main())

@@ -151,6 +151,10 @@ class ModelApp:
             return Match.FULL
         return max((route.matches(scope)[0] for route in routes), key=lambda match: match.value, default=Match.NONE)
 
+    def has_route(self, scope: Scope) -> bool:
+        """Tell whether its app may have a route for the path of a request; see `match`."""
+        return self.match(scope) is not Match.NONE
+
     def handler(self, attribute: str) -> Any:
         """Return one of the handlers that vLLM keeps in ``app.state``, or None."""
         return getattr(getattr(self.app, "state", None), attribute, None)

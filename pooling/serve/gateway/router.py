@@ -141,7 +141,7 @@ class ModelRouter:
         if dev_path in SLEEP_PATHS:
             await self._outer({**scope, SLEEP_MODEL_KEY: model.name}, app_receive, send)
             return
-        for key in {key for ending, key in _LOAD_ADAPTER.items() if path.endswith(ending)}:
+        for key in {key for ending, key in _LOAD_ADAPTER.items() if path.endswith(ending) and model.has_route(scope)}:
             choice.refuse_adapter(model, key, adapter_name(body, key))
         sequences = count_sequences(body) if account is not None else 1
         is_stream = not model.is_ready and asks_for_stream(path, body)

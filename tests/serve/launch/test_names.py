@@ -7,6 +7,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from tests.serve.gateway.test_router import post, set_vllm_state, two
 from tokenpool.config import ModelSpec
@@ -152,3 +154,12 @@ def test_a_model_without_lora_takes_no_adapters(has_lora: bool) -> None:
     answer = post(router, "/models/a/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/l"})
     assert (200 if has_lora else 400) == answer.status_code
     assert has_lora or "--enable-lora" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/models/a/v1/load_lora_adapter", "/v1/load_lora_adapter"])
+def test_where_vllm_has_no_route_for_adapters_its_app_says_so(path: str) -> None:
+    """404, as from plain vLLM without VLLM_ALLOW_RUNTIME_LORA_UPDATING, whatever the model takes."""
+    router = two()
+    router.models["a"].app = Starlette(routes=[Route("/v1/completions", lambda request: None, methods=["POST"])])
+    set_vllm_state(router.models["a"], engine_client=SimpleNamespace(vllm_config=SimpleNamespace(lora_config=None)))
+    assert 404 == post(router, path, json={"model": "a", "lora_name": "x", "lora_path": "/l"}).status_code

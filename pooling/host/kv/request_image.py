@@ -16,11 +16,13 @@ tokens, is not found, and the request is computed again. Blocks that were read a
 from __future__ import annotations
 
 import hashlib
+import inspect
 import struct
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.request import Request, RequestStatus
 
 from tokenpool.memory.kv_blocks import OfferedBlock
@@ -28,13 +30,15 @@ from tokenpool.memory.kv_tier import HostKVTier
 
 MARK = b"request image "
 """How keys begin; those of cached blocks are hashes and no text."""
+CAN_CARRY = "skip_zeroing_group_ids" in inspect.signature(KVCacheManager.allocate_slots).parameters
+"""Whether blocks that come from elsewhere can be kept from being zeroed; not in vLLM 0.29, which computes again."""
 
 
 def can_carry(core: Any) -> bool:
     """Whether requests of this engine are carried so: those of models with states, without a drafter."""
     scheduler = core.scheduler
     has_states = getattr(scheduler, "has_mamba_layers", False) and hasattr(scheduler, "_get_local_prefix_cache_hit")
-    return has_states and core.vllm_config.speculative_config is None
+    return CAN_CARRY and has_states and core.vllm_config.speculative_config is None
 
 
 def give_up(core: Any, pool: Any, tier: HostKVTier, request_id: str) -> list[bytes]:

@@ -69,7 +69,7 @@ class KVExchange:
     """
 
     def __init__(self, host: EngineHost, path: str, node_ip: str | None = None) -> None:
-        """Listen at a Unix socket, and for hosts of other machines at a free port of `node_ip`."""
+        """Listen at a Unix socket, and for other machines at a free port of `node_ip`; OSError if neither can be."""
         self._host = host
         self._access = secrets.token_bytes(32)
         self._entries: dict[str, Mapping[bytes, CachedBlock]] = {}
@@ -78,19 +78,19 @@ class KVExchange:
         self._sharing = threading.BoundedSemaphore(_MOST_MOVES)
         self._coming = threading.BoundedSemaphore(_MOST_MOVES)
         self._addresses: list[Address] = []
-        self._listen(path, needed=node_ip is None)
-        if node_ip is not None:
-            self._listen((node_ip, 0), needed=True)
+        for address in (path, (node_ip, 0) if node_ip is not None else None):
+            if address is not None:
+                self._listen(address)
+        if not self._addresses:
+            raise OSError("there is no way on which KV can go to other hosts")
         self.exported_blocks = 0
         self.imported_blocks = 0
 
-    def _listen(self, address: Address, *, needed: bool) -> None:
+    def _listen(self, address: Address) -> None:
         try:
             listening = listen(address)
-        except OSError as error:
-            if needed:
-                raise
-            logger.warning("KV goes to hosts of this machine over TCP: %s: %s", address, error)
+        except OSError as error:  # such as an address of the node that is on another machine, which passes all on
+            logger.warning("KV does not go by %s: %s", address, error)
             return
         self._addresses.append(address if isinstance(address, str) else listening.getsockname()[:2])
         with unpinned():  # threads have the cores of who starts them, and the loop has its own

@@ -82,6 +82,19 @@ def test_the_path_of_a_socket_on_another_machine_is_no_obstacle(tmp_path: Path) 
         host.end()
 
 
+def test_an_address_that_is_not_this_machines_leaves_the_unix_socket(tmp_path: Path) -> None:
+    """As that of a node whose packets another machine passes on: its own neighbours get their blocks."""
+    source = TierHost(str(tmp_path / "a"), "203.0.113.7", block_bytes=BLOCK, num_blocks=10).start()
+    target = TierHost(str(tmp_path / "b"), block_bytes=BLOCK).start()
+    offer = source.export()
+    assert offer["addresses"] == [str(tmp_path / "a")]
+    assert target.fetch(offer) == target.verify() == 10
+    with pytest.raises(OSError, match="no way"):
+        TierHost(str(tmp_path / "no folder" / "c"), "203.0.113.7")
+    source.end()
+    target.end()
+
+
 def test_what_the_source_gave_up_meanwhile_is_not_there(pair: tuple[TierHost, TierHost]) -> None:
     source, target = pair
     offer = source.export()

@@ -79,6 +79,7 @@ def _plain_source(pipe: Any, nbytes: int, is_encrypted: bool) -> None:
         pipe.send((listening.getsockname(), identity.certificate if identity is not None else None))
         while True:
             sock = listening.accept()[0]
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with identity.accept(sock, _LIMIT_S) if identity is not None else sock as end:
                 end.sendall(content[: int.from_bytes(end.recv(8), "big")])
 
@@ -94,6 +95,7 @@ def _plain_target(pipe: Any) -> None:
         start = time.perf_counter()
         content = memoryview(np.empty(nbytes, np.uint8))
         sock = socket.create_connection(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with sock if certificate is None else enter(sock, certificate, _LIMIT_S) as end:
             end.sendall(nbytes.to_bytes(8, "big"))
             filled = 0

@@ -30,7 +30,7 @@ from tokenpool.cluster.raylet import end_with_raylet
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import ClusterView, Deployment, HostReport, Order, Peer, StaleEpochError, Use
 from tokenpool.cluster_config import ClusterConfig
-from tokenpool.errors import HostError, PoolError
+from tokenpool.errors import HostError, PoolError, text_of
 from tokenpool.logs import log_to_stderr
 from tokenpool.policy.leases import Claim, Lease, LeaseBook
 from tokenpool.process.ending import within
@@ -299,8 +299,8 @@ class Controller:
         while self._ending is None:
             try:
                 await asyncio.to_thread(self._hosts.start_missing)
-            except Exception:  # such as a store that is away for a moment
-                logger.exception("hosts not started")
+            except Exception as error:  # such as Ray's head that is away
+                logger.warning("hosts not looked for: %s", text_of(error)[:200])
             await asyncio.sleep(_HOSTS_PERIOD_S)
 
     def _end_if_orphaned(self) -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -123,7 +125,7 @@ def test_the_head_dies_and_comes_back(kept: Setup, tiny_models: TinyModels) -> N
 
 
 def test_without_a_storage_the_pool_serves_on_and_says_so(forgetful: Setup, tiny_models: TinyModels) -> None:
-    """For longer than Ray lets a process live without its head; a model can be added, and a server can end."""
+    """For longer than Ray lets a process live without its head. A model can be added, a host die, and a server end."""
     ray, server = forgetful
     expected = Stream(server, PROMPT, NUM_TOKENS).rest()
     assert head(server)["up"] and head_up(server) == 1
@@ -139,6 +141,12 @@ def test_without_a_storage_the_pool_serves_on_and_says_so(forgetful: Setup, tiny
     answer = server.admin("POST", "/models", added)
     assert answer.status_code == 201, answer.text
     assert len(Stream(server, PROMPT, 20, "late").rest()) == 20
+
+    running = Stream(server, PROMPT, NUM_TOKENS)
+    poll(lambda: len(running.tokens) > 5)
+    os.kill(controller(server)["hosts"]["host-0"]["pid"], signal.SIGKILL)
+    assert running.rest() == expected
+    poll(lambda: sorted(server.state()["models"]["a"]["hosts"].values()), until=lambda seats: seats == ["serving"] * 2)
 
     poll(lambda: head(server)["away_s"], until=lambda away_s: away_s > 1.5 * RAY_ENDS_S, limit_s=3 * RAY_ENDS_S)
     hosts = controller(server)["hosts"]

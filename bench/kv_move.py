@@ -6,15 +6,17 @@
 Two processes with a host's end of a move each: the real exchange, tier of cached blocks, link and loop calls, without
 engines. The request's blocks are on the source's (CPU) device. Arms take turns, round by round, at each size:
 
-    plain   one process sends the bytes of a buffer over TCP on the loopback, the other receives them into fresh memory
-    tcp     the product's path between machines: blocks out of the slots of one tier into fresh slots of the other
-    shm     the product's path on one machine: through memory that both processes map
+    plain      one process sends the bytes of a buffer over TCP on the loopback, the other takes them into fresh memory
+    plain_tls  the same, encrypted as the product's path is
+    tls        the product's path between machines: blocks out of the slots of one tier into fresh slots of the other
+    shm        the product's path on one machine: through memory that both processes map
 
-    kv_move_ratio       seconds of plain / seconds of tcp, medians, at the largest size: from the offer until all blocks
-                        can be found at the target; shm_ratio is the same of shm
-    with_export         both once more with the copy from the device into the source's tier, which plain does not make
+    kv_move_ratio       seconds of plain_tls / seconds of tls, medians, at the largest size: from the offer until all
+                        blocks can be found at the target; tls_ratio is that of plain / tls, shm_ratio of plain / shm
+    with_export         the last two once more with the copy from the device into the source's tier, which plain does
+                        not make
     max_step_delay_ms   the longest time for which a step of either host had to wait for the move, between two steps,
-                        while blocks move over TCP and both hosts step all the time; step_delay_p99_ms likewise
+                        while blocks move over TLS and both hosts step all the time; step_delay_p99_ms likewise
     chunk_ms            what one chunk takes on the wire in that arm
 
 Sender and receiver of every arm share the cores of this machine: with two cores, and two loops that step, four threads
@@ -41,7 +43,8 @@ from bench.parts import common
 
 _MIB = 1 << 20
 _STEP_S = 0.005
-_ARMS = ("plain", "tcp", "shm")
+_LIMIT_S = 30.0
+_ARMS = ("plain", "plain_tls", "tls", "shm")
 
 
 @dataclass(slots=True)
@@ -49,6 +52,7 @@ class Result:
     """See the module; by arm, and by size in MiB where there is one."""
 
     kv_move_ratio: float
+    tls_ratio: float
     shm_ratio: float
     with_export: dict[str, float]
     max_step_delay_ms: float
@@ -63,51 +67,60 @@ class Result:
     export_s: dict[int, float] = field(default_factory=dict)
 
 
-def _plain_source(pipe: Any, nbytes: int) -> None:
+def _plain_source(pipe: Any, nbytes: int, is_encrypted: bool) -> None:
     """Send as many bytes as each connection asks for."""
     import numpy as np
 
+    from tokenpool.wire.tls import Identity
+
+    identity = Identity.new() if is_encrypted else None
     content = memoryview(np.arange(nbytes // 8, dtype=np.uint64).view(np.uint8))
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        pipe.send(listening.getsockname())
+        pipe.send((listening.getsockname(), identity.certificate if identity is not None else None))
         while True:
-            with listening.accept()[0] as sock:
-                sock.sendall(content[: int.from_bytes(sock.recv(8), "big")])
+            sock = listening.accept()[0]
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with identity.accept(sock, _LIMIT_S) if identity is not None else sock as end:
+                end.sendall(content[: int.from_bytes(end.recv(8), "big")])
 
 
 def _plain_target(pipe: Any) -> None:
     """Receive into fresh memory, and say how long it took."""
     import numpy as np
 
+    from tokenpool.wire.tls import enter
+
     while True:
-        address, nbytes = pipe.recv()
+        (address, certificate), nbytes = pipe.recv()
         start = time.perf_counter()
         content = memoryview(np.empty(nbytes, np.uint8))
-        with socket.create_connection(address) as sock:
-            sock.sendall(nbytes.to_bytes(8, "big"))
+        sock = socket.create_connection(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with sock if certificate is None else enter(sock, certificate, _LIMIT_S) as end:
+            end.sendall(nbytes.to_bytes(8, "big"))
             filled = 0
             while filled < nbytes:
-                filled += sock.recv_into(content[filled:])
+                filled += end.recv_into(content[filled:])
         pipe.send(time.perf_counter() - start)
 
 
 class Plain:
-    """The two processes of the arm `plain`."""
+    """The two processes of the arms `plain` and `plain_tls`."""
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, most_bytes: int, *, is_encrypted: bool) -> None:
         context = get_context("spawn")
         theirs, self._source = context.Pipe()
-        source = context.Process(target=_plain_source, args=(theirs, most_bytes), daemon=True)
+        source = context.Process(target=_plain_source, args=(theirs, most_bytes, is_encrypted), daemon=True)
         theirs, self._target = context.Pipe()
         target = context.Process(target=_plain_target, args=(theirs,), daemon=True)
         self._processes = [source, target]
         for process in self._processes:
             process.start()
-        self._address = self._source.recv()
+        self._where = self._source.recv()
 
     def move(self, nbytes: int) -> float:
         """Seconds."""
-        self._target.send((self._address, nbytes))
+        self._target.send((self._where, nbytes))
         return float(self._target.recv())
 
     def end(self) -> None:
@@ -158,7 +171,9 @@ class Hosts:
             host.end()
 
 
-def _sizes(folder: Path, plain: Plain, mib: int, block_kib: int, repeats: int) -> tuple[dict[str, list[float]], float]:
+def _sizes(
+    folder: Path, plain: dict[str, Plain], mib: int, block_kib: int, repeats: int
+) -> tuple[dict[str, list[float]], float]:
     """Seconds of each arm at one size, and of the export."""
     hosts = Hosts(folder / str(mib), mib, block_kib)
     seconds: dict[str, list[float]] = {arm: [] for arm in _ARMS}
@@ -166,8 +181,8 @@ def _sizes(folder: Path, plain: Plain, mib: int, block_kib: int, repeats: int) -
     try:
         for turn in range(repeats + 1):
             for arm in _ARMS:
-                export_s, took_s = (0.0, plain.move(mib * _MIB)) if arm == "plain" else hosts.move(arm)
-                if turn and arm != "plain":
+                export_s, took_s = (0.0, plain[arm].move(mib * _MIB)) if arm in plain else hosts.move(arm)
+                if turn and arm not in plain:
                     exports.append(export_s)
                 if turn:  # the first is for warmth
                     seconds[arm].append(took_s)
@@ -182,13 +197,13 @@ def _delays(folder: Path, mib: int, block_kib: int, repeats: int) -> dict[str, f
 
     hosts = Hosts(folder / "steps", mib, block_kib, _STEP_S)
     try:
-        hosts.move("tcp")
+        hosts.move("tls")
         hosts.gaps_ms()
         time.sleep(1.0)
         rest = hosts.gaps_ms()
         took_s, moving = [], []
         for _ in range(repeats):
-            took_s.append(hosts.move("tcp")[1])
+            took_s.append(hosts.move("tls")[1])
             moving += hosts.gaps_ms()
         hosts.verify()
     finally:
@@ -208,9 +223,10 @@ def run(
     os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})  # before the processes are started
     seconds: dict[str, dict[int, list[float]]] = {arm: {} for arm in _ARMS}
     export_s: dict[int, float] = {}
-    plain = Plain(max(mib) * _MIB)
+    plain = {arm: Plain(max(mib) * _MIB, is_encrypted=arm == "plain_tls") for arm in _ARMS if arm.startswith("plain")}
     with common.scratch(logs) as (folder, _, stack):
-        stack.callback(plain.end)
+        for pair in plain.values():
+            stack.callback(pair.end)
         for size in mib:
             found, export_s[size] = _sizes(folder, plain, size, block_kib, repeats)
             for arm in _ARMS:
@@ -219,12 +235,13 @@ def run(
             common.progress(f"{size} MiB: " + ", ".join(f"{arm} {ms:.2f} ms" for arm, ms in middle.items()))
         delays = _delays(folder, max(mib), block_kib, repeats)
     middle_s = {arm: {size: statistics.median(values) for size, values in seconds[arm].items()} for arm in _ARMS}
-    ratios = {arm: {size: middle_s["plain"][size] / middle_s[arm][size] for size in mib} for arm in ("tcp", "shm")}
+    ratios = {arm: {size: middle_s["plain"][size] / middle_s[arm][size] for size in mib} for arm in _ARMS[1:]}
     most = max(mib)
     return Result(
-        kv_move_ratio=ratios["tcp"][most],
+        kv_move_ratio=middle_s["plain_tls"][most] / middle_s["tls"][most],
+        tls_ratio=ratios["tls"][most],
         shm_ratio=ratios["shm"][most],
-        with_export={arm: middle_s["plain"][most] / (middle_s[arm][most] + export_s[most]) for arm in ("tcp", "shm")},
+        with_export={arm: middle_s["plain"][most] / (middle_s[arm][most] + export_s[most]) for arm in ("tls", "shm")},
         num_cores=os.cpu_count() or 1,
         ratios=ratios,
         bytes_per_s={arm: {size: size * _MIB / s for size, s in middle_s[arm].items()} for arm in _ARMS},
@@ -239,7 +256,7 @@ def main() -> None:
     parser.add_argument("--mib", type=int, nargs="+", default=[1, 16, 256], help="sizes (default: %(default)s)")
     parser.add_argument("--block-kib", type=int, default=512, help="of KV per block (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="moves per arm and size (default: %(default)s)")
-    keys = ("kv_move_ratio", "shm_ratio", "max_step_delay_ms", "chunk_ms")
+    keys = ("kv_move_ratio", "tls_ratio", "shm_ratio", "max_step_delay_ms", "chunk_ms")
     common.report("kv_move", run, parser.parse_args(), keys)
 
 

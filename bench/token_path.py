@@ -10,17 +10,31 @@ with limits (`tenants`), and with these limits kept together with other frontend
 streams have their token. Its cost is the CPU time of the event loop's thread, so that other work on the machine counts
 only where it shares caches and cores. Arms take turns, round by round; `added_*` is the difference of the percentiles.
 HTTP, which is the same everywhere, is not in it.
+
+    python -m bench.token_path --delay-ms 1
+
+measures time instead, with client and engine as two processes: on one machine over Unix sockets (`near`), and on two
+(Linux namespaces, whose cable has that delay in each direction) as a cluster's are, over TCP with CURVE (`far`). The
+engine puts out a token for each stream every 20 ms. A step's delay is the time until the last stream has its token,
+`tpot` the time between two such moments; `added_token_ms` is the difference of the delays, less what a few bytes take
+one way. The cable is a Python process (tests/helpers/network/delay.py), which wants a core too: see `ping_ms`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +44,9 @@ if not __package__:  # run as a script: only bench/ itself is on the path
 from bench.parts import common
 
 ARMS = ("plain", "pool", "tenants", "shared")
-_PROMPT = list(range(5, 25))
+PROMPT = list(range(5, 25))
 _WARM_UP_STEPS = 50
+_PERIOD_MS = 20.0
 
 
 @dataclass(slots=True)
@@ -45,14 +60,33 @@ class TokenPath:
     added_ms_p99: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class FarTokens:
+    """See the module; by arm."""
+
+    streams: int
+    steps: int
+    ping_ms: float
+    """What a few bytes take one way, without ZMQ and CURVE."""
+    added_token_ms: float
+    step_delay_ms_p50: dict[str, float]
+    step_delay_ms_p99: dict[str, float]
+    tpot_ms_p50: dict[str, float]
+    tpot_ms_p99: dict[str, float]
+
+
 class Engine:
     """The engine's end: knows the streams, and puts out one token for each when it is told to."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, input_address: str, output_address: str, key: bytes = b"") -> None:
+        """With a `key` the frontend's sockets are of CURVE."""
         import zmq
 
-        self.input, self.output = f"ipc://{folder}/{name}.in", f"ipc://{folder}/{name}.out"
-        self._context = zmq.Context()
+        from tokenpool.wire.addresses import EngineAddresses
+        from tokenpool.wire.curve import secured
+
+        self.input, self.output = input_address, output_address
+        self._context = secured(zmq.Context(), EngineAddresses((), (), key))
         self._in, self._out = self._context.socket(zmq.DEALER), self._context.socket(zmq.PUSH)
         self._in.setsockopt(zmq.IDENTITY, b"\x00\x00")
         self._in.connect(self.input)
@@ -95,7 +129,7 @@ class Arm:
     def __init__(self, name: str, folder: Path, num_streams: int) -> None:
         self.name = name
         self.step_ms: list[float] = []
-        self._engine = Engine(folder, name)
+        self._engine = Engine(f"ipc://{folder}/{name}.in", f"ipc://{folder}/{name}.out")
         self._folder = folder
         self._num_streams = num_streams
         self._got = 0
@@ -153,7 +187,7 @@ class Arm:
         if account is not None:
             CURRENT_CALL.set(account.begin({"type": "http", "method": "POST"}, "model", 100))
         params = SamplingParams(max_tokens=1500, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
-        async for _ in self.llm.generate({"prompt_token_ids": _PROMPT}, params, request_id):
+        async for _ in self.llm.generate({"prompt_token_ids": PROMPT}, params, request_id):
             self._got += 1
             if self._got == self._num_streams:
                 self._all_there.set()
@@ -194,6 +228,88 @@ def run(streams: int, steps: int, rounds: int, **_: object) -> TokenPath:
     return asyncio.run(_run(streams, steps, rounds))
 
 
+def run_far(streams: int, steps: int, rounds: int, delay_ms: float, **_: object) -> FarTokens:
+    """Measure the time that a network adds."""
+    from tests.helpers.network.machines import Machines
+
+    found: dict[str, list[tuple[float, float]]] = {"near": [], "far": []}
+    pings: list[float] = []
+    with common.scratch(None) as (folder, _, _stack), Machines(2) as machines:
+        model = next(iter(common.make_models(folder, ["llama"]).values()))
+        for turn in range(rounds):
+            pings.append(_ping(machines, delay_ms))
+            for arm in found if turn % 2 == 0 else reversed(list(found)):
+                found[arm] += _ends(arm, machines, model, (streams, steps // rounds), delay_ms)
+    delays = {arm: [1e3 * delay_s for delay_s, _ in pairs] for arm, pairs in found.items()}
+    gaps = {arm: [1e3 * gap_s for _, gap_s in pairs] for arm, pairs in found.items()}
+    middle = {arm: common.percentile(values, 50) for arm, values in delays.items()}
+    return FarTokens(
+        streams,
+        len(delays["far"]),
+        ping_ms=common.percentile(pings, 50),
+        added_token_ms=middle["far"] - middle["near"] - common.percentile(pings, 50),
+        step_delay_ms_p50=middle,
+        step_delay_ms_p99={arm: common.percentile(values, 99) for arm, values in delays.items()},
+        tpot_ms_p50={arm: common.percentile(values, 50) for arm, values in gaps.items()},
+        tpot_ms_p99={arm: common.percentile(values, 99) for arm, values in gaps.items()},
+    )
+
+
+def _ends(
+    arm: str, machines: Sequence[Any], model: Path, size: tuple[int, int], delay_ms: float
+) -> list[tuple[float, float]]:
+    """Delay of each step, and time since the one before, in seconds."""
+    first, second = machines
+    streams, steps = size
+    with contextlib.ExitStack() as stack:
+        start = partial(_start, stack)
+        where = tempfile.mkdtemp(prefix="tp-", dir=first.folder) if arm == "near" else first.address
+        listens = str(first.temporary / Path(where).name) if arm == "near" else where
+        client = start(first, "bench.far.token_ends", "client", model, streams, steps + _WARM_UP_STEPS, listens)
+        *at, key = _hear(client)
+        if arm == "far":
+            at = [f"tcp://{second.address}:{_cable(start, second, a.removeprefix('tcp://'), delay_ms)}" for a in at]
+        words = ("engine", *at, key, streams, steps + _WARM_UP_STEPS, _PERIOD_MS)
+        engine = start(first if arm == "near" else second, "bench.far.token_ends", *words)
+        put_s, last_s = _hear(engine), _hear(client)
+    pairs = list(zip(put_s, last_s, strict=True))[_WARM_UP_STEPS:]
+    return [(last - put, last - before) for (_, before), (put, last) in itertools.pairwise(pairs)]
+
+
+def _ping(machines: Sequence[Any], delay_ms: float) -> float:
+    """Milliseconds that a few bytes take one way: the delay, and what the network and its cable add by themselves."""
+    first, second = machines
+    with contextlib.ExitStack() as stack:
+        start = partial(_start, stack)
+        port = _hear(start(first, "bench.far.token_ends", "echo", first.address))
+        port = _cable(start, second, f"{first.address}:{port}", delay_ms)
+        return 1e3 * float(_hear(start(second, "bench.far.token_ends", "ping", second.address, port)))
+
+
+def _cable(start: Callable[..., subprocess.Popen[str]], machine: Any, target: str, delay_ms: float) -> str:
+    """The port of a machine that leads to a target, with the delay."""
+    wire = start(machine, "tests.helpers.network.delay", machine.address, target, delay_ms / 1e3)
+    assert wire.stdout is not None
+    return wire.stdout.readline().strip()
+
+
+def _start(stack: contextlib.ExitStack, machine: Any, module: str, *words: object) -> subprocess.Popen[str]:
+    """A Python module on a machine, until the stack ends."""
+    command = [*machine.enter, sys.executable, "-m", module, *map(str, words)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process
+
+
+def _hear(process: subprocess.Popen[str]) -> Any:
+    assert process.stdout is not None
+    line = next((line for line in process.stdout if line.startswith("= ")), None)
+    if line is None:
+        raise RuntimeError("an end of the path has ended")
+    return json.loads(line[2:])
+
+
 async def _run(streams: int, steps: int, rounds: int) -> TokenPath:
     with common.scratch(None) as (folder, _, _stack):
         model = next(iter(common.make_models(folder, ["llama"]).values()))
@@ -221,8 +337,18 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64, help="open at the same time (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="of each arm (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="in which arms take turns (default: %(default)s)")
+    parser.add_argument("--delay-ms", type=float, metavar="MS", help="between two machines, in each direction")
+    options = parser.parse_args()
+    if options.delay_ms is not None:
+        keys = [
+            "added_token_ms",
+            "ping_ms",
+            *(f"{key}_{arm}" for arm in ("near", "far") for key in ("step_delay_ms_p50", "tpot_ms_p99")),
+        ]
+        common.report("token_path_far", run_far, options, keys)
+        return
     keys = [f"{key}_{arm}" for arm in ARMS[1:] for key in ("added_ms_p50", "added_ms_p99")]
-    common.report("token_path", run, parser.parse_args(), ["step_ms_p50_plain", *keys])
+    common.report("token_path", run, options, ["step_ms_p50_plain", *keys])
 
 
 if __name__ == "__main__":

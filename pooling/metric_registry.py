@@ -209,6 +209,11 @@ _LIST = (
     ),
     Metric("tokenpool:host_restarts", "counter", "Times a dead engine host was started again."),
     Metric("tokenpool:frontend_restarts", "counter", "Times a dead one of several frontends was started again."),
+    Metric(
+        "tokenpool:cluster_head_up",
+        "gauge",
+        "Whether Ray's head answers this server: 1, or 0 after 5 s without an answer. Requests go on without it.",
+    ),
     Metric("tokenpool:decisions", "counter", "Decisions and events of a cluster's controller.", ("action",)),
 )
 METRICS = {metric.name: metric for metric in _LIST}

@@ -101,6 +101,9 @@ RAY_AUTH_TOKEN = Variable("RAY_AUTH_TOKEN", str, "`serve --cluster`",
     "Ray's own: the token of the cluster", is_secret=True)  # fmt: skip
 RAY_AUTH_TOKEN_PATH = Variable("RAY_AUTH_TOKEN_PATH", str, "`serve --cluster`",
     "Ray's own: the file that holds the token", is_secret=True)  # fmt: skip
+RAY_RECONNECT = Variable("RAY_gcs_rpc_server_reconnect_timeout_s", str, "`serve --cluster`",
+    "Ray's own: seconds for which a process of Ray goes on while Ray's head is away. A server takes a week where it is "
+    "not set; nodes that are started without it take Ray's 60 ([failure.md](failure.md#rays-head))")  # fmt: skip
 NO_COLOR = Variable("NO_COLOR", str, "`top`", "turns colours off")
 CONTROL_KEY = Variable("TOKENPOOL_CONTROL_KEY", bytes.fromhex, "engine hosts",
     "set by the server; setting it does nothing")  # fmt: skip

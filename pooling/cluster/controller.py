@@ -24,15 +24,16 @@ import ray
 
 from tokenpool.cluster.host_actors import HostActors
 from tokenpool.cluster.live_placement import placement_of
-from tokenpool.cluster.pool_record import Kept, PoolStanding, PoolStore
-from tokenpool.cluster.private_state import read_private, write_private
+from tokenpool.cluster.pool_record import Kept, KeptWriter, PoolStanding, PoolStore
+from tokenpool.cluster.private_state import read_snapshot, write_private
 from tokenpool.cluster.raylet import end_with_raylet
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import ClusterView, Deployment, HostReport, Order, Peer, StaleEpochError, Use
 from tokenpool.cluster_config import ClusterConfig
-from tokenpool.errors import HostError, PoolError
+from tokenpool.errors import HostError, PoolError, text_of
 from tokenpool.logs import log_to_stderr
 from tokenpool.policy.leases import Claim, Lease, LeaseBook
+from tokenpool.process.ending import within
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ _HOSTS_PERIOD_S = 5.0
 _HOST_END_S = 6.0
 _NUM_LOST = 100
 """Servers that are gone whose leavings are looked for at the end."""
+_KEEP_LIMIT_S = 2.0
+"""How long a change waits until the next controller would know of it; while Ray's head is away it does not."""
 _LAST_WORD_S = 0.5
 """For the answer that the pool has ended to reach who asked for that."""
 
@@ -68,7 +71,7 @@ class Controller:
             host_timeout_s=self._config.host_timeout_s,
             server_timeout_s=self._config.frontend_timeout_s,
             now_s=time.monotonic(),
-            snapshot=_read(self._path) if context.was_current_actor_reconstructed else None,
+            snapshot=read_snapshot(self._path) if context.was_current_actor_reconstructed else None,
             num_hosts=self._hosts.num_wanted(),
             models=kept.models if kept else record.models,
             servers=kept.servers if kept else (),
@@ -78,6 +81,7 @@ class Controller:
         )
         self._saved: dict[str, Any] | None = None
         self._kept: tuple[Any, ...] = ()
+        self._writer = KeptWriter(self._store.write)
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: set[tuple[str, int]] = set()
         self._seen_hosts: set[str] = set()
@@ -157,7 +161,7 @@ class Controller:
     async def deploy(self, server: str, deployment: Deployment) -> int:
         """See Reconciler.deploy."""
         version = self.reconciler.deploy(deployment)
-        await self._act()
+        await self._act_and_keep()
         return version
 
     async def all_joined(self, server: str, model: str) -> bool:
@@ -172,7 +176,7 @@ class Controller:
     async def retire(self, server: str, name: str, drain_s: float) -> bool:
         """See Reconciler.retire."""
         is_there = self.reconciler.retire(name, drain_s, time.monotonic())
-        await self._act()
+        await self._act_and_keep()
         return is_there
 
     async def drained(self, server: str, name: str) -> None:
@@ -183,7 +187,7 @@ class Controller:
     async def withdraw(self, server: str, name: str) -> None:
         """See Reconciler.withdraw."""
         self.reconciler.withdraw(name)
-        await self._act()
+        await self._act_and_keep()
 
     async def joined(self, server: str, model: str, host: str, life: str) -> None:
         """See Seats.joined."""
@@ -198,6 +202,7 @@ class Controller:
         """The server that follows the pool file has carried out what these entries ask for."""
         self._file_models = file_models
         self._keep()
+        await self._writer.written(_KEEP_LIMIT_S)
 
     async def watch(self, server: str, epoch: int, version: int) -> ClusterView | None:
         """Return the view once it is not the one that the caller has, at once if it has to join: then None.
@@ -265,9 +270,10 @@ class Controller:
         self._is_stopping = True
         servers = [*self._lost, *self.reconciler.gone, *self.reconciler.peers]
         await self._hosts.end(_HOST_END_S, set(self._seen_hosts), servers)
-        self._store.clear()
-        self._store.drop_record(self._record.identity)
         self._path.unlink(missing_ok=True)
+        await self._writer.stop(_KEEP_LIMIT_S)
+        for forget in (self._store.clear, lambda: self._store.drop_record(self._record.identity)):
+            await within(_KEEP_LIMIT_S, "forgetting what the next controller needs", asyncio.to_thread(forget))
 
     # -- the loop ----------------------------------------------------------------------------------------
 
@@ -293,8 +299,8 @@ class Controller:
         while self._ending is None:
             try:
                 await asyncio.to_thread(self._hosts.start_missing)
-            except Exception:  # such as a store that is away for a moment
-                logger.exception("hosts not started")
+            except Exception as error:  # such as Ray's head that is away
+                logger.warning("hosts not looked for: %s", text_of(error)[:200])
             await asyncio.sleep(_HOSTS_PERIOD_S)
 
     def _end_if_orphaned(self) -> None:
@@ -321,12 +327,17 @@ class Controller:
             async with self._changed:
                 self._changed.notify_all()
 
+    async def _act_and_keep(self) -> None:
+        """As `_act`; what has changed is known to the next controller, too, unless Ray's head is away."""
+        await self._act()
+        await self._writer.written(_KEEP_LIMIT_S)
+
     def _keep(self) -> None:
-        """Let the next controller know what hosts cannot tell it."""
+        """Let the next controller know what hosts cannot tell it, as soon as Ray's head takes it."""
         models, servers = self.reconciler.models, list(self.reconciler.peers.all)
         stamp = (models.revision, set(models.retiring), self._file_models, servers)
         if stamp != self._kept and not self._is_stopping:
-            self._store.write(Kept(models.kept, self._file_models, servers))
+            self._writer.put(Kept(models.kept, self._file_models, servers))
             self._kept = stamp
 
     async def _send(self, order: Order) -> None:
@@ -376,17 +387,6 @@ def snapshot_path(config: ClusterConfig, cluster: str) -> Path:
     """Where the controller of a pool keeps its snapshot; a machine may have pools of one name in several clusters."""
     folder = Path(config.state_dir or tempfile.gettempdir(), f"tokenpool-state-{os.getuid()}")
     return folder / f"{config.name}-{cluster.replace(':', '-')}.json"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        snapshot = json.loads(read_private(path))
-        return snapshot if isinstance(snapshot, dict) else {}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:  # the hosts are asked instead
-        logger.warning("snapshot not read path=%s: %s", path, error)
-        return {}
 
 
 def _cause(error: Exception) -> Exception:

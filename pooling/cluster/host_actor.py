@@ -34,10 +34,16 @@ class HostActor:
         period_s: float,
         env: Mapping[str, str | None],
         has_template: bool,
+        has_network: bool,
     ) -> None:
-        """With `has_template` a template is kept beside the host; it is this actor's own."""
+        """With `has_template` a template is kept beside the host; it is this actor's own.
+
+        With `has_network` the host listens at this node's address for hosts of other machines.
+        """
         log_to_stderr()
-        context = ray.get_runtime_context()
+        context, address = ray.get_runtime_context(), ray.util.get_node_ip_address()
+        if has_network:
+            config = {**config, "node_ip": address}
         self._supervisor = HostSupervisor(
             host,
             config,
@@ -45,7 +51,7 @@ class HostActor:
             period_s=period_s,
             env=env,
             node=context.get_node_id(),
-            address=ray.util.get_node_ip_address(),
+            address=address,
             template=Template() if has_template else None,
             generation=PoolStore(context.namespace).next_generation(host),
             labels=[label for key, value in context.get_node_labels().items() for label in (key, f"{key}={value}")],

@@ -64,7 +64,7 @@ class HostActors:
             "scheduling_strategy": "SPREAD",
         }
         given = (name, record.host_config, controller, record.config.reconcile_period_s, record.host_env)
-        return ray.remote(HostActor).options(**options).remote(*given, record.host_template)
+        return ray.remote(HostActor).options(**options).remote(*given, record.host_template, record.has_network)
 
     async def handle(self, host: str) -> ActorHandle:
         """The actor of a host; raises ValueError if there is none."""

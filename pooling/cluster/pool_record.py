@@ -7,10 +7,12 @@ no key in them: of settings that servers must agree on there are digests.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,10 +22,13 @@ from tokenpool.config import PoolConfig
 from tokenpool.errors import PoolError
 from tokenpool.sections import key_of
 
+logger = logging.getLogger(__name__)
+
 CONTROLLER = "controller"
 """Name of the controller's actor in the pool's namespace."""
 _OWN = ("models", "host", "port", "frontends", "shutdown_timeout_s")
 """Settings in which the servers of one pool may differ."""
+_RETRY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,8 @@ class PoolRecord:
     """Models that are loaded at a time; None = all."""
     file_models: bytes = field(default=b"", repr=False)
     """The pickled entries of the pool file that the models come from; only servers open it."""
+    has_network: bool = True
+    """Whether hosts may be on several machines, and hand KV to each other over the network."""
 
 
 class PoolStanding(NamedTuple):
@@ -147,6 +154,12 @@ class PoolStore:
         """Keep nothing for the next controller."""
         self._delete("kept")
 
+    def look(self, limit_s: float) -> None:
+        """Return when Ray's head answers; raises what Ray raises if it does not within `limit_s`."""
+        from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+        internal_kv_get_gcs_client().internal_kv_exists(self._key("kept"), self._NAMESPACE, timeout=limit_s)
+
     def _get(self, name: str) -> Any:
         from ray.experimental.internal_kv import _internal_kv_get
 
@@ -165,3 +178,57 @@ class PoolStore:
 
     def _key(self, name: str) -> bytes:
         return f"{self._pool}/{name}".encode()
+
+
+class KeptWriter:
+    """Writes what is kept beside the event loop: Ray's head may be away, and then a write takes a minute, or for ever.
+
+    Only the newest value is written, again until it is. Made anywhere, used on one event loop.
+    """
+
+    def __init__(self, write: Callable[[Kept], None], *, retry_s: float = _RETRY_S) -> None:
+        """`write` is called on a thread, one call at a time."""
+        self._write, self._retry_s = write, retry_s
+        self._newest: Kept | None = None
+        self._num_put = self._num_written = 0
+        self._is_late = self._is_stopping = False
+        self._written = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def put(self, value: Kept) -> None:
+        """Let this be what is kept; returns at once."""
+        self._newest, self._num_put = value, self._num_put + 1
+        self._written.clear()
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def written(self, limit_s: float) -> bool:
+        """Wait until what was put is kept; returns whether it is. Once one has waited in vain, nobody waits."""
+        if not self._is_late and self._num_written < self._num_put:
+            try:
+                async with asyncio.timeout(limit_s):
+                    await self._written.wait()
+            except TimeoutError:
+                self._is_late = True
+                logger.warning("Ray does not take what the next controller needs; it is written once it does")
+        return self._num_written == self._num_put
+
+    async def stop(self, limit_s: float) -> None:
+        """Write nothing more; returns once no write is under way, or after `limit_s`."""
+        self._is_stopping = True
+        if self._task is not None:
+            await asyncio.wait({self._task}, timeout=limit_s)
+
+    async def _run(self) -> None:
+        while self._num_written < self._num_put and not self._is_stopping:
+            number, value = self._num_put, self._newest
+            assert value is not None
+            try:
+                await asyncio.to_thread(self._write, value)
+            except Exception as error:  # Ray raises many kinds
+                logger.debug("not kept: %s", error)
+                await asyncio.sleep(self._retry_s)
+            else:
+                self._num_written = number
+        self._is_late, self._task = False, None
+        self._written.set()

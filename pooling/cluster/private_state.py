@@ -7,12 +7,17 @@ refused, and files are opened from the open folder, without following links.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_BYTES = 16 << 20
@@ -28,6 +33,18 @@ def read_private(path: Path) -> bytes:
         file = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         with open(file, "rb") as content:
             return content.read(_MAX_BYTES)
+
+
+def read_snapshot(path: Path) -> dict[str, Any]:
+    """What a controller has written there; empty if that cannot be read, for hosts know it too."""
+    try:
+        snapshot = json.loads(read_private(path))
+        return snapshot if isinstance(snapshot, dict) else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("snapshot not read path=%s: %s", path, error)
+        return {}
 
 
 def write_private(path: Path, content: bytes) -> None:

@@ -32,6 +32,8 @@ _FIND_LIMIT_S = 90.0
 """For a pool of that name that ends, or is being started or restarted."""
 _ANSWER_LIMIT_S = 10.0
 _RETRY_S = 0.2
+_WITHOUT_HEAD_S = str(7 * 24 * 3600)
+"""How long this process, and a Ray that it starts, go on while Ray's head is away; Ray would end them after 60 s."""
 _END_MARGIN_S = 20.0
 
 
@@ -50,6 +52,7 @@ def prepare(address: str) -> None:
             key="--cluster",
         )
     settings.RAY_AUTH_MODE.set_default("token")
+    settings.RAY_RECONNECT.set_default(_WITHOUT_HEAD_S)
     if address == "local" and settings.RAY_AUTH_MODE.get() == "token":
         settings.RAY_AUTH_TOKEN.set_default(secrets.token_hex(32))
     try:
@@ -97,6 +100,7 @@ class Session:
         self._namespace = namespace_of(config)
         self._controller: Any = None
         self._hosts: dict[str, Any] = {}
+        self._finding: dict[str, asyncio.Future[Any]] = {}
         self._has_left = False
         self.owns_ray = owns_ray
         self.name = secrets.token_hex(6)
@@ -163,15 +167,27 @@ class Session:
             return await getattr(self._controller, method).remote(*args)
         except self._ray.exceptions.ActorDiedError:  # somebody else may have started the pool anew
             with contextlib.suppress(ValueError):
-                self._controller = await asyncio.to_thread(self._ray.get_actor, CONTROLLER, self._namespace)
+                self._controller = await self._find_actor(CONTROLLER)
             raise
 
     async def host(self, name: str) -> Any:
         """A host's actor; raises ValueError if there is none."""
         self._refuse_if_left()
         if name not in self._hosts:
-            self._hosts[name] = await asyncio.to_thread(self._ray.get_actor, name, self._namespace)
+            self._hosts[name] = await self._find_actor(name)
         return self._hosts[name]
+
+    async def _find_actor(self, name: str) -> Any:
+        """An actor of the pool; raises ValueError if there is none. However many ask for it, one thread waits."""
+        if (finding := self._finding.get(name)) is None:
+            finding = asyncio.ensure_future(asyncio.to_thread(self._ray.get_actor, name, self._namespace))
+            self._finding[name] = finding
+            finding.add_done_callback(lambda done: (self._finding.pop(name), done.cancelled() or done.exception()))
+        return await asyncio.shield(finding)
+
+    def look_at_head(self, limit_s: float) -> None:
+        """Return when Ray's head answers; raises what Ray raises if it does not in time. Blocks, for any thread."""
+        PoolStore(self._namespace).look(limit_s)
 
     def peer(self, num_frontends: int) -> Peer:
         """This server, as the controller is told of it."""

@@ -8,8 +8,9 @@ host's tier under the same hashes, vLLM's prefix cache finds them, and only the 
              ◄── where, which ────────
              ── import_kv(offer) ────► engine on the target host ── kv/kv_fetch.py ──► source host, kv/kv_supply.py
 
-On one machine the bytes go through memory that both hosts map, between machines over TCP, straight from the source's
-slots into the target's. What both say to each other is in wire/kv_frames.py.
+On one machine the bytes go through memory that both hosts map, between machines over TLS, straight from the source's
+slots into the target's. What both say to each other is in wire/kv_frames.py. The source's certificate is in the offer,
+and the proof of knowing the offer is inside: so each end knows that the other one belongs to the pool.
 
 Models whose layers keep a state hand over all blocks of a request instead, and the request ends at its source with that
 (kv/request_image.py): `given_up` says so.
@@ -24,6 +25,7 @@ import logging
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -39,8 +41,9 @@ from tokenpool.host.kv.kv_saving import Saving
 from tokenpool.host.kv.kv_supply import Sender
 from tokenpool.memory.kv_blocks import CachedBlock
 from tokenpool.process.affinity import unpinned
-from tokenpool.wire.kv_frames import IDLE_LIMIT_S, KV_LIMIT_S, Open, blocks_in_chunk
+from tokenpool.wire.kv_frames import IDLE_LIMIT_S, KV_LIMIT_S, MESSAGE_BYTES, Open, blocks_in_chunk
 from tokenpool.wire.messages import Address, KeyRefusedError, Wire, connect, listen, serve
+from tokenpool.wire.tls import Identity
 
 if TYPE_CHECKING:
     from tokenpool.host.engine_host import EngineHost
@@ -50,39 +53,44 @@ logger = logging.getLogger(__name__)
 
 _MOST_MOVES = 4
 """Requests whose blocks come here at a time, and go from here through shared memory; each has 16 MiB of either."""
+_MOST_ENTERING = 32
+"""Connections of which nobody knows yet whose they are; more are ended at once."""
 
 Offer = dict[str, Any]
-"""`addresses`, the nearest first, and `access` of the exchange that has the blocks, `model`, their `keys` in order,
-`block_bytes`, and whether the request was `given_up`: it has to be sent on whatever becomes of the blocks."""
+"""`addresses`, the nearest first, `access` and `certificate` of the exchange that has the blocks, `model`, their `keys`
+in order, `block_bytes`, and whether the request was `given_up`: it has to be sent on whatever becomes of the blocks."""
 
 
 class KVExchange:
     """One host's end; all methods belong to the loop's thread, what goes on beside it is in threads of their own.
 
-    Who has the `access` of an offer can read cached blocks of this host's models: it goes to frontends and to hosts.
+    Who has the `access` of an offer can read cached blocks of this host's models: it goes to frontends and to hosts, on
+    ways that are this user's alone or encrypted.
     """
 
     def __init__(self, host: EngineHost, path: str, node_ip: str | None = None) -> None:
-        """Listen at a Unix socket, and for hosts of other machines at a free port of `node_ip`."""
+        """Listen at a Unix socket, and for other machines at a free port of `node_ip`; OSError if neither can be."""
         self._host = host
         self._access = secrets.token_bytes(32)
         self._entries: dict[str, Mapping[bytes, CachedBlock]] = {}
+        self._identity = Identity.new() if node_ip is not None else None
+        self._entering = threading.BoundedSemaphore(_MOST_ENTERING)
         self._sharing = threading.BoundedSemaphore(_MOST_MOVES)
         self._coming = threading.BoundedSemaphore(_MOST_MOVES)
         self._addresses: list[Address] = []
-        self._listen(path, needed=node_ip is None)
-        if node_ip is not None:
-            self._listen((node_ip, 0), needed=True)
+        for address in (path, (node_ip, 0) if node_ip is not None else None):
+            if address is not None:
+                self._listen(address)
+        if not self._addresses:
+            raise OSError("there is no way on which KV can go to other hosts")
         self.exported_blocks = 0
         self.imported_blocks = 0
 
-    def _listen(self, address: Address, *, needed: bool) -> None:
+    def _listen(self, address: Address) -> None:
         try:
             listening = listen(address)
-        except OSError as error:
-            if needed:
-                raise
-            logger.warning("KV goes to hosts of this machine over TCP: %s: %s", address, error)
+        except OSError as error:  # such as an address of the node that is on another machine, which passes all on
+            logger.warning("KV does not go by %s: %s", address, error)
             return
         self._addresses.append(address if isinstance(address, str) else listening.getsockname()[:2])
         with unpinned():  # threads have the cores of who starts them, and the loop has its own
@@ -138,6 +146,7 @@ class KVExchange:
         return {
             "addresses": self._addresses,
             "access": self._access,
+            "certificate": self._identity.certificate if self._identity is not None else b"",
             "model": hosted.name,
             "keys": keys,
             "given_up": given_up,
@@ -146,13 +155,35 @@ class KVExchange:
 
     def _serve(self, sock: socket.socket) -> None:
         """Send to one target; on a thread of its own."""
-        with Wire(sock, IDLE_LIMIT_S) as wire:
-            try:
-                wire.ask_proof(self._access)
-                opened = msgspec.msgpack.decode(wire.receive(), type=Open)
-                self._send(wire, opened, is_near=sock.family == socket.AF_UNIX)
-            except (KeyRefusedError, HostError, OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
-                logger.warning("KV is sent no further: %s", text_of(error))
+        is_near = sock.family == socket.AF_UNIX
+        try:
+            with self._entered(sock, is_near=is_near) as wire:
+                opened = msgspec.msgpack.decode(wire.receive(MESSAGE_BYTES), type=Open)
+                self._send(wire, opened, is_near=is_near)
+        except (KeyRefusedError, HostError, OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
+            logger.warning("KV is sent no further: %s", text_of(error))
+
+    def _entered(self, sock: socket.socket, *, is_near: bool) -> Wire:
+        """A connection of one that knows an offer; raises as `Wire` does, with the connection closed."""
+        if is_near:  # of this user
+            return self._proved(Wire(sock, IDLE_LIMIT_S))
+        if self._identity is None or not self._entering.acquire(blocking=False):
+            sock.close()
+            raise HostError("too many peers have not proved yet that they belong to the pool")
+        try:
+            deadline_s = time.monotonic() + IDLE_LIMIT_S
+            sock = self._identity.accept(sock, IDLE_LIMIT_S)
+            return self._proved(Wire(sock, deadline_s - time.monotonic()))
+        finally:
+            self._entering.release()
+
+    def _proved(self, wire: Wire) -> Wire:
+        try:
+            wire.ask_proof(self._access)
+        except BaseException:
+            wire.close()
+            raise
+        return wire
 
     def _send(self, wire: Wire, opened: Open, *, is_near: bool) -> None:
         tier = self._host.swapper.tier
@@ -228,7 +259,10 @@ def _connect(offer: Offer) -> Wire:
     problem: Exception = HostError("the other host listens nowhere")
     for address in offer["addresses"]:
         try:
-            wire = connect(address if isinstance(address, str) else tuple(address), IDLE_LIMIT_S)
+            if isinstance(address, str):
+                wire = connect(address, IDLE_LIMIT_S)
+            else:
+                wire = connect(tuple(address), IDLE_LIMIT_S, offer["certificate"])
         except OSError as error:  # such as the path of a socket on another machine
             problem = error
             continue

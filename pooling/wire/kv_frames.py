@@ -24,6 +24,8 @@ IDLE_LIMIT_S = 10.0
 """Without a byte the other side counts as gone."""
 CHUNK_BYTES = 4 << 20
 """Bytes that are asked for at a time; a block larger than this goes alone."""
+MESSAGE_BYTES = 4 << 20
+"""The largest message, the bytes of blocks aside: names of the blocks of one chunk."""
 _WINDOW = 4
 
 

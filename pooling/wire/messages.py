@@ -18,9 +18,12 @@ import os
 import secrets
 import select
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
+
+from tokenpool.wire.tls import enter
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ class KeyRefusedError(Exception):
 
 
 class Wire:
-    """One connected socket; for one thread. All methods raise TimeoutError at the limit, OSError and EOFError else."""
+    """One connected socket, plain or of TLS; for one thread. All raise TimeoutError at the limit, OSError, EOFError."""
 
     def __init__(self, sock: socket.socket, limit_s: float) -> None:
         self._sock = sock
@@ -55,9 +58,9 @@ class Wire:
         """Send one message."""
         self.send_with_file(message, None)
 
-    def receive(self) -> bytes:
-        """The next message."""
-        return self._receive_raw(int.from_bytes(self._receive_raw(_HEADER_BYTES), "big"))
+    def receive(self, most_bytes: int | None = None) -> bytes:
+        """The next message; OSError for one of more than `most_bytes`."""
+        return self._receive_raw(_size_of(self._receive_raw(_HEADER_BYTES), most_bytes))
 
     def send_with_file(self, message: bytes, file: int | None) -> None:
         """Send one message and, on a Unix socket, a descriptor that the other side gets a copy of."""
@@ -66,17 +69,17 @@ class Wire:
         sent = socket.send_fds(self._sock, [header], [file]) if file is not None else 0
         self._send_raw(header[sent:] + message)
 
-    def receive_with_file(self) -> tuple[bytes, int | None]:
-        """The next message, and the descriptor that came with it, which is the caller's to close."""
+    def receive_with_file(self, most_bytes: int | None = None) -> tuple[bytes, int | None]:
+        """As `receive`, and the descriptor that came with it, which is the caller's to close."""
         if self._sock.family != socket.AF_UNIX:
-            return self.receive(), None
+            return self.receive(most_bytes), None
         self._limit_socket()
         header, files, *_ = socket.recv_fds(self._sock, _HEADER_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         try:
             if not header:
                 raise EOFError("it ended")
             header += self._receive_raw(_HEADER_BYTES - len(header))
-            return self._receive_raw(int.from_bytes(header, "big")), files[0] if files else None
+            return self._receive_raw(_size_of(header, most_bytes)), files[0] if files else None
         except BaseException:
             for file in files:
                 os.close(file)
@@ -92,8 +95,11 @@ class Wire:
         while done < nbytes:
             if not poller.poll(1000 * max(0.001, self._deadline_s - time.monotonic())):
                 raise TimeoutError
-            self._limit_socket()
-            done += self._sock.sendmsg(views_from(done))
+            if isinstance(self._sock, ssl.SSLSocket):
+                done += _send_now(self._sock, views_from(done))
+            else:
+                self._limit_socket()
+                done += self._sock.sendmsg(views_from(done))
 
     def receive_into(self, view: memoryview) -> None:
         """Fill a view with the raw bytes that come next."""
@@ -137,8 +143,10 @@ class Wire:
         self.close()
 
     def _send_raw(self, content: bytes) -> None:
-        self._limit_socket()
-        self._sock.sendall(content)
+        view = memoryview(content)
+        while view:  # `sendall` of a TLS socket would take the limit for each part
+            self._limit_socket()
+            view = view[self._sock.send(view) :]
 
     def _receive_raw(self, count: int) -> bytes:
         content = bytearray(count)
@@ -148,6 +156,28 @@ class Wire:
     def _limit_socket(self) -> None:
         # Not 0 when the limit is over: what has come already is still taken, as after a stop of this process.
         self._sock.settimeout(max(0.001, self._deadline_s - time.monotonic()))
+
+
+def _send_now(sock: ssl.SSLSocket, views: Sequence[memoryview]) -> int:
+    """Send of these bytes what the kernel takes without waiting; TLS takes a few kilobytes at a time."""
+    sock.settimeout(0)
+    sent = 0
+    try:
+        for view in views:
+            done = 0
+            while done < len(view):
+                count = sock.send(view[done:])
+                sent, done = sent + count, done + count
+    except (ssl.SSLWantWriteError, BlockingIOError):
+        pass  # a part may be in the making: it is sent first when the rest is, with the bytes that it has now
+    return sent
+
+
+def _size_of(header: bytes, most_bytes: int | None) -> int:
+    size = int.from_bytes(header, "big")
+    if most_bytes is not None and size > most_bytes:
+        raise OSError(f"a message of {size} bytes, where {most_bytes} are allowed")
+    return size
 
 
 def listen(address: Address) -> socket.socket:
@@ -185,8 +215,8 @@ def _accept(listening: socket.socket, serve_one: Callable[[socket.socket], None]
             sock.close()
 
 
-def connect(address: Address, limit_s: float) -> Wire:
-    """Connect to who listens there, and do all that follows within `limit_s`."""
+def connect(address: Address, limit_s: float, certificate: bytes | None = None) -> Wire:
+    """Connect to who listens there, by TLS if it has a `certificate`, and do all that follows within `limit_s`."""
     deadline_s = time.monotonic() + limit_s
     made = socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -194,6 +224,8 @@ def connect(address: Address, limit_s: float) -> Wire:
         while True:
             try:
                 made.connect(address)
+                if certificate is not None:
+                    made = enter(made, certificate, max(0.001, deadline_s - time.monotonic()))
                 return Wire(made, deadline_s - time.monotonic())
             except BlockingIOError as error:  # the queue of a Unix socket is full; with TCP the kernel tries again
                 if time.monotonic() > deadline_s:

@@ -167,6 +167,14 @@ def test_loading_draining_and_a_dead_host_are_said(state: dict[str, Any]) -> Non
     assert "the engine host does not answer: it ended" in dead
 
 
+def test_a_head_that_is_away_is_said(state: dict[str, Any]) -> None:
+    """And nothing of one that answers, or where there is none."""
+    told = {"epoch": 1, "head": {"up": False, "away_s": 12.4}}
+    assert "Ray's head does not answer: for 12 s; requests go on" in lines_of(summarize({**state, "cluster": told}))
+    told["head"] = {"up": True, "away_s": 0.0}
+    assert not [line for line in lines_of(summarize({**state, "cluster": told})) if "head" in line]
+
+
 def test_a_failed_model_comes_first_with_its_reason(state: dict[str, Any]) -> None:
     """How many failed is in the first line, the reason in one of its own, and the model above the others."""
     state["models"]["qwen2"] |= {"state": "failed", "reason": "model 'qwen2': no file"}

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,7 +16,7 @@ import pytest
 
 from tests.conftest import TinyModels
 from tests.helpers.frontends import BODY, NUM_TOKENS, Stream, clients, complete, frontends
-from tests.helpers.server import PoolServerProcess, is_running, poll
+from tests.helpers.server import PoolServerProcess, child_pids, is_running, poll
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -109,3 +111,22 @@ def test_a_model_comes_and_goes_at_both(server: PoolServerProcess, tiny_models: 
         assert answer.status_code == 200, answer.text
         statuses = [client.post("/v1/completions", json={"model": "late", "prompt": "x"}) for client in both]
         assert [status.status_code for status in statuses] == [404, 404]
+
+
+def test_both_serve_on_without_rays_head(server: PoolServerProcess) -> None:
+    """For longer than Ray lets its processes live: the Ray that a server starts is told so. Both say it."""
+    assert server.process is not None
+    children = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in child_pids(server.process.pid)}
+    (head,) = (pid for pid, words in children.items() if "gcs_server" in words.split("\0")[0])
+    assert server.state()["cluster"]["head"] == {"up": True, "away_s": 0.0}
+    with clients(server) as both, ExitStack() as stack:
+        expected = Stream(both[0], stack).rest()
+        running = [Stream(client, stack) for client in both]
+        os.kill(head, signal.SIGKILL)
+        assert [stream.rest() for stream in running] == [expected] * 2
+    poll(lambda: server.state()["cluster"]["head"]["away_s"], until=lambda away_s: away_s > 75, limit_s=180)
+    with clients(server) as both:
+        assert [len(complete(client)) for client in both] == [NUM_TOKENS] * 2
+        for client in both:
+            assert re.search(r"^tokenpool:cluster_head_up(?:{[^}]*})? 0.0$", client.get("/metrics").text, re.M)
+    both_serve(server)

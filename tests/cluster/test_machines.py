@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.network.delay import DelayingWire
 from tests.helpers.network.machines import Machine, Machines
 from tests.helpers.server import poll
 
@@ -59,3 +63,31 @@ def test_machines_are_apart_and_leave_nothing():
         raise KeyError
     assert child.wait() != 0 and not folder.parent.exists()
     assert set(Path("/sys/class/net").iterdir()) == before
+
+
+def test_a_delaying_wire_is_late_and_loses_nothing():
+    """All bytes come in order both ways, none before its time, and what comes after the others' end does too."""
+    delay_s, sizes = 0.05, [random.Random(1).randrange(1, 200_000) for _ in range(20)]
+    sent = b"".join(bytes([number]) * size for number, size in enumerate(sizes))
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while content := await reader.read(1 << 16):
+            writer.write(content)
+        writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(echo, "127.0.0.1", 0)
+        wire = await DelayingWire.make("127.0.0.1", server.sockets[0].getsockname()[:2], delay_s)
+        reader, writer = await asyncio.open_connection("127.0.0.1", wire.port)
+        start_s = time.monotonic()
+        writer.write(sent)
+        got = await reader.readexactly(1)
+        assert time.monotonic() - start_s >= 2 * delay_s
+        got += await reader.readexactly(len(sent) - 1)
+        assert got == sent
+        writer.write(b"last")
+        writer.write_eof()
+        assert await reader.read() == b"last"
+        writer.close()
+
+    asyncio.run(main())

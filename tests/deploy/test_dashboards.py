@@ -156,6 +156,7 @@ FIRES = {
     "TokenpoolModelFailed": [series("1x60", "tokenpool:model_failed", model_name="a")],
     "TokenpoolPoolFileRefused": [series("0x60", "tokenpool:pool_file_ok")],
     "TokenpoolHostRestarts": [series("0+1x60", "tokenpool:host_restarts_total")],
+    "TokenpoolClusterHeadAway": [series("0x60", "tokenpool:cluster_head_up")],
     "TokenpoolCrashedSteps": [series("0+1x60", "tokenpool:crashed_steps_total", model_name="a")],
     "TokenpoolLedgerMismatch": [series("0x60", "tokenpool:ledger_ok")],
     "TokenpoolAbsent": [],
@@ -174,6 +175,7 @@ HEALTHY = [
     series("2x60", "tokenpool:host_restarts_total"),
     series("5x60", "tokenpool:crashed_steps_total", model_name="a"),
     series("1x60", "tokenpool:ledger_ok"),
+    series("1x60", "tokenpool:cluster_head_up"),
 ]
 
 

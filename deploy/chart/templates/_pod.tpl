@@ -199,4 +199,6 @@ annotations: {{- toYaml . | nindent 2 }}
   - {name: RAY_AUTH_MODE, value: disabled}
   {{- end }}
   - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+  # While the head pod is away, requests go on for so long; by default Ray ends its processes after a minute.
+  - {name: RAY_gcs_rpc_server_reconnect_timeout_s, value: "3600"}
 {{- end -}}

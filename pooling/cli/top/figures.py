@@ -19,10 +19,12 @@ def hosts_of(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _errors(state: dict[str, Any]) -> dict[str, str]:
-    """What hosts say that gave an error instead of their state, by name."""
+    """What hosts say that gave an error instead of their state, by name; Ray's head, too, while it is away."""
     hosts = state.get("hosts")
     found = hosts if isinstance(hosts, dict) else {"the engine host": state.get("host")}
-    return {name: host["error"] for name, host in found.items() if isinstance(host, dict) and "error" in host}
+    errors = {name: host["error"] for name, host in found.items() if isinstance(host, dict) and "error" in host}
+    head = (state.get("cluster") or {}).get("head") or {}
+    return errors if head.get("up", True) else errors | {"Ray's head": f"for {head['away_s']:.0f} s; requests go on"}
 
 
 def summarize(now: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tokenpool.memory.kv_tier import HostKVTier
 from tokenpool.wire.kv_frames import (
     IDLE_LIMIT_S,
     KV_LIMIT_S,
+    MESSAGE_BYTES,
     Chunk,
     Open,
     Opened,
@@ -185,7 +186,7 @@ def receive(wire: Wire, fetch: Fetch, model: str, on_loop: OnLoop) -> None:
 
 def _window(wire: Wire, fetch: Fetch, stack: ExitStack) -> Window | None:
     """The memory in which the other host puts chunks, until the stack ends; None = they come over the connection."""
-    content, file = wire.receive_with_file()
+    content, file = wire.receive_with_file(MESSAGE_BYTES)
     try:
         opened = msgspec.msgpack.decode(content, type=Opened)
     except msgspec.MsgspecError:
@@ -202,7 +203,7 @@ def _window(wire: Wire, fetch: Fetch, stack: ExitStack) -> Window | None:
 
 def _next(wire: Wire, waiting: dict[int, Asked], block_bytes: int, window: Window | None) -> Asked:
     """Receive one chunk whole."""
-    chunk = msgspec.msgpack.decode(wire.receive(), type=Chunk)
+    chunk = msgspec.msgpack.decode(wire.receive(MESSAGE_BYTES), type=Chunk)
     asked = waiting.pop(chunk.number, None)
     if asked is None:
         raise HostError("the other host sends KV that nobody asked for")
@@ -210,7 +211,7 @@ def _next(wire: Wire, waiting: dict[int, Asked], block_bytes: int, window: Windo
     if window is None:
         for view in views:
             wire.receive_into(view)
-    void = msgspec.msgpack.decode(wire.receive(), type=Void)
+    void = msgspec.msgpack.decode(wire.receive(MESSAGE_BYTES), type=Void)
     if window is not None:
         place, start = window.place(chunk.number), 0
         for view in views:

@@ -23,7 +23,7 @@ from tokenpool.host.kv.kv_window import Window
 from tokenpool.host.kv.request_image import MARK
 from tokenpool.memory.host_slots import SlotBuffer, in_order
 from tokenpool.memory.kv_blocks import CachedBlock
-from tokenpool.wire.kv_frames import IDLE_LIMIT_S, Chunk, Open, Opened, Void, Want, window_of
+from tokenpool.wire.kv_frames import IDLE_LIMIT_S, MESSAGE_BYTES, Chunk, Open, Opened, Void, Want, window_of
 from tokenpool.wire.messages import Wire
 
 OnLoop = Callable[[Callable[[], Any]], Future[Any]]
@@ -119,7 +119,7 @@ class Sender:
     def _next(self) -> bytes | None:
         self._wire.set_limit(IDLE_LIMIT_S)
         try:
-            return self._wire.receive()
+            return self._wire.receive(MESSAGE_BYTES)
         except EOFError:
             return None
 

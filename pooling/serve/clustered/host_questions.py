@@ -10,6 +10,7 @@ from typing import Any
 from tokenpool.cluster.session import Session
 from tokenpool.cluster.values import ClusterView
 from tokenpool.errors import HostError, PoolError
+from tokenpool.serve.clustered.head_watch import HeadWatch
 from tokenpool.serve.clustered.seat_follower import SeatFollower
 from tokenpool.serve.pool.models import PoolModel
 from tokenpool.wire.trace import chrome_traces
@@ -28,6 +29,8 @@ class HostQuestions:
         """By model; one that is being added has none before it is prepared."""
         self.view: ClusterView | None = None
         """The last one."""
+        self.head = HeadWatch(session.look_at_head)
+        """Ray's, which requests do not need."""
         self._session = session
 
     # -- the hosts -----------------------------------------------------------------------------------
@@ -87,7 +90,7 @@ class HostQuestions:
                 described = await self.tell("describe")
         except Exception as error:  # it may be away
             described = {"error": type(error).__name__}
-        cluster["controller"] = described
+        cluster |= {"controller": described, "head": self.head.told()}
         return {"host_pid": None, "host_restarts": 0, "host": None, "cluster": cluster, "hosts": hosts}
 
     def report_on(self, model: PoolModel) -> dict[str, Any]:

@@ -43,6 +43,7 @@ _RETRY_CALLS_S = 60.0
 _BEAT_S, _BEAT_LIMIT_S = 1.0, 5.0
 _LEASE_LIMIT_S = 5.0
 _UNLOAD_LIMIT_S = 120.0
+_ALONE_LOOK_S, _ALONE_LIMIT_S = 5.0, 60.0
 
 
 class RayHosts(ClusterModels):
@@ -117,6 +118,8 @@ class RayHosts(ClusterModels):
         """See Hosts."""
         return {
             "asking for queues": self._ask_loads,
+            "watching Ray's head": self.head.follow,
+            "looking for hosts": self._end_alone,
             "asking for forecasts": lambda: follow_forecasts(self._models.apps, lambda: self.ask_as_one),
         }
 
@@ -138,6 +141,20 @@ class RayHosts(ClusterModels):
                 self.loads = await self.ask("load")
                 for follower in shared:
                     follower.learn(self.loads)
+
+    async def _end_alone(self) -> None:
+        """End this server when Ray's head is away and no host is left: whoever started it finds out, and its clients.
+
+        Ray ends hosts when its head has been away for as long as their nodes were told, and nobody tells of it then.
+        """
+        alone_s = 0.0
+        while alone_s < _ALONE_LIMIT_S:
+            await asyncio.sleep(_ALONE_LOOK_S)
+            alone_s += _ALONE_LOOK_S
+            if self.head.is_up or any(not isinstance(got, Exception) for got in (await self.ask("progress")).values()):
+                alone_s = 0.0
+        logger.critical("Ray's head is away, and no host has answered for %.0f s: this server ends", alone_s)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     # -- the controller ------------------------------------------------------------------------------
 
@@ -168,6 +185,7 @@ class RayHosts(ClusterModels):
 
     async def _follow(self) -> None:
         epoch = version = -1
+        is_away = False
         while True:
             try:
                 view = await self.tell_as_this("watch", epoch, version)
@@ -175,11 +193,14 @@ class RayHosts(ClusterModels):
                     await self._join()
                     continue
             except Exception as error:
-                if epoch >= 0 and not self.watch.stopping:
+                if epoch >= 0 and not is_away and not self.watch.stopping:
                     logger.warning("controller is away, serving goes on: %s", type(error).__name__)
+                    is_away = True
                 await asyncio.sleep(RETRY_S)
                 continue
-            epoch, version = view.epoch, view.version
+            if is_away:
+                logger.warning("controller is back")
+            epoch, version, is_away = view.epoch, view.version, False
             try:
                 self._apply(view)
             except Exception:  # the next view is complete, too

@@ -81,7 +81,8 @@ def plan_on_cluster(config: PoolConfig, address: str) -> PlannedCluster:
         standing, plans = session.find(), None
         if standing is None:
             planned, plans = _plan(config)
-            standing = session.start(_record_of(config, planned, plans))
+            record = replace(_record_of(config, planned, plans), has_network=not session.owns_ray)
+            standing = session.start(record)
         if not session.has_started:
             standing = _agreed(config, session, standing)
             logger.info("joining pool name=%s servers=%d", config.cluster.name, standing.num_servers)

@@ -174,14 +174,16 @@ class SeatFollower(ABC):
         self._notify()
 
     async def _join(self, key: Key, machine: str) -> None:
-        name, failures = self.plan.spec.name, 0
+        name, failures, told = self.plan.spec.name, 0, ""
         while True:
             try:
                 await self._connect(key, machine)
                 break
             except Exception as error:  # such as a host that has just ended; the next view says so
                 failures += 1
-                logger.warning("host cannot be joined model=%s host=%s: %s", name, key[0], error)
+                if str(error) != told:  # it is tried five times a second
+                    told = str(error)
+                    logger.warning("host cannot be joined model=%s host=%s: %s", name, key[0], told)
                 if self._fatal is not None:
                     await self._give_up()
                     return

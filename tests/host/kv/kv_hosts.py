@@ -25,6 +25,7 @@ from tokenpool.host.loop_calls import LoopCalls
 from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.host_ledger import HostLedger, HostUse
 from tokenpool.memory.kv_tier import HostKVTier
+from tokenpool.wire.messages import Wire, connect
 from tokenpool.wire.pulse import Pulse
 
 MODEL = "m"
@@ -41,6 +42,12 @@ def content_of(key: bytes, block_bytes: int) -> np.ndarray:
     """Its bytes: no two keys, and no two places of a block, have the same."""
     seed = int.from_bytes(key[5:13], "little")
     return (np.arange(block_bytes // 8, dtype=np.uint64) * 7 + seed * 1_000_003).view(np.uint8)
+
+
+def knock(offer: Offer, limit_s: float = 30.0) -> Wire:
+    """A connection to the nearest address of an offer, without a proof so far."""
+    address = offer["addresses"][0]
+    return connect(address, limit_s, None if isinstance(address, str) else offer["certificate"])
 
 
 class TierHost:

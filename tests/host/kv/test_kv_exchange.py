@@ -5,20 +5,25 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.helpers.server import poll
-from tests.host.kv.kv_hosts import MODEL, HostProcess, TierHost, key_of
+from tests.host.kv.kv_hosts import MODEL, HostProcess, TierHost, key_of, knock
 from tokenpool.errors import HostError
-from tokenpool.host.kv import kv_supply
+from tokenpool.host import kv_exchange
+from tokenpool.host.kv import kv_fetch, kv_supply
 from tokenpool.wire import kv_frames
 from tokenpool.wire.kv_frames import Chunk, Open, Want
-from tokenpool.wire.messages import Wire, connect
+from tokenpool.wire.messages import Wire
+from tokenpool.wire.tls import Identity
 
 pytestmark = pytest.mark.vllm
 
@@ -75,6 +80,19 @@ def test_the_path_of_a_socket_on_another_machine_is_no_obstacle(tmp_path: Path) 
     assert target.verify() == 0
     for host in (source, target, other):
         host.end()
+
+
+def test_an_address_that_is_not_this_machines_leaves_the_unix_socket(tmp_path: Path) -> None:
+    """As that of a node whose packets another machine passes on: its own neighbours get their blocks."""
+    source = TierHost(str(tmp_path / "a"), "203.0.113.7", block_bytes=BLOCK, num_blocks=10).start()
+    target = TierHost(str(tmp_path / "b"), block_bytes=BLOCK).start()
+    offer = source.export()
+    assert offer["addresses"] == [str(tmp_path / "a")]
+    assert target.fetch(offer) == target.verify() == 10
+    with pytest.raises(OSError, match="no way"):
+        TierHost(str(tmp_path / "no folder" / "c"), "203.0.113.7")
+    source.end()
+    target.end()
 
 
 def test_what_the_source_gave_up_meanwhile_is_not_there(pair: tuple[TierHost, TierHost]) -> None:
@@ -147,8 +165,7 @@ def test_a_target_that_hangs_or_dies_keeps_nothing_of_the_source(
         monkeypatch.setattr(module, "IDLE_LIMIT_S", 0.5)
     source, target = pair
     offer = source.export()
-    address = offer["addresses"][0]
-    wire = connect(address, 30)
+    wire = knock(offer)
     wire.prove(offer["access"])
     wire.send(msgspec.msgpack.encode(Open(MODEL, BLOCK, 256)))
     peer(wire)
@@ -165,7 +182,7 @@ def test_sizes_that_are_not_the_models_are_refused(pair: tuple[TierHost, TierHos
     with pytest.raises(HostError, match="another size"):
         target.fetch({**offer, "block_bytes": 2 * BLOCK})
     for opened in (Open(MODEL, 2 * BLOCK, 1), Open(MODEL, BLOCK, 257), Open(MODEL, BLOCK, 0), Open("x", BLOCK, 1)):
-        wire = connect(offer["addresses"][0], 30)
+        wire = knock(offer)
         wire.prove(offer["access"])
         wire.send(msgspec.msgpack.encode(opened))
         with pytest.raises((EOFError, ConnectionError)):
@@ -174,9 +191,9 @@ def test_sizes_that_are_not_the_models_are_refused(pair: tuple[TierHost, TierHos
     assert source.verify() == BLOCKS
 
 
-def liar(sock: socket.socket, source: TierHost, end: Callable[[Wire], None]) -> None:
+def liar(sock: socket.socket, identity: Identity, source: TierHost, end: Callable[[Wire], None]) -> None:
     """Answers as a source does, up to a chunk."""
-    wire = Wire(sock, 30)
+    wire = Wire(identity.accept(sock, 30), 30)
     wire.ask_proof(source.exchange._access)
     wire.receive()
     wire.send_with_file(msgspec.msgpack.encode(kv_frames.Opened(0)), None)
@@ -202,15 +219,131 @@ def no_message(wire: Wire) -> None:
 def test_a_source_that_dies_or_lies_leaves_nothing_at_the_target(tmp_path: Path, end: Callable[[Wire], None]) -> None:
     source = TierHost(str(tmp_path / "a"), block_bytes=BLOCK, num_blocks=10).start()
     target = TierHost(str(tmp_path / "b"), block_bytes=BLOCK).start()
+    identity = Identity.new()
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        offer = {**source.export(), "addresses": [listening.getsockname()[:2]]}
-        thread = threading.Thread(target=lambda: liar(listening.accept()[0], source, end), daemon=True)
+        at = {"addresses": [listening.getsockname()[:2]], "certificate": identity.certificate}
+        offer = {**source.export(), **at}
+        thread = threading.Thread(target=lambda: liar(listening.accept()[0], identity, source, end), daemon=True)
         thread.start()
         with pytest.raises(HostError):
             target.fetch(offer)
     assert target.verify() == 0
     source.end()
     target.end()
+
+
+def test_who_is_not_the_owner_of_the_certificate_or_not_told_the_key_gets_nothing(tmp_path: Path) -> None:
+    source = TierHost(str(tmp_path / "a"), "127.0.0.1", block_bytes=BLOCK, num_blocks=10, only="tcp").start()
+    target = TierHost(str(tmp_path / "b"), block_bytes=BLOCK).start()
+    offer = source.export()
+    with pytest.raises(HostError, match="does not send KV.*(?i:certificate)"):
+        target.fetch({**offer, "certificate": Identity.new().certificate})
+    with pytest.raises(HostError, match="refused the key"):
+        target.fetch({**offer, "access": bytes(32)})
+    with pytest.raises(HostError, match="does not send KV"):
+        target.fetch({**offer, "certificate": b""})
+    assert target.verify() == 0
+    assert target.fetch(offer) == target.verify() == 10
+    source.end()
+    target.end()
+
+
+def test_peers_that_hang_in_the_handshake_are_few_and_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While they are there hosts of the same machine get their blocks, and afterwards all others do."""
+    monkeypatch.setattr(kv_exchange, "IDLE_LIMIT_S", 1.0)
+    source = TierHost(str(tmp_path / "a"), "127.0.0.1", block_bytes=BLOCK, num_blocks=10).start()
+    target = TierHost(str(tmp_path / "b"), block_bytes=BLOCK).start()
+    offer = source.export()
+    near, far = offer["addresses"]
+    silent_ones = [socket.create_connection(far) for _ in range(2 * kv_exchange._MOST_ENTERING)]
+    poll(lambda: source.exchange._entering._value, until=lambda left: left == 0)
+    assert target.fetch({**offer, "addresses": [near]}) == target.verify() == 10
+    target.forget()
+    poll(lambda: source.exchange._entering._value, until=lambda left: left == kv_exchange._MOST_ENTERING)
+    assert target.fetch({**offer, "addresses": [far]}) == target.verify() == 10
+    for sock in silent_ones:
+        sock.close()
+    poll(lambda: [t for t in threading.enumerate() if t.name == "kv call"], until=lambda left: not left)
+    source.end()
+    target.end()
+
+
+class Line:
+    """Passes on what two ends say through it, until so many bytes have gone one way; then it is cut or silent."""
+
+    def __init__(self, target: tuple[str, int], most: dict[str, int], what: str) -> None:
+        """`most` bytes `there`, from who connects, and `back`."""
+        self._target, self._most, self._what = target, most, what
+        self._ends: list[socket.socket] = []
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._server.getsockname()[:2]
+        threading.Thread(target=self._join, daemon=True).start()
+
+    def _join(self) -> None:
+        with suppress(OSError):
+            one, _ = self._server.accept()
+            other = socket.create_connection(self._target)
+            self._ends += [one, other]
+            for source, sink, way in ((one, other, "there"), (other, one, "back")):
+                threading.Thread(target=self._pass_on, args=(source, sink, self._most[way]), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, most: int) -> None:
+        with suppress(OSError):
+            while content := source.recv(1 << 16):
+                sink.sendall(content[:most])
+                most -= len(content)
+                if most < 0:
+                    if self._what == "cut":
+                        self.close()
+                    return
+            sink.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        for end in (self._server, *self._ends):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TierHost, TierHost]]:
+    """A pair over TCP that waits for a word of each other for a moment only."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (kv_frames, kv_supply, kv_fetch, kv_exchange):
+            patch.setattr(module, "IDLE_LIMIT_S", 0.7)
+        folder = tmp_path_factory.mktemp("kv")
+        options: dict[str, Any] = {"block_bytes": BLOCK, "host_memory": MEMORY}
+        source = TierHost(str(folder / "a"), "127.0.0.1", num_blocks=BLOCKS, only="tcp", **options).start()
+        target = TierHost(str(folder / "b"), **options).start()
+        yield source, target
+        source.end()
+        target.end()
+
+
+MOST = st.one_of(st.integers(0, 3000), st.integers(0, BLOCKS * BLOCK), st.just(1 << 30))
+
+
+@settings(deadline=None, max_examples=25)
+@given(there=MOST, back=MOST, what=st.sampled_from(["cut", "silent"]))
+def test_a_line_that_breaks_anywhere_leaves_whole_blocks_and_books_in_order(
+    impatient: tuple[TierHost, TierHost], there: int, back: int, what: str
+) -> None:
+    """In the handshake, in a key, in a block, between chunks: what came whole stays, the rest can be fetched again."""
+    source, target = impatient
+    target.forget()
+    offer = source.export()
+    line = Line(offer["addresses"][0], {"there": there, "back": back}, what)
+    try:
+        count = target.fetch({**offer, "addresses": [line.address]})
+    except HostError:
+        count = None
+    finally:
+        line.close()
+    found = target.verify()
+    assert count in (None, found) and found <= BLOCKS
+    assert count == BLOCKS or min(there, back) < BLOCKS * BLOCK * 1.1, "nothing had broken"
+    assert target.fetch(offer) == target.verify() == source.verify() == BLOCKS
+    poll(lambda: source.exchange._entering._value, until=lambda left: left == kv_exchange._MOST_ENTERING)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from tokenpool.metric_registry import METRICS
 pytestmark = pytest.mark.vllm
 
 RARE = {"tokenpool:refused_requests", "tokenpool:cost_error", "tokenpool:decisions", "tokenpool:frontend_restarts"}
-RARE |= {"tokenpool:task_failures", "tokenpool:node_memory_bytes"}
+RARE |= {"tokenpool:task_failures", "tokenpool:node_memory_bytes", "tokenpool:cluster_head_up"}
 RARE |= {name for name in METRICS if name.startswith("tokenpool:tenant_")}
 """Families without a sample before something is refused or predicted, or a task dies, and those of clusters, tenants,
 several frontends and a store."""

@@ -73,6 +73,10 @@ class Cluster:
         except PoolError as error:
             raise Refused(error) from error
 
+    async def actor(self, name: str) -> Any:
+        """A host's actor, as a server finds it."""
+        raise ValueError(name)
+
     async def _answer(self, method: str, *args: Any) -> Any:
         control, now_s = self.control, self.rig.now_s
         answers: dict[str, Callable[..., Any]] = {
@@ -145,8 +149,9 @@ class Server:
         self.models = models_of("x")
         self.models.remove("x")
         session: Any = SimpleNamespace(
-            name=name, has_started=False, tell=cluster.tell, peer=lambda num: Peer(name, 64, num), leave=self._leave
-        )
+            name=name, has_started=False, tell=cluster.tell, peer=lambda num: Peer(name, 64, num), leave=self._leave,
+            look_at_head=lambda limit_s: None, host=cluster.actor,
+        )  # fmt: skip
         self.cluster = cluster
         for plan in plans:
             self.models.add(plan)

@@ -14,10 +14,12 @@ function hostsOf(state) {
 }
 const usable = ([, host]) => Boolean(host && host.num_pages);
 
-/** Hosts that gave an error instead of their state, as [name, error]. */
+/** Hosts that gave an error instead of their state, as [name, error]; Ray's head, too, while it is away. */
 function failuresOf(state) {
   const all = state.hosts ? Object.entries(state.hosts) : [["The engine host", state.host]];
-  return all.filter(([, host]) => host?.error).map(([name, host]) => [name, host.error]);
+  const head = state.cluster?.head;
+  const away = head && !head.up ? [["Ray's head", `for ${seconds(head.away_s)}; requests go on`]] : [];
+  return [...all.filter(([, host]) => host?.error).map(([name, host]) => [name, host.error]), ...away];
 }
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);

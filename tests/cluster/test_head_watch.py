@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ray's head is away: what a server says of it, and that nobody waits for it. Without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.stand_ins import plan_of
+from tests.serve.pool.test_other_servers import two_servers, until
+from tokenpool.cluster.pool_record import Kept, KeptWriter
+from tokenpool.serve.clustered import head_watch, ray_hosts
+from tokenpool.serve.clustered.head_watch import AWAY_AFTER_S, LOOK_PERIOD_S, HeadWatch
+
+pytestmark = pytest.mark.vllm
+
+
+class Time:
+    """A clock that a test moves on."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def watch_of(time_: Time) -> HeadWatch:
+    return HeadWatch(lambda limit_s: None, clock=time_)
+
+
+STEPS = st.lists(st.tuples(st.sampled_from(["judge", "answer", "pause"]), st.floats(0.01, 2.0)), max_size=60)
+
+
+@given(steps=STEPS)
+def test_it_is_away_after_seconds_without_an_answer_and_never_for_a_pause_of_ones_own(
+    steps: list[tuple[str, float]],
+) -> None:
+    """However looks and judgements fall: not away while answers come, away once none has come for long enough."""
+    time_ = Time()
+    watch = watch_of(time_)
+    answered_s = time_.now_s
+    asleep_s = 0.0
+    for what, seconds in steps:
+        if what == "pause":  # the process is stopped, by a debugger or a busy machine
+            time_.now_s += 100 * seconds
+            asleep_s += 100 * seconds
+        else:
+            time_.now_s += seconds
+        if what == "answer":
+            watch.answered()
+            answered_s, asleep_s = time_.now_s, 0.0
+        watch.judge()
+        silent_s = time_.now_s - answered_s
+        if silent_s <= AWAY_AFTER_S:
+            assert watch.is_up
+        if silent_s - asleep_s > AWAY_AFTER_S:
+            assert not watch.is_up, "it has not answered, and is said to be up"
+        told = watch.told()
+        assert told["up"] is watch.is_up and (told["away_s"] > 0) is not watch.is_up
+
+
+def test_one_pause_of_this_process_is_no_silence_of_the_head() -> None:
+    time_ = Time()
+    watch = watch_of(time_)
+    time_.now_s += 3600
+    watch.judge()
+    assert watch.is_up
+    for _ in range(int((AWAY_AFTER_S + LOOK_PERIOD_S) / LOOK_PERIOD_S)):
+        time_.now_s += LOOK_PERIOD_S
+        watch.judge()
+    assert not watch.is_up
+
+
+def test_its_going_and_coming_are_a_line_each(caplog: pytest.LogCaptureFixture) -> None:
+    time_ = Time()
+    watch = watch_of(time_)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(60):
+            time_.now_s += LOOK_PERIOD_S
+            watch.judge()
+        assert [record.getMessage()[:41] for record in caplog.records] == ["Ray's head has not answered for 6 s: requ"]
+        assert head_watch._UP._value.get() == 0 and watch.told() == {"up": False, "away_s": 60.0}
+        watch.answered()
+        for _ in range(4):
+            time_.now_s += LOOK_PERIOD_S
+            watch.judge()
+    assert [record.getMessage() for record in caplog.records][1:] == ["Ray's head answers again"]
+    assert head_watch._UP._value.get() == 1 and watch.told() == {"up": True, "away_s": 0.0}
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+def test_a_look_that_fails_or_never_returns_holds_nobody_up(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop goes on, one thread looks at most, and an answer that comes later counts."""
+    monkeypatch.setattr(head_watch, "AWAY_AFTER_S", 0.05)
+    go_on, is_well = threading.Event(), threading.Event()
+    busy: list[int] = []
+    most_busy = 0
+
+    def look(limit_s: float) -> None:
+        nonlocal most_busy
+        busy.append(1)
+        most_busy = max(most_busy, len(busy))
+        try:
+            if not is_well.is_set():
+                if how == "raises":
+                    raise ConnectionError("nobody is there")
+                go_on.wait(60)
+        finally:
+            busy.pop()
+
+    async def main() -> None:
+        watch = HeadWatch(look, period_s=0.01)
+        task = asyncio.create_task(watch.follow())
+        await until(lambda: not watch.is_up)
+        is_well.set()
+        go_on.set()
+        await until(lambda: watch.is_up)
+        task.cancel()
+
+    asyncio.run(main())
+    assert most_busy == 1
+
+
+def test_a_server_says_that_the_head_is_away_and_serves_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with two_servers(monkeypatch, [plan_of("a", load="on_demand")]) as (one, _):
+            one.hosts.head.is_up = False
+            report = await one.hosts.report()
+            assert report["cluster"]["head"]["up"] is False and report["cluster"]["head"]["away_s"] >= 0
+            assert one.states() == {"a": "cold"}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("left", ["a host", "the head", "nobody"])
+def test_a_server_ends_when_neither_head_nor_host_answers(left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only then: its clients would wait for ever, and whoever started it would not know."""
+    monkeypatch.setattr(ray_hosts, "_ALONE_LOOK_S", 0.01)
+    monkeypatch.setattr(ray_hosts, "_ALONE_LIMIT_S", 0.1)
+    killed: list[int] = []
+    asked = 0
+
+    async def ask(method: str, *args: Any) -> dict[str, Any]:
+        nonlocal asked
+        asked += 1
+        return {"h0": None if left == "a host" else ConnectionError("gone"), "h1": ConnectionError("gone")}
+
+    async def main() -> None:
+        async with two_servers(monkeypatch, [plan_of("a", load="on_demand")]) as (one, _):
+            monkeypatch.setattr(ray_hosts.os, "kill", lambda pid, number: killed.append(number))
+            monkeypatch.setattr(one.hosts, "ask", ask)
+            one.hosts.head.is_up = left == "the head"
+            task = asyncio.create_task(one.hosts._end_alone())
+            if left == "nobody":
+                await task
+            else:
+                await asyncio.sleep(0.5)
+                assert not task.done()
+                task.cancel()
+
+    asyncio.run(main())
+    assert killed == ([signal.SIGTERM] if left == "nobody" else [])
+    assert (asked == 0) is (left == "the head")
+
+
+def kept(number: int) -> Kept:
+    return Kept([], number.to_bytes(4, "big"), [])
+
+
+WRITES = st.lists(st.sampled_from(["works", "fails", "is slow"]), max_size=12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(writes=WRITES, puts=st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_what_is_put_last_is_kept_in_the_end_and_nothing_older_after_it(writes: list[str], puts: list[int]) -> None:
+    """However writes go: one at a time, and whoever changes something goes on without them."""
+    outcomes, stored, under_way = iter(writes), [], []
+
+    def write(value: Kept) -> None:
+        under_way.append(1)
+        assert len(under_way) == 1, "two writes at a time"
+        try:
+            outcome = next(outcomes, "works")
+            if outcome == "is slow":
+                time.sleep(0.01)
+            if outcome == "fails":
+                raise ConnectionError("the head is away")
+            stored.append(value)
+        finally:
+            under_way.pop()
+
+    async def main() -> None:
+        writer = KeptWriter(write, retry_s=0.001)
+        for number, rests in enumerate(puts):
+            writer.put(kept(number))
+            for _ in range(rests):
+                await asyncio.sleep(0.002)
+        await until(lambda: stored and stored[-1] == kept(len(puts) - 1))
+        assert await writer.written(20)
+        await writer.stop(20)
+
+    asyncio.run(main())
+    assert stored == sorted(stored, key=lambda value: value.file_models)
+
+
+def test_a_write_that_hangs_holds_up_one_change_for_a_moment_and_no_others() -> None:
+    go_on, stored = threading.Event(), []
+
+    def write(value: Kept) -> None:
+        go_on.wait(60)
+        stored.append(value)
+
+    async def main() -> None:
+        writer = KeptWriter(write)
+        writer.put(kept(0))
+        assert not await writer.written(0.01)
+        writer.put(kept(1))
+        assert not await writer.written(1e9), "the second one waited too"
+        go_on.set()
+        await until(lambda: stored == [kept(0), kept(1)])
+        writer.put(kept(2))
+        assert await writer.written(20)
+        await writer.stop(20)
+        writer.put(kept(3))
+
+    asyncio.run(main())
+    assert stored == [kept(0), kept(1), kept(2)]

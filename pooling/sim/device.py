@@ -103,6 +103,10 @@ class SimDevice:
         """Requests that are here."""
         return sum([seat.num_requests for seat in self.active])
 
+    def accounted_s(self, now_s: float) -> float:
+        """Up to when all tokens are counted that came from here: those of a leap count when it ends."""
+        return now_s if self._leap is None else min(now_s, self._leap.start_s)
+
     @property
     def waited_for(self) -> Seat | None:
         """The model whose weights or KV come in before the device can step."""

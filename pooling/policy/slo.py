@@ -132,9 +132,13 @@ class RateWindow:
     def per_s(self, now_s: float, window_s: int) -> float:
         """Mean rate over the last `window_s` whole seconds; the running second is left out."""
         self._advance(now_s)
-        size = len(self._counts)
+        counts, size = self._counts, len(self._counts)
         window_s = min(window_s, size - 1)
-        return sum(self._counts[(self._newest - i) % size] for i in range(1, window_s + 1)) / window_s
+        end = self._newest % size
+        begin = end - window_s
+        if begin >= 0:
+            return sum(counts[begin:end]) / window_s
+        return (sum(counts[begin:]) + sum(counts[:end])) / window_s
 
     def _advance(self, now_s: float) -> None:
         second, size = math.floor(now_s), len(self._counts)

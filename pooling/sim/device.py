@@ -103,6 +103,10 @@ class SimDevice:
         """Requests that are here."""
         return sum([seat.num_requests for seat in self.active])
 
+    def accounted_s(self, now_s: float) -> float:
+        """Up to when all tokens are counted that came from here: those of a leap count when it ends."""
+        return now_s if self._leap is None else min(now_s, self._leap.start_s)
+
     @property
     def waited_for(self) -> Seat | None:
         """The model whose weights or KV come in before the device can step."""
@@ -208,7 +212,8 @@ class SimDevice:
     def _ask(self, now_s: float) -> Decision:
         self.decisions += 1
         can_prefetch = self.spec.can_prefetch and self.memory.link_free_s <= now_s
-        views = [seat.view(self.memory.ready_in_s(seat, now_s), now_s) for seat in self.active]
+        ready_in_s = self.memory.ready_in_s
+        views = [seat.view(ready_in_s(seat, now_s), now_s) for seat in self.active]
         current = self._current.name if self._current else None
         return self.policy.decide(PoolView(now_s, current, views, self._turn_started_s, can_prefetch))
 
@@ -370,6 +375,9 @@ class SimDevice:
             else:
                 running.append(request)
         ended = [request for request in running if not request.num_left]
+        if not (ended or admitted):
+            seat.count_steps(steps)
+            return
         for request in ended:
             self.memory.grow(seat, -request.context_len * seat.costs.kv_bytes_per_token)
             self._done(request)

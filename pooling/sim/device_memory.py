@@ -93,11 +93,10 @@ class DeviceMemory:
 
     def ready_in_s(self, seat: Seat, now_s: float) -> float:
         """Seconds until the model could step if it were brought in now."""
-        if seat.residency is Residency.ON_DEVICE:
-            if not seat.kv_out_bytes:
-                return 0.0
-            return seat.kv_out_bytes / self._link_bytes_per_s
-        if seat.residency is Residency.COPYING:
+        residency = seat.residency
+        if residency is Residency.ON_DEVICE:
+            return seat.kv_out_bytes / self._link_bytes_per_s if seat.kv_out_bytes else 0.0
+        if residency is Residency.COPYING:
             return max(0.0, seat.ready_at_s - now_s)
         nbytes = seat.costs.weight_bytes + seat.kv_out_bytes
         wait_s = max(self.link_free_s - now_s, self._node.wait_s(now_s))  # a host knows from the copies before
@@ -115,6 +114,8 @@ class DeviceMemory:
     def settle(self, now_s: float) -> None:
         """Take over copies that have ended by now."""
         self._now_s = now_s
+        if not self._loading:
+            return
         for seat in list(self._loading):
             if seat.ready_at_s <= now_s:
                 seat.residency = Residency.ON_DEVICE

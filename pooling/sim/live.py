@@ -34,7 +34,7 @@ from tokenpool.sim.cluster import Call, Cluster, Receiver
 from tokenpool.sim.device import SimDevice
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.first_seats import first_seats
-from tokenpool.sim.live_measures import WINDOWS, Punctuality, Traffic
+from tokenpool.sim.live_measures import WINDOWS, Punctuality, Traffic, num_late
 from tokenpool.sim.result import MostMissed, SimResult
 from tokenpool.sim.router import FrontendRouter
 from tokenpool.sim.timeline import Timeline
@@ -225,8 +225,24 @@ class LivePool(Cluster):
                 self._carry_out(decision, now_s)
             if made:
                 self._count_host_bytes()
+        if (most := self._most_missed) is not None:
+            if most.counts_overdue:
+                self._result.stop_overdue(most, self._late(here, now_s))
+            if most.is_unwanted is not None and most.is_unwanted():
+                self._result.is_stopped = True
         if now_s < self._last_arrival_s or self._result.open:
             self._at(now_s + self._settings.period_s, Call(self._tick), 0)
+
+    def _late(self, here: Sequence[Sequence[Timeline]], now_s: float) -> dict[str, int]:
+        """Tokens by model that are late for certain, of requests on their way; `here` are those of each device."""
+        late: dict[str, int] = {}
+        (from_s, until_s), waiting = self._result.window_s, [request for request, _ in self._waiting]
+        known_s = [device.accounted_s(now_s) for device in self.devices]
+        for requests, upto_s in zip([*here, waiting], [*known_s, now_s], strict=True):
+            for request in requests:
+                if from_s <= request.arrival_s < until_s and (count := num_late(request, upto_s)):
+                    late[request.spec.model] = late.get(request.spec.model, 0) + count
+        return late
 
     def _view(self, now_s: float) -> CapacityView:
         models = [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Mapping
 
@@ -16,6 +17,8 @@ WINDOWS = windows()
 _LONG_S, _SHORT_S = int(WINDOWS.long_s), int(WINDOWS.short_s)
 _FIRST_GUESS_TOKENS = 256
 """Length of an answer, before the first has ended."""
+_ROUNDING_S = 1e-6
+"""So close to its due time a token may be on time or not."""
 _FADE = 0.98
 """Weight of each ended request beside the next one."""
 
@@ -113,6 +116,13 @@ class Punctuality:
             sums[1] += now[1] - before[1]
 
 
+def num_late(request: Timeline, until_s: float) -> int:
+    """Tokens of a request on its way which are late for certain; what it gets from `until_s` on is not known."""
+    due = min(num_due(request.slo, request.arrival_s, until_s - _ROUNDING_S), request.spec.output_len)
+    return request.num_delivered - request.num_on_time + max(0, due - request.num_delivered)
+
+
+@functools.cache
 def step_costs(costs: ModelCosts) -> StepCosts:
     """The coefficients that a host would have learnt; the square term of prefills is taken at 1,000 tokens."""
     per_token_s = costs.prefill_per_token_s + 1000 * costs.prefill_per_token2_s

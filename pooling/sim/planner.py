@@ -17,7 +17,8 @@ from tokenpool.config import SLO
 from tokenpool.errors import ConfigError, check_setting, show
 from tokenpool.policy.capacity import LINK_BYTES_PER_S
 from tokenpool.sim.compared.bound import bound, by_model
-from tokenpool.sim.compared.trial import ENGINE_BYTES, Trial, Workers, describe_try, search, twice_as_much
+from tokenpool.sim.compared.trial import ENGINE_BYTES, Alone, Trial, describe_try, foreseen, search, twice_as_much
+from tokenpool.sim.compared.workers import Call, Workers
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.gpus import GpuSpec
 from tokenpool.sim.host_costs import HostCosts
@@ -58,10 +59,10 @@ def plan(
         num_processes: that simulate. The answer does not depend on it. With more than one, a script that calls this
             needs the usual `if __name__ == "__main__":`.
 
-    Numbers grow by half until one is enough, then the gap is closed from below. In a pool more GPUs may do worse, for
-    models are placed anew: so one more than the answer must do as well, and two less must not. A pool begins with half
-    of what the bound asks for and ends at twice the dedicated GPUs. A run ends as soon as a model has missed more than
-    it may.
+    In a pool numbers are tried from the bound on, see `sim.compared.trial.search`: from half of it up to twice the
+    dedicated GPUs. More GPUs may do worse, for models are placed anew, so the answer and one more are both tried, and
+    one less fails. A run ends as soon as models have missed more than they may, tokens that are overdue included.
+    While a process has nothing to do, it tries what may be asked for next.
 
     Raises ConfigError for settings out of range, an empty workload, a kind without costs and weights too large for the
     device.
@@ -69,11 +70,11 @@ def plan(
     _check(workload, target, model_target, link_bytes_per_s, max_requests)
     check_costs(workload, costs, gpu)
     used = Workload(workload.requests[:max_requests], workload.kinds)
-    with Workers(num_processes) as workers:
-        groups = [
-            _Group(Trial(n, part, costs, slo, gpu, link_bytes_per_s, target, model_target), workers, progress)
-            for n, part in _by_num_gpus(used, costs)
-        ]
+    trials = [
+        Trial(n, part, costs, slo, gpu, link_bytes_per_s, target, model_target) for n, part in _by_num_gpus(used, costs)
+    ]
+    with Workers(num_processes, trials) as workers:
+        groups = [_Group(i, trial, workers, progress) for i, trial in enumerate(trials)]
         systems = _systems(groups, workers)
     return Plan(
         gpu=gpu.name,
@@ -114,9 +115,10 @@ def check_costs(workload: Workload, costs: Mapping[str, ModelCosts], gpu: GpuSpe
 class _Group:
     """The models that take the same number of GPUs, as a problem of its own."""
 
-    def __init__(self, trial: Trial, workers: Workers, progress: Callable[[str], None]) -> None:
-        self.trial, self.gpus_per_instance = trial, trial.gpus_per_instance
+    def __init__(self, index: int, trial: Trial, workers: Workers, progress: Callable[[str], None]) -> None:
+        self._index, self.trial, self.gpus_per_instance = index, trial, trial.gpus_per_instance
         self._workers, self._progress = workers, progress
+        self._twice_as_much = twice_as_much(trial)
         least = bound(trial.workload, trial.costs, trial.slo)
         self._peak_devices = least.peak_gpus / self.gpus_per_instance
         self.bound_devices = -(-least.num_gpus // self.gpus_per_instance) if trial.workload.requests else 0
@@ -127,8 +129,11 @@ class _Group:
         """Instances of each model on its own, with weights that are always there."""
         workload = self.trial.workload
         instances = dict.fromkeys(workload.kinds, 1)
-        begun = {model: self._workers.begin(self.trial.alone, model) for model in by_model(workload.requests)}
-        found = {model: alone.result() for model, alone in begun.items()}
+        asked = by_model(workload.requests)
+        # The ones with the most to do first, so that no process is left with a long one at the end.
+        order = sorted(asked, key=lambda model: -len(asked[model]))
+        begun = {model: self._workers.begin(Call(model, self._index, Trial.alone, (model,))) for model in order}
+        found: dict[str, Alone] = {model: begun[model].result() for model in asked}
         instances |= {model: alone.num_instances for model, alone in found.items()}
         is_enough = all(alone.is_enough for alone in found.values())
         first, last = [alone.first for alone in found.values()], {model: alone.last for model, alone in found.items()}
@@ -156,19 +161,21 @@ class _Group:
 
     def pooled(self, policy: str, alone: GroupPlan) -> GroupPlan:
         """All models on any of the devices, which take turns by `policy`."""
-        cap = max(2 * sum(alone.instances.values()), self.least_devices)
+        low, cap = self.least_devices, max(2 * sum(alone.instances.values()), self.least_devices)
+        known: dict[int, bool] = {}
 
         def run(count: int) -> SimResult:
-            result = self._workers.begin(self.trial.run, policy, count).result()
+            result = self._run(policy, count, self._maybe(policy, known, cap))
+            known[count] = self.trial.is_enough(result)
             self._progress(describe_try(policy, count * self.gpus_per_instance, result))
             return result
 
-        runs, answer = search(run, self.trial.is_enough, self.least_devices, cap)
+        runs, answer = search(run, self.trial.is_enough, low, cap, start=self.bound_devices)
         count = answer or max(runs)
         result = runs[count]
         shares = result.model_attainments()
         worst = min(shares, key=shares.__getitem__, default=None)
-        limited = None if answer == self.least_devices else count - (answer is not None)
+        limited = self._limited(answer, cap)
         return GroupPlan(
             gpus_per_instance=self.gpus_per_instance,
             num_models=len(self.trial.workload.kinds),
@@ -190,16 +197,44 @@ class _Group:
     def _headroom(self, count: int) -> float:
         return max(0.0, 1 - self._peak_devices / count)
 
+    def _limited(self, answer: int | None, cap: int) -> int | None:
+        """Devices of which it is asked what they lack; None = a pool of fewer than the answer is not tried."""
+        if answer is None:
+            return cap
+        return answer - 1 if answer > self.least_devices else None
+
+    def _maybe(self, policy: str, known: Mapping[int, bool], cap: int) -> list[Call]:
+        """What may be run after the next count; nothing in one process."""
+        if not self._workers.are_several:
+            return []
+        calls = []
+        for count, has_ended in foreseen(known, self.least_devices, cap, start=self.bound_devices)[1:]:
+            if has_ended and (limited := self._limited(count, cap)):
+                calls.append(self._call(policy, limited, next(iter(self._twice_as_much))))
+            elif not has_ended and count is not None:
+                calls.append(self._call(policy, count))
+        return calls
+
+    def _call(self, policy: str, count: int, resource: str = "") -> Call:
+        """A run of so many devices, with twice as much of a resource if one is named."""
+        more = self._twice_as_much[resource] if resource else {}
+        return Call((policy, count, resource), self._index, Trial.run, (policy, count), more)
+
+    def _run(self, policy: str, count: int, maybe: Sequence[Call] = (), resource: str = "") -> SimResult:
+        """What comes of it, and what may be wanted after it."""
+        line = self._index, policy
+        result: SimResult = self._workers.begin(self._call(policy, count, resource), line, maybe).result()
+        return result
+
     def _binding(self, policy: str, count: int, runs: Mapping[int, SimResult]) -> str | None:
         """Which resource, doubled, brings `count` devices furthest before a model has missed too much."""
-        begun = {
-            resource: self._workers.begin(self.trial.run, policy, count, **more)
-            for resource, more in twice_as_much(self.trial).items()
-        }
-        before = runs[count] if count in runs else self._workers.begin(self.trial.run, policy, count).result()
+        calls = [self._call(policy, count, resource) for resource in self._twice_as_much]
+        before = runs[count] if count in runs else self._run(policy, count, calls)
         best, most = None, _reached(before)
-        for resource, run in begun.items():
-            reached = _reached(run.result())
+        for i, resource in enumerate(self._twice_as_much):
+            if most[0]:  # none comes further than to the end
+                break
+            reached = _reached(self._run(policy, count, calls[i + 1 :], resource))
             if reached > most:
                 best, most = resource, reached
         self._progress(f"{policy}: {count * self.gpus_per_instance} GPUs lack {best or 'nothing that is known'}")
@@ -225,7 +260,11 @@ def _side_by_side(calls: Sequence[Callable[[], GroupPlan]], workers: Workers) ->
     if not workers.are_several:
         return [call() for call in calls]
     with ThreadPoolExecutor(len(calls)) as threads:
-        return list(threads.map(lambda call: call(), calls))
+        try:
+            return list(threads.map(lambda call: call(), calls))
+        except BaseException as error:  # the other threads wait for answers
+            workers.stop(str(error) or type(error).__name__)
+            raise
 
 
 def _reached(result: SimResult) -> tuple[bool, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,11 @@ class MostMissed(NamedTuple):
 
     of_all: float
     of_model: Mapping[str, float]
+    counts_overdue: bool = False
+    """Whether tokens of a pool count that are late already, though their request has not ended. The answer to "too
+    many?" is the same and comes earlier, but the sums of a run that was ended are others."""
+    is_unwanted: Callable[[], bool] | None = None
+    """Asked by a pool now and again: whether nobody waits for the answer any more. Then the run is ended as well."""
 
 
 @dataclass(slots=True)
@@ -92,6 +97,14 @@ class SimResult:
         """Note whether too much was missed, now that a request has ended."""
         count, on_time = self.models.get(request.spec.model, (0, 0))
         if count - on_time > most.of_model[request.spec.model] or self.num_tokens - self.tokens_on_time > most.of_all:
+            self.is_stopped = True
+
+    def stop_overdue(self, most: MostMissed, late: Mapping[str, int]) -> None:
+        """Note whether too much was missed, with `late` tokens by model of requests that have not ended."""
+        missed, of_all = dict(late), self.num_tokens - self.tokens_on_time + sum(late.values())
+        for model, (count, on_time) in self.models.items():
+            missed[model] = missed.get(model, 0) + count - on_time
+        if of_all > most.of_all or any([count > most.of_model[model] for model, count in missed.items()]):
             self.is_stopped = True
 
     def close(self, devices: Sequence[SimDevice], num_events: int, wall_s: float) -> None:

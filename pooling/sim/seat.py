@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from tokenpool.config import SLO
 from tokenpool.policy.slo import lost_s
@@ -14,6 +14,7 @@ from tokenpool.sim.timeline import Timeline
 from tokenpool.sim.workload import ModelCosts
 
 _Head = tuple[str, int, int, int, int, int, float, float, float, float, float]
+_new = tuple.__new__  # of a named tuple, in half the time
 _Shown = tuple[_Head, tuple[float, float, int]]
 """Fields of a ModelView: up to `tpot_s`, and from `step_s` on."""
 
@@ -24,7 +25,8 @@ class Seat:
     __slots__ = (
         "name", "index", "costs", "slo", "priority", "waiting", "running", "paused", "admitted", "residency",
         "ready_at_s", "kv_bytes", "kv_out_bytes", "waiting_tokens", "waiting_squares", "oldest_s", "context_tokens",
-        "last_used_s", "is_built", "_shown", "_shown_until_s", "_lost_s",
+        "last_used_s", "is_built", "_shown", "_shown_until_s", "_where", "_view",
+        "_lost_s",
     )  # fmt: skip
 
     def __init__(self, name: str, index: int, costs: ModelCosts, slo: SLO | None = None, priority: int = 0) -> None:
@@ -54,6 +56,8 @@ class Seat:
         """Whether its engine is there, and takes its memory."""
         self._shown: _Shown | None = None  # what `view` shows of the queues; None = count again
         self._shown_until_s = math.inf  # a request is lost then
+        self._view = ModelView(name, index)  # the last one, and where its weights and KV were
+        self._where = self._view.residency, self._view.kv_out, self._view.ready_in_s
         self._lost_s = lost_s(slo)
 
     @property
@@ -73,13 +77,19 @@ class Seat:
 
     def view(self, ready_in_s: float, now_s: float) -> ModelView:
         """The model as a turn policy sees it; see `policy.slo.lost_s` for what is due."""
+        where = self.residency, self.kv_out_bytes > 0, ready_in_s
         if self._shown is None or now_s > self._shown_until_s:
             self._shown = self._show(now_s)
+        elif self._where == where:  # most stay as they are while others run
+            return self._view
         head, tail = self._shown
-        return ModelView(*head, self.residency, self.kv_out_bytes > 0, ready_in_s, *tail)
+        self._where = where
+        self._view = made = _new(ModelView, head + where + tail)
+        return made
 
     def _show(self, now_s: float) -> _Shown:
-        costs, decoding, slo = self.costs, self.running + self.paused, self.slo
+        costs, slo = self.costs, self.slo
+        decoding = self.running + self.paused if self.paused else self.running
         ttft_s, tpot_s = (slo.ttft_s, slo.tpot_s) if slo else (math.inf, math.inf)
         first_due_s, next_due_s = self._due_s(self.waiting, now_s), self._due_s(decoding, now_s)
         self._shown_until_s = min(first_due_s, next_due_s) + self._lost_s
@@ -100,13 +110,16 @@ class Seat:
         prefill_s = costs.prefill(self.waiting_tokens, self.waiting_squares) if self.waiting else 0.0
         return head, (step_s, prefill_s, costs.weight_bytes)
 
-    def _due_s(self, requests: Iterable[Timeline], now_s: float) -> float:
+    def _due_s(self, requests: Collection[Timeline], now_s: float) -> float:
         """When the next token of any of them is due that is not lost; inf if none is."""
-        if self.slo is None:
+        if self.slo is None or not requests:
             return math.inf
         tpot_s, least_s = self.slo.tpot_s, now_s - self.slo.ttft_s - self._lost_s
         dues = [r.arrival_s + r.num_delivered * tpot_s for r in requests]
-        return min([due_s for due_s in dues if due_s >= least_s], default=math.inf) + self.slo.ttft_s
+        first_s = min(dues)
+        if first_s < least_s:
+            first_s = min([due_s for due_s in dues if due_s >= least_s], default=math.inf)
+        return first_s + self.slo.ttft_s
 
     def count_waiting(self) -> None:
         """The queue changed."""
@@ -122,6 +135,11 @@ class Seat:
         if ended:
             self.running = [request for request in self.running if request.num_left]
         self.context_tokens = sum([request.context_len for request in self.running])
+
+    def count_steps(self, steps: int) -> None:
+        """All running requests got so many tokens, and none ended."""
+        self._shown = None
+        self.context_tokens += steps * len(self.running)
 
     def resume(self, request: Timeline) -> None:
         """A request comes whose KV is in host memory."""

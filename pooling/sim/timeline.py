@@ -16,14 +16,18 @@ class Timeline:
     """
 
     __slots__ = (
-        "spec", "slo", "arrival_s", "ttft_s", "tpot_s", "num_delivered", "num_on_time", "num_cached", "first_token_s",
-        "failed", "_last_s", "_good_s", "_run_start_s", "_credit_s",
+        "spec", "slo", "arrival_s", "ttft_s", "tpot_s", "num_delivered", "num_left", "context_len", "num_on_time",
+        "num_cached", "first_token_s", "failed", "_last_s", "_good_s", "_run_start_s", "_credit_s",
     )  # fmt: skip
 
     def __init__(self, spec: SimRequest, slo: SLO | None) -> None:
         self.spec, self.slo, self.arrival_s = spec, slo, spec.arrival_s
         self.ttft_s, self.tpot_s = (slo.ttft_s, slo.tpot_s) if slo else (math.inf, math.inf)
         self.num_delivered = 0
+        self.num_left = spec.output_len
+        """Tokens still to come."""
+        self.context_len = spec.input_len
+        """Tokens whose KV the next step reads."""
         self.num_on_time = 0
         self.num_cached = 0
         """Prompt tokens whose KV was kept from others, in its last prefill."""
@@ -31,16 +35,6 @@ class Timeline:
         self.failed = False
         """Given up by the pool; tokens that were not delivered are missed."""
         self._last_s = self._good_s = self._run_start_s = self._credit_s = 0.0
-
-    @property
-    def num_left(self) -> int:
-        """Tokens still to come."""
-        return self.spec.output_len - self.num_delivered
-
-    @property
-    def context_len(self) -> int:
-        """Tokens whose KV the next step reads."""
-        return self.spec.input_len + self.num_delivered
 
     @property
     def end_s(self) -> float:
@@ -58,6 +52,8 @@ class Timeline:
         if not first:
             self.first_token_s = start_s + step_s
         self.num_delivered = first + count
+        self.num_left -= count
+        self.context_len += count
         since_s = start_s - self.arrival_s + step_s  # of the first of them
         self._last_s = since_s + step_s * (count - 1)
         if self.slo is None:
@@ -68,8 +64,13 @@ class Timeline:
         late_s = since_s - budget_s
         # Token j of these is late by late_s + slope_s * j.
         if slope_s <= 0:
-            num_late = 0 if late_s <= 0 else count if not slope_s else min(count, math.ceil(late_s / -slope_s))
-            self.num_on_time += count - num_late
+            if late_s <= 0:
+                self.num_on_time += count
+                if since_s - self._run_start_s - budget_s <= 0:  # as `_weigh` would: all of them are good
+                    self._credit_s = budget_s + self.tpot_s * (count - 1)
+                    return
+            elif slope_s:
+                self.num_on_time += count - min(count, math.ceil(late_s / -slope_s))
         elif late_s <= 0:
             self.num_on_time += min(count, math.floor(-late_s / slope_s) + 1)
         self._weigh(since_s, step_s, budget_s, count)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 import pytest
 
 from tokenpool.config import SLO
-from tokenpool.policy.turns import Residency, load_turn_policy
+from tokenpool.policy.turns import Decision, PoolView, Residency, load_turn_policy
 from tokenpool.sim.cluster import Cluster
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.router import FrontendRouter
@@ -191,3 +192,32 @@ def test_models_may_have_their_own_slo_and_priority():
     assert {"b": (1.0, 0.5, 3, 1.0), "c": (inf, inf, 0, inf), "d": (2.0, 0.25, 0, 2.0)} == shown
     assert 4 + 0 + 4 + 0 == result.tokens_on_time  # a is first, c's are never late
     assert 4 == result.num_requests == result.num_requests - result.num_failed
+
+
+def test_what_a_seat_shows_and_sums_is_as_if_counted_anew():
+    """Views that are kept, and sums that grow by steps, equal those that are made from the requests."""
+    compared = 0
+
+    class Watched:
+        """Compares what it is shown."""
+
+        def __init__(self) -> None:
+            self._policy = load_turn_policy("slack")
+
+        def decide(self, pool: PoolView) -> Decision:
+            nonlocal compared
+            device = c.devices[0]
+            for view in pool.models:
+                seat = device.seats[view.model]
+                anew = copy.copy(seat)
+                anew.count_waiting()
+                anew.count_running()
+                assert (seat.context_tokens, seat.waiting_tokens) == (anew.context_tokens, anew.waiting_tokens)
+                assert anew.view(device.memory.ready_in_s(seat, pool.now_s), pool.now_s) == view
+                compared += 1
+            return self._policy.decide(pool)
+
+    for seed in range(3):
+        c = Cluster([SPEC], Watched, FrontendRouter(), lambda model: COSTS, SLO_2S)
+        c.run(many(seed, 6, 120, 4.0), drain_s=20.0)
+    assert compared > 1000

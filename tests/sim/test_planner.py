@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tokenpool.config import SLO
 from tokenpool.sim import generate
+from tokenpool.sim.compared import trial
 from tokenpool.sim.compared.systems import run_system, system
 from tokenpool.sim.costs import costs_of
 from tokenpool.sim.gpus import gpu
 from tokenpool.sim.planner import plan
-from tokenpool.sim.result import MostMissed
+from tokenpool.sim.result import MostMissed, SimResult
 from tokenpool.sim.workload import Workload
 
 pytestmark = pytest.mark.cpu
@@ -74,3 +80,91 @@ def test_none_says_how_far_it_came():
     made = plan(workload({"m": 1.0}, 20.0), COSTS, GPU, SLO(0.001, 0.001), 0.99)
     assert made.systems["slack"].num_gpus is None and made.systems["slack"].spare_gpus is None
     assert "m" == made.systems["slack"].worst.worst_model
+
+
+@settings(max_examples=300)
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 4), st.integers(0, 50))
+def test_a_search_takes_no_order_for_granted(outcomes, low, start):
+    """Whatever passes: the answer does, with one more too; one less does not, nor both of two and three less."""
+    good, cap = {low + i: outcome for i, outcome in enumerate(outcomes)}, low + len(outcomes) - 1
+    counted: list[int] = []
+
+    def run(count: int) -> SimResult:
+        counted.append(count)
+        return SimResult(num_failed=0 if good[count] else 1)
+
+    runs, answer = trial.search(run, lambda result: not result.num_failed, low, cap, start=start)
+
+    assert len(counted) == len(set(counted)) == len(runs)
+    if answer is None:
+        assert not good[cap]
+    else:
+        assert good[answer] and good.get(answer + 1, True)
+        assert not good.get(answer - 1, False)
+        assert not (good.get(answer - 2, False) and good.get(answer - 3, False))
+        assert {answer, min(cap, answer + 1), max(low, answer - 1)} <= runs.keys()
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 5), st.integers(0, 40), st.integers(0, 60), st.booleans())
+def test_a_search_finds_the_least_where_more_is_better(low, more, least, spare):
+    """From any start; None where not even the most is enough."""
+    cap = low + more
+    for start in (None, low, least, cap):
+        _, answer = trial.search(
+            lambda count: SimResult(num_failed=int(count < least)),
+            lambda result: not result.num_failed,
+            low,
+            cap,
+            start=start,
+            spare=spare,
+        )
+        assert answer == (max(low, least) if least <= cap else None)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(1, 4), st.integers(0, 40))
+def test_what_a_search_does_next_is_foreseen(outcomes, low, start):
+    """First what it does for certain; then, whatever that brings, what follows is among the rest."""
+    good, cap = {low + i: outcome for i, outcome in enumerate(outcomes)}, low + len(outcomes) - 1
+    runs, answer = trial.search(
+        lambda count: SimResult(is_stopped=not good[count]), lambda r: not r.is_stopped, low, cap, start=start
+    )
+    steps = [*((count, False) for count in runs), (answer, True)]
+    known: dict[int, bool] = {}
+    for step, after in itertools.zip_longest(steps, steps[1:]):
+        first, *others = trial.foreseen(known, low, cap, start=start)
+        assert first == step
+        if after is not None:
+            assert after in others
+            known[step[0]] = good[step[0]]
+        else:
+            assert [] == others
+
+
+@settings(max_examples=20)
+@given(
+    st.integers(1, 10**6),
+    st.integers(1, 10),
+    st.sampled_from([0.05, 0.2, 0.5]),
+    st.integers(1, 4),
+    st.sampled_from([0.5, 0.9, 0.97, 1.0]),
+    st.sampled_from(["slack", "request_level"]),
+    st.sampled_from([SLO_10S, SLO(2.0, 0.02)]),
+)
+def test_ending_a_run_early_changes_no_verdict(seed, num_models, rate, count, target, name, slo):
+    """Tokens that are overdue count before their request ends: what is ended so would not have passed."""
+    rates = {f"m{i}": rate for i in range(num_models)}
+    asked = generate.poisson(rates, 60.0, seed, kinds=dict.fromkeys(rates, "qwen2.5-7b"))
+    tried = trial.Trial(1, asked, COSTS, slo, GPU, 16e9, target, 0.9 * target)
+    most = trial.may_miss(asked, target, 0.9 * target)
+    made = system(name, count, GPU.name, 16e9)
+
+    early = tried.run(name, count)
+    whole = run_system(made, asked, COSTS.__getitem__, slo)
+    late = run_system(made, asked, COSTS.__getitem__, slo, most_missed=most._replace(counts_overdue=False))
+
+    assert tried.is_enough(early) == tried.is_enough(whole) == tried.is_enough(late)
+    assert early.num_events <= late.num_events <= whole.num_events
+    if not early.is_stopped:
+        assert dataclasses.replace(early, wall_s=0.0) == dataclasses.replace(whole, wall_s=0.0)

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a planner tries: the same requests on any number of devices, in this process or in several others."""
+"""What a planner tries: the same requests on any number of devices, and which numbers."""
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from types import TracebackType
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 from tokenpool.config import SLO
 from tokenpool.policy.turns import load_turn_policy
@@ -17,6 +15,7 @@ from tokenpool.sim.cluster import Cluster
 from tokenpool.sim.compared.baseline_routers import FewestRequests
 from tokenpool.sim.compared.bound import by_model
 from tokenpool.sim.compared.systems import run_system, system
+from tokenpool.sim.compared.workers import is_unwanted
 from tokenpool.sim.device_spec import DeviceSpec
 from tokenpool.sim.gpus import GpuSpec
 from tokenpool.sim.host_costs import HostCosts
@@ -26,8 +25,8 @@ from tokenpool.sim.workload import ModelCosts, Workload
 ENGINE_BYTES = int(HostCosts().resident_bytes + HostCosts().engine_bytes)
 """Of a device, for each instance beside its weights and KV."""
 _MAX_INSTANCES = 64
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
+_MAX_STATES = 31
+"""Outcomes of the next tries that are thought through."""
 
 
 class Alone(NamedTuple):
@@ -124,16 +123,27 @@ def may_miss(workload: Workload, target: float, model_target: float) -> MostMiss
     for request in workload.requests:
         counts[request.model] += request.output_len
     of_model = {model: (1 - model_target) * count + 1e-6 for model, count in counts.items()}
-    return MostMissed((1 - target) * sum(counts.values()) + 1e-6, of_model)
+    return MostMissed((1 - target) * sum(counts.values()) + 1e-6, of_model, True, is_unwanted)
 
 
 def search(
-    run: Callable[[int], SimResult], passes: Callable[[SimResult], bool], low: int, cap: int, *, spare: bool = True
+    run: Callable[[int], SimResult],
+    passes: Callable[[SimResult], bool],
+    low: int,
+    cap: int,
+    *,
+    start: int | None = None,
+    spare: bool = True,
 ) -> tuple[dict[int, SimResult], int | None]:
     """The least count from `low` to `cap` found with which a run passes, and all results on the way.
 
-    None if `cap` fails. From below, and never far beyond: a run that fails ends early, one that passes does not. With
-    `spare`, one more must pass as well, unless that is beyond `cap`.
+    None if `cap` fails. It is looked for from `start` on, None = `low`, in steps of a half up or a third down, until
+    one count fails and a larger one passes; the gap is closed from below, because a run that fails ends early and one
+    that passes does not.
+
+    With `spare` it is not taken for granted that more is better. One more than the answer passes too, unless that is
+    beyond `cap`. One less fails. And of two and three less, if there are such, not both pass: else the search goes on
+    down from there. What is further down is not looked at.
     """
     runs: dict[int, SimResult] = {}
 
@@ -142,7 +152,11 @@ def search(
             runs[count] = run(count)
         return passes(runs[count])
 
-    bad, good = low - 1, low
+    good, bad = low if start is None else min(max(start, low), cap), low - 1
+    if is_enough(good):
+        while good > low and is_enough(max(low, 2 * good // 3)):
+            good = max(low, 2 * good // 3)
+        bad = max(low, 2 * good // 3) if good > low else low - 1
     while not is_enough(good):
         if good >= cap:
             return runs, None
@@ -150,44 +164,67 @@ def search(
     while good - bad > 1:
         middle = bad + (good - bad + 1) // 3
         good, bad = (middle, bad) if is_enough(middle) else (good, middle)
-    if not spare:
-        return runs, good
-    while good - 2 >= low and is_enough(good - 2):
-        good -= 2
-    while good < cap and not (is_enough(good) and is_enough(good + 1)):
-        good = min(cap, good + max(1, good // 8))
+    if spare:
+        good = _settled(is_enough, good, low, cap)
     return runs, good if is_enough(good) else None
 
 
-class Workers:
-    """Calls in so many processes, or, with one, in this one and at once. Close it, or use it as a context."""
+def _settled(is_enough: Callable[[int], bool], good: int, low: int, cap: int) -> int:
+    """A count near `good` that is enough with one more and not with less, as `search` says; `cap` if there is none."""
+    while True:
+        while good < cap and not (is_enough(good) and is_enough(good + 1)):
+            good = min(cap, good + max(1, good // 8))
+        if not is_enough(good):
+            return good
+        while good > low and is_enough(good - 1):
+            good -= 1
+        if good - 3 < low or not (is_enough(good - 2) and is_enough(good - 3)):
+            return good
+        good -= 3
 
-    def __init__(self, num_processes: int) -> None:
-        # A process that is begun anew shares no thread and no lock with this one.
-        several = num_processes > 1
-        self._pool = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) if several else None
 
-    @property
-    def are_several(self) -> bool:
-        """Whether calls run side by side."""
-        return self._pool is not None
+class _NotKnownError(Exception):
+    """What comes of a count is yet to be found out."""
 
-    def begin(self, call: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> Future[_T]:
-        """Have it called; everything goes to another process by pickling, if there is one."""
-        if self._pool is not None:
-            return self._pool.submit(call, *args, **named)
-        done: Future[_T] = Future()
-        done.set_result(call(*args, **named))
-        return done
 
-    def __enter__(self) -> Workers:
-        return self
+def foreseen(
+    known: Mapping[int, bool], low: int, cap: int, *, start: int | None = None, most: int = 7
+) -> list[tuple[int | None, bool]]:
+    """What `search` may do next after the counts whose outcomes are `known`, the likeliest first.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+    (count, False) = it asks for a count; (count, True) = it ends with that answer. The first comes for certain, and
+    each of the others if what was asked for before comes out in one way or the other.
+    """
+    found: list[tuple[int | None, bool]] = []
+    states = collections.deque([dict(known)])
+    for _ in range(_MAX_STATES):
+        if not states or len(found) == most:
+            break
+        state = states.popleft()
+        step = _next_step(state, low, cap, start)
+        if step not in found:
+            found.append(step)
+        count, has_ended = step
+        if not has_ended and count is not None:
+            # Between one that is enough and one that is not, it is looked for from below.
+            first = not any(state.values())
+            states.extend({**state, count: outcome} for outcome in (first, not first))
+    return found
+
+
+def _next_step(known: Mapping[int, bool], low: int, cap: int, start: int | None) -> tuple[int | None, bool]:
+    asked: list[int] = []
+
+    def run(count: int) -> SimResult:
+        if count not in known:
+            asked.append(count)
+            raise _NotKnownError
+        return SimResult(is_stopped=not known[count])
+
+    try:
+        return search(run, lambda result: not result.is_stopped, low, cap, start=start)[1], True
+    except _NotKnownError:
+        return asked[0], False
 
 
 def describe_try(policy: str, num_gpus: int, result: SimResult) -> str:

@@ -28,7 +28,8 @@ from tokenpool.sim.traces.trace_files import open_trace
 from tokenpool.sim.workload import SimRequest, Workload
 
 COLUMNS = ("client", "window_start_s", "rate_rps", "distribution", "param1")
-_WINDOW_S = 600.0
+WINDOW_S = 600.0
+"""The longest that a window lasts."""
 
 
 class ClientWindow(NamedTuple):
@@ -80,7 +81,7 @@ def client_requests(
         its.sort(key=lambda window: window.start_s)
         rng = random.Random(f"{seed}/{client}")
         for window, after in zip(its, [*its[1:], None], strict=True):
-            end_s = min(window.start_s + _WINDOW_S, after.start_s if after else math.inf, from_s + span_s)
+            end_s = min(window.start_s + WINDOW_S, after.start_s if after else math.inf, from_s + span_s)
             now_s = max(window.start_s, from_s)
             if now_s >= end_s or not window.rate_per_s:
                 continue

@@ -80,8 +80,11 @@ class RayHosts(ClusterModels):
 
     @property
     def is_alive(self) -> bool:
-        """See Hosts."""
-        return self.view is not None and bool(self.view.hosts.keys() - self.view.overdue)
+        """See Hosts; where hosts come when requests wait, none need be there."""
+        if self.view is None:
+            return False
+        may_come = not self.view.hosts and self.view.host_count is not None
+        return may_come or bool(self.view.hosts.keys() - self.view.overdue)
 
     @property
     def has_started(self) -> bool:

@@ -72,7 +72,7 @@ class Elastic:
         situation = state.situation(now_s, state.lives.awake)
         needed = [name for name in state.lives.needed(now_s) if name not in state.models.retiring]
         loads = self._placement.loads(situation) if state.hosts else Loads()
-        is_known = not state.lives.has_choice or state.lives.uses.have_told(state.peers.names)
+        have_told = not state.lives.has_choice or state.lives.uses.have_told(state.peers.names)
         busy = state.lives.used_since(now_s - self.scaling.idle_after_s)
 
         def may_go(host: str, leaving: Set[str]) -> bool:
@@ -84,7 +84,7 @@ class Elastic:
             self._num_useful(situation),
             Load(sum(loads.by_host.values()), loads.is_over),
             self._is_homeless(needed, state, now_s),
-            is_known,
+            have_told and not state.peers.missing,
             self._uses(state.hosts, state, loads),
             frozenset(state.draining),
             may_go,

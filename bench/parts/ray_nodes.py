@@ -132,14 +132,14 @@ def _scaled(folder: str, cpus_per_node: int, most: int) -> dict[str, Any]:
     }
     node = {"CPU": cpus_per_node, "object_store_memory": 80 << 20}
     types = {
-        "head": {"resources": {"CPU": 0}, "node_config": {}, "min_workers": 0, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "min_workers": 0, "max_workers": 0},
         "simulated": {"resources": node, "node_config": {}, "min_workers": 0, "max_workers": most},
     }
     lists = ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands")
     lists += ("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
     config = {
         "cluster_name": "simulated", "max_workers": most, "upscaling_speed": 1.0, "provider": provider, "auth": {},
-        "idle_timeout_minutes": _IDLE_MINUTES, "available_node_types": types, "head_node_type": "head",
+        "idle_timeout_minutes": _IDLE_MINUTES, "available_node_types": types, "head_node_type": "ray.head.default",
         "file_mounts": {}, "file_mounts_sync_continuously": False, **{key: [] for key in lists},
     }  # fmt: skip
     path = Path(folder, "autoscaler.yaml")

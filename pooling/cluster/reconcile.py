@@ -56,7 +56,7 @@ class Reconciler(PoolState):
         `servers` that the predecessor had, of which one that says nothing for `server_timeout_s` is gone, and what
         else it is given.
         """
-        super().__init__(now_s=now_s, snapshot=snapshot, scaling=elastic and elastic.scaling, **state)
+        super().__init__(now_s=now_s, snapshot=snapshot, scaling=elastic.scaling if elastic else None, **state)
         self.gone: list[Peer] = []
         """Servers that hosts are to forget; whoever tells them takes them from here."""
         self._placement = placement

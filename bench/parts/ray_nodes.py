@@ -33,7 +33,7 @@ _SYSTEM_CONFIG = {
     "health_check_failure_threshold": 3,
 }
 _AUTOSCALER_ENV = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "0"}
-_IDLE_MINUTES = 0.05
+_IDLE_MINUTES = 0.1
 _END_S = 5.0
 ENV = {"RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 

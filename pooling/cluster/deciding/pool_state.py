@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
+from tokenpool.cluster.deciding.decision_log import Decision, DecisionLog
 from tokenpool.cluster.deciding.lives import Lives
 from tokenpool.cluster.deciding.scaling import Scaling
-from tokenpool.cluster.decision_log import Decision, DecisionLog
 from tokenpool.cluster.peers import Peers
 from tokenpool.cluster.placement import Situation
 from tokenpool.cluster.seats import Bars, Seat, Seats

@@ -78,7 +78,9 @@ class _Cluster(Protocol):
     """What is asked here of the pool file's `cluster`."""
 
     @property
-    def hosts(self) -> int | None: ...
+    def hosts(self) -> object: ...
+    @property
+    def most_hosts(self) -> int | None: ...
     @property
     def replicas(self) -> int: ...
     @property
@@ -133,4 +135,4 @@ def check_groups(cluster: _Cluster, models: Sequence[_Grouped]) -> None:
         needed = sum(by_name[name].replicas or cluster.replicas for name in group)
         problem = f"{show(list(group))} need {needed} hosts, one for each replica, cluster.hosts is {cluster.hosts}: "
         problem += "raise it, or lower replicas"
-        check_setting(cluster.hosts is None or needed <= cluster.hosts, "cluster.apart", problem)
+        check_setting(cluster.most_hosts is None or needed <= cluster.most_hosts, "cluster.apart", problem)

@@ -161,7 +161,6 @@ Seconds = Annotated[float, Written(units.parse_seconds, "time", TIME, units.form
 """Seconds, written as such or with a unit: `400ms`."""
 _read_count = _only(int, "a whole number")
 Count = Annotated[int, Written(_read_count, "whole number")]
-CountOrAuto = Annotated[int | None, Written(_read_count, "whole number", {"type": "integer"}, auto=True)]
 Number = Annotated[float, Written(units.parse_number, "number", show=lambda value: f"{value:g}")]
 Switch = Annotated[bool, Written(_only(bool, "true or false"), "true or false", show=lambda value: str(value).lower())]
 Text = Annotated[str, Written(units.parse_text, "text")]

@@ -5,6 +5,8 @@
         ...                      # nodes.address
         nodes.kill(0)            # SIGKILL of a node's raylet
         nodes.add()              # a new node, the last of nodes.raylets
+    with RayNodes(num_nodes=0, cpus_per_node=1, max_simulated=2) as nodes:
+        nodes.count()            # 1, the head, and up to 2 more while actors ask for them
 
 The child matters: Ray reads its authentication mode when it is imported, which vLLM may have done in a test process.
 """
@@ -16,9 +18,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +32,19 @@ _SYSTEM_CONFIG = {
     "health_check_timeout_ms": 1000,
     "health_check_failure_threshold": 3,
 }
+_AUTOSCALER_ENV = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "0"}
+_IDLE_MINUTES = 0.1
+_END_S = 5.0
 ENV = {"RAY_AUTH_MODE": "disabled", "RAY_DEDUP_LOGS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class RayNodes:
     """Nodes without a dashboard; the head has no CPUs, so hosts are on the others only."""
 
-    def __init__(self, *, num_nodes: int, cpus_per_node: int) -> None:
-        self._arguments = [str(num_nodes), str(cpus_per_node)]
+    def __init__(self, *, num_nodes: int, cpus_per_node: int, max_simulated: int = 0) -> None:
+        """Ray's autoscaler adds up to `max_simulated` further nodes, and takes them away once they are idle."""
+        self._arguments = [str(num_nodes), str(cpus_per_node), str(max_simulated)]
+        self._is_scaled = max_simulated > 0
         self.address = ""
         self.raylets: list[int] = []
         """Process id of each node's raylet, the head's aside."""
@@ -44,8 +53,8 @@ class RayNodes:
         self._folder = tempfile.mkdtemp(prefix="tp-ray-", dir="/tmp")  # short: it holds Unix sockets
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.parts.ray_nodes", self._folder, *self._arguments],
-            cwd=Path(__file__).parents[2], env={**os.environ, **ENV}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+            cwd=Path(__file__).parents[2], env={**os.environ, **ENV, **(_AUTOSCALER_ENV if self._is_scaled else {})},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
         )  # fmt: skip
         try:
             told = self._hear()
@@ -65,13 +74,26 @@ class RayNodes:
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()  # the child ends the nodes
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        if self._is_scaled:  # the autoscaler does not end its nodes with itself
+            self._signal(signal.SIGTERM)
+            self._until_gone()
+        if self._is_scaled or self._process.poll() is None:
+            self._signal(signal.SIGKILL)
+        self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _until_gone(self) -> None:
+        deadline_s = time.monotonic() + _END_S
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < deadline_s:
+                os.killpg(self._process.pid, 0)
+                time.sleep(0.1)
 
     def kill(self, index: int) -> None:
         """End a node as if its machine had lost power, as far as Ray can tell."""
@@ -84,14 +106,55 @@ class RayNodes:
         self._process.stdin.flush()
         self.raylets.append(self._hear()["raylet"])
 
+    def count(self) -> int:
+        """Nodes that are alive, with the head."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("count\n")
+        self._process.stdin.flush()
+        count: int = self._hear()["count"]
+        return count
 
-def _main(folder: str, num_nodes: int, cpus_per_node: int) -> None:
+
+def _scaled(folder: str, cpus_per_node: int, most: int) -> dict[str, Any]:
+    """Arguments of a head with an autoscaler, whose nodes are raylets of this machine."""
+    from ray._private.services import get_node_ip_address
+
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        port = sock.getsockname()[1]
+    provider = {
+        "type": "external",  # by its name it needs a file that Ray's wheel does not have
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "gcs_address": f"{get_node_ip_address()}:{port}",
+        "use_node_id_as_ip": True,
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+    }
+    node = {"CPU": cpus_per_node, "object_store_memory": 80 << 20}
+    types = {
+        "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "min_workers": 0, "max_workers": 0},
+        "simulated": {"resources": node, "node_config": {}, "min_workers": 0, "max_workers": most},
+    }
+    lists = ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands")
+    lists += ("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    config = {
+        "cluster_name": "simulated", "max_workers": most, "upscaling_speed": 1.0, "provider": provider, "auth": {},
+        "idle_timeout_minutes": _IDLE_MINUTES, "available_node_types": types, "head_node_type": "ray.head.default",
+        "file_mounts": {}, "file_mounts_sync_continuously": False, **{key: [] for key in lists},
+    }  # fmt: skip
+    path = Path(folder, "autoscaler.yaml")
+    path.write_text(json.dumps(config))
+    return {"autoscaling_config": str(path), "gcs_server_port": port}
+
+
+def _main(folder: str, num_nodes: int, cpus_per_node: int, max_simulated: int) -> None:
     from ray.cluster_utils import Cluster
 
     # Ray writes the address of its cluster there, and makes the folder only where it is the session's own.
     os.makedirs(os.path.join(os.environ.get("RAY_TMPDIR", tempfile.gettempdir()), "ray"), exist_ok=True)
     common: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 80 << 20}
     head = {**common, "num_cpus": 0, "_system_config": _SYSTEM_CONFIG, "temp_dir": folder}
+    head |= _scaled(folder, cpus_per_node, max_simulated) if max_simulated else {}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=cpus_per_node, **common) for _ in range(num_nodes)]
 
@@ -99,10 +162,14 @@ def _main(folder: str, num_nodes: int, cpus_per_node: int) -> None:
         return node.all_processes["raylet"][0].process.pid
 
     print(json.dumps({"address": cluster.address, "raylets": [raylet(node) for node in nodes]}), flush=True)
-    for _ in sys.stdin:
-        print(json.dumps({"raylet": raylet(cluster.add_node(num_cpus=cpus_per_node, **common))}), flush=True)
+    for line in sys.stdin:
+        if line == "count\n":
+            told = {"count": sum(node["Alive"] for node in cluster.global_state.node_table())}
+        else:
+            told = {"raylet": raylet(cluster.add_node(num_cpus=cpus_per_node, **common))}
+        print(json.dumps(told), flush=True)
     cluster.shutdown()
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    _main(sys.argv[1], *map(int, sys.argv[2:]))

@@ -22,7 +22,10 @@ from typing import Any
 
 import ray
 
+from tokenpool.cluster.deciding.elastic import elastic_of
+from tokenpool.cluster.deciding.scaling import HostsKept
 from tokenpool.cluster.host_actors import HostActors
+from tokenpool.cluster.host_keeper import HostKeeper
 from tokenpool.cluster.live_placement import placement_of
 from tokenpool.cluster.pool_record import Kept, KeptWriter, PoolStanding, PoolStore
 from tokenpool.cluster.private_state import read_snapshot, write_private
@@ -30,7 +33,7 @@ from tokenpool.cluster.raylet import end_with_raylet
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import ClusterView, Deployment, HostReport, Order, Peer, StaleEpochError, Use
 from tokenpool.cluster_config import ClusterConfig
-from tokenpool.errors import HostError, PoolError, text_of
+from tokenpool.errors import HostError, PoolError
 from tokenpool.logs import log_to_stderr
 from tokenpool.policy.leases import Claim, Lease, LeaseBook
 from tokenpool.process.ending import within
@@ -41,7 +44,6 @@ _WATCH_LIMIT_S = 30.0
 _JOIN_LIMIT_S = 10.0
 """How long whoever adds a model waits for servers that have not joined it yet; one that cannot does not hold it up."""
 _LOOK_S = 0.1
-_HOSTS_PERIOD_S = 5.0
 _HOST_END_S = 6.0
 _NUM_LOST = 100
 """Servers that are gone whose leavings are looked for at the end."""
@@ -66,13 +68,15 @@ class Controller:
         self._file_models = kept.file_models if kept else record.file_models
         self._hosts = HostActors(record, namespace)
         self._leases = LeaseBook(record.tenant_slots)
+        placement, hosts = placement_of(self._config), kept.hosts if kept else HostsKept()
         self.reconciler = Reconciler(
-            placement_of(self._config),
+            placement,
             host_timeout_s=self._config.host_timeout_s,
             server_timeout_s=self._config.frontend_timeout_s,
             now_s=time.monotonic(),
             snapshot=read_snapshot(self._path) if context.was_current_actor_reconstructed else None,
             num_hosts=self._hosts.num_wanted(),
+            elastic=elastic_of(self._config, placement, record.max_loaded, hosts),
             models=kept.models if kept else record.models,
             servers=kept.servers if kept else (),
             identity=token_hex(4),
@@ -85,6 +89,8 @@ class Controller:
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: set[tuple[str, int]] = set()
         self._seen_hosts: set[str] = set()
+        scaling, on_ended = self.reconciler.scaling, self.reconciler.host_ended
+        self._keeper = HostKeeper(self._hosts, self._store, scaling, self._seen_hosts, on_ended, self._writer)
         self._lost: list[Peer] = []
         self._forgetting: dict[str, asyncio.Task[None]] = {}
         self._changed: asyncio.Condition | None = None
@@ -281,7 +287,7 @@ class Controller:
         if self._changed is None:  # the loop runs only once a call is there
             self._changed = asyncio.Condition()
             self._spawn(self._loop())
-            self._spawn(self._keep_hosts())
+            self._spawn(self._keeper.run(lambda: self._ending is not None))
 
     def _is_news(self, epoch: int, version: int) -> bool:
         return (self.reconciler.epoch, self.reconciler.version) != (epoch, version)
@@ -294,14 +300,6 @@ class Controller:
                 self._end_if_orphaned()
             except Exception:  # a wrong decision must not end all later ones
                 logger.exception("reconciling failed")
-
-    async def _keep_hosts(self) -> None:
-        while self._ending is None:
-            try:
-                await asyncio.to_thread(self._hosts.start_missing)
-            except Exception as error:  # such as Ray's head that is away
-                logger.warning("hosts not looked for: %s", text_of(error)[:200])
-            await asyncio.sleep(_HOSTS_PERIOD_S)
 
     def _end_if_orphaned(self) -> None:
         alone_s = self.reconciler.peers.alone_s(time.monotonic())
@@ -322,6 +320,7 @@ class Controller:
             self._forgetting[peer.name] = self._spawn(self._hosts.forget(peer, list(self.reconciler.hosts)))
         self._save()
         self._keep()
+        self._keeper.tell()
         if self.reconciler.version != self._seen_version and self._changed is not None:
             self._seen_version = self.reconciler.version
             async with self._changed:
@@ -335,9 +334,10 @@ class Controller:
     def _keep(self) -> None:
         """Let the next controller know what hosts cannot tell it, as soon as Ray's head takes it."""
         models, servers = self.reconciler.models, list(self.reconciler.peers.all)
-        stamp = (models.revision, set(models.retiring), self._file_models, servers)
+        hosts = self.reconciler.scaling.kept if self.reconciler.scaling is not None else HostsKept()
+        stamp = (models.revision, set(models.retiring), self._file_models, servers, hosts)
         if stamp != self._kept and not self._is_stopping:
-            self._writer.put(Kept(models.kept, self._file_models, servers))
+            self._writer.put(Kept(models.kept, self._file_models, servers, hosts))
             self._kept = stamp
 
     async def _send(self, order: Order) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tokenpool.cluster.placement import Move, Placement, Situation, deployments_on, fits, may_be_there
+from tokenpool.cluster.placement import Loads, Move, Placement, Situation, deployments_on, fits, may_be_there
 from tokenpool.cluster.values import Deployment, HostedReport, HostReport
 from tokenpool.group_config import Group
 from tokenpool.policy.turns import Residency
@@ -49,6 +49,10 @@ class Together:
         groups = self._present(situation)
         leader = next((leader for leader, members in groups.items() if name in members), name)
         return self._placement.has_room(leader, _fold(situation, groups, {}))
+
+    def loads(self, situation: Situation) -> Loads:
+        """See Placement."""
+        return self._placement.loads(_fold(situation, self._present(situation), {}))
 
     def _present(self, situation: Situation) -> dict[str, Group]:
         found = (tuple(name for name in group if name in situation.models) for group in self._groups)

@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import ray
@@ -22,6 +23,10 @@ logger = logging.getLogger(__name__)
 _UNKNOWN_END_S = 1.0
 """For a host that has never reported, such as one that Ray has no room for."""
 _STOP_MARGIN_S = 2.0
+_EMPTY_END_S = 1.0
+"""For a host that has nothing to finish."""
+_GONE_LIMIT_S, _LOOK_S = 10.0, 0.1
+"""How long Ray may take to forget an actor that was ended."""
 
 
 class HostActors:
@@ -38,16 +43,18 @@ class HostActors:
         """How many there are to be."""
         return wanted_hosts(self._record.config, use_gpus=self._record.use_gpus)
 
-    def start_missing(self) -> None:
-        """Start those that are missing; Ray places them when there is room, also on nodes that join later.
+    def start_missing(self, names: Iterable[str] | None = None) -> None:
+        """Start those of `names` that are missing, None = as many as there are to be.
 
-        One that a former controller started is found. Blocks, for any thread.
+        Ray places them when there is room, also on nodes that join later; for an actor without a node its autoscaler
+        adds one. One that a former controller started is found. Blocks, for any thread.
         """
         controller = ray.get_actor(CONTROLLER, self._namespace)
-        for index in range(len(self._made), self.num_wanted()):
-            name = f"host-{index}"
+        if names is None:
+            names = [f"host-{index}" for index in range(len(self._made), self.num_wanted())]
+        for name in names:
             with self._making:
-                if not self._is_ending:
+                if not self._is_ending and name not in self._made:
                     self._made[name] = self._make(name, controller)
 
     def _make(self, name: str, controller: ActorHandle) -> ActorHandle:
@@ -61,7 +68,8 @@ class HostActors:
             "num_gpus": 1 if record.use_gpus else 0,
             "max_restarts": -1,
             "max_concurrency": 32,
-            "scheduling_strategy": "SPREAD",
+            # Where hosts come and go they share nodes, so that others get empty.
+            "scheduling_strategy": "DEFAULT" if record.config.host_range else "SPREAD",
         }
         given = (name, record.host_config, controller, record.config.reconcile_period_s, record.host_env)
         return ray.remote(HostActor).options(**options).remote(*given, record.host_template, record.has_network)
@@ -92,17 +100,39 @@ class HostActors:
         `reported` are those that ever were there; what `servers` have left that were killed is removed.
         """
 
-        async def end_one(host: str, actor: ActorHandle) -> None:
-            own_limit_s = limit_s + _STOP_MARGIN_S if host in reported else _UNKNOWN_END_S
-            with contextlib.suppress(Exception):  # one that is gone needs no stop, one that hangs gets none
-                async with asyncio.timeout(own_limit_s):
-                    await asyncio.gather(*(actor.clear_after.remote(server) for server in servers))
-                    await actor.stop.remote(limit_s)
-            with contextlib.suppress(Exception):
-                ray.kill(actor, no_restart=True)
-
         await asyncio.to_thread(self._make_no_more)
-        await asyncio.gather(*(end_one(host, actor) for host, actor in self._made.items()))
+        limits = {host: limit_s if host in reported else None for host in self._made}
+        await asyncio.gather(*(self._end_one(actor, limits[host], servers) for host, actor in self._made.items()))
+
+    async def _end_one(self, actor: ActorHandle, limit_s: float | None, servers: Collection[Peer] = ()) -> None:
+        """End a host after at most `limit_s`, None = it has never reported, and its actor."""
+        with contextlib.suppress(Exception):  # one that is gone needs no stop, one that hangs gets none
+            async with asyncio.timeout(_UNKNOWN_END_S if limit_s is None else limit_s + _STOP_MARGIN_S):
+                await asyncio.gather(*(actor.clear_after.remote(server) for server in servers))
+                await actor.stop.remote(limit_s or 0.0)
+        with contextlib.suppress(Exception):
+            ray.kill(actor, no_restart=True)
+
+    async def give_back(self, host: str, *, has_reported: bool) -> None:
+        """End a host that has nothing, and its actor, so that its node may go; returns once Ray knows it no more.
+
+        Raises TimeoutError if that takes too long.
+        """
+        with contextlib.suppress(ValueError):  # a former controller has ended it
+            await self._end_one(await self.handle(host), _EMPTY_END_S if has_reported else None)
+        deadline_s = time.monotonic() + _GONE_LIMIT_S
+        while await asyncio.to_thread(self._is_known, host):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"Ray has not ended {host}")
+            await asyncio.sleep(_LOOK_S)
+        self._made.pop(host, None)
+
+    def _is_known(self, host: str) -> bool:
+        try:
+            ray.get_actor(host, self._namespace)
+        except ValueError:
+            return False
+        return True
 
     def _make_no_more(self) -> None:
         with self._making:

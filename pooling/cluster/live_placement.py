@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from tokenpool.cluster.groups import Together
-from tokenpool.cluster.placement import KeepReplicas, Move, Placement, Situation, has_room, room_bytes
+from tokenpool.cluster.placement import KeepReplicas, Loads, Move, Placement, Situation, has_room, room_bytes
 from tokenpool.cluster.traffic import Rates, Seat, TrafficBook
 from tokenpool.cluster.values import Deployment, HostedReport, HostReport
 from tokenpool.cluster_config import ClusterConfig
@@ -28,6 +28,7 @@ from tokenpool.policy.capacity import (
     StepCosts,
     windows,
 )
+from tokenpool.policy.capacity_board import Board
 from tokenpool.policy.capacity_live import LiveCapacity
 from tokenpool.policy.turns import Residency
 
@@ -120,6 +121,17 @@ class LivePlacement:
     def has_room(self, name: str, situation: Situation) -> bool:
         """See Placement."""
         return has_room(name, situation, self.apart)
+
+    def loads(self, situation: Situation) -> Loads:
+        """See Placement; nothing before the first `decide`."""
+        if self._begun_s is None or not situation.hosts:
+            return Loads()
+        usual = LiveCapacity()
+        with _no_collection():
+            board = Board(self._view(situation), usual.full, usual.target_frac)
+        there = [(host.host, float(load)) for host, load in zip(board.view.hosts, board.loads, strict=True)]
+        up = {host: load for (host, load), is_up in zip(there, board.is_up, strict=True) if is_up}
+        return Loads(up, bool((board.is_up & (board.loads > board.limit)).any()))
 
     def _decide(self, situation: Situation) -> list[Move]:
         now_s = situation.now_s

@@ -50,6 +50,15 @@ class Situation:
     """Models that are not wanted now, and leave hosts."""
 
 
+class Loads(NamedTuple):
+    """What hosts have to do."""
+
+    by_host: Mapping[str, float] = {}
+    """Of those that are up and do not drain, where that is known; 1 = a host's whole time."""
+    is_over: bool = False
+    """Whether tokens of one come late, or surely will."""
+
+
 class Placement(Protocol):
     """Decides what changes; called once per period on one thread."""
 
@@ -59,6 +68,10 @@ class Placement(Protocol):
 
     def has_room(self, name: str, situation: Situation) -> bool:
         """Whether any host that is there could take a model now, barred or not."""
+        ...
+
+    def loads(self, situation: Situation) -> Loads:
+        """What hosts have to do, as far as it is known."""
         ...
 
 
@@ -101,6 +114,10 @@ class KeepReplicas:
     def has_room(self, name: str, situation: Situation) -> bool:
         """See Placement."""
         return has_room(name, situation, self.apart)
+
+    def loads(self, situation: Situation) -> Loads:
+        """See Placement; nothing is measured here."""
+        return Loads()
 
     def _meets(self, name: str, host: str, placed: Mapping[str, Set[str]], situation: Situation) -> bool:
         others = self.apart.get(name, frozenset())

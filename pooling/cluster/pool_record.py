@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+from tokenpool.cluster.deciding.scaling import HostsKept
 from tokenpool.cluster.values import Deployment, Peer
 from tokenpool.cluster_config import ClusterConfig
 from tokenpool.config import PoolConfig
@@ -74,12 +75,14 @@ class Kept(NamedTuple):
     models: list[Deployment]
     file_models: bytes
     servers: list[Peer]
+    hosts: HostsKept = HostsKept()
+    """Those of a pool whose number of hosts follows the need."""
 
 
 def wanted_hosts(config: ClusterConfig, *, use_gpus: bool) -> int:
-    """How many hosts there are to be, with `hosts: auto` one per GPU that the cluster has now."""
-    if config.hosts is not None:
-        return config.hosts
+    """How many hosts there are to be, or may be, with `hosts: auto` one per GPU that the cluster has now."""
+    if config.most_hosts is not None:
+        return config.most_hosts
     import ray
 
     return max(1, int(ray.cluster_resources().get("GPU", 0))) if use_gpus else 1
@@ -149,6 +152,10 @@ class PoolStore:
         generation: int = 1 + (self._get(f"generation-{host}") or 0)
         self._put(f"generation-{host}", generation)
         return generation
+
+    def forget_host(self, host: str) -> None:
+        """There will be no actor of this name any more."""
+        self._delete(f"generation-{host}")
 
     def clear(self) -> None:
         """Keep nothing for the next controller."""

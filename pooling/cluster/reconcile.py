@@ -17,8 +17,10 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
-from tokenpool.cluster.deciding.lives import Event, Scene
+from tokenpool.cluster.deciding.elastic import Elastic
 from tokenpool.cluster.deciding.pool_state import PoolState
+from tokenpool.cluster.deciding.scaling import Change
+from tokenpool.cluster.deciding.scene import Event, Scene
 from tokenpool.cluster.placement import Move, Placement, Situation
 from tokenpool.cluster.seats import BAR_S, Seat
 from tokenpool.cluster.values import Deployment, HostReport, Order, Peer, SeatState, Use
@@ -45,6 +47,7 @@ class Reconciler(PoolState):
         order_limit_s: float = _ORDER_LIMIT_S,
         snapshot: dict[str, Any] | None = None,
         num_hosts: int = 0,
+        elastic: Elastic | None = None,
         **state: Any,
     ) -> None:
         """`snapshot` is that of the predecessor, empty if it left none; None = there was no predecessor.
@@ -53,14 +56,16 @@ class Reconciler(PoolState):
         `servers` that the predecessor had, of which one that says nothing for `server_timeout_s` is gone, and what
         else it is given.
         """
-        super().__init__(now_s=now_s, snapshot=snapshot, **state)
+        super().__init__(now_s=now_s, snapshot=snapshot, scaling=elastic.scaling if elastic else None, **state)
         self.gone: list[Peer] = []
         """Servers that hosts are to forget; whoever tells them takes them from here."""
         self._placement = placement
         self._host_timeout_s = host_timeout_s
         self._order_limit_s = order_limit_s
         self._heard_s: dict[str, float] = {}
-        self._expected = set((snapshot or {}).get("hosts", ()))
+        self._elastic = elastic
+        asked = () if snapshot is None or self.scaling is None else self.scaling.wanted
+        self._expected = set((snapshot or {}).get("hosts", asked))
         self._num_hosts = num_hosts if snapshot is None else 0
         self._settle_until_s = now_s + (_FIRST_SETTLE_S if snapshot is None else _SETTLE_S)
         self.is_settled = False
@@ -147,6 +152,8 @@ class Reconciler(PoolState):
 
     def host_reported(self, report: HostReport, now_s: float) -> bool:
         """A host's supervisor is there and says what the host has loaded; returns whether that is news of the host."""
+        if self.scaling is not None and self.scaling.is_over(report.host):
+            return False
         last = self._last.get(report.host)
         if last is not None and report.generation < last.generation:
             return False  # its node was cut off, and another one has taken its place
@@ -234,13 +241,17 @@ class Reconciler(PoolState):
             self.withdraw(name)
         self._give_up_orders(now_s)
         self._decide(now_s)
+        if self._elastic is not None:
+            self._note_hosts(self._elastic.look(self, now_s))
         return self._orders(now_s)
 
     def _settled(self, now_s: float) -> bool:
         """Whether enough is known to decide: hosts said what they have, and former servers that they are there."""
         if not self.is_settled:
-            have_all = not self._expected and len(self.hosts) >= max(1, self._num_hosts) and not self.peers.missing
-            self.is_settled = have_all or (now_s >= self._settle_until_s and bool(self.hosts))
+            least = max(1, self._num_hosts) if self.scaling is None else 0
+            have_all = not self._expected and len(self.hosts) >= least and not self.peers.missing
+            no_longer = self.scaling is not None and now_s >= self._settle_until_s + self._host_timeout_s
+            self.is_settled = have_all or (now_s >= self._settle_until_s and bool(self.hosts)) or no_longer
             if self.is_settled:
                 self._changed()
         return self.is_settled
@@ -266,7 +277,32 @@ class Reconciler(PoolState):
             return self._placement.has_room(name, self.situation(now_s, {*self.lives.awake, name} - gone, gone))
 
         retiring, servers = self.models.retiring.keys(), self.peers.names
-        return Scene(now_s, self.models, retiring, self.seats, servers, len(self.hosts), has_room)
+        stranded = self._elastic.stranded(self, now_s) if self._elastic else frozenset()
+        return Scene(
+            now_s, self.models, retiring, self.seats, servers, len(self.hosts), has_room, self._may_come, stranded
+        )
+
+    def _may_come(self, name: str) -> bool:
+        return self._elastic is not None and self._elastic.may_come(self.models[name], self.hosts.keys())
+
+    def _note_hosts(self, changes: Iterable[Change]) -> None:
+        for action, host, reason in changes:
+            self._note(action, reason, host=host)
+            if action == "host_ending":  # nothing is on it, and what it still says does not count
+                self.hosts.pop(host, None)
+                self._last.pop(host, None)
+                self._heard_s.pop(host, None)
+                self._silent -= {host}
+            self._changed()
+
+    def host_ended(self, host: str) -> None:
+        """A host that was given back is gone."""
+        assert self.scaling is not None
+        self.scaling.ended(host)
+        self.draining.discard(host)
+        self._bars.forget_host(host)
+        self._note("host_returned", "its node may go", host=host)
+        self._changed()
 
     def _note_events(self, events: Iterable[Event]) -> None:
         for action, name, reason, error in events:
@@ -310,7 +346,8 @@ class Reconciler(PoolState):
             return  # they are being started
         waiting = {name for name, hosts in situation.placed.items() if not hosts} - {move.model for move in moves}
         situation = replace(situation, going={})  # those make room soon
-        for name in [name for name in waiting - self._errors.keys() if not self._placement.has_room(name, situation)]:
+        waiting = {name for name in waiting - self._errors.keys() if not self._may_come(name)}
+        for name in [name for name in waiting if not self._placement.has_room(name, situation)]:
             problem = f"model {name!r}: no host has room for it, or may take it; add hosts, or raise their memory"
             self._errors[name] = CapacityError(problem)
             self._note("not_placed", "no host has room for it", name)
@@ -340,38 +377,3 @@ class Reconciler(PoolState):
             if is_due and now_s - seat.ordered_s > self._order_limit_s:
                 error = HostError(f"{host} has not answered the order for {self._order_limit_s:g} s")
                 self.order_done(self._order(host, seat), error, now_s)
-
-    # -- taking over -----------------------------------------------------------------------------------
-
-    def _adopt(self, report: HostReport) -> None:
-        """Take over what a host has loaded and nobody here ordered; it is left again if it is not wanted."""
-        for name, hosted in report.models.items():
-            if (name, report.host) in self.seats:
-                continue
-            wanted = self.models.get(name)
-            if wanted is None or wanted.version != hosted.version:
-                wanted = Deployment(name, hosted.version)
-            else:
-                self.lives.found(name)
-            self.seats[name, report.host] = Seat(wanted, report.life, SeatState.SERVING)
-            self._note("adopted", "the host has it loaded", name, report.host)
-            self._changed()
-        if report.building is not None and report.controller != self.identity:
-            self._adopt_building(report, *report.building)
-
-    def _adopt_building(self, report: HostReport, name: str, version: int) -> None:
-        """Go on with what a former controller has ordered: the host answers the same order once it is carried out."""
-        wanted = self.models.get(name)
-        if wanted is not None and wanted.version == version and (name, report.host) not in self.seats:
-            self.seats[name, report.host] = Seat(wanted, report.life, SeatState.LOADING)
-            self.lives.found(name)
-            self._note("adopted", "the host is loading it", name, report.host)
-            self._changed()
-
-    def _drop_vanished(self, report: HostReport) -> None:
-        """A seat that serves and that the host does not have; a host says so only if something was lost on the way."""
-        for name, host in self.seats.on_host(report.host):
-            if self.seats[name, host].state is SeatState.SERVING and name not in report.models:
-                del self.seats[name, host]
-                self._note("vanished", "the host does not have it", name, host)
-                self._changed()

@@ -102,6 +102,11 @@ class Bars(dict[Pair, _Bar]):
         for pair in [pair for pair in self if pair[0] == model]:
             del self[pair]
 
+    def forget_host(self, host: str) -> None:
+        """A host is gone for good."""
+        for pair in [pair for pair in self if pair[1] == host]:
+            del self[pair]
+
     def until_s(self, model: str, hosts: Iterable[str], now_s: float) -> float:
         """When the first of these hosts may try a model again."""
         return min((self[model, host].until_s for host in hosts if (model, host) in self), default=now_s)

@@ -198,6 +198,17 @@ class ModelView:
     """Hosts that were lost because nothing was heard of them: their requests are not to blame."""
 
 
+class HostCount(NamedTuple):
+    """The hosts of a pool that may have more or fewer."""
+
+    least: int
+    most: int
+    pending: tuple[str, ...]
+    """Hosts that Ray was asked for, and that are not there."""
+    leaving: tuple[str, ...]
+    """Hosts that are emptied, because fewer are enough."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClusterView:
     """All that frontends act on; `epoch` and `version` tell two views apart."""
@@ -215,13 +226,15 @@ class ClusterView:
     overdue: frozenset[str] = frozenset()
     """Hosts that nobody should count on now; see HostReport."""
     draining: frozenset[str] = frozenset()
-    """Hosts that the operator wants empty."""
+    """Hosts that are to be empty: the operator wants it, or nobody needs them."""
     retiring: dict[str, float] = field(default_factory=dict)
     """Models that are removed once all frontends have drained them, with the seconds that their requests may take."""
     peers: tuple[Peer, ...] = ()
     """The servers that are there, eldest first; the eldest follows the pool file."""
     is_ending: bool = False
     """Whether the pool ends: all its servers are to finish what they have, and end."""
+    host_count: HostCount | None = None
+    """None = the pool always has the same number of hosts."""
 
 
 class StaleEpochError(PoolError):

@@ -8,6 +8,7 @@ import logging
 import signal
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from tests.helpers.stand_ins import plan_of
 from tests.serve.pool.test_other_servers import two_servers, until
 from tokenpool.cluster.pool_record import Kept, KeptWriter
+from tokenpool.cluster.values import HostCount
 from tokenpool.serve.clustered import head_watch, ray_hosts
 from tokenpool.serve.clustered.head_watch import AWAY_AFTER_S, LOOK_PERIOD_S, HeadWatch
 
@@ -141,7 +143,7 @@ def test_a_server_says_that_the_head_is_away_and_serves_on(monkeypatch: pytest.M
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("left", ["a host", "the head", "nobody"])
+@pytest.mark.parametrize("left", ["a host", "the head", "nobody", "no need"])
 def test_a_server_ends_when_neither_head_nor_host_answers(left: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only then: its clients would wait for ever, and whoever started it would not know."""
     monkeypatch.setattr(ray_hosts, "_ALONE_LOOK_S", 0.01)
@@ -159,6 +161,9 @@ def test_a_server_ends_when_neither_head_nor_host_answers(left: str, monkeypatch
             monkeypatch.setattr(ray_hosts.os, "kill", lambda pid, number: killed.append(number))
             monkeypatch.setattr(one.hosts, "ask", ask)
             one.hosts.head.is_up = left == "the head"
+            if left == "no need":
+                assert one.hosts.view is not None
+                one.hosts.view = replace(one.hosts.view, hosts={}, host_count=HostCount(0, 2, (), ()))
             task = asyncio.create_task(one.hosts._end_alone())
             if left == "nobody":
                 await task
@@ -169,7 +174,7 @@ def test_a_server_ends_when_neither_head_nor_host_answers(left: str, monkeypatch
 
     asyncio.run(main())
     assert killed == ([signal.SIGTERM] if left == "nobody" else [])
-    assert (asked == 0) is (left == "the head")
+    assert (asked == 0) is (left in ("the head", "no need"))
 
 
 def kept(number: int) -> Kept:

@@ -17,10 +17,10 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import NamedTuple
 
+from tokenpool.cluster.deciding.scene import Event, Scene
 from tokenpool.cluster.deciding.uses import Uses, Want
-from tokenpool.cluster.seats import BAR_S, Pair, Seat
+from tokenpool.cluster.seats import BAR_S
 from tokenpool.cluster.values import Deployment, SeatState
 from tokenpool.config import Loading
 from tokenpool.errors import CapacityError, HostError, PoolError
@@ -34,32 +34,6 @@ _JOIN_LIMIT_S = 60.0
 """A model that a server does not join so long after it was loaded may rest, although requests wait for it there."""
 _NOBODY = Want()
 _NO_CLAIM = (math.inf, math.inf, "")
-
-
-class Event(NamedTuple):
-    """What was decided of a model."""
-
-    action: str
-    """`wake`, `rest`, `cold`, `demand_load` once it is served, or `load_failed`."""
-    model: str
-    reason: str
-    error: PoolError | None = None
-    """Why it cannot be loaded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What is so now."""
-
-    now_s: float
-    models: Mapping[str, Deployment]
-    retiring: Set[str]
-    """Models that are being removed."""
-    seats: Mapping[Pair, Seat]
-    servers: Set[str]
-    num_hosts: int
-    has_room: Callable[[str, Set[str]], bool]
-    """Whether a host has room for a model, once those others are gone."""
 
 
 @dataclass(slots=True)
@@ -164,6 +138,20 @@ class Lives:
         """Whether a server has a request for it."""
         return self._wants.get(name, _NOBODY).is_used
 
+    def needed(self, now_s: float) -> list[str]:
+        """Those that need a host: such as are always loaded, and such as are used and may be loaded."""
+        found = []
+        for name, life in self._lives.items():
+            is_wanted = self.in_use(name) or life.asked_s < math.inf
+            is_lasting = not life.is_on_demand or life.rule.keep is not None
+            if (life.is_awake and is_lasting) or (is_wanted and (life.is_awake or life.retry_s <= now_s)):
+                found.append(name)
+        return found
+
+    def used_since(self, since_s: float) -> set[str]:
+        """Those that are loaded and were used since then."""
+        return {name for name, life in self._lives.items() if life.is_awake and life.used_s >= since_s}
+
     def look(self, now_s: float, servers: Set[str]) -> None:
         """Put together what servers have told."""
         self.uses.keep(servers, self._lives)
@@ -185,6 +173,8 @@ class Lives:
             return events
         events += [*self._fail_deadly(scene.now_s), *self._end_rests(scene)]
         events += [self._rest(name, f"unused for {idle_s:.0f} s") for name, idle_s in self._unused(scene)]
+        stranded = [name for name in self._idle(scene) if name in scene.stranded and self._lives[name].is_on_demand]
+        events += [self._rest(name, "its host is given back, and nobody uses it") for name in stranded]
         events += self._rest_of_too_many(scene)
         return events + self._wake_wanted(scene)
 
@@ -357,15 +347,21 @@ class Lives:
         if self._fits(name, gone.union(idle), scene):
             return [self._rest(other, f"idle, and {name} is wanted") for other in self._needed(name, idle, scene)]
         if not self._fits(name, gone | self._may_go_at_all(), scene):
+            if not self._are_too_many(name) and scene.may_come(name):
+                return []
             return [self.fail(name, CapacityError(self._why_never(name)), scene.now_s)]
         busy = self._busy(scene)
         if scene.now_s - self._since_s(name) < PATIENCE_S or not self._fits(name, gone.union(idle, busy), scene):
             return []
         return [self._rest(other, f"{name} has waited") for other in self._needed(name, [*idle, *busy], scene)]
 
-    def _why_never(self, name: str) -> str:
+    def _are_too_many(self, name: str) -> bool:
+        """Whether `max_loaded` models are kept beside it."""
         num_kept = len(self._loaded - self._may_go_at_all() - {name})
-        if self._max_loaded is not None and num_kept >= self._max_loaded:
+        return self._max_loaded is not None and num_kept >= self._max_loaded
+
+    def _why_never(self, name: str) -> str:
+        if self._are_too_many(name):
             return f"model {name!r}: max_loaded is {self._max_loaded}, and so many are kept; raise it, or keep fewer"
         return (
             f"model {name!r}: no host has room for it beside what is kept, or may take it; add hosts, or raise their "

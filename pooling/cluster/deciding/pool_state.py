@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
+from tokenpool.cluster.deciding.decision_log import Decision, DecisionLog
 from tokenpool.cluster.deciding.lives import Lives
-from tokenpool.cluster.decision_log import Decision, DecisionLog
+from tokenpool.cluster.deciding.scaling import Scaling
 from tokenpool.cluster.peers import Peers
 from tokenpool.cluster.placement import Situation
 from tokenpool.cluster.seats import Bars, Seat, Seats
-from tokenpool.cluster.values import ClusterView, Deployment, HostReport, ModelView, Peer, SeatState
+from tokenpool.cluster.values import ClusterView, Deployment, HostCount, HostReport, ModelView, Peer, SeatState
 from tokenpool.cluster.wishes import Wishes
 from tokenpool.errors import PoolError
 from tokenpool.policy.capacity import Role
@@ -35,6 +36,7 @@ class PoolState:
         identity: str = "controller",
         max_loaded: int | None = None,
         weight_of: Callable[[str], float] = lambda tenant: 1.0,
+        scaling: Scaling | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """See Reconciler."""
@@ -57,6 +59,8 @@ class PoolState:
         """Of hosts that were given one, also of such that are lost: they come back with it."""
         self.draining = set(known.get("draining", ()))
         """Hosts that the operator wants empty, also of such that are lost."""
+        self.scaling = scaling
+        """How many hosts there are to be; None = always the same number."""
         self.version = 0
         """Grows with every change that frontends need to know."""
         self._errors: dict[str, PoolError] = {}
@@ -89,7 +93,12 @@ class PoolState:
             if name not in models:
                 going[name] = seat.deployment
         barred = self._bars.at(now_s)
-        return Situation(models, self.hosts, placed, leaving, barred, now_s, self.roles, self.draining, going)
+        return Situation(models, self.hosts, placed, leaving, barred, now_s, self.roles, self.emptied, going)
+
+    @property
+    def emptied(self) -> Set[str]:
+        """Hosts that are to be empty, because the operator wants it or because nobody needs them."""
+        return self.draining if self.scaling is None else self.draining | self.scaling.leaving
 
     # -- what others see -------------------------------------------------------------------------------
 
@@ -106,8 +115,15 @@ class PoolState:
         overdue = frozenset(host for host, report in self.hosts.items() if report.overdue)
         return ClusterView(
             self.epoch, self.version, self.revision, models, lives, roles, dict(self.log.totals), overdue,
-            frozenset(self.draining & lives.keys()), self.models.retiring, tuple(self.peers), self.is_ending,
+            frozenset(self.emptied & lives.keys()), self.models.retiring, tuple(self.peers), self.is_ending,
+            self._host_count(),
         )  # fmt: skip
+
+    def _host_count(self) -> HostCount | None:
+        if (scaling := self.scaling) is None:
+            return None
+        pending = tuple(sorted(scaling.pending(self.hosts)))
+        return HostCount(scaling.bounds.least, scaling.bounds.most, pending, tuple(sorted(scaling.leaving)))
 
     def snapshot(self) -> dict[str, Any]:
         """What the next controller needs beyond what hosts and frontends tell it; small and plain."""
@@ -130,3 +146,38 @@ class PoolState:
 
     def _changed(self) -> None:
         self.version += 1
+
+    # -- taking over -----------------------------------------------------------------------------------
+
+    def _adopt(self, report: HostReport) -> None:
+        """Take over what a host has loaded and nobody here ordered; it is left again if it is not wanted."""
+        for name, hosted in report.models.items():
+            if (name, report.host) in self.seats:
+                continue
+            wanted = self.models.get(name)
+            if wanted is None or wanted.version != hosted.version:
+                wanted = Deployment(name, hosted.version)
+            else:
+                self.lives.found(name)
+            self.seats[name, report.host] = Seat(wanted, report.life, SeatState.SERVING)
+            self._note("adopted", "the host has it loaded", name, report.host)
+            self._changed()
+        if report.building is not None and report.controller != self.identity:
+            self._adopt_building(report, *report.building)
+
+    def _adopt_building(self, report: HostReport, name: str, version: int) -> None:
+        """Go on with what a former controller has ordered: the host answers the same order once it is carried out."""
+        wanted = self.models.get(name)
+        if wanted is not None and wanted.version == version and (name, report.host) not in self.seats:
+            self.seats[name, report.host] = Seat(wanted, report.life, SeatState.LOADING)
+            self.lives.found(name)
+            self._note("adopted", "the host is loading it", name, report.host)
+            self._changed()
+
+    def _drop_vanished(self, report: HostReport) -> None:
+        """A seat that serves and that the host does not have; a host says so only if something was lost on the way."""
+        for name, host in self.seats.on_host(report.host):
+            if self.seats[name, host].state is SeatState.SERVING and name not in report.models:
+                del self.seats[name, host]
+                self._note("vanished", "the host does not have it", name, host)
+                self._changed()

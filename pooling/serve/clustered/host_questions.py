@@ -84,6 +84,9 @@ class HostQuestions:
         if (view := self.view) is not None:
             cluster = {"epoch": view.epoch, "revision": view.revision, "hosts": view.hosts, "roles": view.roles}
             cluster["draining"] = sorted(view.draining)
+            if (count := view.host_count) is not None:
+                cluster["host_count"] = {"min": count.least, "max": count.most, "pending": list(count.pending)}
+                cluster["host_count"]["leaving"] = list(count.leaving)
             cluster["servers"] = [{"name": p.name, "address": p.address, "pid": p.pid} for p in view.peers]
         try:
             async with asyncio.timeout(_LOOK_LIMIT_S):

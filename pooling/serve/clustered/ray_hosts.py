@@ -81,8 +81,15 @@ class RayHosts(ClusterModels):
 
     @property
     def is_alive(self) -> bool:
-        """See Hosts."""
-        return self.view is not None and bool(self.view.hosts.keys() - self.view.overdue)
+        """See Hosts; where hosts come when requests wait, none need be there."""
+        if self.view is None:
+            return False
+        return self._needs_none or bool(self.view.hosts.keys() - self.view.overdue)
+
+    @property
+    def _needs_none(self) -> bool:
+        """Whether there is no host because none is needed, or none has come yet."""
+        return self.view is not None and not self.view.hosts and self.view.host_count is not None
 
     @property
     def has_started(self) -> bool:
@@ -151,10 +158,13 @@ class RayHosts(ClusterModels):
         while alone_s < _ALONE_LIMIT_S:
             await asyncio.sleep(_ALONE_LOOK_S)
             alone_s += _ALONE_LOOK_S
-            if self.head.is_up or any(not isinstance(got, Exception) for got in (await self.ask("progress")).values()):
+            if self.head.is_up or self._needs_none or await self._is_answered():
                 alone_s = 0.0
         logger.critical("Ray's head is away, and no host has answered for %.0f s: this server ends", alone_s)
         os.kill(os.getpid(), signal.SIGTERM)
+
+    async def _is_answered(self) -> bool:
+        return any(not isinstance(got, Exception) for got in (await self.ask("progress")).values())
 
     # -- the controller ------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ def plan_on_cluster(config: PoolConfig, address: str) -> PlannedCluster:
 
     Of several servers that do so at the same moment one starts it, and the others join it.
     """
-    connect(address, config.cluster, config.cluster.hosts or 1)
+    connect(address, config.cluster, config.cluster.most_hosts or 1)
     session = Session(config.cluster, owns_ray=address == "local")
     try:
         standing, plans = session.find(), None

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pool whose hosts come and go: the controller's logic, servers, hosts and a Ray that has nodes or not, in memory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.cluster.deciding.test_lives import Host, World, model
+from tokenpool.cluster.deciding.elastic import elastic_of
+from tokenpool.cluster.deciding.scaling import HostsKept
+from tokenpool.cluster.live_placement import placement_of
+from tokenpool.cluster.placement import Loads
+from tokenpool.cluster.reconcile import Reconciler
+from tokenpool.cluster.values import Deployment
+from tokenpool.cluster_config import ClusterConfig, HostRange
+from tokenpool.errors import ConfigError
+
+pytestmark = pytest.mark.cpu
+
+IDLE_S = 4.0
+_numbers = itertools.count(1000)
+
+
+class ElasticWorld(World):
+    """Hosts are there some periods after they were asked for, if there is a node, and gone once they are given back."""
+
+    def __init__(self, models: list[Deployment], most: int = 3, least: int = 0, come_periods: int = 2, **more: Any):
+        self.config = ClusterConfig(hosts=HostRange(least, most), host_idle_after_s=IDLE_S)
+        self.num_nodes = most
+        self.come_periods = come_periods
+        self.pages = more.pop("pages", 64)
+        self.load_periods = more.pop("load_periods", 1)
+        self.kept = HostsKept()
+        self.coming: dict[str, int] = {}
+        self.loads: Loads | None = None
+        self.was_given_back: list[str] = []
+        super().__init__(models, num_hosts=0, **more)
+
+    def _controller(self, snapshot: dict[str, Any] | None, models: list[Deployment]) -> Reconciler:
+        placement = placement_of(self.config)
+        measured = placement.loads
+        placement.loads = lambda situation: self.loads or measured(situation)  # type: ignore[method-assign]
+        return Reconciler(
+            placement, host_timeout_s=2.0, now_s=self.now_s, snapshot=snapshot, identity=f"c{next(_numbers)}",
+            elastic=elastic_of(self.config, placement, self.max_loaded, self.kept), models=models,
+            servers=list(self.control.peers) if snapshot is not None else (), server_timeout_s=2.0,
+            max_loaded=self.max_loaded,
+        )  # fmt: skip
+
+    @property
+    def scaling(self):
+        return self.control.scaling
+
+    def replace_controller(self, *, with_snapshot: bool = True) -> None:
+        self.kept = HostsKept(*json.loads(json.dumps(self.scaling.kept)))
+        super().replace_controller(with_snapshot=with_snapshot)
+
+    def period(self) -> None:
+        self._ray()
+        super().period()
+        bounds = self.config.host_range
+        assert len(self.scaling.asked) <= bounds.most
+        if self.control.is_settled and not self.control.draining:
+            assert len(self.scaling.wanted) - len(self.scaling.leaving - self.scaling.ending) >= bounds.least
+
+    def _ray(self) -> None:
+        for name in self.scaling.wanted:
+            is_lost = name in self.hosts and not self.hosts[name].is_there and name not in self.control.hosts
+            if (name not in self.hosts or is_lost) and name not in self.coming:
+                self.coming[name] = self.come_periods
+        for name in list(self.coming):
+            self.coming[name] -= 1
+            if self.coming[name] < 0 and sum(host.is_there for host in self.hosts.values()) < self.num_nodes:
+                del self.coming[name]
+                host = self.hosts.setdefault(name, Host(name, self.pages, self.load_periods))
+                host.die()
+                host.is_there = True
+        for name in sorted(self.scaling.ending):
+            self.coming.pop(name, None)
+            host = self.hosts.pop(name, None)
+            assert host is None or not host.is_there or not (host.models or host.orders), "it has models"
+            self.was_given_back.append(name)
+            self.control.host_ended(name)
+
+    def lose_node(self, name: str) -> None:
+        """A host is gone with its node; Ray starts it anew where there is another one."""
+        self.hosts[name].is_there = False
+
+
+def test_from_zero_to_one_host_by_one_request_and_back():
+    w = ElasticWorld([model("a"), model("b")])
+    w.settle(20)
+    assert (w.hosts, w.scaling.asked) == ({}, set()) and w.control.is_settled
+    assert w.control.view().host_count == (0, 3, (), ())
+    asked = w.ask("one", "a")
+    w.settle(2)
+    assert w.control.view().host_count.pending == ("host-0",) and not asked.end
+    w.run(20)
+    assert (w.ends(), list(w.hosts)) == (["answered"], ["host-0"])
+    w.settle(30)
+    assert (w.hosts, w.loaded(), w.scaling.asked, w.was_given_back) == ({}, set(), set(), ["host-0"])
+    assert all(seen.is_cold for seen in w.control.view().models.values())
+    w.ask("two", "b")
+    w.run(20)
+    assert list(w.hosts) == ["host-1"]
+
+
+def test_what_is_always_loaded_keeps_its_host():
+    w = ElasticWorld([model("a", at_start=True), model("b", 50)])
+    w.settle(10)
+    assert (list(w.hosts), w.loaded()) == (["host-0"], {"a"})
+    w.ask("one", "b")
+    w.run(20)
+    w.settle(40)
+    assert len(w.hosts) == 1 and "a" in w.loaded()
+
+
+def test_more_hosts_come_for_models_that_do_not_fit_and_go_again():
+    w = ElasticWorld([model(name, 40) for name in "abcd"])
+    for name in "abcd":
+        w.ask("one", name, steps=12)
+    w.run(80)
+    assert w.actions("load_failed", "not_placed") == [] and "host-2" in {*w.hosts, *w.was_given_back}
+    w.settle(60)
+    assert w.hosts == {}
+
+
+def test_models_in_use_move_together_and_no_request_is_lost():
+    """Two hosts, because two models did not have room beside a third one; then it is idle, and one host is enough."""
+    w = ElasticWorld([model("big", 40), model("a", 30), model("b", 10)])
+    w.ask("two", "big", steps=16)
+    w.settle(8)
+    long = [w.ask("one", name, steps=120) for name in "ba"]
+    w.settle(12)
+    assert [sorted(host.models) for host in w.hosts.values()] == [["b", "big"], ["a"]]
+    w.settle(40)
+    assert list(w.hosts) == ["host-1"] and w.loaded() == {"a", "b"} and not any(request.end for request in long)
+    w.run()
+    assert set(w.ends()) == {"answered"}
+
+
+def test_an_idle_model_does_not_keep_a_host_of_its_own():
+    w = ElasticWorld([model("a", 40), model("b", 40)])
+    long = w.ask("one", "a", steps=150)
+    w.settle(8)
+    w.ask("two", "b")
+    w.settle(40)
+    assert (len(w.hosts), w.loaded(), long.end) == (1, {"a"}, "") and w.control.view().models["b"].is_cold
+
+
+def test_a_request_while_a_host_is_emptied_keeps_it():
+    w = ElasticWorld([model("a", 40), model("k", 40, keep="host")])
+    for name in "ak":
+        w.ask("one", name)
+    w.run(40)
+    for _ in range(40):
+        w.settle(1)
+        if w.scaling.leaving:
+            break
+    assert len(w.scaling.leaving) == 1
+    w.ask("two", "a")
+    w.run(40)
+    assert w.ends()[-1] == "answered"
+
+
+def test_hosts_come_for_load_and_go_when_it_is_over():
+    w = ElasticWorld([model("a", at_start=True), model("b", at_start=True)])
+    w.settle(10)
+    w.loads = Loads({"host-0": 1.6}, is_over=True)
+    w.settle(10)
+    assert len(w.hosts) == 2
+    w.loads = Loads({"host-0": 0.2, "host-1": 0.1})
+    w.settle(40)
+    assert len(w.hosts) == 1 and w.loaded() == {"a", "b"}
+
+
+def test_without_a_node_requests_wait_and_nothing_is_refused():
+    """How long is for the servers to say; when one of them lets its request go, the host is given back."""
+    w = ElasticWorld([model("a")])
+    w.num_nodes = 0
+    asked = w.ask("one", "a")
+    w.settle(200)
+    assert (asked.end, w.scaling.wanted, w.control.view().models["a"].error) == ("", ["host-0"], None)
+    w.servers["one"].held.clear()
+    asked.end = "timed out"
+    w.settle(20)
+    assert (w.scaling.asked, w.coming) == (set(), {})
+
+
+def test_what_no_host_can_hold_is_refused_once_one_is_known():
+    w = ElasticWorld([model("a", 100), model("b")])
+    w.ask("one", "a")
+    w.run(30)
+    assert "no host has room" in w.ends()[0]
+    w.settle(60)
+    assert w.hosts == {}
+
+
+def test_a_label_that_no_node_has_is_told():
+    w = ElasticWorld([replace(model("a"), hosts=("gpu=h100",)), model("b")])
+    w.ask("one", "b", steps=60)
+    asked = w.ask("one", "a")
+    w.settle(30)
+    assert "may take it" in asked.end and len(w.hosts) == 1
+
+
+@pytest.mark.parametrize("with_snapshot", [True, False])
+def test_the_controller_dies_while_a_host_is_pending(with_snapshot):
+    """The next one waits for the same host, and asks for no second one."""
+    w = ElasticWorld([model("a")], come_periods=8)
+    w.ask("one", "a")
+    w.settle(3)
+    w.replace_controller(with_snapshot=with_snapshot)
+    w.run(60)
+    assert (w.ends(), list(w.hosts), w.scaling.next_index) == (["answered"], ["host-0"], 1)
+
+
+@pytest.mark.parametrize("with_snapshot", [True, False])
+def test_a_new_controller_keeps_hosts_and_streams(with_snapshot):
+    w = ElasticWorld([model("a")])
+    long = w.ask("one", "a", steps=60)
+    w.settle(20)
+    w.replace_controller(with_snapshot=with_snapshot)
+    w.settle(20)
+    assert (long.end, list(w.hosts), w.hosts["host-0"].built["a"]) == ("", ["host-0"], 1)
+    w.run()
+    w.settle(40)
+    assert w.hosts == {}
+
+
+def test_a_host_is_given_back_by_the_next_controller():
+    w = ElasticWorld([model("a")])
+    w.ask("one", "a")
+    w.run(20)
+    for _ in range(60):
+        World.period(w)  # Ray does nothing
+        if w.scaling.ending:
+            break
+    w.replace_controller()
+    assert w.scaling.ending == {"host-0"}
+    w.settle(10)
+    assert w.hosts == {} and w.scaling.asked == set()
+
+
+def test_a_node_that_is_lost_while_its_host_is_emptied():
+    w = ElasticWorld([model("a", 40), model("k", 40, at_start=True)])
+    w.ask("one", "a")
+    w.run(40)
+    for _ in range(60):
+        w.settle(1)
+        if w.scaling.leaving:
+            w.lose_node(next(iter(w.scaling.leaving)))
+            break
+    w.settle(20)
+    assert len(w.hosts) == 1 and w.loaded() == {"k"} and not w.scaling.leaving
+
+
+def test_without_any_server_hosts_go():
+    w = ElasticWorld([model("a")], least=0)
+    w.ask("one", "a", steps=400)
+    w.settle(20)
+    for name in ("one", "two"):
+        w.kill_server(name)
+    w.settle(60)
+    assert w.hosts == {}
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["ask"] * 8 + ["long", "host dies", "node", "server dies", "controller", "nodes", "refuse", "load"]
+        ),
+        st.integers(0, 5),
+        st.integers(0, 30),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    events=EVENTS,
+    bounds=st.tuples(st.integers(0, 2), st.integers(1, 4)),
+    max_loaded=st.sampled_from([None, 1, 2]),
+    sizes=st.lists(st.sampled_from([4, 20, 40]), min_size=2, max_size=5),
+    rules=st.lists(
+        st.sampled_from([{}, {}, {"keep": "host"}, {"at_start": True}, {"unload_after_s": 2.0}]), min_size=5
+    ),
+    come_periods=st.integers(0, 6),
+    load_periods=st.integers(0, 2),
+)
+def test_every_request_is_answered_or_refused_while_hosts_come_and_go(
+    events, bounds, max_loaded, sizes, rules, come_periods, load_periods
+):
+    """Through deaths of all kinds and a Ray without nodes: the bounds hold, no host with models is ended, in the end
+    nobody waits, and hosts that nobody needs are gone."""
+    models = [model(f"m{i}", mib, **rules[i]) for i, mib in enumerate(sizes)]
+    w = ElasticWorld(models, max(bounds), bounds[0], come_periods, max_loaded=max_loaded, load_periods=load_periods)
+    w.have_returned = True
+    for what, which, steps in events:
+        name, server = models[which % len(models)].name, ["one", "two"][which % 2]
+        hosts = sorted(w.hosts)
+        if what in ("ask", "long") and w.servers[server].is_there:
+            w.ask(server, name, steps + 60 * (what == "long"), tenant="xy"[steps % 2])
+        elif what == "host dies" and hosts:
+            w.kill_host(hosts[which % len(hosts)])
+        elif what == "node" and hosts:
+            w.lose_node(hosts[which % len(hosts)])
+        elif what == "server dies" and server == "two":
+            w.kill_server(server)
+        elif what == "controller":
+            w.replace_controller(with_snapshot=steps % 2 == 0)
+        elif what == "nodes":
+            w.num_nodes = which % (max(bounds) + 1)
+        elif what == "refuse" and hosts:
+            host = w.hosts[hosts[which % len(hosts)]]
+            host.refuses = {} if name in host.refuses else {name: ConfigError("no file")}
+        elif what == "load":
+            w.loads = Loads({host: steps / 10 for host in w.control.hosts}, is_over=steps > 9) if steps % 3 else None
+        w.settle(1 + steps % 3)
+    w.num_nodes, w.loads = max(bounds), None
+    for host in w.hosts.values():
+        host.refuses = {}
+    w.run(2500)
+    for request in w.requests:
+        is_told = any(why in request.end for why in ("no file", "no host", "engine hosts ended", "max_loaded"))
+        assert request.end in ("answered", "lost with its server") or is_told, request.end
+    w.settle(120)
+    if not w.control.lives.needed(w.now_s):
+        assert len(w.scaling.wanted) == bounds[0], w.control.log.last()[-20:]
+    before = (set(w.hosts), w.control.version)
+    w.settle(60)
+    assert before == (set(w.hosts), w.control.version), "it does not come to rest"

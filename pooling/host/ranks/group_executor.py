@@ -19,8 +19,6 @@ from tokenpool.host.ranks.rank_group import RankGroup
 from tokenpool.host.ranks.rank_watch import RankWatch, Work
 from tokenpool.patches.build_context import current_build
 
-_OF_STEPS = ("execute_model", "sample_tokens")
-
 
 def group_executor(group: RankGroup, model: str) -> type[Executor]:
     """The executor class for one model; vLLM makes the executor with the engine's config alone."""
@@ -77,8 +75,7 @@ class GroupExecutor(UniProcExecutor):
         """
         what = f"{_name_of(method)} of {self.model}"
         with self.group.watch.work(what, builds=current_build() is not None) as work:
-            failure = self.group.take_failure(self.model) if method in _OF_STEPS else None
-            if failure is not None:
+            if _computes(method, args) and (failure := self.group.take_failure(self.model)) is not None:
                 raise failure
             work.question = self.group.ask("call", self.model, method, args, kwargs or {}, not single_value)
 
@@ -164,6 +161,11 @@ class _MirroredAdapter:
                 getattr(self._adapter, method)(*args)
             finally:
                 self._group.answers(work.question)
+
+
+def _computes(method: str | Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a call is of a step of requests, and not one that only tells workers which have ended."""
+    return method == "sample_tokens" or (method == "execute_model" and args[0].total_num_scheduled_tokens > 0)
 
 
 def _name_of(method: str | Callable[..., Any]) -> str:

@@ -19,11 +19,10 @@ from collections.abc import Callable
 import torch
 from vllm.v1.request import RequestStatus
 
-from tokenpool.errors import EngineLostError
+from tokenpool.errors import EngineLostError, LateRankError
 from tokenpool.host.engine import encoder_cache
 from tokenpool.host.engine.hosted_core import HostedEngineCore
 from tokenpool.host.kv.runner_adapter import adapter_of
-from tokenpool.host.ranks.rank_questions import LateRankError
 
 logger = logging.getLogger(__name__)
 

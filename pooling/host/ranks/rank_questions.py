@@ -22,14 +22,10 @@ from typing import Any
 
 import cloudpickle
 
-from tokenpool.errors import EngineLostError
+from tokenpool.errors import EngineLostError, LateRankError
 from tokenpool.host.ranks.rank_watch import RankWatch
 
 _PORTIONS = 10
-
-
-class LateRankError(RuntimeError):
-    """Another rank has failed in a step that rank 0 has gone on from; its cause is what was raised there."""
 
 
 class RankQuestions:

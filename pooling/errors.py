@@ -13,6 +13,7 @@
 
     EngineLostError             an engine cannot go on, and its host with it; outside PoolError, so that nobody who
                                 handles a failure of one model takes it for one
+    LateRankError           a rank of a tensor parallel group failed in an earlier step; handled where it is raised
 
     try:
         config = load_pool_file("pool.yaml")
@@ -168,6 +169,10 @@ class EngineLostError(Exception):
 
     No PoolError: whoever handles the failure of one model must let it pass.
     """
+
+
+class LateRankError(Exception):
+    """Another rank has failed in a step that the first one has gone on from; its cause is what was raised there."""
 
 
 def text_of(error: BaseException) -> str:

@@ -7,6 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from tokenpool.errors import ConfigError, UnfitCopyError
 from tokenpool.host.engine import encoder_cache
-from tokenpool.host.engine.engine_globals import EngineGlobals, keep_thread_count
+from tokenpool.host.engine.engine_globals import EngineGlobals, keep_thread_count, random_state
 from tokenpool.host.engine.hosted_core import HostedEngineCore
 from tokenpool.host.engine.quarantine import Quarantine
 from tokenpool.host.host_room import check_host_memory
@@ -89,6 +90,9 @@ class EngineBuilder:
         self._copies = copies
         self._globals = engine_globals
         self._lane = lane
+        # In a group, only at points to which all ranks come: one in the midst of a build cannot follow a step.
+        self._pause = lane.pause if group is None else lane.note_progress
+        self._meet = lane.pause if group is None else partial(group.meet, lane.pause)
         self._notify = notify
         self._executor_class = executor_class
         self._node = node
@@ -112,7 +116,7 @@ class EngineBuilder:
         start = time.perf_counter()
         movable, ledger = self.config.movable_weights, self._allocator.ledger
         weight_pages = [] if movable else self._take_weight_pages(spec.name, spec.weight_bytes)
-        shared = SharedWeights(spec.name, spec.vllm_config, self._node if movable else None, self._lane.pause,
+        shared = SharedWeights(spec.name, spec.vllm_config, self._node if movable else None, self._pause,
                                may_map=may_map)  # fmt: skip
         build = ModelBuild(
             spec.name,
@@ -121,7 +125,7 @@ class EngineBuilder:
             self.config.kv_floor_pages,
             self._weights if movable else None,
             self.progress.enter,
-            self._lane.pause,
+            self._meet,
             shared,
         )
         core, device = None, self._allocator.arena.device
@@ -156,6 +160,8 @@ class EngineBuilder:
             build.undo()
             ledger.give(spec.name, PageUse.WEIGHTS, weight_pages)
             self._globals.forget(spec.name)
+            if self._group is not None:
+                self._group.send("forget", spec.name)
             release_engine(error)
             raise
 
@@ -173,7 +179,7 @@ class EngineBuilder:
         )
 
         def give_up_loading() -> None:
-            give_back_loading_memory(device, ledger.num_usable, self._lane.pause)
+            give_back_loading_memory(device, ledger.num_usable, self._pause)
             ledger.give(spec.name, PageUse.WEIGHTS, lent)
             lent.clear()
 
@@ -183,10 +189,10 @@ class EngineBuilder:
                 self.progress.building(spec.name),
                 self._globals.building(spec.name),
                 building(build),
-                self._lane.pausing(),
+                self._lane.pausing() if self._group is None else nullcontext(),
             ):
                 shared.before_loading()
-                return HostedEngineCore(
+                core = HostedEngineCore(
                     spec.vllm_config,
                     addresses=spec.addresses,
                     slo=spec.slo,
@@ -194,6 +200,9 @@ class EngineBuilder:
                     notify=lambda: self._notify(spec.name),
                     executor_class=group_executor(self._group, spec.name) if self._group else self._executor_class,
                 )
+            if self._group is not None:
+                self._group.send("built", spec.name, random_state())
+            return core
         finally:
             shared.give_up()
             ledger.give(spec.name, PageUse.WEIGHTS, lent)
@@ -203,7 +212,7 @@ class EngineBuilder:
 
         With movable weights none: it is in the book of what stays. Raises CapacityError.
         """
-        growth, later = memory.growth(), encoder_cache.capacity_bytes(core)
+        growth, later = self._growth(name, memory), encoder_cache.capacity_bytes(core)
         if self.config.movable_weights:
             others = max(0, growth - self._weights.fixed.of(name))
             self._weights.fixed.add(name, others + later, self._weights.make_room)
@@ -215,6 +224,13 @@ class EngineBuilder:
         if others:
             logger.info("beside weights and KV an engine takes model=%s bytes=%d", name, others)
         return self._take_weight_pages(name, max(0, extra))
+
+    def _growth(self, name: str, memory: EngineMemory) -> int:
+        """Of the rank where it is the most: one book stands for all."""
+        if self._group is None:
+            return memory.growth()
+        with self._group.watch.work(f"the account of {name}"):
+            return max(memory.growth(), *self._group.answers(self._group.ask("growth", name)))
 
     def _take_weight_pages(self, name: str, nbytes: int) -> list[int]:
         ledger = self._allocator.ledger

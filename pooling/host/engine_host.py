@@ -242,8 +242,7 @@ class EngineHost:
         self.pulse.enter("build")
         if self._stopping:
             self._lane.abort()
-        # Ranks of a group build in step with this one: a rank that still builds could not follow a step of a model.
-        self._lane.run_slice(beside=bool(self.models) and self.group is None)
+        self._lane.run_slice(beside=bool(self.models))
 
     def _after_step(self, hosted: HostedModel) -> None:
         self.swapper.after_step(hosted)

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.helpers.devices.late_device import LateDevice
 from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.devices.mirrored import Mirror, MirroredDevice
 
@@ -96,3 +99,74 @@ def test_nothing_is_repeated_that_the_first_rank_could_not_do(ranks: Ranks, monk
     with pytest.raises(OSError, match="no memory"):
         ranks.device.map_zeroed(base, PAGE)
     assert ranks.calls == []
+
+
+OPS = st.lists(
+    st.tuples(st.sampled_from(("in", "out", "remap", "park", "compute")), st.integers(0, 3), st.integers(0, 3)),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(OPS, st.integers(0, 5), st.sampled_from((0.0, 0.3)))
+def test_copies_that_nobody_waits_for_are_there_when_it_matters(
+    ops: list[tuple[str, int, int]], seed: int, chance: float
+) -> None:
+    """A rank whose copies end late has, in each step and at the end, the bytes of one that waits for each."""
+    ranks, prompt, late = Ranks(), Mirror(CpuDevice(keeps_bytes=True)), LateDevice(seed, chance)
+    ranks.mirror, pattern = Mirror(late), torch.arange(4 * PAGE) % 251
+    base, slots = ranks.device.reserve(4 * PAGE), ranks.device.host_buffer(4 * PAGE)
+    ranks.device.map_zeroed(base, 4 * PAGE)
+
+    def follow() -> None:
+        calls, ranks.calls = ranks.calls, []
+        for call in calls:
+            prompt.do(*call)
+            ranks.mirror.do(*call)
+
+    follow()
+    for buffer in (slots, prompt._buffers[0][2], ranks.mirror._buffers[0][2]):
+        buffer.zero_()
+
+    def compute(value: int) -> None:
+        follow()
+        ranks.mirror.precede_compute()
+        pages = [m.device.tensor(m.address(base), 4 * PAGE) for m in (prompt, ranks.mirror)]
+        assert torch.equal(*pages)
+        for mine in pages:
+            mine.add_((pattern + value).to(torch.uint8))
+
+    for step, (name, page, slot) in enumerate([*ops, ("compute", 0, 0)]):
+        place, buffer = base + page * PAGE, slots[slot * PAGE : (slot + 1) * PAGE]
+        if name == "in":
+            ranks.device.begin_copies_in([(place, buffer)])
+        elif name == "out":
+            ranks.device.begin_copies_out([(place, buffer)])
+        elif name == "remap":
+            ranks.device.unmap(place, PAGE)
+            ranks.device.map_zeroed(place, PAGE)
+        elif name == "park":
+            ranks.device.park(place, PAGE)
+            ranks.device.map_zeroed(place, PAGE)
+        else:
+            compute(step)
+    compute(0)
+    buffers = [m._buffers[0][2] for m in (prompt, ranks.mirror)]
+    assert torch.equal(*buffers)
+
+
+def test_a_copy_is_not_waited_for_when_it_begins(ranks: Ranks) -> None:
+    """Whoever asked for it may be told of the next thing meanwhile; a few at most are under way."""
+    late = LateDevice(chance=0.0)
+    ranks.mirror = Mirror(late)
+    base, buffer = ranks.device.reserve(PAGE), ranks.device.host_buffer(PAGE)
+    ranks.device.map_zeroed(base, PAGE)
+    for _ in range(60):
+        ranks.device.begin_copies_in([(base, buffer)])
+    ranks.follow()
+    assert (0, 60) == (late.waits, len(late.queue))
+    for _ in range(60):
+        ranks.device.begin_copies_in([(base, buffer)])
+    ranks.follow()
+    assert 64 == len(late.queue)

@@ -169,6 +169,18 @@ def _allocator_settings() -> str | None:
     return ask() if ask is not None and torch.cuda.is_initialized() else None
 
 
+def random_state() -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What torch draws from by default: on the CPU, and on the GPU if there is one in use."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+
+def set_random_state(state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    """Go on from what `random_state` gave, here or in another process."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1])
+
+
 def _rope_dict() -> dict[Any, Any]:
     return importlib.import_module("vllm.model_executor.layers.rotary_embedding")._ROPE_DICT
 

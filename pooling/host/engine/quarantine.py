@@ -6,7 +6,8 @@ one after another, until each has either produced a token or crashed a step by i
 fails. If the engine crashes whatever it runs, it cannot go on.
 
 A step for which the device has no memory is no broken engine: what nobody uses goes back to the device, all is tried
-once more, and what fails then are requests, one at a time, never the host.
+once more, and what fails then are requests, one at a time, never the host. A step that failed on another rank of a
+tensor parallel group is tried once more as well: it was an earlier one, perhaps of requests that have ended.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable
 import torch
 from vllm.v1.request import RequestStatus
 
-from tokenpool.errors import EngineLostError
+from tokenpool.errors import EngineLostError, LateRankError
 from tokenpool.host.engine import encoder_cache
 from tokenpool.host.engine.hosted_core import HostedEngineCore
 from tokenpool.host.kv.runner_adapter import adapter_of
@@ -62,11 +63,13 @@ class Quarantine:
         self._core.counters.crashed_steps += 1
         self._crashes_in_a_row += 1
         logger.error("engine step crashed model=%s", self._model, exc_info=error)
-        if isinstance(error, EngineLostError):
-            raise error
-        if isinstance(error, MemoryError):
+        late = isinstance(error, LateRankError)
+        cause = error.__cause__ if late and isinstance(error.__cause__, Exception) else error
+        if isinstance(cause, EngineLostError):
+            raise cause
+        if isinstance(cause, MemoryError):
             raise EngineLostError(f"engine of {self._model!r} is out of memory: {error}") from error
-        short = is_short_of_memory(error)
+        short = is_short_of_memory(cause)
         if self._crashes_in_a_row > _MAX_CRASHES_IN_A_ROW and not short:
             raise EngineLostError(f"engine of {self._model!r} crashes on every step: {error}") from error
         lost = self._core.drop_batches()
@@ -78,8 +81,9 @@ class Quarantine:
         if not batch and not lost:
             raise EngineLostError(f"engine of {self._model!r} crashed with no request in its batch: {error}") from error
         self._reset_engine()
-        if short and self._crashes_in_a_row == 1:
-            logger.warning("a step ran out of device memory, it is tried once more model=%s", self._model)
+        if (short or late) and self._crashes_in_a_row == 1:
+            why = "a step ran out of device memory" if short else "a step failed on another rank"
+            logger.warning("%s, it is tried once more model=%s", why, self._model)
         elif len(batch) == 1:
             logger.error("request fails, it crashes the engine alone model=%s request=%s", self._model, batch[0])
             self._core.fail_request(batch[0])

@@ -80,7 +80,7 @@ class BuildLane:
 
         Raises HostError in a job that is not to go on.
         """
-        self._beat()
+        self.note_progress()
         if threading.current_thread() is not self._thread or time.perf_counter() < self._until_s:
             return
         with self._globals.build_paused():
@@ -88,6 +88,10 @@ class BuildLane:
             self._go.acquire()
         if self._aborted:
             raise HostError("the host is ending: the model is not added")
+
+    def note_progress(self) -> None:
+        """A build gets on, where it cannot give way."""
+        self._beat()
 
     def abort(self) -> None:
         """Let the present job fail at its next pause, and those that wait at once."""
@@ -113,7 +117,7 @@ class BuildLane:
 
     def _begin(self, job: Callable[[], Any], future: Future[Any]) -> bool:
         """Start the thread of a job; if there is none to be had, the job has failed."""
-        args = (job, future, _engine_stream())
+        args = (job, future, engine_stream())
         self._thread = threading.Thread(target=self._work, args=args, name="build", daemon=True)
         try:
             self._thread.start()
@@ -124,26 +128,32 @@ class BuildLane:
         return True
 
     def _work(self, job: Callable[[], Any], future: Future[Any], stream: Any) -> None:
-        def on_stream() -> Any:
-            if stream is not None:
-                torch.cuda.set_stream(stream)
-            return job()
-
         self._go.acquire()
         try:
-            _settle(future, on_stream)
+            _settle(future, on_stream(stream, job))
         finally:  # whatever happens: the loop holds still until then
             self._thread = None
             self._back.release()
 
 
-def _engine_stream() -> Any:
+def engine_stream() -> Any:
     """The stream on which this thread's engines compute, None without CUDA.
 
     A stream is current per thread, and runners remember the one on which they were warmed up: a model that is built on
     a side thread must find the stream on which it will be stepped.
     """
     return torch_utils.current_stream() if torch.cuda.is_initialized() else None
+
+
+def on_stream(stream: Any, job: Callable[[], _T]) -> Callable[[], _T]:
+    """A job for a thread of its own, on this stream if there is one."""
+
+    def on_its_stream() -> _T:
+        if stream is not None:
+            torch.cuda.set_stream(stream)
+        return job()
+
+    return on_its_stream
 
 
 def _refuse() -> None:

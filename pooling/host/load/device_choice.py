@@ -16,6 +16,7 @@ from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.devices.cuda import CudaDevice
 from tokenpool.memory.devices.cuda_driver import CUDA_WARNING, CudaDriver
 from tokenpool.memory.devices.device import Device
+from tokenpool.memory.devices.mirrored import MirroredDevice
 from tokenpool.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_
     then into pages. `make_room` frees as many, and the memory of all free pages goes back to the GPU. Returns how many
     pages nobody may have until `give_back_loading_memory`. Raises CapacityError like `make_room`.
     """
-    if not isinstance(device, CudaDevice):
+    if _gpu_of(device) is None:
         return 0
     make_room(num_pages)
     device.release_unused()
@@ -65,12 +66,13 @@ def give_back_loading_memory(device: Device, num_pages: int, pause: Callable[[],
 
     Pages are made now, a few between two calls of `pause`, and not when a step needs them.
     """
-    if not isinstance(device, CudaDevice):
+    if (gpu := _gpu_of(device)) is None:
         return
+    make_pages = device.make_pages if isinstance(device, MirroredDevice) else gpu.make_pages
     torch.cuda.empty_cache()
     with suppress(OSError):  # something of the loader's is left: the others are made when they are needed
-        for count in range(device.page_bytes // device.granularity, num_pages, _PAGES_AT_ONCE):
-            device.make_pages(min(count + _PAGES_AT_ONCE, num_pages))
+        for count in range(gpu.page_bytes // gpu.granularity, num_pages, _PAGES_AT_ONCE):
+            make_pages(min(count + _PAGES_AT_ONCE, num_pages))
             pause()
 
 
@@ -97,20 +99,20 @@ def make_all_pages(device: Device, num_pages: int) -> Device:
 
 def release_device_memory(device: Device) -> None:
     """Give what neither the pool nor torch uses at the moment back to the GPU."""
-    if isinstance(device, CudaDevice):
+    if _gpu_of(device) is not None:
         device.release_unused()
         torch.cuda.empty_cache()
 
 
 class EngineMemory:
-    """What an engine takes of a GPU outside the pool's pages, by the driver's books, from now on.
+    """What an engine takes of a GPU, this rank's, outside the pool's pages, by the driver's books, from now on.
 
     Its buffers, workspaces and graphs, and weights that stay where they were loaded. 0 on other devices. What other
     engines take meanwhile counts too.
     """
 
     def __init__(self, device: Device) -> None:
-        self._device = device
+        self._device = _gpu_of(device)
         self._before = self._taken()
 
     def growth(self) -> int:
@@ -118,7 +120,7 @@ class EngineMemory:
         return max(0, self._taken() - self._before)
 
     def _taken(self) -> int:
-        if not isinstance(self._device, CudaDevice):
+        if self._device is None:
             return 0
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self._device.driver.ordinal)
@@ -127,4 +129,10 @@ class EngineMemory:
 
 def spare_host_bytes(device: Device, host_memory: int) -> int:
     """How much of the host memory for KV stays allocated while it is empty: page-locking it anew is slow."""
-    return host_memory // 8 if isinstance(device, CudaDevice) else 0
+    return host_memory // 8 if _gpu_of(device) is not None else 0
+
+
+def _gpu_of(device: Device) -> CudaDevice | None:
+    """The GPU of this process behind a device, which may stand for all ranks; None where there is none."""
+    own = device.first if isinstance(device, MirroredDevice) else device
+    return own if isinstance(own, CudaDevice) else None

@@ -155,7 +155,7 @@ class ModelBuild:
             tensors,
             reload,
             verify_reload=True,
-            advance=lambda nbytes: self.pause(),
+            advance=lambda nbytes: self.pause() if alone else None,  # ranks have no two tensors at the same time
             give_up=give_up,
             known=shared.known,
             copy=shared.take(),

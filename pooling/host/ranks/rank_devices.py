@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from tokenpool.host.load.device_choice import make_all_pages, make_device
 from tokenpool.host.ranks.rank_group import RankGroup
+from tokenpool.host.ranks.rank_watch import RankLimits
 from tokenpool.memory.devices.device import Device
 from tokenpool.memory.devices.mirrored import MirroredDevice
 from tokenpool.wire.spec import HostConfig
@@ -19,10 +20,11 @@ def open_devices(config: HostConfig, device: Device | None, num_pages: int) -> t
     device = make_all_pages(device or make_device(config.page_size, config.cpu_link), num_pages)
     if config.tensor_parallel_size == 1:
         return device, None
-    group = RankGroup(config.tensor_parallel_size, config.page_size, config.cpu_link)
+    group = RankGroup(config.tensor_parallel_size, config.page_size, config.cpu_link, RankLimits.of(config))
     try:
-        group.send("make_pages", num_pages)
-        group.answers()
+        with group.watch.work("the start of the ranks", builds=True) as work:
+            work.question = group.ask("make_pages", num_pages)
+            group.answers(work.question)
     except BaseException:
         group.close()
         raise

@@ -7,63 +7,65 @@ workers of all models and repeats, in order, what is done to the memory and what
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
+import faulthandler
 import logging
-import math
 import multiprocessing
 import os
-import pickle
 import secrets
+import signal
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import cloudpickle
-
-from tokenpool.errors import HostError
-from tokenpool.host.ranks.rank_follower import follow
+from tokenpool.errors import EngineLostError
+from tokenpool.host.ranks.rank_follower import Seat, follow
+from tokenpool.host.ranks.rank_questions import RankQuestions
+from tokenpool.host.ranks.rank_watch import RankLimits, RankWatch
+from tokenpool.process.ending import STATUS_OF_A_HANG
+from tokenpool.wire.pulse import STACKS_SIGNAL
 
 logger = logging.getLogger(__name__)
 
-_ALARM_LIMIT_S = 30.0
 _STOP_LIMIT_S = 5.0
+_STACKS_S = 0.5
+_LOST_S = 10.0
+_PERIOD_S = 1.0
 
 
-class RankGroup:
-    """Rank 0's side. `send` may be called from any thread, all else from the host loop's."""
+class RankGroup(RankQuestions):
+    """Rank 0's side. `send` may be called from any thread, all else from the host loop's or, in turns, a build's."""
 
-    def __init__(self, size: int, page_size: int, cpu_link: int | None = None) -> None:
+    def __init__(
+        self, size: int, page_size: int, cpu_link: int | None = None, limits: RankLimits | None = None
+    ) -> None:
         """Start the followers; they import vLLM while this process goes on. Sizes and link are those of HostConfig."""
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="tokenpool-ranks-")
         # vLLM names the ranks' shared memory after this file, which must therefore be like no other on the machine.
         self.init_method = f"file://{self._folder.name}/tokenpool-{secrets.token_hex(8)}"
         """Where the ranks meet, for torch.distributed."""
-        self._lock = threading.Lock()
         self._closing = False
-        self._failed_answers = [0] * (size - 1)
-        self._connections: list[Connection] = []
         self._processes: list[Any] = []
-        alarms = []
         context = multiprocessing.get_context("spawn")
+        self._begun = context.RawArray(ctypes.c_longlong, size - 1)
+        connections, alarms = [], []
         for rank in range(1, size):
             ours, theirs = context.Pipe()
             alarm, alarm_end = context.Pipe(duplex=False)
-            process = context.Process(
-                target=follow,
-                args=(theirs, alarm_end, rank, self.init_method, page_size, cpu_link),
-                name=f"rank {rank}",
-                daemon=True,
-            )
+            seat = Seat(rank, self.init_method, page_size, cpu_link, theirs, alarm_end, self._begun)
+            process = context.Process(target=follow, args=(seat,), name=f"rank {rank}", daemon=True)
             process.start()
             theirs.close()
             alarm_end.close()
-            self._connections.append(ours)
+            connections.append(ours)
             self._processes.append(process)
             alarms.append(alarm)
+        super().__init__(connections, RankWatch(size, limits or RankLimits()), self.end)
         threading.Thread(target=self._watch, args=(alarms,), name="ranks", daemon=True).start()
 
     @property
@@ -71,49 +73,11 @@ class RankGroup:
         """Process ids of the followers, by rank."""
         return [process.pid for process in self._processes]
 
-    def send(self, kind: str, *content: Any) -> None:
-        """Tell all followers something they do not answer; raises HostError when one is gone."""
-        message = cloudpickle.dumps((kind, *content))
-        try:
-            with self._lock:
-                for connection in self._connections:
-                    connection.send_bytes(message)
-        except OSError as error:
-            raise HostError(f"a rank of the tensor parallel group is gone: {error}") from error
-
-    def repeat(self, name: str, args: tuple[Any, ...]) -> None:
-        """Have a call on rank 0's memory repeated; see mirrored_device.py."""
-        self.send("device", name, args)
-
-    def answers(self) -> list[Any]:
-        """What the followers answer to the last question, by rank; raises what the first of them raised."""
-        try:
-            packed = [connection.recv_bytes() for connection in self._connections]
-        except (OSError, EOFError) as error:
-            raise HostError(f"a rank of the tensor parallel group is gone: {error}") from error
-        answers = [_unpacked(answer) for answer in packed]
-        for index, answer in enumerate(answers):
-            self._failed_answers[index] += isinstance(answer, Exception)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
-
-    def discard_answers(self) -> None:
-        """Take the answers to a question that rank 0 failed at, whatever they are."""
-        if not all(connection.poll(_ALARM_LIMIT_S) for connection in self._connections):
-            logger.critical("rank 0 failed while another waits for it: the host ends")
-            os._exit(70)
-        with contextlib.suppress(Exception):
-            self.answers()
-
     def close(self) -> None:
         """End the followers."""
         self._closing = True
-        try:
+        with suppress(Exception):  # one may be gone already
             self.send("stop")
-        except HostError:
-            logger.debug("a rank was gone already")
         for process in self._processes:
             process.join(_STOP_LIMIT_S)
             if process.is_alive():
@@ -121,40 +85,51 @@ class RankGroup:
                 process.join()
         self._folder.cleanup()
 
-    def _watch(self, alarms: Sequence[Connection]) -> None:
-        """End this process when a follower is gone, or failed alone: rank 0 may wait for it in a kernel, for ever.
+    def end(self, reason: str) -> None:
+        """End this process and, with it, all ranks: one of them may be in a kernel that waits for ever."""
+        logger.critical("the tensor parallel group cannot go on, the host ends: %s", reason)
+        for process in self._processes:
+            with suppress(ProcessLookupError, TypeError):
+                os.kill(process.pid, STACKS_SIGNAL)  # into the log; one that is stopped writes none
+        faulthandler.dump_traceback()
+        time.sleep(_STACKS_S)
+        os._exit(STATUS_OF_A_HANG)
 
-        A follower that fails gives one alarm and then one answer, so the two counts tell whether rank 0 took it.
-        """
+    def _lost(self, reason: str) -> EngineLostError:
+        if not self._closing:  # who watches knows more, and ends this process
+            time.sleep(_LOST_S)
+        return super()._lost(reason)
+
+    def _watch(self, alarms: Sequence[Connection]) -> None:
+        """End this process when a follower is gone, or the ranks have come to a stand; see rank_watch.py."""
+        watch = self.watch
         sentinels = [process.sentinel for process in self._processes]
-        given, due_s = [0] * len(alarms), [math.inf] * len(alarms)
+        limits = watch.limits
+        period_s = min(_PERIOD_S, limits.call_s / 5, limits.build_s / 5, limits.alarm_s / 5)
+        looked_s = time.monotonic()
         while True:
-            ready = wait([*sentinels, *alarms], _wait_s(min(due_s)))
+            ready = wait([*sentinels, *alarms], period_s)
             if self._closing:
                 return
-            if any(sentinel in ready for sentinel in sentinels):
-                logger.critical("a rank of the tensor parallel group ended: the host ends too")
-                os._exit(70)
-            now_s = time.monotonic()
+            gone = [rank for rank, sentinel in enumerate(sentinels, 1) if sentinel in ready]
+            if gone:
+                self._end_without(gone[0])
             for index, alarm in enumerate(alarms):
                 if alarm in ready:
-                    alarm.recv_bytes()
-                    given[index] += 1
-                if self._failed_answers[index] >= given[index]:
-                    due_s[index] = math.inf
-                elif due_s[index] == math.inf:
-                    due_s[index] = now_s + _ALARM_LIMIT_S
-                elif due_s[index] <= now_s:
-                    logger.critical("rank %d failed while another waits for it: the host ends", index + 1)
-                    os._exit(70)
+                    with suppress(EOFError):  # it is about to be gone
+                        alarm.recv_bytes()
+                        watch.alarmed(index)
+            now_s = time.monotonic()
+            passed_s, looked_s = min(now_s - looked_s, 2 * period_s), now_s
+            watch.begun = list(self._begun)
+            if reason := watch.pass_time(passed_s):
+                self.end(reason)
 
-
-def _wait_s(due_s: float) -> float | None:
-    return None if due_s == math.inf else max(0.0, due_s - time.monotonic())
-
-
-def _unpacked(answer: bytes) -> Any:
-    try:
-        return pickle.loads(answer)
-    except Exception as error:  # such as an exception whose class takes other arguments; the others' answers count
-        return RuntimeError(f"an answer of a rank cannot be read: {type(error).__name__}: {error}")
+    def _end_without(self, rank: int) -> None:
+        process = self._processes[rank - 1]
+        process.join(0)
+        code = process.exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"status {code}"
+        doing = self.watch.doing()
+        logger.critical("rank %d ended by %s, the host ends too%s", rank, how, f": it was in {doing}" if doing else "")
+        os._exit(STATUS_OF_A_HANG)

@@ -7,7 +7,9 @@ own ranges stand for them, because they were made by the same calls in the same 
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +17,14 @@ import torch
 
 from tokenpool.memory.devices.device import BlockCopy, Copies, Device
 
+logger = logging.getLogger(__name__)
+
 Repeat = Callable[[str, tuple[Any, ...]], None]
 """Hands a call to the other ranks, which do it in the order given; does not wait for them."""
+
+
+_AFTER_COPIES = frozenset({"unmap", "park", "release", "release_unused", "fill"})
+_MOST_UNDER_WAY = 64
 
 
 class MirroredDevice:
@@ -31,7 +39,8 @@ class MirroredDevice:
         self.chunk_bytes = device.chunk_bytes
         self.copies_beside = device.copies_beside
         self.burst_bytes = device.burst_bytes
-        self._device = device
+        self.first = self._device = device
+        """The first rank's own."""
         self._repeat = repeat
         self._lock = threading.Lock()  # the others must see a buffer before a copy that uses it
 
@@ -75,6 +84,11 @@ class MirroredDevice:
         """Give unused memory back on every rank; returns the first rank's bytes."""
         self._repeat("release_unused", ())
         return self._device.release_unused()
+
+    def make_pages(self, count: int) -> None:
+        """Make pages until there are `count` on every rank, as `CudaDevice.make_pages`; others make what they can."""
+        self._device.make_pages(count)  # type: ignore[attr-defined]  # of a GPU
+        self._repeat("make_pages", (count,))
 
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """Set every byte on every rank."""
@@ -125,16 +139,29 @@ def _names(copies: Sequence[BlockCopy]) -> list[tuple[int, int, int]]:
 
 
 class Mirror:
-    """Another rank's side: does on `device` what a `MirroredDevice` did. Used by one thread."""
+    """Another rank's side: does on `device` what a `MirroredDevice` did. Used by one thread.
+
+    Copies of blocks and weights are begun and not waited for; what this rank computes comes after them
+    (`precede_compute`), and no memory goes before they have ended: the first rank knows of its own only.
+    """
 
     def __init__(self, device: Device) -> None:
         self.device = device
+        self._under_way: deque[Copies] = deque()
         self._ranges: list[tuple[int, int, int]] = []  # the first rank's address, bytes, ours
         self._buffers: list[tuple[int, int, torch.Tensor]] = []  # the first rank's address, bytes, ours
 
     def do(self, name: str, args: tuple[Any, ...]) -> Any:
         """Repeat a call; returns what it returns here. Raises what the device raises, KeyError for unknown places."""
+        if name in _AFTER_COPIES:
+            self._wait_for_all_but(0)
         return getattr(self, f"_{name}")(*args)
+
+    def precede_compute(self) -> None:
+        """Let what this rank computes from now on come after all copies, without waiting where the device can do so."""
+        self._forget_ended()
+        if self._under_way:
+            self._under_way[-1].precede_compute()  # they end in their order
 
     def _reserve(self, theirs: int, nbytes: int, harmless: bool = False) -> None:
         self._ranges.append((theirs, nbytes, self.device.reserve(nbytes, harmless=harmless)))
@@ -157,6 +184,14 @@ class Mirror:
 
     def _release_unused(self) -> None:
         self.device.release_unused()
+        _empty_cache()
+
+    def _make_pages(self, count: int) -> None:
+        _empty_cache()
+        try:
+            self.device.make_pages(count)  # type: ignore[attr-defined]  # of a GPU
+        except OSError as error:
+            logger.warning("pages that a loader had are made when they are needed, not all are there: %s", error)
 
     def _fill(self, theirs: int, nbytes: int, byte: int) -> None:
         self.device.fill(self.address(theirs), nbytes, byte)
@@ -172,10 +207,26 @@ class Mirror:
         return buffer
 
     def _copies_in(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        self.device.begin_copies_in([(self.address(a), self._slice(b, size)) for a, b, size in copies]).wait()
+        self._begun(self.device.begin_copies_in(self._places(copies)))
 
     def _copies_out(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        self.device.begin_copies_out([(self.address(a), self._slice(b, size)) for a, b, size in copies]).wait()
+        self._begun(self.device.begin_copies_out(self._places(copies)))
+
+    def _places(self, copies: Sequence[tuple[int, int, int]]) -> list[BlockCopy]:
+        return [(self.address(address), self._slice(buffer, size)) for address, buffer, size in copies]
+
+    def _begun(self, copies: Copies) -> None:
+        self._under_way.append(copies)
+        self._forget_ended()
+        self._wait_for_all_but(_MOST_UNDER_WAY)
+
+    def _forget_ended(self) -> None:
+        while self._under_way and self._under_way[0].done():
+            self._under_way.popleft()
+
+    def _wait_for_all_but(self, number: int) -> None:
+        while len(self._under_way) > number:
+            self._under_way.popleft().wait()
 
     def address(self, theirs: int) -> int:
         """Our address for one of the first rank's; raises KeyError if it lies in no range."""
@@ -189,3 +240,9 @@ class Mirror:
             if start <= theirs and theirs + nbytes <= start + size:
                 return buffer[theirs - start : theirs - start + nbytes]
         raise KeyError(f"{nbytes} bytes at {theirs:#x} are in no host buffer of the first rank")
+
+
+def _empty_cache() -> None:
+    """Give what torch holds of this rank's GPU and does not use back to it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -22,9 +22,11 @@ from tokenpool.errors import CapacityError, ConfigError
 from tokenpool.host.engine import cuda_worker
 from tokenpool.host.engine.cuda_worker import PooledCUDAWorker
 from tokenpool.host.engine.engine_globals import EngineGlobals
+from tokenpool.host.engine_builder import EngineBuilder
 from tokenpool.host.load import build_lane, cuda_copies, device_choice
 from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.devices.cuda_driver import CudaError
+from tokenpool.memory.devices.mirrored import Mirror, MirroredDevice
 from tokenpool.patches.build_context import building
 
 pytestmark = pytest.mark.vllm
@@ -312,6 +314,47 @@ def test_a_rank_with_too_few_pages_is_named(monkeypatch):
     with pytest.raises(CapacityError, match="rank 2: the GPU gives 6 of 7 pages") as raised:
         models.make_pages(7)
     assert (7, 6) == (raised.value.needed_pages, raised.value.free_pages)
+
+
+def test_a_loader_finds_memory_on_all_gpus_of_a_group(monkeypatch):
+    """And each has its pages again afterwards; one that cannot have them all makes them later."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    first, other = FakeCudaDevice(), FakeCudaDevice()
+    mirror = Mirror(other)
+    device = MirroredDevice(first, lambda name, args: mirror.do(name, args))
+    for each in (first, other):
+        device_choice.make_all_pages(each, 6)
+    assert 4 == device_choice.make_room_for_loading(device, lambda num_pages: None, 4)
+    assert (0, 0) == (first.page_bytes, other.page_bytes)
+    device_choice.give_back_loading_memory(device, 6, lambda: None)
+    assert (6 * GRANULARITY,) * 2 == (first.page_bytes, other.page_bytes)
+    device_choice.release_device_memory(device)
+    assert (0, 0) == (first.page_bytes, other.page_bytes)
+    other.fake.handles_left = 5
+    device_choice.give_back_loading_memory(device, 6, lambda: None)
+    assert (6 * GRANULARITY, 5 * GRANULARITY) == (first.page_bytes, other.page_bytes)
+    assert 1 << 30 == device_choice.spare_host_bytes(device, 8 << 30)
+
+
+def test_an_engine_of_a_group_counts_where_it_is_the_largest(monkeypatch):
+    """One book stands for all ranks."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    free = [100 * GRANULARITY]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda ordinal: (free[0], 100 * GRANULARITY))
+    memory = device_choice.EngineMemory(MirroredDevice(FakeCudaDevice(), lambda name, args: None))
+    free[0] -= GRANULARITY
+    asked: list[tuple[str, str]] = []
+    group = SimpleNamespace(
+        watch=SimpleNamespace(work=lambda what: nullcontext()),
+        ask=lambda kind, name: asked.append((kind, name)),
+        answers=lambda question: [5 * GRANULARITY, 0],
+    )
+    builder = object.__new__(EngineBuilder)
+    builder._group = group
+    assert 5 * GRANULARITY == builder._growth("llama", memory)
+    assert [("growth", "llama")] == asked
+    builder._group = None
+    assert GRANULARITY == builder._growth("llama", memory)
 
 
 def test_a_host_does_not_start_with_a_rank_that_is_short_of_memory():

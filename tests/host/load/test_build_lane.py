@@ -96,7 +96,7 @@ def test_a_job_without_a_thread_has_failed(monkeypatch):
 
 def test_a_stream_that_cannot_be_set_fails_the_job(monkeypatch):
     """What the lane does before the job counts as the job."""
-    monkeypatch.setattr("tokenpool.host.load.build_lane._engine_stream", lambda: object())
+    monkeypatch.setattr("tokenpool.host.load.build_lane.engine_stream", lambda: object())
     monkeypatch.setattr("torch.cuda.set_stream", raising_with_argument)
     lane = BuildLane(EngineGlobals())
     bad = lane.submit(lambda: 1)

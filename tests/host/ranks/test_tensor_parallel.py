@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import TinyModels
 from tests.helpers.plain import Case, RequestSpec, Result, prompts_for, run_plain
 from tests.helpers.server import TINY_ARGS, PoolServerProcess, child_pids, is_running, poll
+from tests.serve.client.test_failover import GREEDY, Call
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -47,6 +48,7 @@ def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
         "page_size": "64KiB",
         "weights": "movable",
         "scheduling": {"policy": "round_robin"},
+        "host_timeout": 20,
         "admin_key": "test-admin-key-0123",
     }
     with PoolServerProcess(pool) as running:
@@ -109,15 +111,28 @@ def test_a_model_comes_and_goes_on_all_ranks(server: PoolServerProcess, tiny_mod
     assert first == _ask(server, "llama", REQUESTS[1])
 
 
-def test_a_dead_rank_ends_the_host_and_the_pool_comes_back(server: PoolServerProcess) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("tokens_before", [1, 23])
+def test_a_rank_that_dies_or_hangs_ends_the_host_and_streams_go_on(
+    server: PoolServerProcess, how: signal.Signals, tokens_before: int
+) -> None:
+    """Wherever it was, also between two tokens: the host says why it ends, and comes back; clients notice nothing."""
     host = server.host_pid
-    before = _ask(server, "llama", REQUESTS[1])
+    alone = _stream(server).result()
+    running = [_stream(server) for _ in range(2)]
     follower = next(pid for pid in child_pids(host) if _is_follower(pid))
-    os.kill(follower, signal.SIGKILL)
-    poll(lambda: not is_running(host))
+    poll(lambda: all(len(call.events) >= tokens_before for call in running))
+    os.kill(follower, how)
+    poll(lambda: not is_running(host), limit_s=120)
     poll(lambda: server.host_pid, until=lambda pid: pid not in (None, host), limit_s=120)
+    assert [alone] * 2 == [call.result() for call in running]
+    assert ("ended by SIGKILL" if how is signal.SIGKILL else "does not get on for") in server.log
     server.wait_until_ready(120)
-    assert _ask(server, "llama", REQUESTS[1]) == before
+    assert server.admin("POST", "/check").status_code == 200
+
+
+def _stream(server: PoolServerProcess) -> Call:
+    return Call(server, model="llama", max_tokens=150, **GREEDY)
 
 
 def _is_follower(pid: int) -> bool:

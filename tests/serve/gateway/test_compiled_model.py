@@ -61,7 +61,7 @@ def test_a_compiled_model_is_added_beside_streams(tiny_models: TinyModels, tmp_p
         "models": [{"name": "llama", "model": str(tiny_models.path("llama")), "args": {"max_model_len": 2048}}],
         "device_memory": "64MiB",
         "host_memory": "64MiB",
-        "page_size": "256KiB",
+        "page_size": "1MiB",
         "weights": "movable",
         "admin_key": "test-admin-key-0123",
     }

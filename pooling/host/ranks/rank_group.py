@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _STOP_LIMIT_S = 5.0
 _STACKS_S = 0.5
+_ENDING_S = 1.0
 _LOST_S = 10.0
 _PERIOD_S = 1.0
 
@@ -91,8 +92,8 @@ class RankGroup(RankQuestions):
         for process in self._processes:
             with suppress(ProcessLookupError, TypeError):
                 os.kill(process.pid, STACKS_SIGNAL)  # into the log; one that is stopped writes none
+        time.sleep(_STACKS_S)  # one after the other, so that they can be read
         faulthandler.dump_traceback()
-        time.sleep(_STACKS_S)
         os._exit(STATUS_OF_A_HANG)
 
     def _lost(self, reason: str) -> EngineLostError:
@@ -127,7 +128,7 @@ class RankGroup(RankQuestions):
 
     def _end_without(self, rank: int) -> None:
         process = self._processes[rank - 1]
-        process.join(0)
+        process.join(_ENDING_S)  # its pipe is closed a moment before it is gone
         code = process.exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"status {code}"
         doing = self.watch.doing()

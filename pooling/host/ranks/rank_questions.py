@@ -52,7 +52,7 @@ class RankQuestions:
 
     def repeat(self, name: str, args: tuple[Any, ...]) -> None:
         """Have a call on rank 0's memory repeated; see memory/devices/mirrored.py."""
-        with self.watch.work(f"{name} of memory, for which the other ranks take no message"):
+        with self.watch.work(f"{name} of memory, for which the other ranks take no message,"):
             self.send("device", name, args)
 
     def ask(self, kind: str, *content: Any) -> int:

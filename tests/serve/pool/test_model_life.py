@@ -362,7 +362,7 @@ def test_a_model_that_no_host_of_a_cluster_takes_is_failed() -> None:
 
     async def test() -> None:
         models = models_of("a")
-        app, session, make_follower = models["a"].app, SimpleNamespace(), SimpleNamespace()
+        app, session, make_follower = models["a"].app, SimpleNamespace(look_at_head=None), SimpleNamespace()
         hosts = RayHosts(models, session, make_follower)  # type: ignore[arg-type]
         follower: Any = SimpleNamespace(
             plan=models["a"].plan, is_served=False, error=HostError("host-0: no file"), client=None

@@ -32,7 +32,7 @@ from tokenpool.wire.pulse import STACKS_SIGNAL
 logger = logging.getLogger(__name__)
 
 _STOP_LIMIT_S = 5.0
-_STACKS_S = 0.5
+_STACKS_S = 1.0
 _ENDING_S = 1.0
 _LOST_S = 10.0
 _PERIOD_S = 1.0

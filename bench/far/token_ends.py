@@ -39,6 +39,7 @@ async def _client(model: Path, num_streams: int, num_steps: int, where: str) -> 
     from vllm.sampling_params import RequestOutputKind, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from bench.parts import common
     from bench.token_path import PROMPT, engine_config
     from tokenpool.patches.engine_client import handing_in
     from tokenpool.serve.access.tenant_meter import meter
@@ -49,7 +50,7 @@ async def _client(model: Path, num_streams: int, num_steps: int, where: str) -> 
         addresses = EngineAddresses((f"ipc://{where}/in",), (f"ipc://{where}/out",))
     else:
         keys = zmq.curve_keypair()
-        at = [f"tcp://{where}:{_free_port(where)}" for _ in range(2)]
+        at = [f"tcp://{where}:{common.free_port(where)}" for _ in range(2)]
         addresses = EngineAddresses((at[0],), (at[1],), *keys, silence_s=10.0)
     config = engine_config(model)
     core: Any = PoolEngineClient(config)
@@ -114,13 +115,6 @@ def _ping(address: str, port: int) -> None:
             sock.recv(_PING_BYTES)
             took_s.append(time.perf_counter() - start_s)
     _say(statistics.median(took_s) / 2)
-
-
-def _free_port(address: str) -> int:
-    with socket.socket() as sock:
-        sock.bind((address, 0))
-        port: int = sock.getsockname()[1]
-    return port
 
 
 def _say(value: Any) -> None:

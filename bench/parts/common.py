@@ -49,7 +49,7 @@ class Server:
     """
 
     def __init__(self, words: Sequence[str], models: Sequence[str], log: Path, **env: str) -> None:
-        self.port, self.models, self.log = _free_port(), set(models), log
+        self.port, self.models, self.log = free_port(), set(models), log
         self.key = ""
         """What `is_ready` sends, for a server that asks for a key."""
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +103,10 @@ class Server:
         self.process.wait()
 
 
-def _free_port() -> int:
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of this machine that nobody listens at, another one at each call."""
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as sock:
+        with socket.create_server((address, 0)) as sock:
             port: int = sock.getsockname()[1]
         if port not in _ports_given:  # else its server may not have bound it yet
             _ports_given.add(port)

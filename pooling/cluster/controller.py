@@ -27,7 +27,7 @@ from tokenpool.cluster.deciding.scaling import HostsKept
 from tokenpool.cluster.host_actors import HostActors
 from tokenpool.cluster.host_keeper import HostKeeper
 from tokenpool.cluster.live_placement import placement_of
-from tokenpool.cluster.pool_record import Kept, KeptWriter, PoolStanding, PoolStore
+from tokenpool.cluster.pool_record import KEEP_LIMIT_S, Kept, KeptWriter, PoolStanding, PoolStore
 from tokenpool.cluster.private_state import read_snapshot, write_private
 from tokenpool.cluster.raylet import end_with_raylet
 from tokenpool.cluster.reconcile import Reconciler
@@ -47,8 +47,6 @@ _LOOK_S = 0.1
 _HOST_END_S = 6.0
 _NUM_LOST = 100
 """Servers that are gone whose leavings are looked for at the end."""
-_KEEP_LIMIT_S = 2.0
-"""How long a change waits until the next controller would know of it; while Ray's head is away it does not."""
 _LAST_WORD_S = 0.5
 """For the answer that the pool has ended to reach who asked for that."""
 
@@ -208,7 +206,7 @@ class Controller:
         """The server that follows the pool file has carried out what these entries ask for."""
         self._file_models = file_models
         self._keep()
-        await self._writer.written(_KEEP_LIMIT_S)
+        await self._writer.written(KEEP_LIMIT_S)
 
     async def watch(self, server: str, epoch: int, version: int) -> ClusterView | None:
         """Return the view once it is not the one that the caller has, at once if it has to join: then None.
@@ -277,9 +275,9 @@ class Controller:
         servers = [*self._lost, *self.reconciler.gone, *self.reconciler.peers]
         await self._hosts.end(_HOST_END_S, set(self._seen_hosts), servers)
         self._path.unlink(missing_ok=True)
-        await self._writer.stop(_KEEP_LIMIT_S)
+        await self._writer.stop(KEEP_LIMIT_S)
         for forget in (self._store.clear, lambda: self._store.drop_record(self._record.identity)):
-            await within(_KEEP_LIMIT_S, "forgetting what the next controller needs", asyncio.to_thread(forget))
+            await within(KEEP_LIMIT_S, "forgetting what the next controller needs", asyncio.to_thread(forget))
 
     # -- the loop ----------------------------------------------------------------------------------------
 
@@ -329,7 +327,7 @@ class Controller:
     async def _act_and_keep(self) -> None:
         """As `_act`; what has changed is known to the next controller, too, unless Ray's head is away."""
         await self._act()
-        await self._writer.written(_KEEP_LIMIT_S)
+        await self._writer.written(KEEP_LIMIT_S)
 
     def _keep(self) -> None:
         """Let the next controller know what hosts cannot tell it, as soon as Ray's head takes it."""

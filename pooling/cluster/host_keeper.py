@@ -10,13 +10,12 @@ from collections.abc import Callable, Set
 
 from tokenpool.cluster.deciding.scaling import Scaling
 from tokenpool.cluster.host_actors import HostActors
-from tokenpool.cluster.pool_record import KeptWriter, PoolStore
+from tokenpool.cluster.pool_record import KEEP_LIMIT_S, KeptWriter, PoolStore
 from tokenpool.errors import text_of
 
 logger = logging.getLogger(__name__)
 
 _PERIOD_S = 5.0
-_KEEP_LIMIT_S = 2.0
 
 
 class HostKeeper:
@@ -54,7 +53,7 @@ class HostKeeper:
         """Until the pool ends."""
         while not is_ending():
             self._news.clear()
-            await self._writer.written(_KEEP_LIMIT_S)
+            await self._writer.written(KEEP_LIMIT_S)
             await asyncio.gather(self._start(), *(self._give_back(host) for host in self._to_end()))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_PERIOD_S):

@@ -29,6 +29,8 @@ CONTROLLER = "controller"
 """Name of the controller's actor in the pool's namespace."""
 _OWN = ("models", "host", "port", "frontends", "shutdown_timeout_s")
 """Settings in which the servers of one pool may differ."""
+KEEP_LIMIT_S = 2.0
+"""How long a change waits until the next controller would know of it; while Ray's head is away it does not."""
 _RETRY_S = 1.0
 
 

@@ -108,9 +108,13 @@ class RankModels:
     def built(self, name: str, random: Any) -> None:
         """The model is built: its globals are its own, and all ranks draw the same random numbers."""
         assert self._build is not None and name == self._being_built
-        build, self._build, self._being_built = self._build, None, ""
-        build.close()
+        self._end_build(None)
         self.random(random)
+
+    def _end_build(self, failure: Exception | None) -> None:
+        assert self._build is not None
+        build, self._build, self._being_built = self._build, None, ""
+        build.__exit__(type(failure) if failure is not None else None, failure, None)
 
     def random(self, random: Any) -> None:
         """Draw the random numbers that rank 0 draws: each rank samples by itself, and all must get the same tokens."""
@@ -147,9 +151,7 @@ class RankModels:
         """Drop a model; nothing if its build failed."""
         model = self._models.pop(name, None)
         if self._build is not None and name == self._being_built:
-            build, self._build, self._being_built = self._build, None, ""
-            failure = RuntimeError("the build failed on rank 0")
-            build.__exit__(RuntimeError, failure, None)
+            self._end_build(RuntimeError("the build failed on rank 0"))
         if model is not None:
             model.wrapper.shutdown()
         self._globals.forget(name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -201,22 +202,37 @@ async def _stream(serving: Any, response_id: str, starting_after: int | None = N
     """The events of a response from one on, until the last one, or until who makes them has ended without it."""
     events, news = serving.event_store.get(response_id) or (deque(), asyncio.Event())
     task = serving.background_tasks.get(response_id)
-    if task is not None:  # it may end before it has begun, and its events may be none of these
-        task.add_done_callback(lambda _: news.set())
     index = 0 if starting_after is None else starting_after + 1
-    while True:
-        news.clear()
-        while index < len(events):
-            event = events[index]
-            yield event
-            if getattr(event, "type", "") == "response.completed":
+    with _told_of_end(task, news):  # it may end before it has begun, and its events may be none of these
+        while True:
+            news.clear()
+            while index < len(events):
+                event = events[index]
+                yield event
+                if getattr(event, "type", "") == "response.completed":
+                    return
+                index += 1
+                if index % _MOST_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+            if task is None or task.done():
                 return
-            index += 1
-            if index % _MOST_AT_ONCE == 0:
-                await asyncio.sleep(0)
-        if task is None or task.done():
-            return
-        await news.wait()
+            await news.wait()
+
+
+@contextmanager
+def _told_of_end(task: asyncio.Task[Any] | None, news: asyncio.Event) -> Iterator[None]:
+    """Set `news` when the task ends in the block."""
+
+    def tell(_: object) -> None:
+        news.set()
+
+    if task is not None:
+        task.add_done_callback(tell)
+    try:
+        yield
+    finally:
+        if task is not None:
+            task.remove_done_callback(tell)
 
 
 def has_response(serving: Any, response_id: str, owner: str) -> bool:

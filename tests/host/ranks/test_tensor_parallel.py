@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import TinyModels
 from tests.helpers.plain import Case, RequestSpec, Result, prompts_for, run_plain
-from tests.helpers.server import TINY_ARGS, PoolServerProcess, child_pids, is_running, poll
+from tests.helpers.server import TINY_ARGS, PoolServerProcess, child_pids, complete, is_running, poll
 from tests.serve.client.test_failover import GREEDY, Call
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -55,29 +55,12 @@ def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
         yield running
 
 
-def _ask(server: PoolServerProcess, kind: str, request: RequestSpec) -> tuple[list[int], list[float]]:
-    body = {
-        "model": kind,
-        "prompt": request.prompt_token_ids,
-        "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "seed": request.seed,
-        "ignore_eos": True,
-        "logprobs": 1,
-        "return_token_ids": True,
-    }
-    answer = server.request("POST", "/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    choice = answer.json()["choices"][0]
-    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
-
-
 def test_tokens_equal_plain_vllm_on_two_ranks(
     server: PoolServerProcess, reference: dict[str, dict[str, Result]]
 ) -> None:
     asked = [(kind, request) for kind in KINDS for request in REQUESTS]
     with ThreadPoolExecutor(len(asked)) as threads:
-        answers = list(threads.map(lambda pair: _ask(server, *pair), asked))
+        answers = list(threads.map(lambda pair: complete(server, *pair), asked))
     for (kind, request), (tokens, logprobs) in zip(asked, answers, strict=True):
         expected = reference[kind][request.request_id]
         assert tokens == expected.tokens, f"{kind} {request.request_id}"
@@ -106,9 +89,9 @@ def test_a_model_of_another_size_is_refused(server: PoolServerProcess, tiny_mode
 def test_a_model_comes_and_goes_on_all_ranks(server: PoolServerProcess, tiny_models: TinyModels) -> None:
     body = {"name": "third", "model": str(tiny_models.path("llama")), "args": ARGS}
     assert server.admin("POST", "/models", json=body).status_code == 201
-    first = _ask(server, "third", REQUESTS[1])
+    first = complete(server, "third", REQUESTS[1])
     assert server.admin("DELETE", "/models/third").status_code == 200
-    assert first == _ask(server, "llama", REQUESTS[1])
+    assert first == complete(server, "llama", REQUESTS[1])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

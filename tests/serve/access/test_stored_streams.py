@@ -12,27 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.serve.access.test_stored_responses import Serving
 from tokenpool.serve.access.stored_responses import keep_apart
 
 pytestmark = pytest.mark.cpu
 _LIMIT_S = 10.0
 
 
-class Serving:
+class FaithfulServing(Serving):
     """Stores in the order in which vLLM's Responses API does: the events of a response once its task runs."""
 
     def __init__(self) -> None:
-        self.response_store: Any = {}
-        self.msg_store: Any = {}
-        self.event_store: Any = {}
-        self.background_tasks: Any = {}
+        super().__init__()
         self.steps: list[asyncio.Event] = []
         self._num_made = 0
 
-    def create_error_response(self, **fields: Any) -> Any:
-        return fields
-
-    async def create_responses(self, request: Any) -> Any:
+    async def create_responses(self, request: Any, raw_request: Any = None) -> Any:
         self._num_made += 1
         name, made, steps = request.request_id, self._num_made, asyncio.Event()
         self.msg_store[name] = ["a message"]
@@ -60,15 +55,6 @@ class Serving:
         finally:
             news.set()
 
-    async def responses_background_stream_generator(self, response_id: str, starting_after: Any = None) -> Any:
-        raise AssertionError("the pool has its own")
-        yield
-
-    async def retrieve_responses(self, response_id: str, starting_after: Any, stream: Any) -> Any:
-        if response_id not in self.response_store:
-            return None
-        return self.responses_background_stream_generator(response_id, starting_after)
-
 
 async def _read(events: Any) -> set[int]:
     return {event.made async for event in events}
@@ -91,7 +77,7 @@ def test_readers_get_what_they_asked_for_and_end(acts: list[Any]):
     """Whatever ids are used again, whoever is cancelled, and whenever somebody begins to read."""
 
     async def main() -> None:
-        serving: Any = Serving()
+        serving: Any = FaithfulServing()
         keep_apart(serving)
         readers: list[tuple[int, asyncio.Task[set[int]]]] = []
         for act, *how in acts:
@@ -137,7 +123,7 @@ def test_a_reader_of_an_id_that_is_used_again_ends():
     """The first response streams and is cancelled, the second one has no events."""
 
     async def main() -> None:
-        serving: Any = Serving()
+        serving: Any = FaithfulServing()
         keep_apart(serving)
         request = SimpleNamespace(request_id="r", previous_response_id=None, background=True, stream=True)
         await serving.create_responses(request)

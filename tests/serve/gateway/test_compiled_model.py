@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import TinyModels
 from tests.helpers.plain import Case, RequestSpec, prompts_for, run_plain
-from tests.helpers.server import PoolServerProcess
+from tests.helpers.server import PoolServerProcess, complete
 from tests.serve.client.test_failover import GREEDY, Call
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -32,23 +32,6 @@ NUM_TOKENS = 1900
 
 def stream(server: PoolServerProcess) -> Call:
     return Call(server, model="llama", max_tokens=NUM_TOKENS, **GREEDY)
-
-
-def answer_of(server: PoolServerProcess, request: RequestSpec) -> tuple[list[int], list[float]]:
-    body = {
-        "model": "compiled",
-        "prompt": request.prompt_token_ids,
-        "max_tokens": request.max_tokens,
-        "temperature": request.temperature,
-        "seed": request.seed,
-        "ignore_eos": True,
-        "logprobs": 1,
-        "return_token_ids": True,
-    }
-    answer = server.request("POST", "/v1/completions", json=body)
-    assert answer.status_code == 200, answer.text
-    choice = answer.json()["choices"][0]
-    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 
 def test_a_compiled_model_is_added_beside_streams(tiny_models: TinyModels, tmp_path: Path) -> None:
@@ -77,7 +60,7 @@ def test_a_compiled_model_is_added_beside_streams(tiny_models: TinyModels, tmp_p
         assert sum(len(call.events) for call in running) > before + 50, "no stream went on: the test shows nothing"
         for request in REQUESTS:
             plain = expected[request.request_id]
-            assert (plain.tokens, plain.logprobs) == answer_of(server, request), request.request_id
+            assert (plain.tokens, plain.logprobs) == complete(server, "compiled", request), request.request_id
         assert [alone] * len(running) == [call.result() for call in running]
         assert "compiled aside model=compiled" in server.log
         assert server.admin("POST", "/check").status_code == 200

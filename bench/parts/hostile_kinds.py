@@ -38,7 +38,7 @@ def main() -> None:
     """Read the flags, play, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("kinds", nargs="*", choices=["mix", *KINDS], metavar="KIND", help="default: all of them")
+    add("--kinds", nargs="+", choices=["mix", *KINDS], default=[*KINDS], metavar="KIND", help="default: all of them")
     add("--rate", type=float, default=10.0, help="hostile requests a second (default: %(default)s)")
     add("--seconds", type=float, default=20.0, help="for each kind (default: %(default)s)")
     add("--slow-ms", type=float, default=23.0, help="default: %(default)s")
@@ -54,7 +54,7 @@ def main() -> None:
         trace = hostile_rig.requests(random.Random("warm"), 6.0, _POLITE_PER_S, _LENGTHS)
         asyncio.run(hostile_rig.play(server.port, trace, -1, elsewhere, Nothing()))
         seen.begin()
-        for number, kind in enumerate(["alone", *(flags.kinds or KINDS), "again"]):
+        for number, kind in enumerate(["alone", *flags.kinds, "again"]):
             attack = _attack(server.port, kind, number, flags)
             trace = hostile_rig.requests(random.Random(f"{number}"), flags.seconds, _POLITE_PER_S, _LENGTHS)
             arm, seed = str(number), number + 1000 * flags.seed

@@ -41,8 +41,7 @@ class PoolEngineClient(AsyncMPClient):
         await client.join("host-0", addresses)   # once the model was added on that host
         client.lost("host-0")                    # its process is gone: the requests wait, or go to other hosts
 
-    The utility calls are vLLM's; each goes to all hosts. Only the construction of `AsyncMPClient`, which makes one
-    pair of sockets and waits for one engine, is not used.
+    The utility calls are vLLM's; each goes to all hosts. Of `AsyncMPClient` only the construction is not used.
     """
 
     def __init__(
@@ -262,7 +261,7 @@ class PoolEngineClient(AsyncMPClient):
     # -- requests ------------------------------------------------------------------------------------
 
     async def add_request_async(self, request: EngineCoreRequest) -> None:
-        """Send a request to the host that `route` chooses; it waits while there is none."""
+        """Send a request to the host that `route` chooses; it waits while there is none, streamed input as `heard`."""
         self.ensure_alive()
         entry, is_new = self.journal.open(request)
         if is_new:
@@ -273,6 +272,8 @@ class PoolEngineClient(AsyncMPClient):
             if entry.ended:
                 entry.place.load -= 1
                 self.journal.close(entry.request_id)
+        if request.resumable:
+            await entry.heard()
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Drop requests wherever they are, or where they would have waited."""
@@ -301,7 +302,8 @@ class PoolEngineClient(AsyncMPClient):
         link = link or self._choose(entry)
         if link is not None and self._suspects.may_go(entry, partial(self._assign, entry)):
             link.load += 1
-            link.add(self.journal.send(entry, link))
+            for message in self.journal.send(entry, link):
+                link.add(message)
             self.on_assign(entry.request_id, link.host)
 
     def _choose(self, entry: JournalEntry[EngineLink]) -> EngineLink | None:

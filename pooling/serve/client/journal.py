@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from copy import copy
 from typing import Generic, TypeVar
@@ -14,6 +15,8 @@ from tokenpool.wire.continued_request import ContinuedRequest
 
 Place = TypeVar("Place")
 
+OPEN_PIECES = 4
+"""Of one streamed input, that an engine may have and has not answered."""
 _OF_PROMPT = ("prompt_logprobs", "prompt_logprob_token_ids")
 
 
@@ -25,7 +28,7 @@ class JournalEntry(Generic[Place]):
     """
 
     __slots__ = (
-        "_delivered_before", "_input_ended", "_is_session", "_num_open_inputs", "_sent",
+        "_delivered_before", "_heard", "_input_ended", "_is_session", "_num_open_inputs", "_pieces", "_sent",
         "delivered", "is_closed", "is_guilty", "is_released", "num_losses", "owner", "place", "request", "wire_id",
     )  # fmt: skip
 
@@ -50,6 +53,8 @@ class JournalEntry(Generic[Place]):
         self._is_session = request.resumable
         self._num_open_inputs = 1
         self._input_ended = not request.resumable
+        self._pieces: list[EngineCoreRequest] = []
+        self._heard: asyncio.Future[None] | None = None
 
     @property
     def request_id(self) -> str:
@@ -57,11 +62,31 @@ class JournalEntry(Generic[Place]):
         return self.request.request_id
 
     def more_input(self, request: EngineCoreRequest) -> None:
-        """Take in a further piece of streamed input, each of which has an end of its own, or the end of all input."""
+        """Take in a further piece of streamed input, each of which has an end of its own, or the end of all input.
+
+        While no engine has the request they are kept, and go where the first one goes.
+        """
         if request.resumable:
             self._num_open_inputs += 1
         else:
             self._input_ended = True
+        if self.place is None:
+            self._pieces.append(request)
+
+    async def heard(self) -> None:
+        """Wait while more than `OPEN_PIECES` of streamed input have no end: who sends faster than a model hears waits.
+
+        What waits is counted, and bounded, where it comes from. Of one request one task at a time may wait: the one
+        that sends the pieces.
+        """
+        while self._num_open_inputs > OPEN_PIECES and not self.is_closed:
+            self._heard = asyncio.get_running_loop().create_future()
+            await self._heard
+
+    def wake(self) -> None:
+        """Let `heard` look again."""
+        if self._heard is not None and not self._heard.done():
+            self._heard.set_result(None)
 
     @property
     def is_proven(self) -> bool:
@@ -79,8 +104,12 @@ class JournalEntry(Generic[Place]):
             return "its input is streamed, and what an engine has taken in of it is not kept"
         return None
 
-    def message(self, place: Place) -> EngineCoreRequest:
-        """The message that lets `place` start the request, or go on with it after `delivered`."""
+    def messages(self, place: Place) -> list[EngineCoreRequest]:
+        """What lets `place` start the request, with all its pieces so far, or go on with it after `delivered`."""
+        pieces, self._pieces = self._pieces, []
+        return [self._message(place), *pieces]
+
+    def _message(self, place: Place) -> EngineCoreRequest:
         request = self.request
         self.place = place
         self.wire_id = f"{request.request_id}~{self._sent}" if self._sent else request.request_id
@@ -104,6 +133,7 @@ class JournalEntry(Generic[Place]):
         self.delivered += output.new_token_ids
         if output.finish_reason is not None:
             self._num_open_inputs -= 1
+            self.wake()
         return self.ended
 
     def lacks_result(self, output: EngineCoreOutput) -> bool:
@@ -153,12 +183,12 @@ class Journal(Generic[Place]):
         """The requests that `place` has; with None those that wait for an engine."""
         return [entry for entry in self._entries.values() if entry.place is place]
 
-    def send(self, entry: JournalEntry[Place], place: Place) -> EngineCoreRequest:
-        """Give a request to `place` with the message that is returned."""
+    def send(self, entry: JournalEntry[Place], place: Place) -> list[EngineCoreRequest]:
+        """Give a request to `place` with the messages that are returned."""
         self._on_wire.pop(entry.wire_id, None)
-        message = entry.message(place)
+        messages = entry.messages(place)
         self._on_wire[entry.wire_id] = entry
-        return message
+        return messages
 
     def hold(self, entry: JournalEntry[Place]) -> None:
         """Take a request from the engine that has it: it waits, and nothing that engine says of it counts."""
@@ -170,6 +200,7 @@ class Journal(Generic[Place]):
         entry = self._entries.pop(request_id, None)
         if entry is not None:
             entry.is_closed = True
+            entry.wake()
             self._on_wire.pop(entry.wire_id, None)
         return entry
 

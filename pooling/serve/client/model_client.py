@@ -233,6 +233,7 @@ class ModelClient:
         whole = state.parent_req.request_id if state.parent_req else request_id
         self.core.abort(processor.abort_requests([whole], internal=True))
         state.queue.put(error)
+        state.queue.close()  # else a piece of its input that comes now would begin the request anew
 
     async def close(self) -> None:
         """Free the client. Its engines are gone, or are removed from their hosts, or end together with them."""

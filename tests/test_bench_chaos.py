@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +18,7 @@ from bench.faults.streams import Stream, Verdict, judge
 
 pytestmark = pytest.mark.cpu
 
+ROOT = Path(__file__).parents[1]
 RIGHT = [7, 8, 9, 10]
 
 
@@ -47,6 +51,17 @@ def test_each_kind_has_its_round_in_an_order_by_the_seed() -> None:
     assert first == again != other
     assert sorted(first[: len(chaos.KINDS)]) == sorted(chaos.KINDS)
     assert {first.count(kind) for kind in chaos.KINDS} == {2, 3}
+
+
+def test_each_kind_stands_in_the_table_of_what_dies_and_in_the_last_run() -> None:
+    """docs/failure.md says what follows; bench/results/chaos_cpu.json had each, in which nothing was left out."""
+    table = [line for line in (ROOT / "docs/failure.md").read_text().splitlines() if line.startswith("| ")]
+    named = [kind for line in table for part in line.split("chaos ")[1:] for kind in re.findall(r"`(\w+)`", part)]
+    assert sorted(named) == sorted(chaos.KINDS)
+    values = json.loads((ROOT / "bench/results/chaos_cpu.json").read_text())["values"]
+    assert {run["kind"] for run in values["rounds"]} == set(chaos.KINDS) and values["left_out"] == {}
+    killed = {run["kind"] for run in values["rounds"] if run["broken"]}
+    assert killed <= {"first_server", "server", "frontend"}
 
 
 def test_connections_of_a_process_are_found() -> None:

@@ -174,7 +174,9 @@ class RayHosts(ClusterModels):
         if is_alone == self.is_alone:
             return
         self.is_alone = is_alone
-        news = "neither Ray's head nor a host answers: no new requests" if is_alone else "hosts or Ray's head answer again"
+        news = (
+            "neither Ray's head nor a host answers: no new requests" if is_alone else "hosts or Ray's head answer again"
+        )
         logger.warning(news)
         for follower in self.followers.values():
             self._apply_to(follower)

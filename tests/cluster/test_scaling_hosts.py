@@ -209,7 +209,7 @@ def test_no_host_is_started_or_ended_that_the_next_controller_would_not_know_of(
         writer = KeptWriter(write, retry_s=0.001)
         either = cast(Any, actors)
         keeper = HostKeeper(either, either, scaling, set(), scaling.ended, writer)
-        writer.put(cast(Any, None))
+        writer.put(Kept([], b"", []))
         assert not await writer.written(0.01), "from now on nobody waits for the head"
         running = asyncio.create_task(keeper.run(lambda: False))
         await asyncio.sleep(0.05)

@@ -37,7 +37,7 @@ if not __package__:  # run as a script: only bench/ itself is on the path
 
 import yaml
 
-from bench import chaos
+from bench.faults.streams import ADMIN_KEY, Player, Stream
 from bench.parts import common
 
 _ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
@@ -78,11 +78,11 @@ class Restart:
     kills: Sequence[Kill]
 
 
-class Rig(chaos.Rig):
+class Rig(Player):
     """A server and the stream of one model."""
 
     def __init__(self, server: common.Server, model: str, prompt: Sequence[int], tokens: int) -> None:
-        super().__init__(server, None, [chaos.Stream(model, prompt, tokens)])
+        super().__init__([server], [Stream(model, prompt, tokens)])
         self._model = model
 
     async def healed(self) -> dict[str, Any]:
@@ -90,20 +90,20 @@ class Rig(chaos.Rig):
         deadline = time.monotonic() + _HEAL_LIMIT_S
         while True:
             state = await self.state()
-            if state["ready"] and (state["host"] or {}).get("models", {}).keys() >= self.server.models:
+            if state["ready"] and (state["host"] or {}).get("models", {}).keys() >= self.servers[0].models:
                 return state
             if time.monotonic() > deadline:
                 raise RuntimeError(f"not healed: {state['models']}")
             await asyncio.sleep(_LOOK_S)
 
-    async def kill(self, expected: chaos.Stream, rest_s: float) -> Kill:
+    async def kill(self, expected: Stream, rest_s: float) -> Kill:
         """Run the stream and kill the host in the middle of it, once it is `rest_s` old."""
         state = await self.healed()
         await asyncio.sleep(max(0.0, rest_s - state["host"]["uptime_s"]))
         pid = state["host_pid"]
         seen: dict[str, float] = {}
 
-        async def disturb(streams: list[chaos.Stream]) -> None:
+        async def disturb(streams: list[Stream]) -> None:
             while len(streams[0].tokens) < streams[0].num_tokens // 8:
                 await asyncio.sleep(0.001)
             os.kill(pid, signal.SIGKILL)
@@ -146,7 +146,7 @@ def run(
         args = {"max_model_len": 512, "enforce_eager": True, "dtype": "bfloat16", "block_size": 32}
         pool = {
             "models": [{"name": name, "model": str(path), "args": args} for name, path in paths.items()],
-            "device_memory": f"{16 * models}MiB", "page_size": "1MiB", "admin_key": chaos.ADMIN_KEY,
+            "device_memory": f"{16 * models}MiB", "page_size": "1MiB", "admin_key": ADMIN_KEY,
             "frontends": frontends,
         } | ({} if template else {"host_template": False})  # fmt: skip
         pool_file = folder / "pool.yaml"

@@ -48,12 +48,22 @@ class Server:
     `words` are `POOL` or `PLAIN` and all flags but the address; `models` are the names it will serve.
     """
 
-    def __init__(self, words: Sequence[str], models: Sequence[str], log: Path, **env: str) -> None:
-        self.port, self.models, self.log = free_port(), set(models), log
+    def __init__(
+        self,
+        words: Sequence[str],
+        models: Sequence[str],
+        log: Path,
+        *,
+        enter: Sequence[str] = (),
+        inside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        **env: str,
+    ) -> None:
+        """`enter` are words before the command, which become it; sockets to it are made `inside`."""
+        self.port, self.models, self.log, self.inside = free_port(), set(models), log, inside
         self.key = ""
         """What `is_ready` sends, for a server that asks for a key."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *words, "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [*enter, sys.executable, *words, "--host", "127.0.0.1", "--port", str(self.port)]
         self.started_s = time.monotonic()
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **env})
@@ -63,7 +73,7 @@ class Server:
         data = None if body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers)
-        with urllib.request.urlopen(request, timeout=limit_s) as response:
+        with self.inside(), urllib.request.urlopen(request, timeout=limit_s) as response:
             return json.loads(text) if (text := response.read()) else None
 
     def is_ready(self) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 
 from tokenpool.cluster.deciding.scaling import Scaling
 from tokenpool.cluster.host_actors import HostActors
@@ -19,7 +19,7 @@ _PERIOD_S = 5.0
 
 
 class HostKeeper:
-    """Lives on the controller's event loop; what is decided must be kept for the next controller before it is told."""
+    """Lives on the controller's event loop; nothing is done that the next controller would not know of."""
 
     def __init__(
         self,
@@ -53,8 +53,9 @@ class HostKeeper:
         """Until the pool ends."""
         while not is_ending():
             self._news.clear()
-            await self._writer.written(KEEP_LIMIT_S)
-            await asyncio.gather(self._start(), *(self._give_back(host) for host in self._to_end()))
+            if await self._writer.written(KEEP_LIMIT_S) or self._scaling is None:
+                wanted = None if self._scaling is None else self._scaling.wanted
+                await asyncio.gather(self._start(wanted), *(self._give_back(host) for host in self._to_end()))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_PERIOD_S):
                     await self._news.wait()
@@ -62,8 +63,7 @@ class HostKeeper:
     def _to_end(self) -> list[str]:
         return [] if self._scaling is None else sorted(self._scaling.ending)
 
-    async def _start(self) -> None:
-        names = None if self._scaling is None else self._scaling.wanted
+    async def _start(self, names: Sequence[str] | None) -> None:
         try:
             await asyncio.to_thread(self._hosts.start_missing, names)
         except Exception as error:  # such as Ray's head that is away

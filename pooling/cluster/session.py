@@ -113,6 +113,8 @@ class Session:
         """For sockets; mode 0700: only this user reaches them."""
         self.has_started = False
         """Whether this server started the pool, and has not served yet."""
+        self.fault: HostError | None = None
+        """Why this server ends although nobody asked it to; None while it does not."""
 
     # -- the pool ------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from tokenpool.settings import METRICS_FOLDER
 
 
 def serve(config: PoolConfig, cluster: str | None = None, pool_file: str | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; returns 0 after a clean drain.
+    """Serve until SIGTERM or SIGINT; returns 0 after a clean drain, and raises PoolError if nothing can be served.
 
     `cluster` is the address of a Ray cluster, `auto` or `local`. Models that come and go in `pool_file` come and go.
     """
@@ -74,10 +74,12 @@ def _serve_cluster(config: PoolConfig, cluster: str, pool_file: str | None, sock
     try:
         if config.frontends == 1:
             run(planned.config, planned.port_plans, partial(ray_pool, planned, pool_file), sock)
-            return
-        from tokenpool.serve.frontends.shared_cluster import cluster_frontends
-        from tokenpool.serve.frontends.supervisor import supervise
+        else:
+            from tokenpool.serve.frontends.shared_cluster import cluster_frontends
+            from tokenpool.serve.frontends.supervisor import supervise
 
-        supervise(planned.config, planned.port_plans, partial(cluster_frontends, planned, pool_file, sock), sock)
+            supervise(planned.config, planned.port_plans, partial(cluster_frontends, planned, pool_file, sock), sock)
+        if planned.session.fault is not None:
+            raise planned.session.fault
     finally:
         planned.session.abandon()

@@ -9,16 +9,18 @@ import signal
 import threading
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers.stand_ins import plan_of
+from tests.helpers.stand_ins import StandInClient, plan_of
 from tests.serve.pool.test_other_servers import two_servers, until
 from tokenpool.cluster.pool_record import Kept, KeptWriter
 from tokenpool.cluster.values import HostCount
+from tokenpool.errors import HostError
+from tokenpool.model_life import Life
 from tokenpool.serve.clustered import head_watch, ray_hosts
 from tokenpool.serve.clustered.head_watch import AWAY_AFTER_S, LOOK_PERIOD_S, HeadWatch
 
@@ -145,9 +147,11 @@ def test_a_server_says_that_the_head_is_away_and_serves_on(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("left", ["a host", "the head", "nobody", "no need"])
 def test_a_server_ends_when_neither_head_nor_host_answers(left: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And only then: its clients would wait for ever, and whoever started it would not know."""
+    """And only then: who waits gets 503, and its end is a failure, so that it is started anew."""
     monkeypatch.setattr(ray_hosts, "_ALONE_LOOK_S", 0.01)
-    monkeypatch.setattr(ray_hosts, "_ALONE_LIMIT_S", 0.1)
+    monkeypatch.setattr(ray_hosts, "_ALONE_SAY_S", 0.05)
+    monkeypatch.setattr(ray_hosts, "_ALONE_LIMIT_S", 0.2)
+    monkeypatch.setattr(ray_hosts, "_LAST_WORD_S", 0.01)
     killed: list[int] = []
     asked = 0
 
@@ -157,24 +161,61 @@ def test_a_server_ends_when_neither_head_nor_host_answers(left: str, monkeypatch
         return {"h0": None if left == "a host" else ConnectionError("gone"), "h1": ConnectionError("gone")}
 
     async def main() -> None:
-        async with two_servers(monkeypatch, [plan_of("a", load="on_demand")]) as (one, _):
+        async with two_servers(monkeypatch) as (one, _):
+            await one.add("a")
+            for task in one.hosts._tasks:  # no further view comes
+                task.cancel()
             monkeypatch.setattr(ray_hosts.os, "kill", lambda pid, number: killed.append(number))
             monkeypatch.setattr(one.hosts, "ask", ask)
             one.hosts.head.is_up = left == "the head"
             if left == "no need":
                 assert one.hosts.view is not None
                 one.hosts.view = replace(one.hosts.view, hosts={}, host_count=HostCount(0, 2, (), ()))
-            task = asyncio.create_task(one.hosts._end_alone())
+            model = one.models["a"]
+            client = cast(StandInClient, model.client)
+            client.waiting.append("accepted")
+            task = asyncio.create_task(one.hosts._watch_alone())
             if left == "nobody":
+                await until(lambda: not one.hosts.is_alive)
+                assert client.waiting == ["accepted"], "it may be this server that is cut off"
                 await task
+                assert client.told["accepted"].startswith("503: ") and "no engine host" in client.told["accepted"]
+                assert model.app.state == Life.FAILED and isinstance(one.hosts._session.fault, HostError)
             else:
                 await asyncio.sleep(0.5)
-                assert not task.done()
+                assert not task.done() and one.hosts.is_alive and client.told == {}
                 task.cancel()
+                client.waiting.clear()
 
     asyncio.run(main())
     assert killed == ([signal.SIGTERM] if left == "nobody" else [])
     assert (asked == 0) is (left in ("the head", "no need"))
+
+
+def test_a_server_that_was_cut_off_serves_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New requests are refused while neither head nor hosts answer, and taken once a host does."""
+    monkeypatch.setattr(ray_hosts, "_ALONE_LOOK_S", 0.01)
+    monkeypatch.setattr(ray_hosts, "_ALONE_SAY_S", 0.02)
+    is_back = False
+
+    async def ask(method: str, *args: Any) -> dict[str, Any]:
+        return {"h0": None if is_back else ConnectionError("cut off")}
+
+    async def main() -> None:
+        nonlocal is_back
+        async with two_servers(monkeypatch) as (one, _):
+            await one.add("a")
+            monkeypatch.setattr(one.hosts, "ask", ask)
+            one.hosts.head.is_up = False
+            task = asyncio.create_task(one.hosts._watch_alone())
+            await until(lambda: one.states() == {"a": "unavailable"})
+            assert not one.hosts.is_alive
+            is_back = True
+            await until(lambda: one.states() == {"a": "ready"})
+            assert one.hosts.is_alive and not task.done()
+            task.cancel()
+
+    asyncio.run(main())
 
 
 def kept(number: int) -> Kept:

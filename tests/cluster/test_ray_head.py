@@ -7,16 +7,17 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
 
 from tests.conftest import TinyModels
 from tests.helpers.network.cluster import RayOnMachines, ServerOnMachine, Stream, builds, controller, decisions
 from tests.helpers.network.machines import Machine, Machines
 from tests.helpers.network.storage import redis_on
-from tests.helpers.server import TINY_ARGS, poll
+from tests.helpers.server import TINY_ARGS, WAIT_LIMIT_S, poll
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -154,3 +155,33 @@ def test_without_a_storage_the_pool_serves_on_and_says_so(forgetful: Setup, tiny
     assert Stream(server, PROMPT, NUM_TOKENS).rest() == expected
     assert [lines(server, "Ray's head has not answered"), lines(server, "Ray's head answers again")] == [1, 0]
     assert server.stop() == 0, server.log[-2000:]
+
+
+def test_without_head_and_hosts_a_server_ends_as_a_failure(forgetful: Setup) -> None:
+    """New requests get 503 soon, those that wait get an error, and the status has the server started anew."""
+    ray, server = forgetful
+    running = Stream(server, PROMPT, NUM_TOKENS)
+    poll(lambda: len(running.tokens) > 5)
+    told = controller(server)
+    ray.kill(ray.machines[0], "gcs_server")
+    poll(lambda: head(server)["up"], until=lambda is_up: not is_up)
+    running.rest()
+    waiting = Stream(server, PROMPT, 2 * NUM_TOKENS)
+    poll(lambda: len(waiting.tokens) > 5)
+    for pid in (told["pid"], *(host[which] for host in told["hosts"].values() for which in ("actor_pid", "pid"))):
+        with suppress(ProcessLookupError):  # a host ends with its actor
+            os.kill(pid, signal.SIGKILL)
+
+    def ask() -> int:
+        body = {"model": "a", "prompt": PROMPT, "max_tokens": 4}
+        with suppress(httpx.TimeoutException):
+            return server.request("POST", "/v1/completions", json=body, timeout=2.0).status_code
+        return 0
+
+    poll(ask, until=lambda status: status == 503)
+    assert server.request("GET", "/ready").status_code == 503
+    assert waiting.is_alive(), "it may be this server that is cut off"
+    waiting.join(3 * RAY_ENDS_S)
+    assert not waiting.is_alive() and "no engine host has answered" in str(waiting.problem)
+    assert server.process is not None and server.process.wait(WAIT_LIMIT_S) == 2
+    assert "tokenpool: error: Ray's head is away, and no engine host has answered for" in server.log

@@ -6,17 +6,27 @@ The tests use one cluster and build on each other, in this order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any, cast
 
 import httpx
 import pytest
 
 from bench.parts.ray_nodes import RayNodes
 from tests.cluster.test_cluster_demand import states
-from tests.cluster.test_servers import BODY, Cluster
+from tests.cluster.test_servers import BODY, Cluster, told
 from tests.conftest import TinyModels
 from tests.helpers.server import WAIT_LIMIT_S, PoolServerProcess, poll
+from tokenpool.cluster.deciding.scaling import Scaling
+from tokenpool.cluster.host_keeper import HostKeeper
+from tokenpool.cluster.pool_record import Kept, KeptWriter
+from tokenpool.cluster_config import HostRange
 
 pytestmark = pytest.mark.ray
 
@@ -24,11 +34,58 @@ COME_S = 4 * WAIT_LIMIT_S
 """For a node to come, and a host on it to import vLLM and load a model."""
 
 
-def ask(server: PoolServerProcess, model: str) -> int:
-    """The tokens of an answer, however long its host takes to come."""
-    answer = httpx.post(f"{server.base_url}/v1/completions", json=BODY | {"model": model}, timeout=COME_S)
+def tokens(server: PoolServerProcess, model: str, **more: Any) -> list[int]:
+    """An answer, however long its host takes to come."""
+    answer = httpx.post(f"{server.base_url}/v1/completions", json=BODY | {"model": model} | more, timeout=COME_S)
     assert answer.status_code == 200, answer.text
-    return len(answer.json()["choices"][0]["token_ids"])
+    found: list[int] = answer.json()["choices"][0]["token_ids"]
+    return found
+
+
+def ask(server: PoolServerProcess, model: str) -> int:
+    """The number of its tokens."""
+    return len(tokens(server, model))
+
+
+class Asker(threading.Thread):
+    """Asks one request after the other while the block runs; all of them are to have the same answer."""
+
+    def __init__(self, server: PoolServerProcess, model: str) -> None:
+        super().__init__(daemon=True)
+        self.answers: list[list[int]] = []
+        self.problem: BaseException | None = None
+        self._server, self._model = server, model
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self.answers.append(tokens(self._server, self._model, max_tokens=400))
+        except BaseException as error:
+            self.problem = error
+
+    def __enter__(self) -> Asker:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self.join(2 * COME_S)
+
+
+def host_count(server: PoolServerProcess) -> dict[str, Any]:
+    """What the pool says of how many hosts there are to be."""
+    found: dict[str, Any] = server.state()["cluster"]["host_count"]
+    return found
+
+
+def until_hosts(server: PoolServerProcess, names: Sequence[str]) -> None:
+    """Wait until these hosts are there, and no other one is or is to be."""
+    poll(
+        lambda: [*server.state()["cluster"]["hosts"], *host_count(server)["pending"]],
+        until=lambda hosts: hosts == [*names],
+        limit_s=COME_S,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +132,95 @@ def test_one_request_brings_a_host_which_goes_when_nobody_needs_it(cluster: Clus
     assert ask(server, "qwen2") == BODY["max_tokens"], "the next one is another host"
     assert list(server.state()["cluster"]["hosts"]) == ["host-1"]
     assert cluster.down() == "pool tokenpool has ended\n"
+
+
+@pytest.mark.slow
+def test_a_controller_dies_while_a_host_is_pending(cluster: Cluster) -> None:
+    """The next one waits for the same host; the request that asked for it is answered, and no second host comes."""
+    server = cluster.serve()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, server, "llama")
+        poll(lambda: host_count(server)["pending"], until=lambda pending: pending == ["host-0"])
+        before = told(server)
+        os.kill(before["pid"], signal.SIGKILL)
+        assert asked.result(COME_S) == BODY["max_tokens"]
+    assert told(server)["epoch"] > before["epoch"] and before["hosts"] == {}
+    assert list(server.state()["cluster"]["hosts"]) == ["host-0"] and cluster.nodes.count() == 2
+    until_hosts(server, [])
+    poll(cluster.nodes.count, until=lambda count: count == 1)
+    assert cluster.down() == "pool tokenpool has ended\n"
+
+
+@pytest.mark.slow
+def test_a_controller_and_a_host_die_while_hosts_are_drained(cluster: Cluster) -> None:
+    """Requests come all the time. Another host takes the place of each that is drained, whoever dies meanwhile; no name
+    comes twice, all answers are the same, and in the end no host is left."""
+    server = cluster.serve()
+    expected = tokens(server, "llama", max_tokens=400)
+    with Asker(server, "llama") as asker:
+        assert server.admin("POST", "/hosts/host-0", {"draining": True}).status_code == 200
+        poll(lambda: host_count(server)["pending"], until=lambda pending: pending == ["host-1"])
+        before = told(server)
+        os.kill(before["pid"], signal.SIGKILL)
+        until_hosts(server, ["host-1"])
+        after = told(server)
+        assert after["epoch"] > before["epoch"]
+
+        assert server.admin("POST", "/hosts/host-1", {"draining": True}).status_code == 200
+        poll(lambda: host_count(server)["pending"], until=lambda pending: pending == ["host-2"])
+        os.kill(after["hosts"]["host-1"]["pid"], signal.SIGKILL)
+        until_hosts(server, ["host-2"])
+    assert asker.problem is None and len(asker.answers) > 2
+    assert asker.answers == [expected] * len(asker.answers)
+    assert server.admin("POST", "/check").json() == {"ok": True}
+    until_hosts(server, [])
+    poll(cluster.nodes.count, until=lambda count: count == 1)
+    assert cluster.down() == "pool tokenpool has ended\n"
+
+
+class StandInActors:
+    """What is asked of host actors."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.ended: list[str] = []
+
+    def start_missing(self, names: Sequence[str]) -> None:
+        self.started += [name for name in names if name not in self.started]
+
+    async def give_back(self, host: str, *, has_reported: bool) -> None:
+        self.ended.append(host)
+
+    def forget_host(self, host: str) -> None: ...
+
+
+def test_no_host_is_started_or_ended_that_the_next_controller_would_not_know_of() -> None:
+    """While Ray's head does not take what is kept, hosts neither come nor go; afterwards they do."""
+    is_away = threading.Event()
+    is_away.set()
+
+    def write(kept: Kept) -> None:
+        if is_away.is_set():
+            raise ConnectionError("the head is away")
+
+    async def main() -> None:
+        actors = StandInActors()
+        scaling = Scaling(HostRange(0, 3), 5.0, ("host-0", "host-1"), ("host-0",), 2)
+        writer = KeptWriter(write, retry_s=0.001)
+        either = cast(Any, actors)
+        keeper = HostKeeper(either, either, scaling, set(), scaling.ended, writer)
+        writer.put(Kept([], b"", []))
+        assert not await writer.written(0.01), "from now on nobody waits for the head"
+        running = asyncio.create_task(keeper.run(lambda: False))
+        await asyncio.sleep(0.05)
+        assert (actors.started, actors.ended) == ([], [])
+        is_away.clear()
+        while not await writer.written(1.0):
+            await asyncio.sleep(0.001)
+        keeper.tell()
+        while scaling.ending:
+            await asyncio.sleep(0.001)
+        assert (actors.started, actors.ended, scaling.asked) == (["host-1"], ["host-0"], {"host-1"})
+        running.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), WAIT_LIMIT_S))

@@ -9,6 +9,7 @@ import json
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -143,8 +144,8 @@ class StandInClient:
     async def abort_all(self) -> None:
         self.waiting.clear()
 
-    def fail_all(self, reason: str) -> None:
-        self.told |= dict.fromkeys(self.waiting, reason)
+    def fail_all(self, reason: str, status: HTTPStatus = HTTPStatus.BAD_GATEWAY) -> None:
+        self.told |= dict.fromkeys(self.waiting, f"{status.value}: {reason}")
         self.waiting.clear()
 
     async def close(self) -> None:

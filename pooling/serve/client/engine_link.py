@@ -85,7 +85,7 @@ class EngineLink:
             self._input.close()
             raise
         sockets = (self._input, self._output) if self._is_remote else ()
-        self._connections = [_Connection(made.get_monitor_socket(_Connection.EVENTS)) for made in sockets]
+        self._connections = [_Connection(made) for made in sockets]
 
     @property
     def queue(self) -> HostQueue:
@@ -148,8 +148,10 @@ class EngineLink:
         """Close the sockets; calls without an answer fail. What the engine still sends is lost."""
         for task in self._tasks:
             task.cancel()
-        for made in (*(connection.monitor for connection in self._connections), self._input, self._output):
-            made.close()
+        for connection in self._connections:
+            connection.close()
+        self._input.close()
+        self._output.close()
         calls, self._calls = self._calls, {}
         for answer in calls.values():
             if not answer.done():
@@ -210,9 +212,20 @@ class _Connection:
 
     EVENTS = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
-    def __init__(self, monitor: zmq.asyncio.Socket) -> None:
-        self.monitor = monitor
+    def __init__(self, listening: zmq.asyncio.Socket) -> None:
+        self._listening = listening
+        self._monitor = listening.get_monitor_socket(self.EVENTS)
         self._open: set[int] = set()
+
+    def close(self) -> None:
+        """Hear no more of it.
+
+        The socket must not be monitored any more when nobody reads: for its next event ZMQ's own thread would wait for
+        ever, and with it all connections of the context (libzmq 4.3.5, `socket_base_t::monitor_event`).
+        """
+        if not self._monitor.closed:
+            self._listening.disable_monitor()
+            self._monitor.close()
 
     async def begun(self) -> None:
         """Wait until the peer is there."""
@@ -225,7 +238,7 @@ class _Connection:
             await self._next()
 
     async def _next(self) -> int:
-        told = parse_monitor_message(await self.monitor.recv_multipart())
+        told = parse_monitor_message(await self._monitor.recv_multipart())
         if told["event"] == zmq.EVENT_ACCEPTED:
             self._open.add(told["value"])
         elif told["event"] == zmq.EVENT_DISCONNECTED:

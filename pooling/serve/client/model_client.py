@@ -190,10 +190,10 @@ class ModelClient:
         """End every unfinished request."""
         await self.engine.abort(list(self.engine.output_processor.request_states), internal=True)
 
-    def fail_all(self, reason: str) -> None:
+    def fail_all(self, reason: str, status: HTTPStatus = HTTPStatus.BAD_GATEWAY) -> None:
         """End every unfinished request with an error that says why."""
         for request_id in list(self.engine.output_processor.request_states):
-            self._fail(request_id, GracefulHTTPError(reason, HTTPStatus.BAD_GATEWAY))
+            self._fail(request_id, GracefulHTTPError(reason, status))
 
     def lost(self, host: str, *, blame: bool = True) -> None:
         """A host is gone: see `PoolEngineClient.lost`."""

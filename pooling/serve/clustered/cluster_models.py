@@ -200,7 +200,7 @@ class ClusterModels(HostQuestions):
 
     def _apply_to(self, follower: SeatFollower) -> None:
         if (view := self.view) is not None:
-            follower.apply(view.models.get(follower.plan.spec.name), view.hosts, view.roles, view.overdue)
+            follower.apply(view.models.get(follower.plan.spec.name), view.hosts, view.roles, self.overdue)
 
     def _rest(self, model: PoolModel) -> None:
         """Let it finish what it has, and hold what comes."""

@@ -31,9 +31,18 @@ class HostQuestions:
         """The last one."""
         self.head = HeadWatch(session.look_at_head)
         """Ray's, which requests do not need."""
+        self.is_alone = False
+        """Whether neither Ray's head nor a host has answered for a while."""
         self._session = session
 
     # -- the hosts -----------------------------------------------------------------------------------
+
+    @property
+    def overdue(self) -> frozenset[str]:
+        """Hosts that nobody should count on now."""
+        if self.view is None:
+            return frozenset()
+        return frozenset(self.view.hosts) if self.is_alone else self.view.overdue
 
     async def ask_as_one(self, method: str, *args: Any) -> Any:
         """Ask all hosts and make one answer of theirs: `load`, `check` or `progress`."""

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections import Counter as Totals
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -43,7 +44,11 @@ _RETRY_CALLS_S = 60.0
 _BEAT_S, _BEAT_LIMIT_S = 1.0, 5.0
 _LEASE_LIMIT_S = 5.0
 _UNLOAD_LIMIT_S = 120.0
-_ALONE_LOOK_S, _ALONE_LIMIT_S = 5.0, 60.0
+_ALONE_LOOK_S, _ALONE_SAY_S, _ALONE_LIMIT_S = 2.0, 10.0, 60.0
+_ALONE_STEP_S = 10.0
+"""What one look counts at most: this process may have been stopped, and not the others."""
+_LAST_WORD_S = 1.0
+"""For several frontends to hear that no model is served any more, and to tell whoever waits."""
 
 
 class RayHosts(ClusterModels):
@@ -84,7 +89,7 @@ class RayHosts(ClusterModels):
         """See Hosts; where hosts come when requests wait, none need be there."""
         if self.view is None:
             return False
-        return self._needs_none or bool(self.view.hosts.keys() - self.view.overdue)
+        return self._needs_none or bool(self.view.hosts.keys() - self.overdue)
 
     @property
     def _needs_none(self) -> bool:
@@ -126,7 +131,7 @@ class RayHosts(ClusterModels):
         return {
             "asking for queues": self._ask_loads,
             "watching Ray's head": self.head.follow,
-            "looking for hosts": self._end_alone,
+            "looking for hosts": self._watch_alone,
             "asking for forecasts": lambda: follow_forecasts(self._models.apps, lambda: self.ask_as_one),
         }
 
@@ -149,18 +154,40 @@ class RayHosts(ClusterModels):
                 for follower in shared:
                     follower.learn(self.loads)
 
-    async def _end_alone(self) -> None:
+    async def _watch_alone(self) -> None:
         """End this server when Ray's head is away and no host is left: whoever started it finds out, and its clients.
 
         Ray ends hosts when its head has been away for as long as their nodes were told, and nobody tells of it then.
+        New requests are refused before that; what was accepted waits, because it may be this server that is cut off.
         """
-        alone_s = 0.0
+        alone_s, looked_s = 0.0, time.monotonic()
         while alone_s < _ALONE_LIMIT_S:
             await asyncio.sleep(_ALONE_LOOK_S)
-            alone_s += _ALONE_LOOK_S
-            if self.head.is_up or self._needs_none or await self._is_answered():
-                alone_s = 0.0
-        logger.critical("Ray's head is away, and no host has answered for %.0f s: this server ends", alone_s)
+            has_none = not (self.head.is_up or self._needs_none or await self._is_answered())
+            now_s = time.monotonic()
+            alone_s = alone_s + min(now_s - looked_s, _ALONE_STEP_S) if has_none else 0.0
+            looked_s = now_s
+            self._show_alone(alone_s >= _ALONE_SAY_S)
+        await self._end_alone(HostError(f"Ray's head is away, and no engine host has answered for {alone_s:.0f} s"))
+
+    def _show_alone(self, is_alone: bool) -> None:
+        if is_alone == self.is_alone:
+            return
+        self.is_alone = is_alone
+        news = (
+            "neither Ray's head nor a host answers: no new requests" if is_alone else "hosts or Ray's head answer again"
+        )
+        logger.warning(news)
+        for follower in self.followers.values():
+            self._apply_to(follower)
+
+    async def _end_alone(self, reason: HostError) -> None:
+        logger.critical("%s: this server ends", reason)
+        self._session.fault = reason
+        for model in self._models.values():
+            if model.app.state != Life.COLD:
+                model.give_up(reason)
+        await asyncio.sleep(_LAST_WORD_S)
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def _is_answered(self) -> bool:
@@ -251,7 +278,7 @@ class RayHosts(ClusterModels):
                 _COUNTED[action].inc(max(0, new))
         self._models.share_queues(max(1, len(view.peers)))
         for name, follower in self.followers.items():
-            follower.apply(view.models.get(name), view.hosts, view.roles, view.overdue)
+            follower.apply(view.models.get(name), view.hosts, view.roles, self.overdue)
         self._viewed.set()
         self._look_again()
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Mapping
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from tokenpool.errors import PoolError
@@ -204,7 +205,7 @@ class FollowedHosts:
             app.retry_after_s, app.reason = 5.0, standing.reason
             app.show(Life.LOADING if standing.state == Life.READY else standing.state)
             if standing.is_given_up:
-                model.fail_requests()
+                model.fail_requests(status=HTTPStatus.BAD_GATEWAY if self.is_alive else HTTPStatus.SERVICE_UNAVAILABLE)
 
     def begin(self, name: str, work: Coroutine[Any, Any, None], *, anew: bool = False) -> None:
         """Do something for a model; with `anew` after what is being done, else not beside it.

@@ -99,7 +99,7 @@ class SharedCluster:
         seats = ClusterSeats({}, {}, {})
         if view:
             seats = ClusterSeats(
-                view.models, view.hosts, view.roles, view.overdue, self._hosts.num_attachments, len(view.peers)
+                view.models, view.hosts, view.roles, self._hosts.overdue, self._hosts.num_attachments, len(view.peers)
             )
         return SupervisorView(version, None, 0, True, has_started, standings, dict(pids), self._hosts.is_alive, seats)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from tokenpool.errors import PoolError
@@ -62,7 +63,7 @@ class SharedClients:
     async def abort_all(self) -> None:
         """Nothing: the frontends did."""
 
-    def fail_all(self, reason: str) -> None:
+    def fail_all(self, reason: str, status: HTTPStatus = HTTPStatus.BAD_GATEWAY) -> None:
         """Nothing: the frontends do when they see that the model is given up."""
 
     def lost(self, host: str, *, blame: bool = True) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from tokenpool.serve.access.admission import EngineQueue
@@ -44,7 +45,7 @@ class Client(Protocol):
         """End every unfinished request."""
         ...
 
-    def fail_all(self, reason: str) -> None:
+    def fail_all(self, reason: str, status: HTTPStatus = HTTPStatus.BAD_GATEWAY) -> None:
         """End every unfinished request with an error that says why."""
         ...
 

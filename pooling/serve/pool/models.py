@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from http import HTTPStatus
 
 from tokenpool.config import Loading, PoolConfig
 from tokenpool.errors import PoolError
@@ -71,6 +72,8 @@ class PoolModel:
     """Whether somebody waits for its removal."""
     is_unwanted: bool = False
     """Whether it was to be removed and could not be: what is tried again is the removal."""
+    is_hostless: bool = False
+    """Whether no host is there for it, and none can come."""
     backoff: Backoff = field(default_factory=lambda: Backoff(stable_after_s=math.inf))
     plan_to_send: ModelPlan = field(init=False)
     """The plan as another process can be given it."""
@@ -86,7 +89,7 @@ class PoolModel:
     @property
     def is_given_up(self) -> bool:
         """Whether nobody will load it any more, so that nothing may wait for it."""
-        return self.host_deaths >= MAX_HOST_DEATHS or self.is_unwanted
+        return self.host_deaths >= MAX_HOST_DEATHS or self.is_unwanted or self.is_hostless
 
     @property
     def is_wanted(self) -> bool:
@@ -163,10 +166,17 @@ class PoolModel:
         if not self.is_leaving:
             self.app.move(Life.FAILED)
 
-    def fail_requests(self, reason: str = "") -> None:
+    def give_up(self, error: PoolError) -> None:
+        """No host is there for it, and none can come: whoever waits for it, or begins to, gets 503."""
+        self.is_hostless = True
+        self.fail(error, tried_by="the next server")
+        self.fail_requests(status=HTTPStatus.SERVICE_UNAVAILABLE)
+
+    def fail_requests(self, reason: str = "", status: HTTPStatus = HTTPStatus.BAD_GATEWAY) -> None:
         """End what was accepted for it, because it will not be loaded any more."""
         if self.client is not None:
-            self.client.fail_all(f"The model `{self.name}` is not loaded any more: {reason or self.app.reason}")
+            reason = f"The model `{self.name}` is not loaded any more: {reason or self.app.reason}"
+            self.client.fail_all(reason, status)
 
     def note_host_death(self) -> None:
         """A host died while it loaded the model."""

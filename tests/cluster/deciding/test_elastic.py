@@ -29,7 +29,11 @@ _numbers = itertools.count(1000)
 
 
 class ElasticWorld(World):
-    """Hosts are there some periods after they were asked for, if there is a node, and gone once they are given back."""
+    """Hosts are there some periods after they were asked for, if there is a node, and gone once they are given back.
+
+    What a controller has decided and not written yet is lost with it; while Ray's head is away nothing is written, no
+    actor comes or goes, and no controller follows another one.
+    """
 
     def __init__(self, models: list[Deployment], most: int = 3, least: int = 0, come_periods: int = 2, **more: Any):
         self.config = ClusterConfig(hosts=HostRange(least, most), host_idle_after_s=IDLE_S)
@@ -38,7 +42,10 @@ class ElasticWorld(World):
         self.pages = more.pop("pages", 64)
         self.load_periods = more.pop("load_periods", 1)
         self.kept = HostsKept()
+        self.is_head_up = True
+        self.end_periods = more.pop("end_periods", 0)
         self.coming: dict[str, int] = {}
+        self.going: dict[str, int] = {}
         self.loads: Loads | None = None
         self.was_given_back: list[str] = []
         super().__init__(models, num_hosts=0, **more)
@@ -59,21 +66,25 @@ class ElasticWorld(World):
         return self.control.scaling
 
     def replace_controller(self, *, with_snapshot: bool = True) -> None:
-        self.kept = HostsKept(*json.loads(json.dumps(self.scaling.kept)))
-        super().replace_controller(with_snapshot=with_snapshot)
+        if self.is_head_up:
+            super().replace_controller(with_snapshot=with_snapshot)
 
     def period(self) -> None:
         self._ray()
         super().period()
         bounds = self.config.host_range
-        assert len(self.scaling.asked) <= bounds.most
+        assert len(self.scaling.asked) <= bounds.most and len(self.coming.keys() | self.hosts.keys()) <= bounds.most
         if self.control.is_settled and not self.control.draining:
             assert len(self.scaling.wanted) - len(self.scaling.leaving - self.scaling.ending) >= bounds.least
 
     def _ray(self) -> None:
+        if not self.is_head_up:
+            return
+        self.kept = HostsKept(*json.loads(json.dumps(self.scaling.kept)))
         for name in self.scaling.wanted:
             is_lost = name in self.hosts and not self.hosts[name].is_there and name not in self.control.hosts
             if (name not in self.hosts or is_lost) and name not in self.coming:
+                assert name not in self.was_given_back, "its name was used before"
                 self.coming[name] = self.come_periods
         for name in list(self.coming):
             self.coming[name] -= 1
@@ -83,15 +94,29 @@ class ElasticWorld(World):
                 host.die()
                 host.is_there = True
         for name in sorted(self.scaling.ending):
-            self.coming.pop(name, None)
-            host = self.hosts.pop(name, None)
+            host = self.hosts.get(name)
             assert host is None or not host.is_there or not (host.models or host.orders), "it has models"
-            self.was_given_back.append(name)
-            self.control.host_ended(name)
+            self.coming.pop(name, None)
+            if host is not None:
+                host.is_there = False
+            self.going[name] = self.going.get(name, self.end_periods) - 1
+            if self.going[name] < 0:
+                del self.going[name]
+                self.hosts.pop(name, None)
+                self.was_given_back.append(name)
+                self.control.host_ended(name)
 
     def lose_node(self, name: str) -> None:
-        """A host is gone with its node; Ray starts it anew where there is another one."""
-        self.hosts[name].is_there = False
+        """A host is gone with its node, or the node on which it was about to be; Ray starts it anew on another one."""
+        if name in self.coming:
+            self.coming[name] = self.come_periods
+        if name in self.hosts:
+            self.hosts[name].is_there = False
+
+    def at(self, stage: str) -> list[str]:
+        """Hosts that are asked for and not there, are emptied, or are given back."""
+        stages = {"pending": self.scaling.pending(self.control.hosts), "leaving": self.scaling.leaving}
+        return sorted(stages.get(stage, self.scaling.ending))
 
 
 def test_from_zero_to_one_host_by_one_request_and_back():
@@ -243,6 +268,7 @@ def test_a_host_is_given_back_by_the_next_controller():
         World.period(w)  # Ray does nothing
         if w.scaling.ending:
             break
+    w.kept = w.scaling.kept
     w.replace_controller()
     assert w.scaling.ending == {"host-0"}
     w.settle(10)
@@ -272,10 +298,13 @@ def test_without_any_server_hosts_go():
     assert w.hosts == {}
 
 
+STAGES = ("pending", "leaving", "ending")
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(
-            ["ask"] * 8 + ["long", "host dies", "node", "server dies", "controller", "nodes", "refuse", "load"]
+            ["ask"] * 8
+            + ["long", "host dies", "node", "server dies", "controller", "nodes", "refuse", "load", "head", "drain"]
+            + [f"{what} {stage}" for what in ("node", "host dies", "controller") for stage in STAGES]
         ),
         st.integers(0, 5),
         st.integers(0, 30),
@@ -294,38 +323,52 @@ EVENTS = st.lists(
         st.sampled_from([{}, {}, {"keep": "host"}, {"at_start": True}, {"unload_after_s": 2.0}]), min_size=5
     ),
     come_periods=st.integers(0, 6),
-    load_periods=st.integers(0, 2),
+    periods=st.tuples(st.integers(0, 2), st.integers(0, 4)),
 )
 def test_every_request_is_answered_or_refused_while_hosts_come_and_go(
-    events, bounds, max_loaded, sizes, rules, come_periods, load_periods
+    events, bounds, max_loaded, sizes, rules, come_periods, periods
 ):
-    """Through deaths of all kinds and a Ray without nodes: the bounds hold, no host with models is ended, in the end
-    nobody waits, and hosts that nobody needs are gone."""
+    """Through deaths of all kinds, of hosts that are pending, emptied or given back too, a Ray without nodes and one
+    without a head: the bounds hold, no host is started twice or ended with models, in the end nobody waits, and hosts
+    that nobody needs are gone."""
     models = [model(f"m{i}", mib, **rules[i]) for i, mib in enumerate(sizes)]
-    w = ElasticWorld(models, max(bounds), bounds[0], come_periods, max_loaded=max_loaded, load_periods=load_periods)
+    w = ElasticWorld(
+        models, max(bounds), bounds[0], come_periods, max_loaded=max_loaded, load_periods=periods[0],
+        end_periods=periods[1],
+    )  # fmt: skip
     w.have_returned = True
-    for what, which, steps in events:
+    for event, which, steps in events:
+        what, _, stage = event.rpartition(" ") if event.endswith(STAGES) else (event, "", "")
+        if stage and not w.at(stage):
+            continue
         name, server = models[which % len(models)].name, ["one", "two"][which % 2]
-        hosts = sorted(w.hosts)
+        hosts = w.at(stage) if stage else sorted(w.hosts)
         if what in ("ask", "long") and w.servers[server].is_there:
             w.ask(server, name, steps + 60 * (what == "long"), tenant="xy"[steps % 2])
-        elif what == "host dies" and hosts:
-            w.kill_host(hosts[which % len(hosts)])
+        elif what == "host dies" and w.hosts.keys() & hosts:
+            w.kill_host(sorted(w.hosts.keys() & hosts)[which % len(w.hosts.keys() & hosts)])
         elif what == "node" and hosts:
             w.lose_node(hosts[which % len(hosts)])
         elif what == "server dies" and server == "two":
             w.kill_server(server)
         elif what == "controller":
             w.replace_controller(with_snapshot=steps % 2 == 0)
+        elif what == "head":
+            w.is_head_up = not w.is_head_up
+        elif what == "drain" and w.control.hosts:
+            host = sorted(w.control.hosts)[which % len(w.control.hosts)]
+            w.control.drain(host, is_wanted=host not in w.control.draining)
         elif what == "nodes":
             w.num_nodes = which % (max(bounds) + 1)
         elif what == "refuse" and hosts:
-            host = w.hosts[hosts[which % len(hosts)]]
-            host.refuses = {} if name in host.refuses else {name: ConfigError("no file")}
+            refusing = w.hosts[hosts[which % len(hosts)]]
+            refusing.refuses = {} if name in refusing.refuses else {name: ConfigError("no file")}
         elif what == "load":
             w.loads = Loads({host: steps / 10 for host in w.control.hosts}, is_over=steps > 9) if steps % 3 else None
         w.settle(1 + steps % 3)
-    w.num_nodes, w.loads = max(bounds), None
+    w.num_nodes, w.loads, w.is_head_up = max(bounds), None, True
+    for host in w.control.draining & w.control.hosts.keys():
+        w.control.drain(host, is_wanted=False)
     for host in w.hosts.values():
         host.refuses = {}
     w.run(2500)

@@ -26,14 +26,11 @@ KEY = "test-admin-key-0123"
 
 
 class RayOnMachines:
-    """The first machine has the head, without CPUs; each of the others has room for one host.
+    """The first machine has the head; each has room for one host, the first `num_bare` aside. It ends with them."""
 
-    It ends with the machines.
-    """
-
-    def __init__(self, machines: Sequence[Machine], *, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, machines: Sequence[Machine], *, env: Mapping[str, str] | None = None, num_bare: int = 1) -> None:
         """`env` is that of all of Ray's processes."""
-        self.machines = machines
+        self.machines, self._bare = machines, machines[:num_bare]
         self.address = f"{machines[0].address}:{_PORT}"
         self._env = {**os.environ, **ENV, **(env or {})}
         for machine in machines:
@@ -43,7 +40,7 @@ class RayOnMachines:
         """Start the node of a machine; returns once it has joined."""
         is_head = machine is self.machines[0]
         words = ["--head", f"--port={_PORT}", "--include-dashboard=false"] if is_head else [f"--address={self.address}"]
-        words += [f"--num-cpus={0 if is_head else 1}", f"--node-ip-address={machine.address}"]
+        words += [f"--num-cpus={0 if machine in self._bare else 1}", f"--node-ip-address={machine.address}"]
         command = [*machine.enter, str(Path(sys.executable).with_name("ray")), "start", *words]
         command += [f"--object-store-memory={80 << 20}", "--disable-usage-stats"]
         done = subprocess.run(command, env=self._env, capture_output=True, text=True, timeout=_START_LIMIT_S)

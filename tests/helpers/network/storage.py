@@ -17,11 +17,15 @@ _OWN_REDIS = REPOSITORY / "build" / "tools" / "redis-server"
 """Made by `make test-cluster`, where Debian's packages can be had."""
 
 
+def redis_server() -> str | None:
+    """The program, where there is one."""
+    return shutil.which("redis-server") or (str(_OWN_REDIS) if _OWN_REDIS.exists() else None)
+
+
 @contextmanager
 def redis_on(machine: Machine) -> Iterator[dict[str, str]]:
     """A Redis on a machine, which any other one reaches; gives the environment for Ray's head."""
-    found = shutil.which("redis-server") or (str(_OWN_REDIS) if _OWN_REDIS.exists() else None)
-    if found is None:
+    if (found := redis_server()) is None:
         pytest.skip("needs redis-server: `make test-cluster` unpacks Debian's, where that can be had")
     words = ["--port", str(_PORT), "--bind", machine.address, "--protected-mode", "no", "--save", "", "--dir", "/tmp"]
     process = subprocess.Popen([*machine.enter, found, *words], stdout=subprocess.DEVNULL)

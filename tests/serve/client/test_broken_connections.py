@@ -169,3 +169,39 @@ def test_a_broken_connection_is_begun_anew(is_reached: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster_model, "_VIEW_S", 0.1)
         asyncio.run(test())
+
+
+def test_a_peer_that_goes_while_its_connection_is_closed_stops_no_other_one() -> None:
+    """ZMQ's thread would wait for somebody to read of that, and with it all later connections of the model."""
+    import zmq
+    import zmq.asyncio
+
+    from tokenpool.serve.client.engine_link import _Connection
+
+    async def test() -> None:
+        context, others = zmq.asyncio.Context(), zmq.Context()
+
+        async def greeted() -> tuple[zmq.asyncio.Socket, zmq.Socket[bytes], _Connection]:
+            listening, peer = context.socket(zmq.ROUTER), others.socket(zmq.DEALER)
+            connection = _Connection(listening)
+            peer.connect(f"tcp://127.0.0.1:{listening.bind_to_random_port('tcp://127.0.0.1')}")
+            peer.send(b"hello")
+            async with asyncio.timeout(20):
+                await connection.begun()
+                assert (await listening.recv_multipart())[-1] == b"hello"
+            return listening, peer, connection
+
+        first, peer, connection = await greeted()
+        connection.close()
+        connection.close()
+        peer.close(0)
+        others.term()  # by now the other end has been told
+        others = zmq.Context()
+        second, peer, connection = await greeted()
+        for made in (connection, first, second):
+            made.close()
+        peer.close(0)
+        others.term()
+        context.term()
+
+    asyncio.run(test())

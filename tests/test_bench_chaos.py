@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bench of faults counts what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from bench import chaos
+from bench.faults.bed import client_ports
+from bench.faults.streams import Stream, Verdict, judge
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).parents[1]
+RIGHT = [7, 8, 9, 10]
+
+
+def stream(*tokens: int, problem: str = "", server: int = 0, port: int = 1) -> Stream:
+    return Stream("m", (1, 2), len(RIGHT), server, list(tokens), [0.0] * len(tokens), problem, port)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        (stream(*RIGHT), Verdict(0, 0, 0, 0, [])),
+        (stream(7, 8, problem="reset", server=1), Verdict(1, 0, 0, 0, [])),
+        (stream(7, 9, problem="reset", server=1), Verdict(1, 0, 1, 0, [])),
+        (stream(7, 8, problem="reset", server=1, port=2), Verdict(0, 1, 0, 0, ["reset"])),
+        (stream(7, 8, problem="status 503"), Verdict(0, 1, 0, 0, ["status 503"])),
+        (stream(7, 8, 9, server=1), Verdict(0, 1, 0, 0, ["too few tokens"])),
+        (stream(7, 8, 9, 11), Verdict(0, 0, 1, 0, [])),
+        (stream(7, 8, 8, 9, 10), Verdict(0, 0, 1, 1, [])),
+        (stream(*RIGHT, 10), Verdict(0, 0, 0, 1, [])),
+    ],
+)
+def test_what_is_lost_wrong_doubled_or_broken_is_counted(given: Stream, found: Verdict) -> None:
+    """A stream breaks only with a connection to what was killed; what came before is compared too."""
+    hit = chaos.Hit("a frontend", server=1, ports=frozenset({1}))
+    assert judge([stream(*RIGHT), given], {given.key: RIGHT}, hit.is_dead) == found
+
+
+def test_each_kind_has_its_round_in_an_order_by_the_seed() -> None:
+    first, again, other = (chaos.order_of(chaos.KINDS, 2 * len(chaos.KINDS) + 3, random.Random(s)) for s in (1, 1, 2))
+    assert first == again != other
+    assert sorted(first[: len(chaos.KINDS)]) == sorted(chaos.KINDS)
+    assert {first.count(kind) for kind in chaos.KINDS} == {2, 3}
+
+
+def test_each_kind_stands_in_the_table_of_what_dies_and_in_the_last_run() -> None:
+    """docs/failure.md says what follows; bench/results/chaos_cpu.json had each, in which nothing was left out."""
+    table = [line for line in (ROOT / "docs/failure.md").read_text().splitlines() if line.startswith("| ")]
+    named = [kind for line in table for part in line.split("chaos ")[1:] for kind in re.findall(r"`(\w+)`", part)]
+    assert sorted(named) == sorted(chaos.KINDS)
+    values = json.loads((ROOT / "bench/results/chaos_cpu.json").read_text())["values"]
+    assert {run["kind"] for run in values["rounds"]} == set(chaos.KINDS) and values["left_out"] == {}
+    killed = {run["kind"] for run in values["rounds"] if run["broken"]}
+    assert killed <= {"first_server", "server", "frontend"}
+
+
+def test_connections_of_a_process_are_found() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()) as one:
+        own = listening.accept()[0]
+        port = one.getsockname()[1]
+        assert port in client_ports(os.getpid())
+        own.close()
+        one.close()
+        assert port not in client_ports(os.getpid())

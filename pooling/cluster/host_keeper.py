@@ -63,9 +63,10 @@ class HostKeeper:
         return [] if self._scaling is None else sorted(self._scaling.ending)
 
     async def _start(self) -> None:
-        names = None if self._scaling is None else self._scaling.wanted
+        scaling = self._scaling
+        wanted = None if scaling is None else {host: scaling.kind(host) for host in scaling.wanted}
         try:
-            await asyncio.to_thread(self._hosts.start_missing, names)
+            await asyncio.to_thread(self._hosts.start_missing, wanted)
         except Exception as error:  # such as Ray's head that is away
             logger.warning("hosts not looked for: %s", text_of(error)[:200])
 

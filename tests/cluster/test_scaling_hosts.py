@@ -6,6 +6,7 @@ The tests use one cluster and build on each other, in this order.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -75,3 +76,33 @@ def test_one_request_brings_a_host_which_goes_when_nobody_needs_it(cluster: Clus
     assert ask(server, "qwen2") == BODY["max_tokens"], "the next one is another host"
     assert list(server.state()["cluster"]["hosts"]) == ["host-1"]
     assert cluster.down() == "pool tokenpool has ended\n"
+
+
+@pytest.mark.slow
+def test_a_model_gets_a_node_with_one_of_its_labels(tiny_models: TinyModels) -> None:
+    """Ray keeps its host off the node that is there, whatever is free on it, until one with a label joins."""
+    pool = {
+        "models": [
+            {"name": "llama", "model": str(tiny_models.path("llama")), "hosts": ["gpu=h100", "zone=n", "!gpu=a100"]}
+        ],
+        "load": "on_demand",
+        "device_memory": "32MiB",
+        "host_memory": "128MiB",
+        "page_size": "1MiB",
+        "admin_key": "test-admin-key-0123",
+        "cluster": {"hosts": {"min": 0, "max": 2}},
+    }
+    with RayNodes(num_nodes=1, cpus_per_node=1) as nodes, ExitStack() as stack:
+        pool_there = Cluster(nodes, pool, stack)
+        server = pool_there.serve()
+        answers: list[int] = []
+        asking = threading.Thread(target=lambda: answers.append(ask(server, "llama")))
+        asking.start()
+        poll(lambda: server.state()["cluster"]["host_count"]["pending"], until=lambda hosts: hosts == ["host-0"])
+        nodes.add("gpu=a100")
+        poll(nodes.count, until=lambda count: count == 3)
+        assert server.state()["cluster"]["hosts"] == {} and not answers
+        nodes.add("zone=n")
+        asking.join(COME_S)
+        assert answers == [BODY["max_tokens"]]
+        assert pool_there.down() == "pool tokenpool has ended\n"

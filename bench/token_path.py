@@ -46,6 +46,8 @@ from bench.parts import common
 ARMS = ("plain", "pool", "tenants", "shared")
 PROMPT = list(range(5, 25))
 _WARM_UP_STEPS = 50
+_MOST_TOKENS = 1500
+"""Of one stream, warm-up included: the context of the tiny model has room for as many."""
 _PERIOD_MS = 20.0
 
 
@@ -186,7 +188,7 @@ class Arm:
 
         if account is not None:
             CURRENT_CALL.set(account.begin({"type": "http", "method": "POST"}, "model", 100))
-        params = SamplingParams(max_tokens=1500, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+        params = SamplingParams(max_tokens=_MOST_TOKENS, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
         async for _ in self.llm.generate({"prompt_token_ids": PROMPT}, params, request_id):
             self._got += 1
             if self._got == self._num_streams:
@@ -332,6 +334,26 @@ async def _run(streams: int, steps: int, rounds: int) -> TokenPath:
         return result
 
 
+def size_problem(steps: int, rounds: int, *, is_far: bool) -> str | None:
+    """What to change where so many steps cannot be measured, or make no percentile; None = nothing.
+
+    Far from the engine each round has streams of its own, and the time between two of its steps is measured.
+    """
+    least = (2, 2) if is_far else (1, 1)
+    each = steps // max(1, rounds)
+    if rounds < least[0] or each < least[1] or steps < 2:
+        fewest = max(2, least[1] * max(rounds, least[0]))
+        return (
+            f"{steps} steps in {rounds} rounds are too few: give --rounds {least[0]} or more, --steps {fewest} or more"
+        )
+    most = _MOST_TOKENS - _WARM_UP_STEPS
+    if (each if is_far else steps) > most:
+        return (
+            f"{steps} steps are too many, a stream has {most}: give --steps {most * (rounds if is_far else 1)} or fewer"
+        )
+    return None
+
+
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--streams", type=int, default=64, help="open at the same time (default: %(default)s)")
@@ -339,6 +361,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="in which arms take turns (default: %(default)s)")
     parser.add_argument("--delay-ms", type=float, metavar="MS", help="between two machines, in each direction")
     options = parser.parse_args()
+    if (problem := size_problem(options.steps, options.rounds, is_far=options.delay_ms is not None)) is not None:
+        parser.error(problem)
     if options.delay_ms is not None:
         keys = [
             "added_token_ms",

@@ -24,6 +24,9 @@ class BuildContext(Protocol):
     def adopt_weights(self, model_runner: Any) -> None:
         """Take over the weights of a model just loaded, before anything is computed with them."""
 
+    def expect_blocks(self, block_bytes: int) -> None:
+        """Say how large a KV block will be, 0 = not known, before anything is compiled; may refuse the model."""
+
     def pause(self) -> None:
         """Give way to models that run, at a point where nothing of the process is half done."""
 

@@ -31,6 +31,7 @@ from tokenpool.cluster_config import ClusterConfig, check_replicas
 from tokenpool.engine_flags import FLAGS
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
 from tokenpool.group_config import Labels, check_groups
+from tokenpool.host_kinds import check_kinds
 from tokenpool.sections import (
     Bytes,
     BytesOrAuto,
@@ -141,7 +142,8 @@ class ModelSpec(Section):
     """Hosts of a cluster that may serve it, at most; none = as `cluster.max_replicas` says."""
     hosts: Labels = ()
     """Labels of the hosts of a cluster that it may be on: one of these, and none that begins with `!`. A label is that
-    of a Ray node (`gpu` or `gpu=h100`), the name of a host or the address of its node; none = any host."""
+    of a Ray node (`gpu` or `gpu=h100`), the name of a host or the address of its node; none = any host. Where hosts
+    come and go, such as `gpu=h100` alone: Ray is asked for a node with it."""
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
@@ -291,6 +293,8 @@ class PoolConfig(Section):
         check_tenants(self.tenants, seen, sum(keys.values(), ()))
         check_replicas(self.cluster, self.models)
         check_groups(self.cluster, self.models)
+        if self.cluster.host_range is not None:
+            check_kinds(self.models)
         staying = sum(rule.at_start or rule.keep is not None for rule in map(self.loading_of, self.models))
         problem = (
             f"is less than the {show(staying)} models that are loaded at the start, or kept: raise it, or let them "

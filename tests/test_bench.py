@@ -6,9 +6,11 @@ from __future__ import annotations
 import pytest
 
 from bench.parts import traces
+from bench.parts.common import percentile
 from bench.parts.sized_models import shape
 from bench.parts.trace_client import Outcome
 from bench.serve_trace import find_example, find_limit, rate_at
+from bench.token_path import size_problem
 from tokenpool.config import SLO
 from tokenpool.policy.slo import attainments
 
@@ -134,3 +136,33 @@ def test_a_model_has_the_size_asked_for(mib):
     weights = layers * (3 * hidden * hidden + 3 * hidden * sizes["intermediate_size"]) + 2 * 512 * hidden
 
     assert pytest.approx(mib * (1 << 20), rel=0.03) == 2 * weights
+
+
+@pytest.mark.parametrize(
+    ("steps", "rounds", "is_far", "says"),
+    [
+        (1000, 10, False, None),
+        (1000, 10, True, None),
+        (20, 10, True, None),
+        (19, 10, True, "--steps 20 or more"),
+        (100, 1, True, "--rounds 2 or more"),
+        (9, 10, False, "--steps 10 or more"),
+        (1, 1, False, "--steps 2 or more"),
+        (0, 0, False, "--rounds 1 or more, --steps 2 or more"),
+        (2000, 10, False, "--steps 1450 or fewer"),
+        (2000, 10, True, None),
+        (3000, 2, True, "--steps 2900 or fewer"),
+    ],
+)
+def test_steps_that_cannot_be_measured_are_told_before_anything_starts(steps, rounds, is_far, says):
+    problem = size_problem(steps, rounds, is_far=is_far)
+    assert problem is None if says is None else says in (problem or "")
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(20, 10), (2, 1), (1450, 10)])
+def test_what_is_not_refused_has_percentiles(steps, rounds):
+    """As many values as each arm then gives."""
+    for is_far in (False, True):
+        if size_problem(steps, rounds, is_far=is_far) is None:
+            each = steps // rounds - is_far  # between two steps there is one time
+            assert percentile(list(range(each * rounds)), 50) >= 0

@@ -4,7 +4,7 @@
     with RayNodes(num_nodes=2, cpus_per_node=1) as nodes:
         ...                      # nodes.address
         nodes.kill(0)            # SIGKILL of a node's raylet
-        nodes.add()              # a new node, the last of nodes.raylets
+        nodes.add()              # a new node, the last of nodes.raylets; nodes.add("gpu=h100") has that label
     with RayNodes(num_nodes=0, cpus_per_node=1, max_simulated=2) as nodes:
         nodes.count()            # 1, the head, and up to 2 more while actors ask for them
 
@@ -99,10 +99,10 @@ class RayNodes:
         """End a node as if its machine had lost power, as far as Ray can tell."""
         os.kill(self.raylets[index], signal.SIGKILL)
 
-    def add(self) -> None:
-        """Start one more node, alike the others."""
+    def add(self, label: str = "") -> None:
+        """Start one more node, alike the others but for a label such as `gpu=h100`."""
         assert self._process.stdin is not None
-        self._process.stdin.write("add\n")
+        self._process.stdin.write(f"add {label}\n")
         self._process.stdin.flush()
         self.raylets.append(self._hear()["raylet"])
 
@@ -166,7 +166,9 @@ def _main(folder: str, num_nodes: int, cpus_per_node: int, max_simulated: int) -
         if line == "count\n":
             told = {"count": sum(node["Alive"] for node in cluster.global_state.node_table())}
         else:
-            told = {"raylet": raylet(cluster.add_node(num_cpus=cpus_per_node, **common))}
+            key, _, value = line.removeprefix("add ").strip().partition("=")
+            labels = {"labels": {key: value}} if key else {}
+            told = {"raylet": raylet(cluster.add_node(num_cpus=cpus_per_node, **common, **labels))}
         print(json.dumps(told), flush=True)
     cluster.shutdown()
 

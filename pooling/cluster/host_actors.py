@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from tokenpool.cluster.host_actor import HostActor
 from tokenpool.cluster.pool_record import CONTROLLER, PoolRecord, wanted_hosts
 from tokenpool.cluster.values import Peer
+from tokenpool.host_kinds import ANY, Kind, selectors
 
 logger = logging.getLogger(__name__)
 
@@ -43,21 +44,22 @@ class HostActors:
         """How many there are to be."""
         return wanted_hosts(self._record.config, use_gpus=self._record.use_gpus)
 
-    def start_missing(self, names: Iterable[str] | None = None) -> None:
-        """Start those of `names` that are missing, None = as many as there are to be.
+    def start_missing(self, wanted: Mapping[str, Kind] | None = None) -> None:
+        """Start those of `wanted` that are missing, each of its kind; None = as many as there are to be, of any.
 
         Ray places them when there is room, also on nodes that join later; for an actor without a node its autoscaler
-        adds one. One that a former controller started is found. Blocks, for any thread.
+        adds one, with the labels that its kind asks for. One that a former controller started is found. Blocks, for any
+        thread.
         """
         controller = ray.get_actor(CONTROLLER, self._namespace)
-        if names is None:
-            names = [f"host-{index}" for index in range(len(self._made), self.num_wanted())]
-        for name in names:
+        if wanted is None:
+            wanted = {f"host-{index}": ANY for index in range(len(self._made), self.num_wanted())}
+        for name, kind in wanted.items():
             with self._making:
                 if not self._is_ending and name not in self._made:
-                    self._made[name] = self._make(name, controller)
+                    self._made[name] = self._make(name, kind, controller)
 
-    def _make(self, name: str, controller: ActorHandle) -> ActorHandle:
+    def _make(self, name: str, kind: Kind, controller: ActorHandle) -> ActorHandle:
         record = self._record
         options: dict[str, Any] = {
             "name": name,
@@ -71,6 +73,9 @@ class HostActors:
             # Where hosts come and go they share nodes, so that others get empty.
             "scheduling_strategy": "DEFAULT" if record.config.host_range else "SPREAD",
         }
+        if kind:
+            first, *others = selectors(kind)
+            options |= {"label_selector": first, "fallback_strategy": [{"label_selector": other} for other in others]}
         given = (name, record.host_config, controller, record.config.reconcile_period_s, record.host_env)
         return ray.remote(HostActor).options(**options).remote(*given, record.host_template, record.has_network)
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 
 from tokenpool.cluster.deciding.scaling import Scaling
 from tokenpool.cluster.host_actors import HostActors
 from tokenpool.cluster.pool_record import KEEP_LIMIT_S, KeptWriter, PoolStore
 from tokenpool.errors import text_of
+from tokenpool.host_kinds import Kind
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,9 @@ class HostKeeper:
         """Until the pool ends."""
         while not is_ending():
             self._news.clear()
-            if await self._writer.written(KEEP_LIMIT_S) or self._scaling is None:
-                wanted = None if self._scaling is None else self._scaling.wanted
+            scaling = self._scaling
+            if await self._writer.written(KEEP_LIMIT_S) or scaling is None:
+                wanted = None if scaling is None else {host: scaling.kind(host) for host in scaling.wanted}
                 await asyncio.gather(self._start(wanted), *(self._give_back(host) for host in self._to_end()))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_PERIOD_S):
@@ -63,9 +65,9 @@ class HostKeeper:
     def _to_end(self) -> list[str]:
         return [] if self._scaling is None else sorted(self._scaling.ending)
 
-    async def _start(self, names: Sequence[str] | None) -> None:
+    async def _start(self, wanted: Mapping[str, Kind] | None) -> None:
         try:
-            await asyncio.to_thread(self._hosts.start_missing, names)
+            await asyncio.to_thread(self._hosts.start_missing, wanted)
         except Exception as error:  # such as Ray's head that is away
             logger.warning("hosts not looked for: %s", text_of(error)[:200])
 

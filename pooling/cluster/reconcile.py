@@ -283,7 +283,7 @@ class Reconciler(PoolState):
         )
 
     def _may_come(self, name: str) -> bool:
-        return self._elastic is not None and self._elastic.may_come(self.models[name], self.hosts.keys())
+        return self._elastic is not None and self._elastic.may_come(self.models[name], self)
 
     def _note_hosts(self, changes: Iterable[Change]) -> None:
         for action, host, reason in changes:

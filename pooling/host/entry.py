@@ -78,8 +78,13 @@ def main(control_path: str, config_json: str) -> None:
         configure_logging_if_needed(spec.vllm_config.logging_config)  # of models of one pool they are equal
         import_architecture(spec)
         code = CompiledCode(spec.name, spec.vllm_config, movable_weights=host.config.movable_weights)
+
+        def check(block_bytes: int) -> None:
+            if block_bytes:
+                host.call(lambda: host.allocator.arena.place_of(spec.name, block_bytes)).result()
+
         if host.models:
-            code.make_aside()
+            code.make_aside(check=check)
         state = host.build_beside(lambda: model_state(host, host.add_model(spec))).result()
         code.note_made()
         return state

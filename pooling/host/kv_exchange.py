@@ -58,7 +58,8 @@ _MOST_ENTERING = 32
 
 Offer = dict[str, Any]
 """`addresses`, the nearest first, `access` and `certificate` of the exchange that has the blocks, `model`, their `keys`
-in order, `block_bytes`, and whether the request was `given_up`: it has to be sent on whatever becomes of the blocks."""
+in order, the `generation` of the source's blocks, `block_bytes`, and whether the request was `given_up`: it has to be
+sent on whatever becomes of the blocks."""
 
 
 class KVExchange:
@@ -117,6 +118,7 @@ class KVExchange:
         done: Future[Offer] = Future()
         pool, core, swapper = hosted.build.pool, hosted.core, self._host.swapper
         keys: list[bytes] = []
+        generation = swapper.tier.generation(hosted.name)
         if pool is not None and self._host.group is None:  # else only the first rank's part of a block could be read
             core.drain_batches()
             swapper.after_step(hosted)
@@ -128,19 +130,19 @@ class KVExchange:
                     if (error := saved.exception()) is not None:
                         done.set_exception(error)
                     else:
-                        done.set_result(self._offer(hosted, saved.result()))
+                        done.set_result(self._offer(hosted, saved.result(), generation))
 
                 saving = Saving(core, pool, request_id, self._host.call, lambda: self._is_on_device(hosted))
                 saving.done.add_done_callback(told)
                 saving.save()
                 return done
-        done.set_result(self._offer(hosted, keys, given_up=bool(keys)))
+        done.set_result(self._offer(hosted, keys, generation, given_up=bool(keys)))
         return done
 
     def _is_on_device(self, hosted: HostedModel) -> bool:
         return self._host.models.get(hosted.name) is hosted and not self._host.swapper.is_out(hosted.name)
 
-    def _offer(self, hosted: HostedModel, keys: list[bytes], *, given_up: bool = False) -> Offer:
+    def _offer(self, hosted: HostedModel, keys: list[bytes], generation: int, *, given_up: bool = False) -> Offer:
         self.exported_blocks += len(keys)
         pool = hosted.build.pool
         return {
@@ -149,6 +151,7 @@ class KVExchange:
             "certificate": self._identity.certificate if self._identity is not None else b"",
             "model": hosted.name,
             "keys": keys,
+            "generation": generation,
             "given_up": given_up,
             "block_bytes": pool.view.block_bytes if pool is not None else 0,
         }
@@ -188,7 +191,9 @@ class KVExchange:
     def _send(self, wire: Wire, opened: Open, *, is_near: bool) -> None:
         tier = self._host.swapper.tier
         forget = partial(request_image.forget, tier, opened.model)
-        sender = Sender(wire, opened, self._entries_for(opened), self._host.call, forget)
+        sender = Sender(
+            wire, opened, self._entries_for(opened), self._host.call, forget, lambda: self._is_current(opened)
+        )
         shares_memory = is_near and self._sharing.acquire(blocking=False)
         try:
             sender.run(shares_memory=shares_memory)
@@ -205,7 +210,12 @@ class KVExchange:
             opened.block_bytes
         ):
             raise HostError(f"KV blocks of {opened.model!r} are of another size on the other host")
+        if not self._is_current(opened):
+            raise HostError(f"the KV of model {opened.model!r} that was offered is no more")
         return self._entries[opened.model]
+
+    def _is_current(self, opened: Open) -> bool:
+        return self._host.swapper.tier.generation(opened.model) == opened.generation
 
     # -- the target ----------------------------------------------------------------------------------
 
@@ -226,7 +236,8 @@ class KVExchange:
         return done
 
     def _fetch(self, hosted: HostedModel, offer: Offer, done: Future[int]) -> None:
-        fetch = Fetch(self._host.swapper.tier, hosted.name, offer["keys"], offer["block_bytes"])
+        tier = self._host.swapper.tier
+        fetch = Fetch(tier, hosted.name, offer["keys"], offer["block_bytes"], offer["generation"])
 
         def on_loop(function: Any) -> Future[Any]:
             return self._host.call(lambda: self._if_there(hosted, function))

@@ -72,8 +72,8 @@ class KVArena:
 
     # -- views ---------------------------------------------------------------------------------------
 
-    def open_view(self, owner: str, block_bytes: int) -> ArenaView:
-        """Place `owner`'s null block and return its view; raises CapacityError when it cannot be backed."""
+    def place_of(self, owner: str, block_bytes: int) -> ArenaView:
+        """The view that `owner` would get now; raises CapacityError for blocks that pages cannot hold."""
         if block_bytes > self.slab_bytes:
             raise CapacityError(
                 f"model {owner!r}: one KV block of all layers is {block_bytes} bytes, more than page_size "
@@ -86,7 +86,12 @@ class KVArena:
                 f"model {owner!r}: one KV block of all layers is {block_bytes} bytes, a page of {self.slab_bytes} "
                 "may hold none of them whole; raise page_size or lower --block-size"
             )
-        missing = pages_for(offset + block_bytes, self.slab_bytes) - len(self._null_pages)
+        return view
+
+    def open_view(self, owner: str, block_bytes: int) -> ArenaView:
+        """Place `owner`'s null block and return its view; raises CapacityError when it cannot be backed."""
+        view = self.place_of(owner, block_bytes)
+        missing = pages_for(view.offset + block_bytes, self.slab_bytes) - len(self._null_pages)
         if missing > 0:
             self.make_room(missing)
             self._map_null_pages(owner, missing)

@@ -42,6 +42,7 @@ class HostKVTier:
         self._spare_bytes = spare_bytes
         self._classes: dict[int, SizeClass] = {}  # by block_bytes
         self._entries: dict[str, dict[bytes, CachedBlock]] = {}  # by model, then by key
+        self._generations: Counter[str] = Counter()
         self._images: list[KVImage] = []
         self._under_way: deque[Copies] = deque()  # of cached blocks
         self._arrivals: list[Arrival] = []
@@ -102,6 +103,13 @@ class HostKVTier:
     def entries_of(self, model: str) -> Mapping[bytes, CachedBlock]:
         """What is cached for `model`, by key; a live view, the same object as long as the tier lives."""
         return self._entries.setdefault(model, {})
+
+    def generation(self, model: str) -> int:
+        """Another number each time all that was cached for `model` was forgotten: keys then mean other bytes.
+
+        What was found before this was read is of this generation, or of an earlier one. For any thread.
+        """
+        return self._generations[model]
 
     def offer(
         self, model: str, blocks: Iterable[OfferedBlock], block_bytes: int, *, most_bytes: int | None = None
@@ -235,6 +243,7 @@ class HostKVTier:
 
     def forget(self, model: str) -> None:
         """Forget all cached blocks of `model`: it is removed, or its weights changed."""
+        self._generations[model] += 1  # first: see `generation`
         for entry in list(self._entries.get(model, {}).values()):
             self._remove(entry)
         for arrival in self._arrivals:

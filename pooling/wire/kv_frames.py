@@ -35,6 +35,8 @@ class Open(msgspec.Struct, array_like=True, frozen=True):
     model: str
     block_bytes: int
     chunk_blocks: int
+    generation: int
+    """Of the source's blocks, as in the offer: another model of that name has other blocks under the same keys."""
 
 
 class Opened(msgspec.Struct, array_like=True, frozen=True):

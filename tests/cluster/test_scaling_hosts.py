@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, cast
@@ -185,7 +185,7 @@ class StandInActors:
         self.started: list[str] = []
         self.ended: list[str] = []
 
-    def start_missing(self, names: Sequence[str]) -> None:
+    def start_missing(self, names: Mapping[str, Any]) -> None:
         self.started += [name for name in names if name not in self.started]
 
     async def give_back(self, host: str, *, has_reported: bool) -> None:
@@ -224,3 +224,33 @@ def test_no_host_is_started_or_ended_that_the_next_controller_would_not_know_of(
         running.cancel()
 
     asyncio.run(asyncio.wait_for(main(), WAIT_LIMIT_S))
+
+
+@pytest.mark.slow
+def test_a_model_gets_a_node_with_one_of_its_labels(tiny_models: TinyModels) -> None:
+    """Ray keeps its host off the node that is there, whatever is free on it, until one with a label joins."""
+    pool = {
+        "models": [
+            {"name": "llama", "model": str(tiny_models.path("llama")), "hosts": ["gpu=h100", "zone=n", "!gpu=a100"]}
+        ],
+        "load": "on_demand",
+        "device_memory": "32MiB",
+        "host_memory": "128MiB",
+        "page_size": "1MiB",
+        "admin_key": "test-admin-key-0123",
+        "cluster": {"hosts": {"min": 0, "max": 2}},
+    }
+    with RayNodes(num_nodes=1, cpus_per_node=1) as nodes, ExitStack() as stack:
+        pool_there = Cluster(nodes, pool, stack)
+        server = pool_there.serve()
+        answers: list[int] = []
+        asking = threading.Thread(target=lambda: answers.append(ask(server, "llama")))
+        asking.start()
+        poll(lambda: server.state()["cluster"]["host_count"]["pending"], until=lambda hosts: hosts == ["host-0"])
+        nodes.add("gpu=a100")
+        poll(nodes.count, until=lambda count: count == 3)
+        assert server.state()["cluster"]["hosts"] == {} and not answers
+        nodes.add("zone=n")
+        asking.join(COME_S)
+        assert answers == [BODY["max_tokens"]]
+        assert pool_there.down() == "pool tokenpool has ended\n"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Closed JSON schemas of the custom resources that the deployment files make.
 
-They hold the fields that we write, by the definitions of KubeRay 1.5 (ray.io/v1), Prometheus Operator 0.80, Gateway API
+They hold the fields that we write, by the definitions of KubeRay 1.5 (ray.io/v1, with the rules of its operator's
+`ValidateRayClusterSpec`), Prometheus Operator 0.80, Gateway API
 1.2, its Inference Extension 1.0 (InferencePool v1, as its API reference lists the fields) and KEDA 2.16 (ScaledObject
 v1alpha1, with the metadata that its Prometheus scaler reads), and nothing else, so that a misspelt field is an error.
 Pod templates are checked by Kubernetes' own schema.
@@ -34,18 +35,25 @@ def array(items: Schema, minimum: int = 1) -> Schema:
     return {"type": "array", "items": items, "minItems": minimum}
 
 
+_AUTOSCALER = closed(
+    {"version": {"const": "v2"}, "idleTimeoutSeconds": COUNT, "upscalingMode": {"enum": ["Default", "Conservative"]}},
+    {"resources": TEMPLATE, "securityContext": TEMPLATE, "imagePullPolicy": TEXT, "env": array(TEMPLATE)}
+    | {"volumeMounts": array(TEMPLATE)},
+)
 _CLUSTER = closed(
     {
         "rayVersion": TEXT,
         "headGroupSpec": closed({"rayStartParams": TEXTS, "template": TEMPLATE}, {"serviceType": TEXT}),
         "workerGroupSpecs": array(
             closed(
-                {"groupName": TEXT, "replicas": COUNT, "minReplicas": COUNT, "maxReplicas": COUNT}
-                | {"rayStartParams": TEXTS, "template": TEMPLATE}
+                {"groupName": TEXT, "minReplicas": COUNT, "maxReplicas": COUNT}
+                | {"rayStartParams": TEXTS | {"not": {"required": ["labels"]}}, "template": TEMPLATE},
+                {"replicas": COUNT, "labels": TEXTS},
             )
         ),
     },
-    {"authOptions": closed({"mode": {"enum": ["token", "disabled"]}})},
+    {"authOptions": closed({"mode": {"enum": ["token", "disabled"]}})}
+    | {"enableInTreeAutoscaling": {"type": "boolean"}, "autoscalerOptions": _AUTOSCALER},
 )
 _SELECTOR = closed({"matchLabels": TEXTS})
 _ENDPOINT = closed(
@@ -144,6 +152,17 @@ def check(manifest: dict[str, Any], version: str) -> None:
     jsonschema.validate(manifest, schema)
     cluster = manifest["spec"].get("rayClusterSpec", manifest["spec"])
     if "headGroupSpec" in cluster:
-        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-            template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}}
-            kubernetes_validate.validate(template | {"template": group["template"]}, version, strict=True)
+        templates = [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+        if "autoscalerOptions" in cluster:
+            templates.append(_with_autoscaler(templates[0], cluster["autoscalerOptions"]))
+        for pod in templates:
+            template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": pod}
+            kubernetes_validate.validate(template, version, strict=True)
+
+
+def _with_autoscaler(head: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The head's pod as KubeRay makes it: with a container of these options."""
+    own = ("resources", "securityContext", "imagePullPolicy", "env", "volumeMounts")
+    container = {"name": "autoscaler"} | {key: options[key] for key in own if key in options}
+    spec = head["spec"] | {"containers": [*head["spec"]["containers"], container]}
+    return head | {"spec": spec}

@@ -161,7 +161,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end -}}
 {{- end -}}
 {{- if eq .Values.mode "raycluster" -}}
-{{- $derived := dict "hosts" .Values.ray.hosts.replicas "num_cpus_per_host" .Values.cpu.request -}}
+{{- $derived := dict "hosts" (include "tokenpool.numHosts" . | int64) "num_cpus_per_host" .Values.cpu.request -}}
 {{- $_ := set $pool "cluster" (merge (default dict $pool.cluster) $derived) -}}
 {{- end -}}
 {{- toYaml $pool -}}

@@ -1,6 +1,8 @@
 {{- /* Parts that the pods of all modes share. Each takes the root context, `server` a dict. */ -}}
 
+{{- /* In the root context `group` may be one of ray.hosts.groups. */ -}}
 {{- define "tokenpool.podSpec" -}}
+{{- $group := default dict .group -}}
 serviceAccountName: {{ include "tokenpool.serviceAccount" . }}
 automountServiceAccountToken: false
 enableServiceLinks: false
@@ -22,10 +24,10 @@ imagePullSecrets:
 {{- with include "tokenpool.priorityClass" . }}
 priorityClassName: {{ . }}
 {{- end }}
-{{- with .Values.nodeSelector }}
+{{- with merge (dict) (default dict $group.nodeSelector) .Values.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .Values.tolerations }}
+{{- with concat .Values.tolerations (default list $group.tolerations) }}
 tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .Values.affinity }}
@@ -76,14 +78,17 @@ topologySpreadConstraints:
 {{- end }}
 {{- end -}}
 
+{{- define "tokenpool.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end -}}
+
 {{- define "tokenpool.containerBase" -}}
 image: {{ include "tokenpool.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
-securityContext:
-  allowPrivilegeEscalation: false
-  readOnlyRootFilesystem: true
-  capabilities:
-    drop: [ALL]
+securityContext: {{- include "tokenpool.containerSecurity" . | nindent 2 }}
 volumeMounts:
   - {name: pool, mountPath: /etc/tokenpool, readOnly: true}
   - {name: tmp, mountPath: /tmp}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Set
 from dataclasses import replace
+from functools import partial
 
 from tokenpool.cluster.deciding.host_demand import Rules, can_empty, copies_of, hosts_needed
 from tokenpool.cluster.deciding.pool_state import TAKEN, PoolState
@@ -13,6 +14,7 @@ from tokenpool.cluster.deciding.scaling import Change, HostsKept, HostUse, Load,
 from tokenpool.cluster.placement import Loads, Placement, Situation, fits
 from tokenpool.cluster.values import Deployment, HostReport
 from tokenpool.cluster_config import ClusterConfig
+from tokenpool.host_kinds import ANY, Kind, is_within, kind_of
 
 _PERIOD_S = 0.5
 _MAX_LOOKS = 8
@@ -50,11 +52,16 @@ class Elastic:
         self._blank = next(iter(state.hosts.values()), self._blank)
         return self.scaling.decide(self._need(state, now_s))
 
-    def may_come(self, model: Deployment, up: Set[str]) -> bool:
+    def may_come(self, model: Deployment, state: PoolState) -> bool:
         """Whether a model may be waited for because another host may come that could take it."""
         if not self._blank_takes(model):
             return False
-        return bool(self.scaling.pending(up)) or (self.scaling.may_grow and not model.hosts)
+        scaling, kind = self.scaling, kind_of(model.hosts)
+        coming = any(is_within(scaling.kind(host), kind) for host in scaling.pending(state.hosts))
+        if coming or scaling.may_grow:
+            return True
+        lasting = self._kinds_of([name for name in state.lives.lasting() if name in state.models], state)
+        return scaling.may_make_way(kind, lasting, {host: report.labels for host, report in state.hosts.items()})
 
     def stranded(self, state: PoolState, now_s: float) -> set[str]:
         """Models that stand only where hosts are to be given back, and have no room elsewhere."""
@@ -75,44 +82,70 @@ class Elastic:
         have_told = not state.lives.has_choice or state.lives.uses.have_told(state.peers.names)
         busy = state.lives.used_since(now_s - self.scaling.idle_after_s)
 
-        def may_go(host: str, leaving: Set[str]) -> bool:
-            return can_empty(host, busy.union(needed), situation, self._rules, leaving)
+        def may_go(models: Set[str], host: str, leaving: Set[str]) -> bool:
+            return can_empty(host, models, situation, self._rules, leaving)
 
         return Need(
             now_s,
-            hosts_needed(self._loaded_together(needed, state), self._blank, self._rules),
+            self._kinds_of(needed, state),
             self._num_useful(situation),
-            Load(sum(loads.by_host.values()), loads.is_over),
-            self._is_homeless(needed, state, now_s),
+            Load(sum(loads.by_host.values()), loads.is_over, self._kind_for_load(loads, state)),
+            self._homeless(needed, state, now_s),
             have_told and not state.peers.missing,
             self._uses(state.hosts, state, loads),
             frozenset(state.draining),
-            may_go,
+            partial(may_go, busy.union(needed)),
+            partial(may_go, frozenset(needed)),
         )
 
-    def _loaded_together(self, needed: list[str], state: PoolState) -> list[Deployment]:
-        """Of what is needed, what may be loaded at a time: what is, then the largest."""
+    def _kinds_of(self, names: list[str], state: PoolState) -> list[Kind]:
+        """The hosts on which those of these models fit that may be loaded at a time, and on which each may be."""
+        known = [report.labels | {host} for host, report in state.hosts.items() if host not in state.emptied]
+        models = self._by_turn(names, state)
+        kinds = hosts_needed(models[: self._max_loaded], self._blank, self._rules, known)
+        for kind in (kind_of(model.hosts) for model in models[self._max_loaded or len(models) :]):
+            if not any(is_within(other, kind) for other in kinds):
+                kinds.append(kind)
+        return kinds
+
+    def _by_turn(self, names: list[str], state: PoolState) -> list[Deployment]:
+        """Those that are loaded come first, and then the largest."""
         awake = set(state.lives.awake)
-        models = sorted((state.models[n] for n in needed), key=lambda m: (m.name not in awake, -m.weight_bytes, m.name))
-        return models if self._max_loaded is None else models[: self._max_loaded]
+        return sorted((state.models[n] for n in names), key=lambda m: (m.name not in awake, -m.weight_bytes, m.name))
 
     def _num_useful(self, situation: Situation) -> float:
         models = situation.models.values()
         return sum(max(m.max_replicas or self._max_replicas or math.inf, copies_of(m, self._rules)) for m in models)
 
-    def _is_homeless(self, needed: list[str], state: PoolState, now_s: float) -> bool:
-        """Whether a model has no seat, no room, and would have room on one more host."""
+    def _kind_for_load(self, loads: Loads, state: PoolState) -> Kind:
+        """Of a host that could take something off the one with the most to do."""
+        if not loads.by_host:
+            return ANY
+        busiest = max(sorted(loads.by_host), key=lambda host: loads.by_host[host])
+        names = [name for name, _ in state.seats.on_host(busiest) if name in state.models]
+        reported = state.hosts[busiest].models if busiest in state.hosts else {}
+
+        def work(name: str) -> int:
+            load = reported[name].load if name in reported else {}
+            return load.get("running", 0) + load.get("waiting", 0)
+
+        if any(not state.models[name].hosts for name in names):
+            return ANY
+        return kind_of(state.models[max(sorted(names), key=work)].hosts) if names else ANY
+
+    def _homeless(self, needed: list[str], state: PoolState, now_s: float) -> Kind | None:
+        """Kind of the hosts of a model that has no seat, no room, and would have room on one more of them."""
         if not state.hosts:
-            return False
+            return None
         seated = {name for (name, _), seat in state.seats.items() if seat.state in TAKEN}
         awake = set(state.lives.awake)
         is_full = self._max_loaded is not None and len(awake) >= self._max_loaded
         waiting = [state.models[n] for n in needed if n not in seated and (n in awake or not is_full)]
-        for model in [m for m in waiting if not m.hosts and self._blank_takes(m)][:_MAX_LOOKS]:
+        for model in [m for m in waiting if self._blank_takes(m)][:_MAX_LOOKS]:
             situation = state.situation(now_s, {*awake, model.name})
             if not self._placement.has_room(model.name, replace(situation, leaving={}, going={})):
-                return True
-        return False
+                return kind_of(model.hosts)
+        return None
 
     def _blank_takes(self, model: Deployment) -> bool:
         return self._blank is None or fits(model, self._blank, [])
@@ -127,6 +160,7 @@ class Elastic:
                 sum(h.load.get("running", 0) + h.load.get("waiting", 0) for h in report.models.values()),
                 loads.by_host.get(host, 0.0),
                 on_node[report.node] - 1,
+                report.labels,
             )
             for host, report in hosts.items()
         }

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from tokenpool.cluster.placement import Situation, deployments_on, fits, may_be_there, room_bytes
 from tokenpool.cluster.values import Deployment, HostReport
-from tokenpool.group_config import Group, apart_by_model
+from tokenpool.group_config import Group, apart_by_model, may_be_on
+from tokenpool.host_kinds import ANY, Kind, is_within, kind_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,39 +27,65 @@ class Rules:
 class _Bin:
     """One host that is filled."""
 
+    kind: Kind = ANY
+    """Of hosts that all its models may be on."""
     names: set[str] = field(default_factory=set)
     used_bytes: int = 0
 
+    def may_have(self, kind: Kind, known: Collection[Set[str]]) -> bool:
+        """Whether models of another kind may be there too: a host with `known` labels is of both, so that none waits
+        for a host of the other's kind, which may never come."""
+        narrow, wide = (self.kind, kind) if is_within(self.kind, kind) else (kind, self.kind)
+        return narrow == wide or (
+            is_within(narrow, wide) and any(may_be_on(narrow, frozenset(labels)) for labels in known)
+        )
 
-def hosts_needed(models: Iterable[Deployment], blank: HostReport | None, rules: Rules) -> int:
-    """Hosts on which these models fit, each on as many as it has replicas; 0 only without models.
+    def add(self, names: Iterable[str], nbytes: int, kind: Kind) -> None:
+        """Have models that want hosts of a kind."""
+        self.names.update(names)
+        self.used_bytes += nbytes
+        if not is_within(self.kind, kind):
+            self.kind = kind
+
+
+def hosts_needed(
+    models: Iterable[Deployment], blank: HostReport | None, rules: Rules, known: Collection[Set[str]] = ()
+) -> list[Kind]:
+    """Hosts on which these models fit, each on as many as it has replicas, by their kinds; empty only without models.
 
     `blank` is a host of the pool, whatever it has; None = none was ever seen: then one is taken to hold everything.
+    `known` has the labels of each host that is there, and its name.
     The largest come first, each to the first host that can have it. What no host can hold needs none.
     """
     by_name = {model.name: model for model in models}
     if not by_name:
-        return 0
+        return []
     least = max(copies_of(model, rules) for model in by_name.values())
-    if blank is None:
-        return least
-    apart = apart_by_model(rules.together, rules.apart)
-    budget = blank.host_memory if blank.movable else blank.device_memory - blank.page_size  # the page of null blocks
+    apart = apart_by_model(rules.together, rules.apart) if blank is not None else {}
+    budget = _budget(blank)
     bins: list[_Bin] = []
     groups = _groups(by_name, rules)
     for members in sorted(groups, key=lambda names: (-sum(by_name[n].weight_bytes for n in names), names)):
-        needed = sum(room_bytes(by_name[name], blank) for name in members)
-        if needed > budget or not all(fits(by_name[name], blank, []) for name in members):
-            continue
+        needed, kind = 0, kind_of(by_name[members[0]].hosts)  # those of a group have the same
+        if blank is not None:
+            needed = sum(room_bytes(by_name[name], blank) for name in members)
+            if needed > budget or not all(fits(by_name[name], blank, []) for name in members):
+                continue
         others = frozenset().union(*(apart.get(name, frozenset()) for name in members))
-        free = [b for b in bins if b.used_bytes + needed <= budget and not others & b.names]
+        free = [b for b in bins if b.used_bytes + needed <= budget and not others & b.names and b.may_have(kind, known)]
         copies = max(copies_of(by_name[name], rules) for name in members)
         fresh = [_Bin() for _ in range(copies - len(free))]
         bins += fresh
         for one in [*free, *fresh][:copies]:
-            one.names.update(members)
-            one.used_bytes += needed
-    return max(least, len(bins))
+            one.add(members, needed, kind)
+    return [*(one.kind for one in bins), *[ANY] * (least - len(bins))]
+
+
+def _budget(blank: HostReport | None) -> float:
+    """What of a host its models share, see `room_bytes`."""
+    if blank is None:
+        return math.inf
+    return blank.host_memory if blank.movable else blank.device_memory - blank.page_size  # the page of null blocks
 
 
 def copies_of(model: Deployment, rules: Rules) -> int:

@@ -140,13 +140,17 @@ class Lives:
 
     def needed(self, now_s: float) -> list[str]:
         """Those that need a host: such as are always loaded, and such as are used and may be loaded."""
-        found = []
+        found, lasting = [], self.lasting()
         for name, life in self._lives.items():
             is_wanted = self.in_use(name) or life.asked_s < math.inf
-            is_lasting = not life.is_on_demand or life.rule.keep is not None
-            if (life.is_awake and is_lasting) or (is_wanted and (life.is_awake or life.retry_s <= now_s)):
+            if name in lasting or (is_wanted and (life.is_awake or life.retry_s <= now_s)):
                 found.append(name)
         return found
+
+    def lasting(self) -> set[str]:
+        """Those that stay loaded, whoever uses them."""
+        lives = self._lives.items()
+        return {name for name, life in lives if life.is_awake and (not life.is_on_demand or life.rule.keep is not None)}
 
     def used_since(self, since_s: float) -> set[str]:
         """Those that are loaded and were used since then."""
@@ -323,7 +327,7 @@ class Lives:
                 return [*events, self._wake(name)]
             events += (made := self._make_room(name, scene))
             is_refused = any(event.error for event in made)
-            if not is_refused and scene.now_s - self._since_s(name) >= PATIENCE_S:
+            if not is_refused and scene.now_s - self._since_s(name) >= PATIENCE_S and self._may_fit(name, scene):
                 break  # nothing comes between it and what is about to be free
         return events
 
@@ -346,7 +350,7 @@ class Lives:
         idle = self._idle(scene)
         if self._fits(name, gone.union(idle), scene):
             return [self._rest(other, f"idle, and {name} is wanted") for other in self._needed(name, idle, scene)]
-        if not self._fits(name, gone | self._may_go_at_all(), scene):
+        if not self._may_fit(name, scene):
             if not self._are_too_many(name) and scene.may_come(name):
                 return []
             return [self.fail(name, CapacityError(self._why_never(name)), scene.now_s)]
@@ -354,6 +358,10 @@ class Lives:
         if scene.now_s - self._since_s(name) < PATIENCE_S or not self._fits(name, gone.union(idle, busy), scene):
             return []
         return [self._rest(other, f"{name} has waited") for other in self._needed(name, [*idle, *busy], scene)]
+
+    def _may_fit(self, name: str, scene: Scene) -> bool:
+        """Whether a host that is there could have it: else it waits for another one, and is in nobody's way."""
+        return self._fits(name, self._gone | self._resting | self._may_go_at_all(), scene)
 
     def _are_too_many(self, name: str) -> bool:
         """Whether `max_loaded` models are kept beside it."""

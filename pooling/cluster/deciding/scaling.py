@@ -6,19 +6,26 @@
       └──nobody needs it──► ending
 
 More hosts are asked for at once, fewer are kept once fewer were needed for `idle_after_s` without a break. Each host
-has a name that no other ever had. Plain Python: no Ray, no clock.
+has a name that no other ever had. Where models want hosts of a kind (host_kinds.py), such a host is asked for; at the
+most hosts, one that nobody needs makes room for it. Plain Python: no Ray, no clock.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tokenpool.cluster.deciding.matching import match
 from tokenpool.cluster_config import HostRange
+from tokenpool.group_config import may_be_on
+from tokenpool.host_kinds import ANY, Kind, is_within, kind_of
 from tokenpool.policy.capacity_live import LiveCapacity
 
+MADE_WAY = "a host of another kind is needed"
+"""Why a host goes at once that nobody needs."""
 _USUAL = LiveCapacity()
 _PATIENCE_S = 2.0
 """So long a model has no host with room for it until one more is asked for: those that are there may be changing."""
@@ -30,6 +37,8 @@ class Load(NamedTuple):
     total: float = 0.0
     is_over: bool = False
     """Whether tokens of a host come late, or surely will."""
+    kind: Kind = ANY
+    """Of hosts that could take load off the one that has the most."""
 
 
 class HostUse(NamedTuple):
@@ -41,6 +50,7 @@ class HostUse(NamedTuple):
     load: float = 0.0
     num_beside: int = 0
     """Other hosts of its node: a node goes back once none is there."""
+    labels: Set[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +58,13 @@ class Need:
     """What hosts are needed for now."""
 
     now_s: float
-    num_for_models: int = 0
-    """Hosts on which what is to be loaded fits; 0 = nobody needs any."""
+    for_models: Sequence[Kind] = ()
+    """Hosts on which what is to be loaded fits, each by its kind; empty = nobody needs any."""
     num_useful: float = math.inf
     """Hosts that could have a seat: more are of no use for the load."""
     load: Load = Load()
-    is_homeless: bool = False
-    """Whether a model has no room that a further host would have for it."""
+    homeless: Kind | None = None
+    """Kind of the hosts of a model that has no room now and would have it on one more host; None = of no model."""
     is_known: bool = True
     """Whether all who may need a host have told."""
     up: Mapping[str, HostUse] | None = None
@@ -62,7 +72,9 @@ class Need:
     drained: Set[str] = frozenset()
     """Hosts that the operator wants empty."""
     may_go: Callable[[str, Set[str]], bool] = lambda host, leaving: True
-    """Whether what is needed on a host has room elsewhere, beside others that leave."""
+    """Whether what was used lately on a host has room elsewhere, beside others that leave."""
+    may_make_way: Callable[[str, Set[str]], bool] = lambda host, leaving: True
+    """Whether what is needed now on a host has."""
 
 
 class Change(NamedTuple):
@@ -80,6 +92,8 @@ class HostsKept(NamedTuple):
     asked: tuple[str, ...] = ()
     ending: tuple[str, ...] = ()
     next_index: int = 0
+    kinds: Mapping[str, Kind] = {}
+    """Of hosts that were asked for as of a kind."""
 
 
 class Scaling:
@@ -92,8 +106,9 @@ class Scaling:
         asked: Iterable[str] = (),
         ending: Iterable[str] = (),
         next_index: int = 0,
+        kinds: Mapping[str, Iterable[str]] | None = None,
     ) -> None:
-        """`asked`, `ending` and `next_index` are what a former controller had; see `kept`."""
+        """`asked` and what follows it are what a former controller had; see `kept`."""
         self.bounds = bounds
         self.asked = set(asked)
         """Hosts that are to have an actor, or still have one, whether it has a node or not."""
@@ -103,9 +118,11 @@ class Scaling:
         """Of these: such that are to be empty. The next controller decides anew."""
         self.next_index = next_index
         self.idle_after_s = idle_after_s
+        self._kinds = {host: kind_of(kind) for host, kind in (kinds or {}).items()}
         self._low_since_s = math.inf
-        self._low_peak = 0
+        self._low_peak: Counter[Kind] = Counter()
         self._homeless_since_s = math.inf
+        self._short_since_s = math.inf
         self._empty_since_s: dict[str, float] = {}
 
     def __repr__(self) -> str:
@@ -123,12 +140,25 @@ class Scaling:
     @property
     def kept(self) -> HostsKept:
         """What the next controller is to know."""
-        return HostsKept(tuple(sorted(self.asked)), tuple(sorted(self.ending)), self.next_index)
+        return HostsKept(tuple(sorted(self.asked)), tuple(sorted(self.ending)), self.next_index, dict(self._kinds))
 
     @property
     def wanted(self) -> list[str]:
         """Hosts that are to have an actor."""
         return sorted(self.asked - self.ending, key=_age)
+
+    def kind(self, host: str) -> Kind:
+        """As what a host was asked for."""
+        return self._kinds.get(host, ANY)
+
+    def may_make_way(self, kind: Kind, needed: Sequence[Kind], up: Mapping[str, Set[str]]) -> bool:
+        """Whether a host of another kind could be given up for one of a kind, because these that are needed are enough.
+
+        `up` has the labels of the hosts that are there.
+        """
+        is_of, hosts = self._is_of(up), self.asked - self.ending
+        placed = match([*needed, kind], hosts, is_of).values()
+        return any(not is_of(host, kind) for host in hosts - set(placed))
 
     def is_over(self, host: str) -> bool:
         """Whether a host is given back, or was: what it still says does not count."""
@@ -143,34 +173,75 @@ class Scaling:
         """A host is gone that was given back."""
         for hosts in (self.asked, self.ending, self.leaving):
             hosts.discard(host)
+        self._kinds.pop(host, None)
 
     # -- what is decided -------------------------------------------------------------------------------
 
     def decide(self, need: Need) -> list[Change]:
         """Change what is to be changed now."""
         up = need.up or {}
+        is_of = self._is_of({host: use.labels for host, use in up.items()})
         usable = self.asked - self.ending - self.leaving - need.drained
-        wanted = self._wanted(need, len(usable), is_pending=not usable <= up.keys())
-        changes: list[Change] = []
-        if wanted >= len(usable):
+        wanted = self._wanted(need, usable, is_of)
+        placed = match(wanted, sorted(usable, key=_age), is_of)
+        missing = [kind for index, kind in enumerate(wanted) if index not in placed]
+        spare = usable - set(placed.values())
+        changes = self._grow(missing, need, f"{len(wanted)} are needed", is_of)
+        num_short = len(missing) - len(changes) if spare and need.is_known else 0
+        if not spare:
             self._low_since_s = math.inf
-        if wanted > len(usable):
-            changes += self._grow(wanted, len(usable), up, need)
-        elif wanted < len(usable) and need.is_known:
-            changes += self._shrink(wanted, usable, up, need)
+        elif need.is_known:
+            changes += self._shrink(wanted, usable, need, is_of)
+        if num_short:
+            changes += self._make_way(num_short, spare - self.leaving - self.ending, need)
+        else:
+            self._short_since_s = math.inf
         return [*changes, *self._end_empty(up, need)]
 
-    def _wanted(self, need: Need, count: int, *, is_pending: bool) -> int:
-        wanted = need.num_for_models
-        if wanted:
-            wanted = max(wanted, min(self._for_load(need.load, count), need.num_useful))  # type: ignore[assignment]
-        if not need.is_homeless:
+    def _is_of(self, up: Mapping[str, Set[str]]) -> Callable[[str, Kind], bool]:
+        """Whether a host is of a kind: one that is there by its labels, another one if it was asked for as such.
+
+        One that was asked for as of a narrower kind may never come, where one of this kind would.
+        """
+
+        def is_of(host: str, kind: Kind) -> bool:
+            if host in up:
+                return may_be_on(kind, frozenset(up[host] | {host}))
+            return self.kind(host) == kind
+
+        return is_of
+
+    def _wanted(self, need: Need, usable: Set[str], is_of: Callable[[str, Kind], bool]) -> list[Kind]:
+        """Hosts that there are to be, by their kinds, at most as many as there may be."""
+        kinds, count = list(need.for_models), len(usable)
+        total = len(kinds)
+        if kinds:
+            total = max(total, int(min(self._for_load(need.load, count), need.num_useful)))
+        grown = total - max(count, len(kinds))
+        more = self._for_homeless(need, usable, is_of)
+        if need.homeless == ANY:  # what is there may be about to have room
+            total = max(total, count + len(more))
+        more += [need.load.kind] * (grown - len(more))
+        urgent = [*kinds, *more][: self.bounds.most]
+        num_any = min(self.bounds.most, max(self.bounds.least, total)) - len(urgent)
+        # In this order, because a host that is there may be what is missing only of those that may be any.
+        return [*urgent[: len(kinds)], *[ANY] * num_any, *urgent[len(kinds) :]]
+
+    def _for_homeless(self, need: Need, usable: Set[str], is_of: Callable[[str, Kind], bool]) -> list[Kind]:
+        """One host more, once that has waited for what there may be soon."""
+        kind = need.homeless
+        if kind is None:
             self._homeless_since_s = math.inf
-        else:
-            self._homeless_since_s = min(self._homeless_since_s, need.now_s)
-            has_waited = need.now_s - self._homeless_since_s >= _PATIENCE_S
-            wanted = max(wanted, count + (has_waited and not is_pending))
-        return max(self.bounds.least, min(self.bounds.most, wanted))
+            return []
+        self._homeless_since_s = min(self._homeless_since_s, need.now_s)
+        placed = match(need.for_models, usable, is_of)
+        coming = [other for index, other in enumerate(need.for_models) if index not in placed]
+        pending = {host for host in usable - (need.up or {}).keys() if is_of(host, kind)}
+        if any(is_within(other, kind) for other in coming) or not pending.isdisjoint(placed.values()):
+            return []
+        if pending:
+            return [kind] if kind else []
+        return [kind] if need.now_s - self._homeless_since_s >= _PATIENCE_S else []
 
     def _for_load(self, load: Load, count: int) -> int:
         """Hosts that have time for what is asked; between two limits as many as there are."""
@@ -180,35 +251,73 @@ class Scaling:
             return count
         return math.ceil(load.total / _USUAL.drop_load)
 
-    def _grow(self, wanted: int, count: int, up: Mapping[str, HostUse], need: Need) -> list[Change]:
-        changes, missing = [], wanted - count
-        reason = f"{wanted} are needed"
-        for host in sorted((self.leaving - self.ending - need.drained) & up.keys())[:missing]:
-            self.leaving.discard(host)
-            changes.append(Change("host_stays", host, reason))
-        while len(changes) < missing and len(self.asked) < self.bounds.most:
-            host = f"host-{self.next_index}"
-            self.next_index += 1
-            if host not in self.asked:
-                self.asked.add(host)
-                changes.append(Change("host_asked", host, reason))
+    def _grow(
+        self, missing: Sequence[Kind], need: Need, reason: str, is_of: Callable[[str, Kind], bool]
+    ) -> list[Change]:
+        """Have hosts of these kinds, as far as there may be more."""
+        changes = []
+        for kind in missing:
+            back = sorted((self.leaving - self.ending - need.drained) & (need.up or {}).keys())
+            host = next((host for host in back if is_of(host, kind)), None)
+            why = f"{reason}, one of them with {' '.join(kind)}" if kind else reason
+            if host is not None:
+                self.leaving.discard(host)
+                changes.append(Change("host_stays", host, why))
+            elif len(self.asked) < self.bounds.most:
+                changes.append(Change("host_asked", self._ask(kind), why))
         return changes
 
-    def _shrink(self, wanted: int, usable: Set[str], up: Mapping[str, HostUse], need: Need) -> list[Change]:
+    def _ask(self, kind: Kind) -> str:
+        while (host := f"host-{self.next_index}") in self.asked:
+            self.next_index += 1
+        self.next_index += 1
+        self.asked.add(host)
+        if kind:
+            self._kinds[host] = kind
+        return host
+
+    def _make_way(self, count: int, spare: Set[str], need: Need) -> list[Change]:
+        """Give hosts up that nobody needs for some that are missing, where there may be no more."""
+        self._short_since_s = min(self._short_since_s, need.now_s)
+        if need.now_s - self._short_since_s < _PATIENCE_S:
+            return []
+        count -= len(self.leaving | self.ending)
+        return self._give_up(spare, count, MADE_WAY, need, need.may_make_way)
+
+    def _shrink(
+        self, wanted: Sequence[Kind], usable: Set[str], need: Need, is_of: Callable[[str, Kind], bool]
+    ) -> list[Change]:
         if self._low_since_s == math.inf:
-            self._low_since_s, self._low_peak = need.now_s, wanted
-        self._low_peak = max(self._low_peak, wanted)
+            self._low_since_s, self._low_peak = need.now_s, Counter(wanted)
+        self._low_peak |= Counter(wanted)
         if need.now_s - self._low_since_s < self.idle_after_s:
             return []
-        excess, changes = len(usable) - self._low_peak, []
         self._low_since_s = math.inf
-        reason = f"{self._low_peak} were enough for {self.idle_after_s:g} s"
-        away = sorted(usable - up.keys(), key=_age, reverse=True)[:excess]
-        for host in away:
-            self.ending.add(host)
-            changes.append(Change("host_ending", host, f"{reason}, and it is not there"))
-        for host in sorted(usable & up.keys(), key=lambda host: _use_key(host, up[host])):
-            if len(changes) < excess and need.may_go(host, frozenset(self.leaving | need.drained)):
+        peak, left = [*self._low_peak.elements()], set(usable)
+        num_needed = len(match(peak, usable, is_of))
+
+        def is_spare(host: str) -> bool:
+            if len(match(peak, left - {host}, is_of)) < num_needed:
+                return False
+            left.discard(host)
+            return True
+
+        reason = f"{num_needed} were enough for {self.idle_after_s:g} s"
+        return self._give_up(usable, len(usable) - num_needed, reason, need, need.may_go, is_spare)
+
+    def _give_up(
+        self, hosts: Set[str], count: int, reason: str, need: Need, may_go: Callable[[str, Set[str]], bool],
+        is_spare: Callable[[str], bool] = lambda host: True,
+    ) -> list[Change]:  # fmt: skip
+        """Give up to `count` of these hosts back, first of all such as are not there."""
+        up, changes = need.up or {}, list[Change]()
+        for host in sorted(hosts - up.keys(), key=_age, reverse=True):
+            if len(changes) < count and is_spare(host):
+                self.ending.add(host)
+                changes.append(Change("host_ending", host, f"{reason}, and it is not there"))
+        for host in sorted(hosts & up.keys(), key=lambda host: _use_key(host, up[host])):
+            out = frozenset(self.leaving | need.drained)
+            if len(changes) < count and may_go(host, out) and is_spare(host):
                 self.leaving.add(host)
                 changes.append(Change("host_leaving", host, reason))
         return changes

@@ -9,6 +9,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tokenpool.host.engine import cpu_mla
 from tokenpool.host.engine.expert_group import ensure_expert_group
+from tokenpool.host.kv.block_size import block_bytes_of
 from tokenpool.host.kv.embedded_rows import embed_in_place
 from tokenpool.host.kv.readable_blocks import hide_unreadable_blocks
 from tokenpool.patches.build_context import current_build
@@ -44,6 +45,8 @@ class PooledCPUWorker(CPUWorker):
         cache = self.cache_config
         nbytes = cache.kv_cache_memory_bytes
         assert nbytes is not None, "the host sets the size of the view before it builds an engine"
+        if (build := current_build()) is not None:
+            build.expect_blocks(block_bytes_of(self.vllm_config, self.get_kv_cache_spec()))
         _enter_phase("warming up")
         cache.kv_cache_memory_bytes = 1  # passes the check; the rest of the original, the warm-up, is wanted
         try:

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from tokenpool.host.engine.expert_group import ensure_expert_group
 from tokenpool.host.engine.giving_way import giving_way
+from tokenpool.host.kv.block_size import block_bytes_of
 from tokenpool.host.kv.embedded_rows import embed_in_place
 from tokenpool.host.kv.readable_blocks import hide_unreadable_blocks
 from tokenpool.host.kv.runner_adapter import warm_up_in_null_block
@@ -65,6 +66,7 @@ class PooledCUDAWorker(Worker):
         nbytes = self.cache_config.kv_cache_memory_bytes
         assert nbytes, "the host sets the size of the view before it builds an engine"
         if (build := current_build()) is not None:
+            build.expect_blocks(block_bytes_of(self.vllm_config, self.get_kv_cache_spec()))
             build.enter_phase("warming up")
         super().determine_available_memory()
         if build is not None:

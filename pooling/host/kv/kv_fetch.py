@@ -78,9 +78,11 @@ class Fetch:
     """
 
     def __init__(
-        self, tier: HostKVTier, model: str, keys: Sequence[bytes], block_bytes: int,
+        self, tier: HostKVTier, model: str, keys: Sequence[bytes], block_bytes: int, generation: int = 0,
         *, chunk_blocks: int | None = None, window: int | None = None,
     ) -> None:  # fmt: skip
+        """`generation` is that of the source's blocks, as it was offered."""
+        self.generation = generation
         self.num_here = 0
         """Of these blocks, as far as is known."""
         self.num_came = 0
@@ -164,7 +166,7 @@ def receive(wire: Wire, fetch: Fetch, model: str, on_loop: OnLoop) -> None:
     """
     deadline_s = time.monotonic() + KV_LIMIT_S
     wire.set_limit(IDLE_LIMIT_S)
-    wire.send(msgspec.msgpack.encode(Open(model, fetch.block_bytes, fetch.chunk_blocks)))
+    wire.send(msgspec.msgpack.encode(Open(model, fetch.block_bytes, fetch.chunk_blocks, fetch.generation)))
     with ExitStack() as stack:
         window = _window(wire, fetch, stack)
         turns = deque([on_loop(fetch.turn)])

@@ -39,9 +39,14 @@ class Supply:
     It keeps nothing alive: of a buffer that goes in the middle the rest reads as zero, and its blocks are void.
     """
 
-    def __init__(self, entries: Mapping[bytes, CachedBlock], keys: list[bytes], block_bytes: int) -> None:
+    def __init__(
+        self, entries: Mapping[bytes, CachedBlock], keys: list[bytes], block_bytes: int,
+        is_current: Callable[[], bool] = lambda: True,
+    ) -> None:  # fmt: skip
+        """`is_current` says whether the blocks are still those that were offered: if not, none is there."""
         self._entries = entries
         found = [(index, key, entries.get(key)) for index, key in enumerate(keys)]
+        found = found if is_current() else []
         here = [(i, key, e) for i, key, e in found if e is not None and e.slot.buffer.block_bytes == block_bytes]
         self.blocks = [(index, entry.tag) for index, _, entry in here]
         self.nbytes = len(here) * block_bytes
@@ -94,11 +99,14 @@ class Sender:
 
     def __init__(
         self, wire: Wire, opened: Open, entries: Mapping[bytes, CachedBlock], on_loop: OnLoop,
-        forget: Callable[[list[bytes]], None],
+        forget: Callable[[list[bytes]], None], is_current: Callable[[], bool],
     ) -> None:  # fmt: skip
-        """`forget` is called on the loop with keys that begin with MARK and were asked for: nobody asks twice."""
+        """`forget` is called on the loop with keys that begin with MARK and were asked for: nobody asks twice.
+
+        For `is_current` see Supply.
+        """
         self._wire, self._opened, self._entries, self._on_loop = wire, opened, entries, on_loop
-        self._forget = forget
+        self._forget, self._is_current = forget, is_current
 
     def run(self, *, shares_memory: bool) -> None:
         """Send until the target has all that it wants, which is when it goes. Raises as `Wire` does, and MsgspecError.
@@ -125,7 +133,7 @@ class Sender:
 
     def _send(self, want: Want, window: Window | None) -> None:
         keys = want.keys[: self._opened.chunk_blocks]
-        supply = Supply(self._entries, keys, self._opened.block_bytes)
+        supply = Supply(self._entries, keys, self._opened.block_bytes, self._is_current)
         void: list[int] = []
         try:
             if supply.has_copies():

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that compiles a model for a host: `python -m tokenpool.host.load.compile_child`, see compiled_code.py.
 
-It makes the model as the host will, without reading its weights, warms it up, which compiles it, and ends.
+It makes the model as the host will, without reading its weights, tells how large its KV blocks are, warms it up, which
+compiles it, and ends.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pickle
 import sys
 from typing import Any
 
+from tokenpool.host.load.compiled_code import BLOCK_FORMAT
 from tokenpool.process.affinity import yield_to_others
 from tokenpool.process.parent_death import end_with_parent
 
@@ -19,8 +21,15 @@ from tokenpool.process.parent_death import end_with_parent
 class _Unadopted:
     """The `BuildContext` of a model that is never stepped."""
 
-    def __init__(self, *, movable_weights: bool) -> None:
+    def __init__(self, file: int, *, movable_weights: bool) -> None:
+        """`file` is where the host hears, see BLOCK_FORMAT."""
+        self._file = file
         self.movable_weights = movable_weights
+
+    def expect_blocks(self, block_bytes: int) -> None:
+        """The host ends this process if its pages cannot hold them."""
+        os.write(self._file, BLOCK_FORMAT.pack(block_bytes))
+        os.close(self._file)
 
     def enter_phase(self, phase: str) -> None:
         """Nobody asks."""
@@ -40,7 +49,7 @@ class _Unadopted:
         """They stay where they are: addresses are no part of compiled code."""
 
 
-def main(packed: bytes) -> None:
+def main(packed: bytes, file: int) -> None:
     """Compile the model of a pickled pair: VllmConfig, and whether its weights are to be movable."""
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -53,13 +62,13 @@ def main(packed: bytes) -> None:
     config, movable = pickle.loads(packed)
     set_for_pool(config, span_bytes=1)
     config.load_config.load_format = UNREAD
-    with building(_Unadopted(movable_weights=movable)):
+    with building(_Unadopted(file, movable_weights=movable)):
         UniProcExecutor(config).determine_available_memory()
 
 
 if __name__ == "__main__":
     end_with_parent()
     yield_to_others()
-    main(sys.stdin.buffer.read())
+    main(sys.stdin.buffer.read(), int(sys.argv[1]))
     logging.shutdown()
     os._exit(0)  # an orderly exit takes seconds and prints what Triton leaks

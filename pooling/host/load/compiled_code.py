@@ -15,12 +15,16 @@ import hashlib
 import logging
 import os
 import pickle
+import select
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from vllm import envs
@@ -34,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "tokenpool.host.load.compile_child")
 LIMIT_S = 900.0
+BLOCK_FORMAT = struct.Struct("<Q")
+"""As the process tells how many bytes a KV block has, before it compiles anything."""
+_LOOK_S = 0.05
 
 
 class CompiledCode:
@@ -55,13 +62,22 @@ class CompiledCode:
         """Whether the build would compile, as far as is known."""
         return bool(self._packed) and not self._mark.exists()
 
-    def make_aside(self, command: Sequence[str] = COMMAND, limit_s: float = LIMIT_S) -> bool:
-        """Compile in another process if that is to be done; returns whether it is done. Blocks, raises nothing."""
+    def make_aside(
+        self,
+        command: Sequence[str] = COMMAND,
+        limit_s: float = LIMIT_S,
+        check: Callable[[int], None] = lambda block_bytes: None,
+    ) -> bool:
+        """Compile in another process if that is to be done; returns whether it is done. Blocks.
+
+        `check` is told how large a KV block will be, before anything is compiled. What it raises ends the process, and
+        is raised; nothing else is.
+        """
         if not self.is_missing:
             return True
         start_s = time.monotonic()
         try:
-            self._run(command, limit_s)
+            self._run(command, limit_s, check)
         except (OSError, subprocess.SubprocessError) as error:
             logger.warning("compiled while it is built, not aside model=%s: %s", self._name, error)
             return False
@@ -76,13 +92,33 @@ class CompiledCode:
                 self._mark.parent.mkdir(parents=True, exist_ok=True)
                 self._mark.touch()
 
-    def _run(self, command: Sequence[str], limit_s: float) -> None:
-        """Run the process to its end; raises OSError, SubprocessError, and then nothing of it is left."""
-        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+    def _run(self, command: Sequence[str], limit_s: float, check: Callable[[int], None]) -> None:
+        """Run the process to its end; raises OSError, SubprocessError and what `check` does, and then it is gone."""
+        deadline_s = time.monotonic() + limit_s
+        hearing, telling = os.pipe()
+        with open(hearing, "rb", buffering=0) as heard, tempfile.TemporaryFile() as given:
+            given.write(self._packed)
+            given.seek(0)
             try:
-                process.communicate(self._packed, limit_s)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started; nobody has reaped it
-                raise
+                words = [*command, str(telling)]
+                process = subprocess.Popen(words, stdin=given, pass_fds=(telling,), start_new_session=True)
+            finally:
+                os.close(telling)
+            with process:
+                try:
+                    while process.poll() is None and not _is_readable(heard, _LOOK_S):
+                        if time.monotonic() > deadline_s:
+                            raise subprocess.TimeoutExpired(command, limit_s)
+                    if _is_readable(heard, 0) and (told := heard.read(BLOCK_FORMAT.size)):
+                        check(*BLOCK_FORMAT.unpack(told))
+                    process.wait(max(0.0, deadline_s - time.monotonic()))
+                except BaseException:
+                    if process.poll() is None:  # else another one may have its number
+                        os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started
+                    raise
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def _is_readable(file: IO[bytes], limit_s: float) -> bool:
+    return bool(select.select([file], [], [], limit_s)[0])

@@ -85,6 +85,12 @@ class ModelBuild:
         self._store = store
         """Where the weights go after loading; None = they stay where the loader puts them."""
 
+    def expect_blocks(self, block_bytes: int) -> None:
+        """Raise CapacityError for blocks that pages cannot hold, before minutes go into their model."""
+        # Another rank of a group would wait for this one in its warm-up.
+        if block_bytes and self._config.parallel_config.world_size == 1:
+            self._allocator.arena.place_of(self.name, block_bytes)
+
     def make_block_pool(self, num_gpu_blocks: int, *args: Any, **kwargs: Any) -> BlockPool:
         """A pool on slabs, or vLLM's own for a model that keeps no KV cache."""
         if self.view is None:

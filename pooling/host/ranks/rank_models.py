@@ -181,6 +181,9 @@ class _FollowedBuild:
     def enter_phase(self, phase: str) -> None:
         """Rank 0 tells how far the build is."""
 
+    def expect_blocks(self, block_bytes: int) -> None:
+        """Rank 0 judges."""
+
     def pause(self) -> None:
         """All ranks come to this point before any goes on, and others' steps are taken here."""
         self._models.meet()

@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 
 from tests.cluster.deciding.test_lives import Host, World, model
 from tokenpool.cluster.deciding.elastic import elastic_of
-from tokenpool.cluster.deciding.scaling import HostsKept
+from tokenpool.cluster.deciding.scaling import MADE_WAY, HostsKept
 from tokenpool.cluster.live_placement import placement_of
 from tokenpool.cluster.placement import Loads
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import Deployment
 from tokenpool.cluster_config import ClusterConfig, HostRange
 from tokenpool.errors import ConfigError
+from tokenpool.group_config import may_be_on
+from tokenpool.host_kinds import Kind
 
 pytestmark = pytest.mark.cpu
 
@@ -38,6 +40,8 @@ class ElasticWorld(World):
     def __init__(self, models: list[Deployment], most: int = 3, least: int = 0, come_periods: int = 2, **more: Any):
         self.config = ClusterConfig(hosts=HostRange(least, most), host_idle_after_s=IDLE_S)
         self.num_nodes = most
+        self.nodes = more.pop("nodes", [frozenset()] * most)
+        """Labels of the nodes that Ray can have, of which it has the first `num_nodes`."""
         self.come_periods = come_periods
         self.pages = more.pop("pages", 64)
         self.load_periods = more.pop("load_periods", 1)
@@ -74,7 +78,11 @@ class ElasticWorld(World):
         super().period()
         bounds = self.config.host_range
         assert len(self.scaling.asked) <= bounds.most and len(self.coming.keys() | self.hosts.keys()) <= bounds.most
-        if self.control.is_settled and not self.control.draining:
+        for host in self.hosts.values():
+            for name in host.models.keys() & self.control.models.keys():
+                assert may_be_on(self.control.models[name].hosts, host.labels), f"{name} is on {host.name}"
+        makes_way = any(MADE_WAY in decision["reason"] for decision in self.control.log.last()[-10:])
+        if self.control.is_settled and not self.control.draining and not makes_way:
             assert len(self.scaling.wanted) - len(self.scaling.leaving - self.scaling.ending) >= bounds.least
 
     def _ray(self) -> None:
@@ -88,11 +96,12 @@ class ElasticWorld(World):
                 self.coming[name] = self.come_periods
         for name in list(self.coming):
             self.coming[name] -= 1
-            if self.coming[name] < 0 and sum(host.is_there for host in self.hosts.values()) < self.num_nodes:
+            free = self._free_nodes(self.scaling.kind(name))
+            if self.coming[name] < 0 and free:
                 del self.coming[name]
                 host = self.hosts.setdefault(name, Host(name, self.pages, self.load_periods))
                 host.die()
-                host.is_there = True
+                host.is_there, host.node, host.labels = True, free[0], self.nodes[free[0]]
         for name in sorted(self.scaling.ending):
             host = self.hosts.get(name)
             assert host is None or not host.is_there or not (host.models or host.orders), "it has models"
@@ -105,6 +114,10 @@ class ElasticWorld(World):
                 self.hosts.pop(name, None)
                 self.was_given_back.append(name)
                 self.control.host_ended(name)
+
+    def _free_nodes(self, kind: Kind) -> list[int]:
+        taken = {host.node for host in self.hosts.values() if host.is_there}
+        return [i for i in range(self.num_nodes) if i not in taken and may_be_on(kind, self.nodes[i])]
 
     def lose_node(self, name: str) -> None:
         """A host is gone with its node, or the node on which it was about to be; Ray starts it anew on another one."""
@@ -180,6 +193,20 @@ def test_an_idle_model_does_not_keep_a_host_of_its_own():
     assert (len(w.hosts), w.loaded(), long.end) == (1, {"a"}, "") and w.control.view().models["b"].is_cold
 
 
+@pytest.mark.parametrize(("rule", "count"), [({}, 2), ({"unload_after_s": 3.0}, 1)])
+def test_idle_models_take_room_until_they_are_unloaded(rule, count):
+    """Two hosts, each with a used and an idle model: the used ones would fit on one of them."""
+    w = ElasticWorld([model("a", 30), model("x", 30, **rule), model("b", 30), model("y", 30, **rule)], pages=64)
+    asked = []
+    for name in "axby":
+        asked.append(w.ask("two", name, steps=200 if name in "ab" else 24))
+        w.settle(6)
+    long = asked[::2]
+    assert len(w.hosts) == 2 and w.loaded() == {"a", "b", "x", "y"}
+    w.settle(60)
+    assert (len(w.hosts), [request.end for request in long]) == (count, ["", ""])
+
+
 def test_a_request_while_a_host_is_emptied_keeps_it():
     w = ElasticWorld([model("a", 40), model("k", 40, keep="host")])
     for name in "ak":
@@ -228,12 +255,84 @@ def test_what_no_host_can_hold_is_refused_once_one_is_known():
     assert w.hosts == {}
 
 
-def test_a_label_that_no_node_has_is_told():
-    w = ElasticWorld([replace(model("a"), hosts=("gpu=h100",)), model("b")])
-    w.ask("one", "b", steps=60)
+H100, A100 = frozenset({"gpu=h100"}), frozenset({"gpu=a100"})
+
+
+def labelled(name: str, *hosts: str, mib: int = 4, **rule: Any) -> Deployment:
+    return replace(model(name, mib, **rule), hosts=hosts)
+
+
+def test_a_model_brings_a_host_with_its_labels():
+    """Of two kinds of nodes, each model gets the one that it may be on, and the one that has no label is nobody's."""
+    w = ElasticWorld(
+        [labelled("a", "gpu=h100"), labelled("b", "gpu=a100", "zone=n"), labelled("c", "!gpu=a100")],
+        nodes=[frozenset(), A100, H100],
+    )
+    w.ask("one", "a")
+    w.run(20)
+    assert [host.labels for host in w.hosts.values()] == [H100]
+    w.ask("one", "b")
+    w.ask("two", "c")
+    w.run(30)
+    assert sorted(sorted(host.labels) for host in w.hosts.values()) == [["gpu=a100"], ["gpu=h100"]]
+    w.settle(60)
+    assert w.hosts == {} and set(w.ends()) == {"answered"}
+
+
+def test_a_label_that_no_node_has_is_waited_for_and_is_in_nobodys_way():
+    """Ray may have a node one day; for how long requests wait is for the servers to say."""
+    w = ElasticWorld([labelled("a", "gpu=h100"), model("b")])
     asked = w.ask("one", "a")
+    w.settle(10)
+    w.ask("one", "b")
     w.settle(30)
-    assert "may take it" in asked.end and len(w.hosts) == 1
+    assert w.ends() == ["", "answered"] and w.control.view().models["a"].error is None
+    w.servers["one"].held.clear()
+    asked.end = "timed out"
+    w.settle(40)
+    assert w.scaling.asked == set()
+
+
+def test_at_the_most_hosts_an_idle_host_makes_way_for_one_with_the_label():
+    w = ElasticWorld([labelled("a", "gpu=h100"), labelled("b", "gpu=a100")], most=1, nodes=[H100, A100])
+    w.num_nodes = 2
+    w.ask("one", "a")
+    w.run(20)
+    for name in "bab":
+        w.ask("two", name)
+        w.run(40)
+    assert set(w.ends()) == {"answered"} and w.actions("load_failed", "not_placed") == []
+
+
+def test_at_the_most_hosts_a_host_in_use_stays_and_the_other_kind_is_told():
+    w = ElasticWorld([labelled("a", "gpu=h100", at_start=True), labelled("b", "gpu=a100")], most=1, nodes=[H100, A100])
+    w.num_nodes = 2
+    w.settle(10)
+    asked = w.ask("one", "b")
+    w.settle(20)
+    assert "may take it" in asked.end and w.loaded() == {"a"}
+
+
+def test_models_that_take_turns_each_get_a_host_of_their_kind():
+    """One is loaded at a time; the host of the other one has to be there before it can be its turn."""
+    w = ElasticWorld(
+        [labelled("a", "gpu=h100", at_start=True), labelled("b", "gpu=a100")], most=2, max_loaded=1, nodes=[H100, A100]
+    )
+    w.settle(10)
+    for name in "bab":
+        w.ask("one", name)
+        w.run(60)
+    assert set(w.ends()) == {"answered"}
+
+
+@pytest.mark.parametrize("with_snapshot", [True, False])
+def test_a_new_controller_waits_for_the_same_kind(with_snapshot):
+    w = ElasticWorld([labelled("a", "gpu=h100")], come_periods=8, nodes=[frozenset(), H100, frozenset()])
+    w.ask("one", "a")
+    w.settle(3)
+    w.replace_controller(with_snapshot=with_snapshot)
+    w.run(60)
+    assert [(name, host.labels) for name, host in w.hosts.items()] == [("host-0", H100)]
 
 
 @pytest.mark.parametrize("with_snapshot", [True, False])
@@ -324,18 +423,21 @@ EVENTS = st.lists(
     ),
     come_periods=st.integers(0, 6),
     periods=st.tuples(st.integers(0, 2), st.integers(0, 4)),
+    labels=st.lists(st.sampled_from([(), (), ("gpu=h100",), ("gpu=a100",), ("!gpu=a100",)]), min_size=5, max_size=5),
 )
 def test_every_request_is_answered_or_refused_while_hosts_come_and_go(
-    events, bounds, max_loaded, sizes, rules, come_periods, periods
+    events, bounds, max_loaded, sizes, rules, come_periods, periods, labels
 ):
     """Through deaths of all kinds, of hosts that are pending, emptied or given back too, a Ray without nodes and one
-    without a head: the bounds hold, no host is started twice or ended with models, in the end nobody waits, and hosts
-    that nobody needs are gone."""
-    models = [model(f"m{i}", mib, **rules[i]) for i, mib in enumerate(sizes)]
+    without a head: the bounds hold, no host is started twice or ended with models, no model is on a host that it may
+    not be on, in the end nobody waits, and hosts that nobody needs are gone."""
+    models = [labelled(f"m{i}", *labels[i], mib=mib, **rules[i]) for i, mib in enumerate(sizes)]
+    nodes = [frozenset(), H100, A100] * max(bounds)
     w = ElasticWorld(
         models, max(bounds), bounds[0], come_periods, max_loaded=max_loaded, load_periods=periods[0],
-        end_periods=periods[1],
+        end_periods=periods[1], nodes=nodes,
     )  # fmt: skip
+    w.num_nodes = len(nodes)
     w.have_returned = True
     for event, which, steps in events:
         what, _, stage = event.rpartition(" ") if event.endswith(STAGES) else (event, "", "")
@@ -359,14 +461,14 @@ def test_every_request_is_answered_or_refused_while_hosts_come_and_go(
             host = sorted(w.control.hosts)[which % len(w.control.hosts)]
             w.control.drain(host, is_wanted=host not in w.control.draining)
         elif what == "nodes":
-            w.num_nodes = which % (max(bounds) + 1)
+            w.num_nodes = which % (len(nodes) + 1)
         elif what == "refuse" and hosts:
             refusing = w.hosts[hosts[which % len(hosts)]]
             refusing.refuses = {} if name in refusing.refuses else {name: ConfigError("no file")}
         elif what == "load":
             w.loads = Loads({host: steps / 10 for host in w.control.hosts}, is_over=steps > 9) if steps % 3 else None
         w.settle(1 + steps % 3)
-    w.num_nodes, w.loads, w.is_head_up = max(bounds), None, True
+    w.num_nodes, w.loads, w.is_head_up = len(nodes), None, True
     for host in w.control.draining & w.control.hosts.keys():
         w.control.drain(host, is_wanted=False)
     for host in w.hosts.values():

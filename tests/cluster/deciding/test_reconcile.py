@@ -42,6 +42,7 @@ class MemoryHost:
         self.epoch, self.controller = 0, ""
         self.refuses: dict[str, Exception] = {}
         self.labels: frozenset[str] = frozenset()
+        self.node = 0
         self.start()
 
     def start(self) -> None:

@@ -17,6 +17,7 @@ from tokenpool.cluster.deciding.scaling import HostUse, Load, Need, Scaling
 from tokenpool.cluster.placement import Situation
 from tokenpool.cluster.values import Deployment
 from tokenpool.cluster_config import HostRange
+from tokenpool.host_kinds import ANY
 
 pytestmark = pytest.mark.cpu
 
@@ -37,6 +38,8 @@ class Fleet:
     def look(self, **need) -> list[str]:
         """One period; returns what was decided."""
         self.now_s += PERIOD_S
+        if (count := need.pop("num_for_models", None)) is not None:
+            need["for_models"] = [ANY] * count
         made = self.scaling.decide(Need(self.now_s, up=dict(self.uses), **need))
         for host in self.scaling.ending.copy():
             assert self.uses.pop(host, HostUse()).num_seats == 0, "it has models"
@@ -155,10 +158,10 @@ def test_a_host_that_the_operator_drained_is_replaced_and_given_back():
 def test_a_model_without_a_home_gets_one_more_host_and_no_second_one_before_it_is_there():
     f = Fleet(most=8)
     f.look(num_for_models=1)
-    f.run(1, num_for_models=1, is_homeless=True)
+    f.run(1, num_for_models=1, homeless=ANY)
     assert f.count == 1, "what is there may be changing"
     f.are_there = False
-    f.run(30, num_for_models=1, is_homeless=True)
+    f.run(30, num_for_models=1, homeless=ANY)
     assert f.count == 2
 
 
@@ -211,7 +214,7 @@ def test_whatever_is_needed_the_bounds_hold_and_no_host_with_models_is_ended(bou
             f.uses = {
                 host: HostUse(int(host in f.scaling.wanted and int(host[5:]) % 10 in busy), 0, 0.0) for host in f.uses
             }
-            f.look(num_for_models=num, load=Load(total, is_over), is_homeless=is_homeless)
+            f.look(num_for_models=num, load=Load(total, is_over), homeless=ANY if is_homeless else None)
             assert least <= f.count or len(f.scaling.asked) == most
             assert len(f.scaling.asked) <= most and f.scaling.leaving | f.scaling.ending <= f.scaling.asked
             assert num == 0 or f.scaling.wanted, "somebody waits"
@@ -263,19 +266,19 @@ BLANK = MemoryHost("h", pages=65).report(1.0)
     ],
 )
 def test_hosts_that_models_need(sizes, rules, count):
-    assert hosts_needed([model(f"m{i}", mib) for i, mib in enumerate(sizes)], BLANK, rules) == count
+    assert hosts_needed([model(f"m{i}", mib) for i, mib in enumerate(sizes)], BLANK, rules) == [ANY] * count
 
 
 def test_before_a_host_was_seen_one_is_asked_for_or_as_many_as_replicas():
-    assert hosts_needed([model("a", 90), model("b", 90)], None, Rules()) == 1
-    assert hosts_needed([model("a", 90, replicas=2), model("b")], None, Rules()) == 2
+    assert hosts_needed([model("a", 90), model("b", 90)], None, Rules()) == [ANY]
+    assert hosts_needed([model("a", 90, replicas=2), model("b")], None, Rules()) == [ANY] * 2
 
 
 @settings(max_examples=200, deadline=None)
 @given(sizes=st.lists(st.integers(1, 70), max_size=12), replicas=st.integers(1, 3))
 def test_needed_hosts_are_enough_and_not_many_too_many(sizes, replicas):
     models = [model(f"m{i}", mib) for i, mib in enumerate(sizes)]
-    count = hosts_needed(models, BLANK, Rules(replicas))
+    count = len(hosts_needed(models, BLANK, Rules(replicas)))
     fitting = [mib + 1 for mib in sizes if mib + 1 <= 64]
     assert (count == 0) is (not sizes)
     assert count * 64 >= replicas * sum(fitting)

@@ -139,6 +139,20 @@ def test_blocks_of_a_model_that_is_another_one_meanwhile_are_not_taken(
         assert result.result(60) == target.verify() == 0
 
 
+def test_what_another_model_of_the_name_has_computed_is_not_what_was_offered(pair: tuple[TierHost, TierHost]) -> None:
+    """The source's model is removed, and one with other weights computes the same prompt: the keys are the same."""
+    source, target = pair
+    offer = source.export()
+    source.forget()
+    source.call(source.add).result()
+    again = source.export()
+    assert again["keys"] == offer["keys"]
+    with pytest.raises(HostError, match="does not send KV"):
+        target.fetch(offer)
+    assert target.verify() == 0
+    assert target.fetch(again) == target.verify() == BLOCKS
+
+
 def silent(wire: Wire) -> None:
     """Asks for more than a socket takes and reads nothing."""
     for number in range(4):
@@ -167,7 +181,7 @@ def test_a_target_that_hangs_or_dies_keeps_nothing_of_the_source(
     offer = source.export()
     wire = knock(offer)
     wire.prove(offer["access"])
-    wire.send(msgspec.msgpack.encode(Open(MODEL, BLOCK, 256)))
+    wire.send(msgspec.msgpack.encode(Open(MODEL, BLOCK, 256, 0)))
     peer(wire)
     assert target.fetch(offer) == target.verify() == BLOCKS
     assert source.call(lambda: source.tier.drop_cached(MEMORY)).result() >= BLOCKS * BLOCK
@@ -181,7 +195,10 @@ def test_sizes_that_are_not_the_models_are_refused(pair: tuple[TierHost, TierHos
     offer = source.export()
     with pytest.raises(HostError, match="another size"):
         target.fetch({**offer, "block_bytes": 2 * BLOCK})
-    for opened in (Open(MODEL, 2 * BLOCK, 1), Open(MODEL, BLOCK, 257), Open(MODEL, BLOCK, 0), Open("x", BLOCK, 1)):
+    for opened in (
+        Open(MODEL, 2 * BLOCK, 1, 0), Open(MODEL, BLOCK, 257, 0), Open(MODEL, BLOCK, 0, 0), Open("x", BLOCK, 1, 0),
+        Open(MODEL, BLOCK, 1, 7),
+    ):  # fmt: skip
         wire = knock(offer)
         wire.prove(offer["access"])
         wire.send(msgspec.msgpack.encode(opened))

@@ -47,6 +47,11 @@ class Host:
         self.tier = HostKVTier(HostLedger(budget), self.device, buffer_bytes=buffer)
         self.tier.host.make_room = self.tier.drop_cached
         self.images: list = []
+        self.weights = 0
+        """Which of the models that the host has had one after the other, all of one name: each makes other bytes."""
+
+    def content(self, key: bytes) -> np.ndarray:
+        return content_of(key, BLOCK) + np.uint8(self.weights)
 
     def offer(self, *numbers: int) -> None:
         """Cache blocks that were just computed; their bytes may be a while in coming."""
@@ -54,7 +59,7 @@ class Host:
         for number in numbers:
             address = self.base + number * BLOCK
             self.device.settle(address, BLOCK)
-            self.device.tensor(address, BLOCK).numpy().view(np.uint8)[:] = content_of(key_of(number), BLOCK)
+            self.device.tensor(address, BLOCK).numpy().view(np.uint8)[:] = self.content(key_of(number))
             blocks.append(OfferedBlock(key_of(number), number, address))
         self.tier.offer(MODEL, blocks, BLOCK)
 
@@ -68,7 +73,7 @@ class Host:
                 entry.slot.buffer.settle()
             elif entry.slot.buffer.copies is not None:
                 continue
-            assert np.array_equal(entry.slot.view().numpy(), content_of(key, BLOCK)), "a block has other bytes"
+            assert np.array_equal(entry.slot.view().numpy(), self.content(key)), "a block has other bytes"
             assert key_of(entry.tag) == key
 
     def close(self) -> None:
@@ -147,11 +152,25 @@ class MoveMachine(RuleBasedStateMachine):
 
     @rule(there=st.booleans())
     def forget(self, there: bool) -> None:
-        """The weights changed: what is on its way means nothing there any more."""
+        """All is to be computed anew: what is on its way means nothing there any more."""
         host = self.both(there)
         host.tier.forget(MODEL)
         if there and self.fetch is not None:
             assert all(asked.arrival.stale is None for asked in self.fetch._open)
+
+    @rule()
+    def another_model(self) -> None:
+        """The source has another model of that name now, while the target still waits for blocks of the one before."""
+        self.source.tier.forget(MODEL)
+        self.source.weights += 1
+
+    @precondition(lambda self: self.source.weights != self.target.weights)
+    @rule()
+    def another_model_at_the_target(self) -> None:
+        """It has it too: moves of the one before have ended there."""
+        self.end()
+        self.target.tier.forget(MODEL)
+        self.target.weights = self.source.weights
 
     @rule(there=st.booleans(), count=st.integers(1, 8))
     def need_memory(self, there: bool, count: int) -> None:
@@ -167,7 +186,7 @@ class MoveMachine(RuleBasedStateMachine):
         if host.images:
             host.tier.free_image(host.images.pop())
 
-    @precondition(lambda self: self.fetch is None)
+    @precondition(lambda self: self.fetch is None and self.source.weights == self.target.weights)
     @rule(
         numbers=st.lists(NUMBERS, min_size=1, max_size=16, unique=True),
         chunk_blocks=st.integers(1, 5),
@@ -175,7 +194,8 @@ class MoveMachine(RuleBasedStateMachine):
     )
     def begin(self, numbers: list[int], chunk_blocks: int, window: int) -> None:
         keys = [key_of(number) for number in numbers]
-        self.fetch = Fetch(self.target.tier, MODEL, keys, BLOCK, chunk_blocks=chunk_blocks, window=window)
+        offered = self.source.tier.generation(MODEL)
+        self.fetch = Fetch(self.target.tier, MODEL, keys, BLOCK, offered, chunk_blocks=chunk_blocks, window=window)
         self.most = chunk_blocks * window
         self.turn()
 
@@ -191,7 +211,11 @@ class MoveMachine(RuleBasedStateMachine):
     def answer(self, data: st.DataObject) -> None:
         """In any order."""
         asked = self.wanted.pop(data.draw(st.integers(0, len(self.wanted) - 1)))
-        supply = Supply(self.source.tier.entries_of(MODEL), list(asked.keys), BLOCK)
+        fetch, tier = self.fetch, self.source.tier
+        assert fetch is not None
+        supply = Supply(
+            tier.entries_of(MODEL), list(asked.keys), BLOCK, lambda: tier.generation(MODEL) == fetch.generation
+        )
         if supply.has_copies():
             supply.settle()
         self.lines.append(Line(asked, supply))

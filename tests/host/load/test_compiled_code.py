@@ -16,6 +16,7 @@ from tests.helpers.cases import greedy, make_cases
 from tests.helpers.plain import Case
 from tests.helpers.server import is_running, poll
 from tokenpool.demo.tiny_models import make_tiny_model
+from tokenpool.errors import CapacityError
 
 pytestmark = pytest.mark.vllm
 
@@ -194,3 +195,46 @@ def test_a_model_that_is_not_compiled_needs_no_process(cache, case):
     assert not code.is_missing
     assert code.make_aside(("/no/such/program",))
     assert not cache.exists()
+
+
+def test_a_model_whose_blocks_no_page_holds_is_refused_before_it_is_compiled_aside(cache, case):
+    """The process tells how large they are as soon as it knows, and is ended."""
+    from tests.helpers.pooled import PooledModels, make_spec
+
+    pooled = PooledModels(16 << 20, 4 << 10, movable_weights=True)
+    code, told = code_of(make_spec(case, **COMPILED)), []
+
+    def check(block_bytes: int) -> None:
+        told.append(block_bytes)
+        pooled.host.allocator.arena.place_of(case.name, block_bytes)
+
+    with pytest.raises(CapacityError, match="more than page_size 4096; raise page_size"):
+        code.make_aside(check=check)
+    assert code.is_missing and not libraries(cache)
+    assert len(told) == 1 and told[0] > 4096
+    pooled.close()
+
+
+@pytest.mark.parametrize("page_kib", [4, 256])
+def test_the_size_of_a_block_is_known_before_the_model_is_compiled(cache, case, page_kib):
+    """Where it is compiled while it is built, as the first model is; and it is the size that vLLM then plans."""
+    from torch._dynamo import convert_frame
+
+    from tests.helpers.pooled import PooledModels, make_spec
+    from tokenpool.host.load.model_build import ModelBuild
+
+    told: list[int] = []
+    expect = ModelBuild.expect_blocks
+    pooled = PooledModels(16 << 20, page_kib << 10, movable_weights=True)
+    before = len(convert_frame._bytecode_hooks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelBuild, "expect_blocks", lambda self, size: (told.append(size), expect(self, size)))
+        if page_kib == 4:
+            with pytest.raises(CapacityError, match="more than page_size"):
+                pooled.host.add_model(make_spec(case, **TRACED))
+            assert len(convert_frame._bytecode_hooks) == before, "it was compiled"
+        else:
+            pooled.host.add_model(make_spec(case, **TRACED))
+            assert told == [pooled.host.models[case.name].build.view.block_bytes]
+    assert len(told) == 1 and told[0] > 0
+    pooled.close()

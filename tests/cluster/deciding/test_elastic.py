@@ -83,7 +83,8 @@ class ElasticWorld(World):
                 assert may_be_on(self.control.models[name].hosts, host.labels), f"{name} is on {host.name}"
         makes_way = any(MADE_WAY in decision["reason"] for decision in self.control.log.last()[-10:])
         if self.control.is_settled and not self.control.draining and not makes_way:
-            assert len(self.scaling.wanted) - len(self.scaling.leaving - self.scaling.ending) >= bounds.least
+            least = min(bounds.least, bounds.most - len(self.scaling.ending))  # these count until they are gone
+            assert len(self.scaling.wanted) - len(self.scaling.leaving - self.scaling.ending) >= least
 
     def _ray(self) -> None:
         if not self.is_head_up:

@@ -5,6 +5,9 @@ A compilation takes seconds to a minute and cannot be split, and the build of a 
 of all others. What the process leaves in vLLM's cache folder is found by the build, which then compiles nothing. One
 that dies, hangs or cannot start costs nothing else: the build compiles by itself.
 
+Code is compiled for each rank of a tensor parallel group: each has other shards, and vLLM a cache for each. So there is
+a process for each, and they meet in what they compute as the ranks of the host do; one that fails ends all.
+
 Only on the CPU. On a GPU the process would need memory for the weights there a second time.
 """
 
@@ -15,9 +18,11 @@ import hashlib
 import logging
 import os
 import pickle
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "tokenpool.host.load.compile_child")
 LIMIT_S = 900.0
+_LOOK_S = 0.05
 
 
 class CompiledCode:
@@ -42,8 +48,8 @@ class CompiledCode:
     def __init__(self, name: str, config: VllmConfig, *, movable_weights: bool) -> None:
         self._name = name
         self._packed = b""
-        mode, ranks = config.compilation_config.mode, config.parallel_config.world_size
-        if mode in (None, CompilationMode.NONE) or not current_platform.is_cpu() or ranks > 1:
+        self._num_ranks = config.parallel_config.world_size
+        if config.compilation_config.mode in (None, CompilationMode.NONE) or not current_platform.is_cpu():
             return
         self._packed = pickle.dumps((config, movable_weights))
         facts = [hash_factors(envs.compile_factors()), config.compute_hash(), movable_weights, torch.__version__]
@@ -77,12 +83,36 @@ class CompiledCode:
                 self._mark.touch()
 
     def _run(self, command: Sequence[str], limit_s: float) -> None:
-        """Run the process to its end; raises OSError, SubprocessError, and then nothing of it is left."""
-        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+        """Run a process for each rank to its end; raises OSError, SubprocessError, and then nothing is left of them."""
+        processes: list[subprocess.Popen[bytes]] = []
+        with tempfile.TemporaryDirectory(prefix="tokenpool-compile-") as folder:
+            given = Path(folder, "model")
+            given.write_bytes(self._packed)
+            # vLLM names the ranks' shared memory after this file, which must be like no other on the machine.
+            meet_at = f"file://{folder}/tokenpool-{secrets.token_hex(8)}"
             try:
-                process.communicate(self._packed, limit_s)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started; nobody has reaped it
-                raise
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, command)
+                for rank in range(self._num_ranks):
+                    with given.open("rb") as file:
+                        words = [*command, str(rank), meet_at]
+                        processes.append(subprocess.Popen(words, stdin=file, start_new_session=True))
+                _wait_for_all(processes, limit_s)
+            finally:
+                for process in processes:
+                    if process.poll() is None:  # it may wait for one that has ended
+                        os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started
+                        process.wait()
+
+
+def _wait_for_all(processes: Sequence[subprocess.Popen[bytes]], limit_s: float) -> None:
+    """Until all have ended well; raises SubprocessError when one has not, or the time is over."""
+    end_s = time.monotonic() + limit_s
+    while True:
+        are_running = [process for process in processes if process.poll() is None]
+        for process in processes:
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args)
+        if not are_running:
+            return
+        if time.monotonic() >= end_s:
+            raise subprocess.TimeoutExpired(are_running[0].args, limit_s)
+        time.sleep(_LOOK_S)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -45,6 +46,16 @@ def make_device(page_size: int, cpu_link: int | None = None, rank: int = 0) -> D
     raise ConfigError(
         f"{current_platform.device_name} is not supported: install tokenpool[cpu] or tokenpool[cuda]", key="device"
     )
+
+
+def run_near_gpu(device: Device) -> None:
+    """Let this thread, and those that it starts from now on, run on the cores of its GPU's NUMA node, as far as known.
+
+    vLLM's own way, `--numa-bind`, starts the process of a rank by numactl, which a container may not have.
+    """
+    if (gpu := _gpu_of(device)) is not None and gpu.near_cpus:
+        with suppress(OSError):  # none of them is ours: a core of another node is slower and works
+            os.sched_setaffinity(0, gpu.near_cpus)
 
 
 def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_pages: int) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,20 @@ TOKENS = 60
 def random_state(wrapper: Any) -> torch.Tensor:
     """What the rank draws from."""
     return torch.get_rng_state()
+
+
+def environment(wrapper: Any) -> dict[str, str]:
+    """What the process of the rank has."""
+    return dict(os.environ)
+
+
+def collectives_of_a_step(wrapper: Any) -> int:
+    """How often a dummy step of the model calls the group."""
+    from tokenpool.host.engine.process_groups import counted_collectives
+
+    with counted_collectives() as counted:
+        wrapper.worker.model_runner._dummy_run(16)
+    return counted.calls
 
 
 def fail_once(wrapper: Any, rank: int, method: str, error: type[Exception] = torch.OutOfMemoryError) -> None:
@@ -127,6 +142,22 @@ def test_all_ranks_draw_the_same_random_numbers(pooled: Any, case: Case) -> None
     assert_same_random_numbers(pooled)
     pooled.host.remove_model("second")
     assert_same_random_numbers(pooled)
+
+
+def test_all_ranks_have_switched_off_what_engines_cannot_share(pooled: Any) -> None:
+    """Ways to reduce that a process has once."""
+    from tokenpool.settings import OFF_IN_GROUPS
+
+    found = pooled.host.models["llama"].core.model_executor.collective_rpc(environment)
+    assert 2 == len(found)
+    assert [["0"] * len(OFF_IN_GROUPS)] * 2 == [[each.get(v.name) for v in OFF_IN_GROUPS] for each in found]
+
+
+def test_all_ranks_count_the_same_collectives(pooled: Any) -> None:
+    """So they refuse the same model: two for each of its layers and one for its embedding."""
+    executor = pooled.host.models["llama"].core.model_executor
+    layers = executor.vllm_config.model_config.hf_config.num_hidden_layers
+    assert [2 * layers + 1] * 2 == executor.collective_rpc(collectives_of_a_step)
 
 
 def test_streams_go_on_while_a_model_is_built_on_all_ranks(

@@ -18,6 +18,7 @@ from tokenpool.memory.devices.cuda import CudaDevice
 from tokenpool.memory.devices.cuda_driver import CUDA_WARNING, CudaDriver
 from tokenpool.memory.devices.device import Device
 from tokenpool.memory.devices.mirrored import MirroredDevice
+from tokenpool.process.affinity import ALL_CPUS
 from tokenpool.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,9 @@ def run_near_gpu(device: Device) -> None:
 
     vLLM's own way, `--numa-bind`, starts the process of a rank by numactl, which a container may not have.
     """
-    if (gpu := _gpu_of(device)) is not None and gpu.near_cpus:
-        with suppress(OSError):  # none of them is ours: a core of another node is slower and works
-            os.sched_setaffinity(0, gpu.near_cpus)
+    gpu = _gpu_of(device)
+    if gpu is not None and (cpus := gpu.near_cpus & ALL_CPUS):  # a core of another node is slower and works
+        os.sched_setaffinity(0, cpus)
 
 
 def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_pages: int) -> int:

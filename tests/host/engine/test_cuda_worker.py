@@ -297,15 +297,10 @@ def test_a_gpu_that_has_too_few_pages_is_told_at_start(monkeypatch):
 def test_a_rank_runs_near_its_gpu(monkeypatch):
     """On the cores of the GPU's NUMA node where they are known and ours, and it goes on where it was otherwise."""
     bound: list[frozenset[int]] = []
-
-    def bind(thread, cpus):
-        if 99 in cpus:
-            raise OSError("Invalid argument")
-        bound.append(cpus)
-
-    monkeypatch.setattr(device_choice.os, "sched_setaffinity", bind)
+    monkeypatch.setattr(device_choice, "ALL_CPUS", frozenset(range(4)))
+    monkeypatch.setattr(device_choice.os, "sched_setaffinity", lambda thread, cpus: bound.append(cpus))
     device = FakeCudaDevice()
-    device.near_cpus = frozenset({2, 3})
+    device.near_cpus = frozenset({2, 3, 6, 7})
     device_choice.run_near_gpu(device)
     device_choice.run_near_gpu(MirroredDevice(device, lambda name, args: None))
     for cpus in ((), (99,)):

@@ -6,6 +6,7 @@ vLLM's own class runs, on stand-ins for its library and for GPUs.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,6 +142,38 @@ def test_the_one_model_too_many_is_refused_before_it_captures(custom: Any) -> No
         room.take("eager", 65, 0)
         with pytest.raises(ModelRefusedError, match="'smallest'.*and 0 of 1003"):
             room.take("smallest", 1, 1)
+
+
+def test_a_worker_is_refused_by_what_its_warm_up_has_counted(custom: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the warm-up and the first capture; the next one, with fewer graphs, is not."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from tokenpool.host.engine import cuda_worker
+
+    class Communicator:
+        ca_comm = custom
+
+        def all_reduce(self, given: int) -> int:
+            return given
+
+    communicator, captured = Communicator(), list[int]()
+    monkeypatch.setattr(parallel_state._TP, "device_communicator", communicator)
+    monkeypatch.setattr(cuda_worker, "ROOM", ReduceRoom(3 + 10))
+    for name in ("hide_unreadable_blocks", "embed_in_place"):
+        monkeypatch.setattr(cuda_worker, name, lambda runner: None)
+    monkeypatch.setattr(cuda_worker, "hold_graph_pool", lambda: None)
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: [communicator.all_reduce(i) for i in (1, 2)])
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: captured.append(graphs))
+    for graphs in (6, 5):
+        worker = object.__new__(cuda_worker.PooledCUDAWorker)
+        worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=1)
+        worker.model_config = SimpleNamespace(served_model_name="llama")
+        manager = SimpleNamespace(_capture_descs={"FULL": [*range(graphs)]})
+        worker.model_runner = SimpleNamespace(cudagraph_manager=manager)
+        worker.determine_available_memory()
+        with pytest.raises(ModelRefusedError, match="'llama'.*12 places") if graphs == 6 else nullcontext():
+            worker.compile_or_warm_up_model()
+    assert [5] == captured
 
 
 def test_without_a_custom_all_reduce_nothing_is_refused(custom: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,39 +141,6 @@ def test_others_go_on_while_a_model_is_compiled(tmp_path, cache, case):
     pooled.close()
 
 
-@pytest.mark.slow
-def test_others_go_on_while_a_model_is_compiled_for_all_ranks(tmp_path, cache, monkeypatch):
-    """A process for each rank, which meet one another; then no rank of the host compiles anything."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    from tests.helpers.pooled import PooledModels, make_spec
-
-    case = make_cases(tmp_path, ("llama",), greedy(2, 20), tensor_parallel_size=2)["llama"]
-    pooled = PooledModels(8 << 20, 64 << 10, tensor_parallel_size=2, movable_weights=True, host_memory=64 << 20)
-    host, steps = pooled.host, 0
-    pooled.add(replace(case, name="stays"))
-    spec = make_spec(replace(case, name="comes"), **COMPILED)
-    code = code_of(spec)
-    assert code.is_missing
-    with ThreadPoolExecutor(1) as side:
-        done = side.submit(code.make_aside)
-        while not done.done():
-            if not host.models["stays"].core.has_work():
-                pooled.submit(replace(case, name="stays"))
-            steps += pooled.run_once()
-    assert done.result() and not code.is_missing
-    assert steps > 100
-    before = libraries(cache)
-    assert before
-    host.add_model(spec)
-    pooled.submit(replace(case, name="comes"))
-    pooled.run()
-    assert before == libraries(cache)
-    assert {20} == {len(result.tokens) for result in pooled.results("comes").values()}
-    pooled.close()
-    assert host.group is not None
-    host.group.close()
-
-
 def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path, cache):
     """At once: they would wait until the limit, and nobody else would compile."""
     from tests.helpers.pooled import make_spec

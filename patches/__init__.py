@@ -15,6 +15,7 @@ from tokenpool.patches import (
     kernel_overrides,
     kv_cache_allocation,
     model_inspection,
+    reduce_room,
     token_ranks,
     weight_iteration,
 )
@@ -34,6 +35,7 @@ PATCHES = PatchSet(
         encoder_order.PATCH,
         token_ranks.PATCH,
         compile_hash.PATCH,
+        reduce_room.PATCH,
         *dependencies.PATCHES,
     )
 )

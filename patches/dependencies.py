@@ -90,6 +90,16 @@ PATCHES = (
         removal="vLLM keeps the RoPE cache per model",
     ),
     Patch(
+        name="reduce_capture",
+        target="vllm.distributed.device_communicators.custom_all_reduce:CustomAllreduce.custom_all_reduce",
+        hashes=known(
+            v0_32_0="452e12fef6e25bc33ba37b4d8526434e7fb4019b6bf6d04976347129ca2ba8b4",
+            v0_29_0="f436ff5052ca7dbece77f5b5f1e0ab6c1a4ba7033d034619d161dbe5946e8d7b",
+        ),
+        reason="process_groups.py lets other engines reduce while a capture pauses, in which it does not compute",
+        removal="vLLM asks the stream alone whether it is capturing",
+    ),
+    Patch(
         name="expert_group",
         target="vllm.distributed.parallel_state:initialize_model_parallel",
         hashes=known(

@@ -24,7 +24,7 @@ from tokenpool.patches import apply_all
 from tokenpool.patches.engine_launch import launching
 from tokenpool.serve.client.host_process import HostProcess
 from tokenpool.serve.launch.launch_plan import host_config, plan_pool
-from tokenpool.serve.launch.model_plan import ModelPlan
+from tokenpool.serve.launch.model_plan import ModelPlan, fit_for_pool
 from tokenpool.serve.launch.poolability import check_config
 from tokenpool.wire.addresses import EngineAddresses
 
@@ -138,6 +138,7 @@ class PooledLLM(Mapping[str, LLM]):
 
     def _load(self, plan: ModelPlan) -> LLM:
         engine_args = EngineArgs.from_cli_args(plan.args)
+        fit_for_pool(plan.spec.name, engine_args)
         engine_args.disable_log_stats = True  # vLLM's metrics of several engines erase each other; see state()
 
         def launch(config: VllmConfig, addresses: EngineZmqAddresses) -> _HostedEngine:

@@ -111,6 +111,18 @@ METRICS_FOLDER = Variable("PROMETHEUS_MULTIPROC_DIR", str, "", "where the proces
 LIVE_ON = Variable("VLLM_KEEP_ALIVE_ON_ENGINE_DEATH", str, "", "keeps the server when an engine dies: it starts again")
 BREAKABLE_GRAPHS = Variable("VLLM_USE_BREAKABLE_CUDAGRAPH", str, "",
     "vLLM's own, which it sets itself for some architectures: each model of a pool has its own value")  # fmt: skip
+FLASHINFER_REDUCE = Variable("VLLM_ALLREDUCE_USE_FLASHINFER", _flag, "",
+    "all-reduces of FlashInfer, with one workspace per process, of the size of its first model")  # fmt: skip
+FLASHINFER_PCIE_REDUCE = Variable("VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC", _flag, "",
+    "the same without NVLink, for one stream of one engine")  # fmt: skip
+SYMMETRIC_REDUCE = Variable("VLLM_ALLREDUCE_USE_SYMM_MEM", _flag, "", "all-reduces in symmetric memory of torch")
+SYMMETRIC_NCCL = Variable("VLLM_USE_NCCL_SYMM_MEM", _flag, "",
+    "symmetric memory of NCCL, which swaps the memory pool of a graph that is captured for its own")  # fmt: skip
+NCCL_GRAPHS = Variable("NCCL_GRAPH_REGISTER", _flag, "", "that NCCL registers the memory of CUDA graphs")
+OFF_IN_GROUPS = (FLASHINFER_REDUCE, FLASHINFER_PCIE_REDUCE, SYMMETRIC_REDUCE, SYMMETRIC_NCCL, NCCL_GRAPHS)
+"""Ways to reduce among ranks that a process has once, and that were not tried with several engines in it: 0 for the
+ranks of a tensor parallel group."""
+ALLOCATOR = Variable("PYTORCH_CUDA_ALLOC_CONF", str, "", "torch's own: how it divides the memory of a GPU")
 REDIRECTS = Variable("VLLM_MEDIA_URL_ALLOW_REDIRECTS", str, "", "whether vLLM follows redirects of media")
 MAX_IMAGE_PIXELS = Variable("VLLM_MAX_IMAGE_PIXELS", str, "",
     "vLLM's own: the most pixels of an image ([security.md](security.md#what-a-request-may-do))")  # fmt: skip

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -213,3 +214,49 @@ def test_the_figures_of_the_readme_are_those_of_the_result_files():
     wrong = [(name, text) for name, text in figures() if not any(f"`{name}`" in r and text in r for r in rows)]
     assert [] == wrong
     assert {name for name, _ in figures()} >= {row.rsplit("| `", 1)[1].partition("`")[0] for row in rows}
+
+
+NAMED = re.compile(r"(?<![\w/.-])(?:tests|bench|pooling|patches|scheduler_plugins|deploy)/[\w./-]*\w")
+"""Paths of files and folders in a text."""
+CHECKS = set(re.findall(r"^ *check (\w+) ", (ROOT / "bench/gpu/first_minutes.sh").read_text(), re.MULTILINE))
+NO_CHECK = re.compile(r"none\b|not (written|in the script)|tensor parallelism on GPUs is refused")
+
+
+def rows_of(page: str, head: str) -> list[list[str]]:
+    """The cells of a table, below the row of its heads that begins with this one."""
+    lines = iter((DOCS / f"{page}.md").read_text().splitlines())
+    assert any(line.startswith(f"| {head} |") for line in lines), f"{page}: no table of {head}"
+    assert next(lines).startswith("|--")
+    rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    assert rows and len({len(row) for row in rows}) == 1
+    return rows
+
+
+@pytest.mark.parametrize("page", ["gpu", "tensor_parallel"])
+def test_every_file_that_the_pages_of_gpus_name_exists(page):
+    """What proves a claim is there."""
+    named = set(NAMED.findall((DOCS / f"{page}.md").read_text()))
+    assert len(named) > 10
+    assert [] == sorted(name for name in named if not (ROOT / name).exists())
+
+
+def test_each_finding_has_a_proof_and_a_check():
+    """A test that runs on the CPU, and a check of the script by its name, or that there is none."""
+    rows = rows_of("gpu", "finding")
+    assert len(rows) > 30
+    for finding, mended, proof, check in rows:
+        assert mended, finding
+        assert re.search(r"tests/[\w/]+|the same (file|test)|`first_minutes.sh --dry-run`", proof), finding
+        named = {name for name in re.findall(r"`(\w+)`", check)}
+        assert named <= CHECKS, finding
+        assert named or NO_CHECK.search(check), finding
+    assert {check for check in CHECKS if f"`{check}`" in "".join(row[3] for row in rows)} > {"link", "graphs", "eager"}
+
+
+def test_each_point_of_tensor_parallelism_says_what_proves_it():
+    """A test, or that it is not written, or needs hardware."""
+    rows = rows_of("tensor_parallel", "point")
+    assert [*map(str, range(1, 18))] == [row[0].split()[0] for row in rows]
+    for _, done, proof in rows:
+        assert done
+        assert NAMED.search(proof) or re.search(r"not written|needs hardware|the files above", proof)

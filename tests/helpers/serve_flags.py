@@ -20,7 +20,7 @@ ENGINE = names("""
     cudagraph-capture-sizes cudagraph-metrics custom-histogram-buckets
     dbo-decode-token-threshold dbo-prefill-token-threshold dcp-comm-backend dcp-kv-cache-interleave-size
     dcp-q-replicate default-mm-loras diffusion-config disable-cascade-attn disable-chunked-mm-input
-    disable-custom-all-reduce disable-hybrid-kv-cache-manager disable-log-stats disable-nccl-for-dp-synchronization
+    disable-hybrid-kv-cache-manager disable-log-stats disable-nccl-for-dp-synchronization
     disable-sliding-window download-dir dp-sync-interval dtype ec-manager-config enable-batch-sharded-sampling
     enable-chunked-prefill enable-dbo enable-ep-weight-filter enable-expert-parallel enable-flashinfer-autotune
     enable-hc-sp enable-layerwise-nvtx-tracing enable-log-requests enable-logging-iteration-details enable-lora

@@ -78,6 +78,46 @@ def windows(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
     return _close_stepped(pooled) | {"freed": reads.freed, "hidden": reads.hidden}
 
 
+class _MaskKernel:
+    """What vLLM's kernel for masks of grammars does, which Triton's interpreter refuses: the rest is vLLM's."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self._apply
+
+    def _apply(
+        self, logits: Any, _: int, rows: Any, starts: Any, masks: Any, __: int, vocab: int, **sizes: int
+    ) -> None:
+        import torch
+
+        for mask, row in zip(masks, rows.tolist(), strict=True):
+            request, position = divmod(row, sizes["MASK_STRIDE"])
+            allowed = (mask[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
+            logits[int(starts[request]) + position].masked_fill_(allowed.flatten()[:vocab] == 0, float("-inf"))
+
+
+def masked(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
+    """A request with a grammar beside others, greedy and seeded, with masks in time and with late ones."""
+    from contextlib import ExitStack
+    from dataclasses import replace
+
+    import pytest
+    from vllm.v1.worker.gpu import structured_outputs
+
+    from tests.host.engine.test_grammar_hold import GREEDY, SEEDED, Masks, _late, _play
+
+    structured_outputs._apply_grammar_bitmask_kernel = _MaskKernel()
+    case, found = replace(cases[0], engine_args=cases[0].engine_args | {"async_scheduling": ahead}), {}
+    for kind, params in (("greedy", GREEDY), ("seeded", SEEDED)):
+        with ExitStack() as stack:
+            in_time = _play(case, None, stack, params)[0]
+        with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+            masks = Masks(patch, _late(0).__contains__)
+            late, preemptions, beside = _play(case, masks, stack, params)
+        found[kind] = {"in_time": in_time, "late": late, "kept": masks.kept}
+        found[kind] |= {"preemptions": preemptions, "beside": beside}
+    return found
+
+
 def drafted(cases: list[Case], *, ahead: bool) -> dict[str, Any]:
     """The same with models that have drafters."""
     return moves(cases, ahead=ahead)

@@ -308,7 +308,7 @@ def test_pinned_memory_is_touched_on_the_gpus_node(monkeypatch, tmp_path):
     assert {0, 2, 3, 4} == cpus_near("0000:3b:00.0", tmp_path)
     assert not cpus_near("0000:99:00.0", tmp_path)
     device, set_to = FakeCudaDevice(), []
-    device._near_cpus = frozenset({min(before)})
+    device.near_cpus = frozenset({min(before)})
     real = os.sched_setaffinity
     monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: (set_to.append(set(cpus)), real(pid, cpus)))
     device.host_buffer(10)

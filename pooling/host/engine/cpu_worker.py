@@ -8,7 +8,7 @@ from typing import Any
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tokenpool.host.engine import cpu_mla
-from tokenpool.host.engine.expert_group import ensure_expert_group
+from tokenpool.host.engine.process_groups import ensure_expert_group
 from tokenpool.host.kv.block_size import block_bytes_of
 from tokenpool.host.kv.embedded_rows import embed_in_place
 from tokenpool.host.kv.readable_blocks import hide_unreadable_blocks

@@ -14,8 +14,8 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_worker import Worker
 
-from tokenpool.host.engine.expert_group import ensure_expert_group
-from tokenpool.host.engine.giving_way import giving_way
+from tokenpool.host.engine.giving_way import giving_way, graphs_to_capture
+from tokenpool.host.engine.process_groups import ROOM, counted_collectives, ensure_expert_group
 from tokenpool.host.kv.block_size import block_bytes_of
 from tokenpool.host.kv.embedded_rows import embed_in_place
 from tokenpool.host.kv.readable_blocks import hide_unreadable_blocks
@@ -25,6 +25,9 @@ from tokenpool.patches.build_context import current_build
 
 class PooledCUDAWorker(Worker):
     """A GPU worker that shares process groups and device memory with the other engines of its host."""
+
+    _collectives = 0
+    """Of one forward pass, as counted when the model was warmed up."""
 
     def init_device(self) -> None:
         """Set up the worker without vLLM's check that `gpu_memory_utilization` of the GPU is free.
@@ -68,13 +71,19 @@ class PooledCUDAWorker(Worker):
         if (build := current_build()) is not None:
             build.expect_blocks(block_bytes_of(self.vllm_config, self.get_kv_cache_spec()))
             build.enter_phase("warming up")
-        super().determine_available_memory()
+        with counted_collectives() as counted:
+            super().determine_available_memory()
+        self._collectives = counted.calls
         if build is not None:
             build.enter_phase("building engine")
         return nbytes
 
     def compile_or_warm_up_model(self) -> Any:
-        """Compile, warm kernels up and capture graphs, without a write to blocks that are not this model's."""
+        """Compile, warm kernels up and capture graphs, without a write to blocks that are not this model's.
+
+        Raises ModelRefusedError, before the first capture, where the ranks' all-reduce has no room for them.
+        """
+        ROOM.take(self.model_config.served_model_name, self._collectives, graphs_to_capture(self.model_runner))
         hide_unreadable_blocks(self.model_runner)
         embed_in_place(self.model_runner)
         hold_graph_pool()

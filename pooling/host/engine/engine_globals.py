@@ -18,6 +18,7 @@ from tokenpool.host.engine.process_choices import (
     ModuleAttribute,
     variables_read_anew,
 )
+from tokenpool.host.engine.process_groups import outside_capture
 from tokenpool.process.cpu_tiles import ask_for_tiles
 
 _SWITCHED = (
@@ -100,7 +101,8 @@ class EngineGlobals:
         self._clear()
         self._outside.install()
         try:
-            yield
+            with outside_capture():
+                yield
         finally:
             self._save()
             self._current = None

@@ -25,6 +25,14 @@ class _Pausing(list[Any]):
             yield item
 
 
+def graphs_to_capture(runner: Any) -> int:
+    """How many graphs a runner that was warmed up will capture, those of encoders left out."""
+    if (manager := getattr(runner, "cudagraph_manager", None)) is not None:
+        return sum(map(len, manager._capture_descs.values()))
+    dispatcher = getattr(runner, "cudagraph_dispatcher", None)  # of the first runner
+    return 0 if dispatcher is None else sum(len(graphs) for _, graphs in dispatcher.get_capture_descs())
+
+
 @contextmanager
 def giving_way(runner: Any, pause: Callable[[], None]) -> Iterator[None]:
     """In the block, `pause` is called before each dummy run of a model runner and each graph that it captures."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that compiles a model for a host: `python -m tokenpool.host.load.compile_child`, see compiled_code.py.
+"""The process that compiles a model for a host: `python -m tokenpool.host.load.compile_child RANK INIT_METHOD FILE`.
 
 It makes the model as the host will, without reading its weights, tells how large its KV blocks are, warms it up, which
-compiles it, and ends.
+compiles it, and ends. Of a model on several ranks there is one for each, which meet as those of the host do; see
+compiled_code.py.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class _Unadopted:
         """They stay where they are: addresses are no part of compiled code."""
 
 
-def main(packed: bytes, file: int) -> None:
-    """Compile the model of a pickled pair: VllmConfig, and whether its weights are to be movable."""
+def main(packed: bytes, rank: int, init_method: str, file: int) -> None:
+    """Compile the model of a pickled pair, VllmConfig and whether its weights are to be movable, for one rank."""
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     from tokenpool.host.load.model_build import set_for_pool
@@ -58,17 +59,23 @@ def main(packed: bytes, file: int) -> None:
     from tokenpool.patches import apply_all
     from tokenpool.patches.build_context import building
 
+    class OneRank(UniProcExecutor):
+        """Has the worker of this rank, and none else."""
+
+        def _distributed_args(self) -> tuple[str, int, int]:
+            return init_method, rank, rank
+
     apply_all()
     config, movable = pickle.loads(packed)
     set_for_pool(config, span_bytes=1)
     config.load_config.load_format = UNREAD
     with building(_Unadopted(file, movable_weights=movable)):
-        UniProcExecutor(config).determine_available_memory()
+        OneRank(config).determine_available_memory()
 
 
 if __name__ == "__main__":
     end_with_parent()
     yield_to_others()
-    main(sys.stdin.buffer.read(), int(sys.argv[1]))
+    main(sys.stdin.buffer.read(), int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
     logging.shutdown()
     os._exit(0)  # an orderly exit takes seconds and prints what Triton leaks

@@ -5,6 +5,9 @@ A compilation takes seconds to a minute and cannot be split, and the build of a 
 of all others. What the process leaves in vLLM's cache folder is found by the build, which then compiles nothing. One
 that dies, hangs or cannot start costs nothing else: the build compiles by itself.
 
+Code is compiled for each rank of a tensor parallel group: each has other shards, and vLLM a cache for each. So there is
+a process for each, and they meet in what they compute as the ranks of the host do; one that fails ends all.
+
 Only on the CPU. On a GPU the process would need memory for the weights there a second time.
 """
 
@@ -15,6 +18,7 @@ import hashlib
 import logging
 import os
 import pickle
+import secrets
 import select
 import signal
 import struct
@@ -49,8 +53,8 @@ class CompiledCode:
     def __init__(self, name: str, config: VllmConfig, *, movable_weights: bool) -> None:
         self._name = name
         self._packed = b""
-        mode, ranks = config.compilation_config.mode, config.parallel_config.world_size
-        if mode in (None, CompilationMode.NONE) or not current_platform.is_cpu() or ranks > 1:
+        self._num_ranks = config.parallel_config.world_size
+        if config.compilation_config.mode in (None, CompilationMode.NONE) or not current_platform.is_cpu():
             return
         self._packed = pickle.dumps((config, movable_weights))
         facts = [hash_factors(envs.compile_factors()), config.compute_hash(), movable_weights, torch.__version__]
@@ -93,32 +97,60 @@ class CompiledCode:
                 self._mark.touch()
 
     def _run(self, command: Sequence[str], limit_s: float, check: Callable[[int], None]) -> None:
-        """Run the process to its end; raises OSError, SubprocessError and what `check` does, and then it is gone."""
-        deadline_s = time.monotonic() + limit_s
+        """Run a process for each rank to its end; raises OSError, SubprocessError and what `check` does.
+
+        Then nothing is left of them.
+        """
+        processes: list[subprocess.Popen[bytes]] = []
         hearing, telling = os.pipe()
-        with open(hearing, "rb", buffering=0) as heard, tempfile.TemporaryFile() as given:
-            given.write(self._packed)
-            given.seek(0)
+        with (
+            open(hearing, "rb", buffering=0) as heard,
+            tempfile.TemporaryDirectory(prefix="tokenpool-compile-") as folder,
+        ):
+            given = Path(folder, "model")
+            given.write_bytes(self._packed)
+            # vLLM names the ranks' shared memory after this file, which must be like no other on the machine.
+            meet_at = f"file://{folder}/tokenpool-{secrets.token_hex(8)}"
             try:
-                words = [*command, str(telling)]
-                process = subprocess.Popen(words, stdin=given, pass_fds=(telling,), start_new_session=True)
-            finally:
-                os.close(telling)
-            with process:
                 try:
-                    while process.poll() is None and not _is_readable(heard, _LOOK_S):
-                        if time.monotonic() > deadline_s:
-                            raise subprocess.TimeoutExpired(command, limit_s)
-                    if _is_readable(heard, 0) and (told := heard.read(BLOCK_FORMAT.size)):
-                        check(*BLOCK_FORMAT.unpack(told))
-                    process.wait(max(0.0, deadline_s - time.monotonic()))
-                except BaseException:
-                    if process.poll() is None:  # else another one may have its number
+                    for rank in range(self._num_ranks):
+                        with given.open("rb") as file:
+                            words = [*command, str(rank), meet_at, str(telling)]
+                            processes.append(
+                                subprocess.Popen(words, stdin=file, pass_fds=(telling,), start_new_session=True)
+                            )
+                finally:
+                    os.close(telling)
+                _wait_for_all(processes, limit_s, heard, check)
+            finally:
+                for process in processes:
+                    if process.poll() is None:  # it may wait for one that has ended
                         os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started
-                    raise
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, command)
+                        process.wait()
 
 
-def _is_readable(file: IO[bytes], limit_s: float) -> bool:
-    return bool(select.select([file], [], [], limit_s)[0])
+def _wait_for_all(
+    processes: Sequence[subprocess.Popen[bytes]], limit_s: float, heard: IO[bytes], check: Callable[[int], None]
+) -> None:
+    """Until all have ended well; raises SubprocessError when one has not, or the time is over, and what `check` does.
+
+    All ranks have blocks of one size: the first word of any of them is checked.
+    """
+    end_s, has_heard = time.monotonic() + limit_s, False
+    while True:
+        are_running = [process for process in processes if process.poll() is None]
+        if not has_heard and _is_readable(heard) and (told := heard.read(BLOCK_FORMAT.size)):
+            has_heard = True
+            check(*BLOCK_FORMAT.unpack(told))
+        for process in processes:
+            if process.returncode:
+                raise subprocess.CalledProcessError(process.returncode, process.args)
+        if not are_running:
+            return
+        if time.monotonic() >= end_s:
+            raise subprocess.TimeoutExpired(are_running[0].args, limit_s)
+        time.sleep(_LOOK_S)
+
+
+def _is_readable(file: IO[bytes]) -> bool:
+    return bool(select.select([file], [], [], 0)[0])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,6 +18,7 @@ from tokenpool.memory.devices.cuda import CudaDevice
 from tokenpool.memory.devices.cuda_driver import CUDA_WARNING, CudaDriver
 from tokenpool.memory.devices.device import Device
 from tokenpool.memory.devices.mirrored import MirroredDevice
+from tokenpool.process.affinity import ALL_CPUS
 from tokenpool.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,16 @@ def make_device(page_size: int, cpu_link: int | None = None, rank: int = 0) -> D
     raise ConfigError(
         f"{current_platform.device_name} is not supported: install tokenpool[cpu] or tokenpool[cuda]", key="device"
     )
+
+
+def run_near_gpu(device: Device) -> None:
+    """Let this thread, and those that it starts from now on, run on the cores of its GPU's NUMA node, as far as known.
+
+    vLLM's own way, `--numa-bind`, starts the process of a rank by numactl, which a container may not have.
+    """
+    gpu = _gpu_of(device)
+    if gpu is not None and (cpus := gpu.near_cpus & ALL_CPUS):  # a core of another node is slower and works
+        os.sched_setaffinity(0, cpus)
 
 
 def make_room_for_loading(device: Device, make_room: Callable[[int], None], num_pages: int) -> int:

@@ -20,7 +20,7 @@ from tokenpool.errors import CapacityError, ModelRefusedError
 from tokenpool.host.engine.engine_globals import EngineGlobals, set_random_state
 from tokenpool.host.kv.runner_adapter import RunnerAdapter, make_runner_adapter
 from tokenpool.host.load.build_lane import engine_stream, on_stream
-from tokenpool.host.load.device_choice import EngineMemory, make_all_pages, make_device
+from tokenpool.host.load.device_choice import EngineMemory, make_all_pages, make_device, run_near_gpu
 from tokenpool.host.load.model_build import kv_cache_views
 from tokenpool.host.load.model_tensors import models_of, movable_tensors
 from tokenpool.memory.devices.mirrored import Mirror
@@ -49,6 +49,7 @@ class RankModels:
     def __init__(self, rank: int, init_method: str, page_size: int, cpu_link: int | None = None) -> None:
         apply_all()
         self.mirror = Mirror(make_device(page_size, cpu_link, rank))
+        run_near_gpu(self.mirror.device)
         self._rank = rank
         self._init_method = init_method
         self._globals = EngineGlobals()

@@ -111,7 +111,7 @@ class CudaDevice:
         self.timed_events: list[int] = []
         """Events that nobody uses."""
         self._pages = CudaPages(self.driver, page_bytes, self._drain)
-        self._near_cpus = cpus_near(self.driver.pci_bus_id())
+        self.near_cpus = cpus_near(self.driver.pci_bus_id())
 
     # -- addresses and pages -------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ class CudaDevice:
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         """Page-locked memory of exactly that size on the GPU's NUMA node, freed with its last tensor."""
-        return pinned_buffer(self.driver, nbytes, self._near_cpus)
+        return pinned_buffer(self.driver, nbytes, self.near_cpus)
 
     def register_host(self, address: int, nbytes: int) -> Callable[[], None]:
         """Page-lock a sealed mapping; the function that is returned ends that. Not yet run on hardware."""

@@ -49,6 +49,7 @@ PORT = {
     "--log-config-file": "logging_config",
     "--distributed-timeout-seconds": "distributed_timeout_seconds",
     "--cpu-distributed-timeout-seconds": "cpu_distributed_timeout_seconds",
+    "--disable-custom-all-reduce": "disable_custom_all_reduce",
 }
 """Flags of the port or of whole processes, by where vLLM's parser puts them: the first model's hold for all."""
 

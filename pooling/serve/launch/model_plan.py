@@ -8,12 +8,13 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 from vllm.config import VllmConfig
-from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import propagate_flash_late_interaction
 from vllm.usage.usage_lib import UsageContext
 
 from tokenpool.config import ModelSpec
 from tokenpool.errors import ConfigError, PoolError
+from tokenpool.serve.launch.group_reduces import keep_reduces_apart
 from tokenpool.serve.launch.media_packages import check_packages, missing_package
 from tokenpool.serve.launch.plugged_formats import unknown_format
 from tokenpool.serve.launch.poolability import check_config, check_media
@@ -53,7 +54,7 @@ class ModelPlan:
             engine_args = AsyncEngineArgs.from_cli_args(self.args)
             engine_args.speculative_config = copy.deepcopy(engine_args.speculative_config)  # vLLM writes into it
             propagate_flash_late_interaction(self.args, engine_args)
-            keep_engine_small(engine_args)
+            fit_for_pool(self.spec.name, engine_args)
             config = _config_of(engine_args)
         except PoolError:
             raise
@@ -84,6 +85,12 @@ class ModelPlan:
             keep=self.spec.keep,
             log_stats=not self.args.disable_log_stats if log_stats is None else log_stats,
         )
+
+
+def fit_for_pool(name: str, engine_args: EngineArgs) -> None:
+    """Change what engines of one process cannot share where the user gave nothing; raises ModelRefusedError."""
+    keep_engine_small(engine_args)
+    keep_reduces_apart(name, engine_args)
 
 
 def _config_of(engine_args: AsyncEngineArgs) -> VllmConfig:

@@ -294,6 +294,22 @@ def test_a_gpu_that_has_too_few_pages_is_told_at_start(monkeypatch):
     device_choice.make_all_pages(CpuDevice(), 20)
 
 
+def test_a_rank_runs_near_its_gpu(monkeypatch):
+    """On the cores of the GPU's NUMA node where they are known and ours, and it goes on where it was otherwise."""
+    bound: list[frozenset[int]] = []
+    monkeypatch.setattr(device_choice, "ALL_CPUS", frozenset(range(4)))
+    monkeypatch.setattr(device_choice.os, "sched_setaffinity", lambda thread, cpus: bound.append(cpus))
+    device = FakeCudaDevice()
+    device.near_cpus = frozenset({2, 3, 6, 7})
+    device_choice.run_near_gpu(device)
+    device_choice.run_near_gpu(MirroredDevice(device, lambda name, args: None))
+    for cpus in ((), (99,)):
+        device.near_cpus = frozenset(cpus)
+        device_choice.run_near_gpu(device)
+    device_choice.run_near_gpu(CpuDevice())
+    assert [{2, 3}, {2, 3}] == bound
+
+
 def test_a_rank_with_too_few_pages_is_named(monkeypatch):
     """Each rank makes all of its own pages, so none can be short of them where rank 0 is not."""
     rank_models = pytest.importorskip(

@@ -26,7 +26,7 @@ pytestmark = [
 
 KINDS = ("llama", "qwen2", "gemma3")
 """gemma3 has several groups of blocks, which the runner writes with another kernel."""
-MAX_TOKENS, CRASH_TOKENS = 10, 5
+MAX_TOKENS, CRASH_TOKENS, MASKED_TOKENS = 10, 5, 30
 PLACES = ("before", "after", "sampling")
 
 
@@ -78,10 +78,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict
         ]
     ]
     crash = replace(cases[0], requests=[replace(request, max_tokens=CRASH_TOKENS) for request in cases[0].requests])
+    masked = replace(cases[0], requests=[replace(each, max_tokens=MASKED_TOKENS) for each in cases[0].requests[::2]])
     with ThreadPoolExecutor(1) as side:
         reference = side.submit(run_plain, plain, program=("tests.helpers.v2_runner", "second"))
         scenarios = {"turns": cases[:2], "moves": cases, "hits": twice, "crashes": [crash], "adopted": cases[2:]}
-        scenarios |= {"drafted": drafted, "windows": [windowed]}
+        scenarios |= {"drafted": drafted, "windows": [windowed], "masked": [masked]}
         pooled = _run_pool(scenarios, folder)
         return pooled, {
             name: {key: asdict(result) for key, result in results.items()}
@@ -125,6 +126,18 @@ def test_no_step_names_a_block_that_nobody_uses(runs, ahead):
     assert [] == found["freed"]
     assert found["hidden"] > 10
     _assert_equal(found["results"], reference, f"-{ahead}")
+
+
+@pytest.mark.parametrize("kind", ["greedy", "seeded"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_late_masks_change_no_token_and_hold_up_nobody(runs, ahead, kind):
+    """A token is dropped for a late mask and drawn again, by its position: the same one; the others step meanwhile."""
+    pooled, _ = runs
+    found = pooled[f"masked-{ahead}"][kind]
+    assert found["in_time"] == found["late"]
+    assert 24 >= len(found["late"]["told"]) > 5 and MASKED_TOKENS == len(found["late"]["llama-0"])
+    assert 1 <= found["preemptions"] < found["kept"] and found["kept"] > 3
+    assert found["beside"] > 0
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -142,6 +142,20 @@ def test_others_go_on_while_a_model_is_compiled(tmp_path, cache, case):
     pooled.close()
 
 
+def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path, cache):
+    """At once: they would wait until the limit, and nobody else would compile."""
+    from tests.helpers.pooled import make_spec
+
+    case = make_cases(tmp_path, ("llama",), greedy(2, 20), tensor_parallel_size=2)["llama"]
+    told = tmp_path / "pid"
+    waits, fails = f"echo $$ > {told}; sleep 1000", f"until [ -s {told} ]; do sleep 0.1; done; exit 3"
+    fails_alone = f"if [ $1 = 0 ]; then {waits}; else {fails}; fi"
+    code = code_of(make_spec(case, **TRACED))
+    assert not code.make_aside(("sh", "-c", fails_alone, "sh"))
+    assert code.is_missing
+    assert not is_running(int(told.read_text()))
+
+
 @pytest.mark.parametrize(
     "command",
     [

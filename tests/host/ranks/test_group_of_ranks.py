@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +26,20 @@ TOKENS = 60
 def random_state(wrapper: Any) -> torch.Tensor:
     """What the rank draws from."""
     return torch.get_rng_state()
+
+
+def environment(wrapper: Any) -> dict[str, str]:
+    """What the process of the rank has."""
+    return dict(os.environ)
+
+
+def collectives_of_a_step(wrapper: Any) -> int:
+    """How often a dummy step of the model calls the group."""
+    from tokenpool.host.engine.process_groups import counted_collectives
+
+    with counted_collectives() as counted:
+        wrapper.worker.model_runner._dummy_run(16)
+    return counted.calls
 
 
 def fail_once(wrapper: Any, rank: int, method: str, error: type[Exception] = torch.OutOfMemoryError) -> None:
@@ -63,17 +81,41 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="module")
-def pooled(case: Case) -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        from tests.helpers.pooled import PooledModels
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vLLM's cache folder, of all ranks."""
+    return tmp_path_factory.mktemp("cache")
 
+
+@pytest.fixture(scope="module")
+def pooled(case: Case, cache: Path) -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch, no_groups():
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_CACHE_ROOT", str(cache))
+        from tests.helpers.pooled import PooledModels
+        from tokenpool.host.engine.process_choices import variables_read_anew
+
+        with variables_read_anew():
+            pass
         made = PooledModels(8 << 20, PAGE, tensor_parallel_size=2, movable_weights=True, host_memory=64 << 20)
         made.add(case)
         yield made
         made.check()
         made.close()
         made.host.group.close()
+
+
+@contextmanager
+def no_groups() -> Iterator[None]:
+    """vLLM has its process groups once: those of other tests of this process are gone, and none is left behind."""
+    from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+
+    destroy_model_parallel()
+    destroy_distributed_environment()
+    try:
+        yield
+    finally:
+        destroy_model_parallel()
+        destroy_distributed_environment()
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +169,22 @@ def test_all_ranks_draw_the_same_random_numbers(pooled: Any, case: Case) -> None
     assert_same_random_numbers(pooled)
     pooled.host.remove_model("second")
     assert_same_random_numbers(pooled)
+
+
+def test_all_ranks_have_switched_off_what_engines_cannot_share(pooled: Any) -> None:
+    """Ways to reduce that a process has once."""
+    from tokenpool.settings import OFF_IN_GROUPS
+
+    found = pooled.host.models["llama"].core.model_executor.collective_rpc(environment)
+    assert 2 == len(found)
+    assert [["0"] * len(OFF_IN_GROUPS)] * 2 == [[each.get(v.name) for v in OFF_IN_GROUPS] for each in found]
+
+
+def test_all_ranks_count_the_same_collectives(pooled: Any) -> None:
+    """So they refuse the same model: two for each of its layers and one for its embedding."""
+    executor = pooled.host.models["llama"].core.model_executor
+    layers = executor.vllm_config.model_config.hf_config.num_hidden_layers
+    assert [2 * layers + 1] * 2 == executor.collective_rpc(collectives_of_a_step)
 
 
 def test_streams_go_on_while_a_model_is_built_on_all_ranks(
@@ -184,3 +242,28 @@ def test_a_shortage_on_one_rank_refuses_the_model_on_all(
     build_beside(pooled, fourth)
     assert undisturbed == run(pooled, fourth, f"after {place}")
     pooled.host.remove_model("fourth")
+
+
+def test_streams_go_on_while_a_model_is_compiled_for_all_ranks(pooled: Any, case: Case, cache: Path) -> None:
+    """By a process for each rank, which meet one another; then no rank of the host compiles anything."""
+    from tests.helpers.pooled import make_spec
+    from tests.host.load.test_compiled_code import COMPILED, code_of, libraries
+
+    compiled, steps = replace(case, name="compiled"), 0
+    spec = make_spec(compiled, **COMPILED)
+    code = code_of(spec)
+    assert code.is_missing
+    with ThreadPoolExecutor(1) as side:
+        done = side.submit(code.make_aside)
+        while not done.done():
+            if not pooled.host.models[case.name].core.has_work():
+                submit(pooled, case, f"beside {steps}")
+            steps += pooled.run_once()
+    assert done.result() and not code.is_missing
+    assert steps > 100
+    before = libraries(cache)
+    assert before
+    pooled.host.add_model(spec)
+    assert [TOKENS] * 3 == [len(tokens) for tokens in run(pooled, compiled, "compiled")]
+    assert before == libraries(cache)
+    pooled.host.remove_model("compiled")

@@ -56,7 +56,7 @@ READ_BY_ITS_CONFIG = names("""
 """Flags that vLLM turns into something else while it makes its config, which the pool has it make."""
 
 SAME_CONFIG = names("""
-    all2all-backend cudagraph-capture-sizes dcp-comm-backend disable-cascade-attn disable-custom-all-reduce
+    all2all-backend cudagraph-capture-sizes dcp-comm-backend disable-cascade-attn
     disable-nccl-for-dp-synchronization enable-dbo enable-flashinfer-autotune enable-mm-embeds
     fail-on-environ-validation interleave-mm-strings ir-op-priority language-model-only limit-mm-per-prompt
     media-io-kwargs mm-device-do-normalize mm-encoder-attn-backend mm-encoder-attn-dtype mm-encoder-fp8-scale-path

@@ -19,8 +19,8 @@ _SELECT_EVERY_S = 0.1
 """Age at which the choice of who is given up is made anew."""
 _SELECT_CALM_S, _CALM_FRAC = 0.5, 0.5
 """That age, where less than such a share of the horizon is taken up: nobody is given up then for a while."""
-_EASE = 0.1
-"""Share of the slack of the model that comes next that the present turn may last."""
+_EASE, _EASE_S = 0.1, 0.5
+"""Share of the slack of the model that comes next that the present turn may last, and the most if that is urgent."""
 _URGENT_ROUNDS, _URGENT_S = 3, 1.0
 """Tokens due within so many rounds of the pool, or so many seconds, are urgent."""
 _FORGET_S = 60.0
@@ -228,9 +228,10 @@ class Slack:
 
     def _ease_s(self, other: _Ranked) -> float:
         """Least turn before `other`, if it is urgent and not late, or far ahead and its work has just come."""
-        is_urgent = _OVERDUE_BELOW < other.rank < _URGENT_BELOW
+        if _OVERDUE_BELOW < other.rank < _URGENT_BELOW:
+            return max(0.0, min(_EASE * other.slack_s, _EASE_S))
         has_just_come = _REST <= other.rank < _GIVEN_UP - 1e8  # no wait yet
-        return _EASE * max(0.0, min(other.slack_s, self._horizon_s)) if is_urgent or has_just_come else 0.0
+        return _EASE * min(other.slack_s, self._horizon_s) if has_just_come else 0.0
 
     def _comes_by_prefetch(self, pool: PoolView, ranked: list[_Ranked], out: _Ranked) -> bool:
         if any(item.view.residency is Residency.COPYING for item in ranked):

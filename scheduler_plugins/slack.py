@@ -13,14 +13,14 @@ from tokenpool.policy.turns import Decision, ModelView, Phase, PoolView, Residen
 _INF = math.inf
 _OVERDUE, _URGENT, _REST, _GIVEN_UP = -1e9, 0.0, 1e9, 2e9
 """Offsets of the tiers in a rank: further apart than any slack or wait."""
-_OVERDUE_BELOW = -5e8
+_OVERDUE_BELOW, _URGENT_BELOW = -5e8, 5e8
 _ON_DEVICE, _OUT = Residency.ON_DEVICE, (Residency.IN_HOST, Residency.ON_DISK)
 _SELECT_EVERY_S = 0.1
 """Age at which the choice of who is given up is made anew."""
 _SELECT_CALM_S, _CALM_FRAC = 0.5, 0.5
 """That age, where less than such a share of the horizon is taken up: nobody is given up then for a while."""
-_EASE = 0.1
-"""Share of the slack of a model whose work has just come that the present turn may last, if it is far ahead."""
+_EASE, _EASE_S = 0.1, 0.5
+"""Share of the slack of the model that comes next that the present turn may last, and the most if that is urgent."""
 _URGENT_ROUNDS, _URGENT_S = 3, 1.0
 """Tokens due within so many rounds of the pool, or so many seconds, are urgent."""
 _FORGET_S = 60.0
@@ -83,7 +83,8 @@ class Slack:
     1 + drag times as long. A copy of c seconds is then followed by no other for c * drag / overhead_frac, and the turn
     that it was for lasts as long.
 
-    Turns last at least min_turn_s. A step is PREFILL if a first token must come before anything else of its model,
+    Turns last at least min_turn_s, and a tenth of the slack of an urgent model that comes next: each change costs time,
+    and requests gather meanwhile. A step is PREFILL if a first token must come before anything else of its model,
     DECODE if admitting the waiting would make a running token late, else MIXED.
 
     Source: own. The parts are known: least slack first and moments of overload from real-time scheduling, choice by
@@ -162,7 +163,9 @@ class Slack:
             until_s = min(until_s, self._next_copy_s)
         turn_started_s = pool.turn_started_s if view.model == pool.current else now_s
         rival = ranked[0] if ranked[0] is not run else ranked[1] if len(ranked) > 1 else None
-        keeps_s = turn_started_s + max(self._turn_s, self._ease_s(rival) if rival else 0.0) - now_s
+        keeps_s = turn_started_s + self._turn_s - now_s
+        if rival:  # its slack falls while the turn lasts
+            keeps_s = max(keeps_s, (turn_started_s + self._ease_s(rival) - now_s) / (1 + _EASE))
         if ranked[0] is run and run.rank < _REST:
             # The slack of others falls as time passes; that of the one that runs grows by tpot for each step.
             gap_s = rival.rank - run.rank if rival else _INF
@@ -224,8 +227,11 @@ class Slack:
         return other if pool.now_s - pool.turn_started_s >= hold_s else mine
 
     def _ease_s(self, other: _Ranked) -> float:
-        """Least turn before `other`, if it is far ahead of schedule and its work has just come (no wait yet)."""
-        return _EASE * min(other.slack_s, self._horizon_s) if _REST <= other.rank < _GIVEN_UP - 1e8 else 0.0
+        """Least turn before `other`, if it is urgent and not late, or far ahead and its work has just come."""
+        if _OVERDUE_BELOW < other.rank < _URGENT_BELOW:
+            return max(0.0, min(_EASE * other.slack_s, _EASE_S))
+        has_just_come = _REST <= other.rank < _GIVEN_UP - 1e8  # no wait yet
+        return _EASE * min(other.slack_s, self._horizon_s) if has_just_come else 0.0
 
     def _comes_by_prefetch(self, pool: PoolView, ranked: list[_Ranked], out: _Ranked) -> bool:
         if any(item.view.residency is Residency.COPYING for item in ranked):

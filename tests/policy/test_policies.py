@@ -118,12 +118,27 @@ def test_slack_runs_what_is_due_first():
 
 
 def test_slack_keeps_a_turn_for_min_turn():
-    """The current model goes on for min_turn_s, then until another is due sooner."""
+    """The current model goes on for min_turn_s, even if another is late."""
     policy = Slack(min_turn_s=0.1)
-    a, b = running("a", 0, 5.0), running("b", 1, 4.0)
+    a, b = running("a", 0, 5.0), running("b", 1, 0.0)
     assert "a" == policy.decide(pool(0.0, None, a)).run
     assert "a" == policy.decide(pool(0.09, "a", a, b, started_s=0.0)).run
     assert "b" == policy.decide(pool(0.11, "a", a, b, started_s=0.0)).run
+
+
+def test_slack_keeps_a_turn_for_a_tenth_of_the_time_that_an_urgent_model_has():
+    """It says for how long: at that time the other one runs, and not before."""
+    policy, b, slow = Slack(), running("b", 1, 4.01), running("c", 2, **WARM | dict(ready_in_s=2.0))
+
+    def decide(now_s: float, *, due_s: float = math.inf) -> Decision:
+        a = running("a", 0, due_s)
+        return policy.decide(pool(now_s, "a", a, b, slow, started_s=0.0, prefetch=False))
+
+    for due_s in (5.0, math.inf):
+        assert "a" == decide(0.2, due_s=due_s).run
+        assert decide(0.2, due_s=due_s).hold_s <= 0.364 - 0.2
+        assert "a" == decide(0.363, due_s=due_s).run  # 0.1 * (4 - 0.363) = 0.3637
+        assert "b" == decide(0.365, due_s=due_s).run
 
 
 def test_slack_never_waits_for_weights_that_can_be_prefetched():

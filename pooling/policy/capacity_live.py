@@ -7,7 +7,7 @@ that nobody needs, roles. docs/capacity.md says why each constant is what it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,10 +171,18 @@ class _Deciding:
             model, name = models[m], self.view.hosts[h].host
             if not self._has_room:
                 return
-            if self._lacks(m) or (model.model, name) in moved or name in model.pinned:
+            if (model.model, name) in moved or name in model.pinned or self._may_get(m, self._lacks(m)):
                 continue  # what is pinned stays until the operator says otherwise
             reason = f"{model.model}: {self._why_not_there(h)}, {len(board.seats[m])} other hosts have it"
             self.made.append(CapacityDecision(Action.DROP, reason, model.model, name))
+
+    def _may_get(self, m: int, kinds: Sequence[str]) -> bool:
+        """Whether a host that the model may be on has one of the kinds of seats that it lacks."""
+        board, allowed = self.board, self.view.models[m].allowed
+        if not board.seats[m] or allowed is None:
+            return bool(kinds)
+        may = board.is_up & np.fromiter((host.host in allowed for host in self.view.hosts), bool, len(self.view.hosts))
+        return any((may & (board.decode if kind == "decode" else board.entry)).any() for kind in kinds)
 
     def _why_not_there(self, h: int) -> str:
         host = self.view.hosts[h]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.policy.test_capacity import POLICY, host, model, places, pools, settled, view
-from tokenpool.policy.capacity import Action, CapacityView, HostState
+from tokenpool.policy.capacity import Action, CapacityView, HostState, Role
 from tokenpool.policy.capacity_laws import apply, check
 
 pytestmark = pytest.mark.cpu
@@ -98,6 +98,13 @@ def test_a_model_moves_off_a_host_that_it_may_not_be_on():
     (decision,) = POLICY.decide(pool)
     assert (decision.action, decision.from_host, decision.to_host) == (Action.MOVE, "h0", "h2")
     assert "it may not be on h0" in decision.reason
+
+
+def test_a_model_leaves_hosts_that_it_may_not_be_on_also_if_none_that_it_may_be_on_decodes():
+    """A host serves whole requests where no other one does the rest."""
+    hosts = [host("h0", "a"), host("h1", "a"), host("h2", role=Role.PREFILL)]
+    after, _ = settled(view(hosts, [model("a", allowed=frozenset({"h2"}))]))
+    assert places(after, "a") == ["h2"]
 
 
 def test_models_that_are_apart_get_hosts_of_their_own():

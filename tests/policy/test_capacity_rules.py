@@ -85,7 +85,8 @@ def test_what_is_wrong_is_put_right_where_it_can_be(pool):
     """From any beginning it comes to rest, and no seat that is wrong could be given up or moved elsewhere."""
     after, _ = settled(pool)
     for h in after.hosts:
-        for m in (m for m in after.models if h.state is HostState.UP and m.model in {s.model for s in h.seats}):
+        here = {seat.model for seat in h.seats if not seat.is_leaving}
+        for m in (m for m in after.models if h.state is HostState.UP and m.model in here):
             if m.allowed is not None and h.host not in m.allowed:
                 up = [g.host for g in after.hosts if g.state is HostState.UP and g.host in m.allowed]
                 fit = set(up) & set(places(after, m.model))

@@ -160,9 +160,11 @@ class MoveMachine(RuleBasedStateMachine):
 
     @rule()
     def another_model(self) -> None:
-        """The source has another model of that name now, while the target still waits for blocks of the one before."""
+        """The source has another model of that name now, which computes what the target waits for of the one before."""
         self.source.tier.forget(MODEL)
         self.source.weights += 1
+        if keys := [key for asked in self.wanted for key in asked.keys]:
+            self.source.offer(*(int.from_bytes(key[5:13], "little") for key in keys))
 
     @precondition(lambda self: self.source.weights != self.target.weights)
     @rule()
@@ -207,9 +209,9 @@ class MoveMachine(RuleBasedStateMachine):
         assert sum(len(one.arrival.slots) for one in self.fetch._open) <= self.most, "more is asked for than agreed"
 
     @precondition(lambda self: self.wanted)
-    @rule(data=st.data())
-    def answer(self, data: st.DataObject) -> None:
-        """In any order."""
+    @rule(data=st.data(), at_once=st.booleans())
+    def answer(self, data: st.DataObject, at_once: bool) -> None:
+        """In any order; a fast line brings all of it at once."""
         asked = self.wanted.pop(data.draw(st.integers(0, len(self.wanted) - 1)))
         fetch, tier = self.fetch, self.source.tier
         assert fetch is not None
@@ -218,17 +220,22 @@ class MoveMachine(RuleBasedStateMachine):
         )
         if supply.has_copies():
             supply.settle()
-        self.lines.append(Line(asked, supply))
+        self.lines.append(line := Line(asked, supply))
+        if at_once:
+            self.carry(line, CHUNK_BYTES, CHUNK_BYTES)
+            self.loop_comes_to_it()
+
+    def carry(self, line: Line, sent: int, received: int) -> None:
+        line.send(sent)
+        if line.receive(received):
+            self.lines.remove(line)
+            self.filled.append(line.asked)
 
     @precondition(lambda self: self.lines)
     @rule(data=st.data(), sent=st.integers(0, 400), received=st.integers(0, 400))
     def go_on(self, data: st.DataObject, sent: int, received: int) -> None:
         """Some bytes leave, some arrive: a slow receiver is one that gets few."""
-        line = data.draw(st.sampled_from(self.lines))
-        line.send(sent)
-        if line.receive(received):
-            self.lines.remove(line)
-            self.filled.append(line.asked)
+        self.carry(data.draw(st.sampled_from(self.lines)), sent, received)
 
     @precondition(lambda self: self.fetch is not None)
     @rule()

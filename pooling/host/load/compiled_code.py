@@ -21,7 +21,6 @@ import pickle
 import secrets
 import select
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -37,13 +36,12 @@ from vllm.config.utils import hash_factors
 from vllm.platforms import current_platform
 
 import tokenpool
+from tokenpool.host.load.compile_child import BLOCK_FORMAT
 
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "tokenpool.host.load.compile_child")
 LIMIT_S = 900.0
-BLOCK_FORMAT = struct.Struct("<Q")
-"""As the process tells how many bytes a KV block has, before it compiles anything."""
 _LOOK_S = 0.05
 
 

@@ -31,7 +31,7 @@ A round ends when nothing is missing, no host has a request, and the books of th
     lost           other streams that ended with an error, or without all their tokens
     wrong          streams with a token that is not plain vLLM's, the broken ones included, as far as they came
     duplicated     streams with more tokens than they asked for
-    refused        of the requests that went, on new connections, to a server that was not killed: not answered
+    refused        of requests for /v1/models, on new connections to a server that was not killed: not answered
     hangs          hosts that were stopped, each of which was killed and replaced
     recovery_p99_s 99th percentile, over streams that waited, of the longest pause after the fault; a stream waited if
                    that is longer than any pause of it in the undisturbed run

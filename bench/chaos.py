@@ -46,7 +46,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,8 @@ class Rig(Player):
         after = await self.healed()
         heal_s = time.monotonic() - hit_s
         seen["asking"].cancel()
+        with suppress(asyncio.CancelledError):  # an error of another kind would have ended the count unseen
+            await seen["asking"]
         if hit.gone_pid in [host["pid"] for host in after["cluster"]["controller"]["hosts"].values()]:
             raise RuntimeError(f"{hit.victim} hangs and was not replaced")
         kept = [(s.longest_pause_s(hit_s), usual) for s, usual in zip(streams, usual_s, strict=True) if not s.problem]

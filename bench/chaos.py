@@ -31,7 +31,7 @@ A round ends when nothing is missing, no host has a request, and the books of th
     lost           other streams that ended with an error, or without all their tokens
     wrong          streams with a token that is not plain vLLM's, the broken ones included, as far as they came
     duplicated     streams with more tokens than they asked for
-    refused        of the requests that went, on new connections, to a server that was not killed: not answered
+    refused        of requests for /v1/models, on new connections to a server that was not killed: not answered
     hangs          hosts that were stopped, each of which was killed and replaced
     recovery_p99_s 99th percentile, over streams that waited, of the longest pause after the fault; a stream waited if
                    that is longer than any pause of it in the undisturbed run
@@ -46,7 +46,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +186,8 @@ class Rig(Player):
         after = await self.healed()
         heal_s = time.monotonic() - hit_s
         seen["asking"].cancel()
+        with suppress(asyncio.CancelledError):  # an error of another kind would have ended the count unseen
+            await seen["asking"]
         if hit.gone_pid in [host["pid"] for host in after["cluster"]["controller"]["hosts"].values()]:
             raise RuntimeError(f"{hit.victim} hangs and was not replaced")
         kept = [(s.longest_pause_s(hit_s), usual) for s, usual in zip(streams, usual_s, strict=True) if not s.problem]

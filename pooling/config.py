@@ -143,7 +143,7 @@ class ModelSpec(Section):
     hosts: Labels = ()
     """Labels of the hosts of a cluster that it may be on: one of these, and none that begins with `!`. A label is that
     of a Ray node (`gpu` or `gpu=h100`), the name of a host or the address of its node; none = any host. Where hosts
-    come and go, such as `gpu=h100` alone: Ray is asked for a node with it."""
+    come and go only labels such as `gpu=h100` may be given: Ray is asked for a node with one of them."""
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)

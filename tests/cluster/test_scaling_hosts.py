@@ -170,7 +170,7 @@ def test_a_controller_and_a_host_die_while_hosts_are_drained(cluster: Cluster) -
         poll(lambda: host_count(server)["pending"], until=lambda pending: pending == ["host-2"])
         os.kill(after["hosts"]["host-1"]["pid"], signal.SIGKILL)
         until_hosts(server, ["host-2"])
-    assert asker.problem is None and len(asker.answers) > 2
+    assert not asker.is_alive() and asker.problem is None and len(asker.answers) > 2
     assert asker.answers == [expected] * len(asker.answers)
     assert server.admin("POST", "/check").json() == {"ok": True}
     until_hosts(server, [])

@@ -11,12 +11,17 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import struct
 import sys
 from typing import Any
 
-from tokenpool.host.load.compiled_code import BLOCK_FORMAT
 from tokenpool.process.affinity import yield_to_others
 from tokenpool.process.parent_death import end_with_parent
+
+# Nothing else of ours up here: what imports torch comes after `end_with_parent` and `yield_to_others`.
+
+BLOCK_FORMAT = struct.Struct("<Q")
+"""As this process tells how many bytes a KV block has, before it compiles anything."""
 
 
 class _Unadopted:

@@ -19,9 +19,7 @@ import logging
 import os
 import pickle
 import secrets
-import select
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -37,13 +35,12 @@ from vllm.config.utils import hash_factors
 from vllm.platforms import current_platform
 
 import tokenpool
+from tokenpool.host.load.compile_child import BLOCK_FORMAT
 
 logger = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "tokenpool.host.load.compile_child")
 LIMIT_S = 900.0
-BLOCK_FORMAT = struct.Struct("<Q")
-"""As the process tells how many bytes a KV block has, before it compiles anything."""
 _LOOK_S = 0.05
 
 
@@ -103,6 +100,7 @@ class CompiledCode:
         """
         processes: list[subprocess.Popen[bytes]] = []
         hearing, telling = os.pipe()
+        os.set_blocking(hearing, False)  # to look at it without `select`, which takes no file number above 1023
         with (
             open(hearing, "rb", buffering=0) as heard,
             tempfile.TemporaryDirectory(prefix="tokenpool-compile-") as folder,
@@ -134,12 +132,12 @@ def _wait_for_all(
 ) -> None:
     """Until all have ended well; raises SubprocessError when one has not, or the time is over, and what `check` does.
 
-    All ranks have blocks of one size: the first word of any of them is checked.
+    `heard` must not block. All ranks have blocks of one size: the first word of any of them is checked.
     """
     end_s, has_heard = time.monotonic() + limit_s, False
     while True:
         are_running = [process for process in processes if process.poll() is None]
-        if not has_heard and _is_readable(heard) and (told := heard.read(BLOCK_FORMAT.size)):
+        if not has_heard and (told := heard.read(BLOCK_FORMAT.size)):
             has_heard = True
             check(*BLOCK_FORMAT.unpack(told))
         for process in processes:
@@ -150,7 +148,3 @@ def _wait_for_all(
         if time.monotonic() >= end_s:
             raise subprocess.TimeoutExpired(are_running[0].args, limit_s)
         time.sleep(_LOOK_S)
-
-
-def _is_readable(file: IO[bytes]) -> bool:
-    return bool(select.select([file], [], [], 0)[0])

@@ -85,9 +85,15 @@ class ToldEngine:
         """The ids of the next message that ends requests."""
         return await asyncio.wait_for(self._aborted.get(), _LIMIT_S)
 
-    def say(self, tokens: Mapping[str, list[int]], *, finished: Collection[str] = ()) -> None:
+    def say(
+        self,
+        tokens: Mapping[str, list[int]],
+        *,
+        finished: Collection[str] = (),
+        why: FinishReason = FinishReason.LENGTH,
+    ) -> None:
         """Send tokens by request."""
-        ended = {request_id: FinishReason.LENGTH for request_id in finished}
+        ended = dict.fromkeys(finished, why)
         outputs = [EngineCoreOutput(name, ids, finish_reason=ended.get(name)) for name, ids in tokens.items()]
         self._send(EngineCoreOutputs(outputs=outputs))
 

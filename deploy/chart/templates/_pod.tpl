@@ -27,7 +27,7 @@ priorityClassName: {{ . }}
 {{- with merge (dict) (default dict $group.nodeSelector) .Values.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with concat .Values.tolerations (default list $group.tolerations) }}
+{{- with concat (default list .Values.tolerations) (default list $group.tolerations) }}
 tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .Values.affinity }}

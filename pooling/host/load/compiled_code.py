@@ -99,27 +99,25 @@ class CompiledCode:
         Then nothing is left of them.
         """
         processes: list[subprocess.Popen[bytes]] = []
-        hearing, telling = os.pipe()
-        os.set_blocking(hearing, False)  # to look at it without `select`, which takes no file number above 1023
-        with (
-            open(hearing, "rb", buffering=0) as heard,
-            tempfile.TemporaryDirectory(prefix="tokenpool-compile-") as folder,
-        ):
+        with tempfile.TemporaryDirectory(prefix="tokenpool-compile-") as folder:
             given = Path(folder, "model")
             given.write_bytes(self._packed)
             # vLLM names the ranks' shared memory after this file, which must be like no other on the machine.
             meet_at = f"file://{folder}/tokenpool-{secrets.token_hex(8)}"
+            hearing, telling = os.pipe()
+            os.set_blocking(hearing, False)  # to look at it without `select`, which takes no file number above 1023
             try:
-                try:
-                    for rank in range(self._num_ranks):
-                        with given.open("rb") as file:
+                with open(hearing, "rb", buffering=0) as heard:
+                    try:
+                        for rank in range(self._num_ranks):
                             words = [*command, str(rank), meet_at, str(telling)]
-                            processes.append(
-                                subprocess.Popen(words, stdin=file, pass_fds=(telling,), start_new_session=True)
-                            )
-                finally:
-                    os.close(telling)
-                _wait_for_all(processes, limit_s, heard, check)
+                            with given.open("rb") as file:
+                                processes.append(
+                                    subprocess.Popen(words, stdin=file, pass_fds=(telling,), start_new_session=True)
+                                )
+                    finally:
+                        os.close(telling)
+                    _wait_for_all(processes, limit_s, heard, check)
             finally:
                 for process in processes:
                     if process.poll() is None:  # it may wait for one that has ended

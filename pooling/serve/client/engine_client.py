@@ -74,8 +74,7 @@ class PoolEngineClient(AsyncMPClient):
         self._outputs: asyncio.Queue[EngineCoreOutputs | Exception] = asyncio.Queue()
         self._moves: dict[str, asyncio.Task[bool]] = {}
         self._joined = asyncio.Event()
-        self._context = zmq.asyncio.Context()
-        self._loop = asyncio.get_running_loop()
+        self._context, self._loop = zmq.asyncio.Context(), asyncio.get_running_loop()
         self._knows_config = False
         self._effective_attention_block_sizes: set[int | None] = set()
         self._kv_event_sources: dict[int, Any] = {}
@@ -384,6 +383,7 @@ class PoolEngineClient(AsyncMPClient):
             return
         self.resources.engine_dead = True
         self._suspects.forget(self.journal)
+        self.journal.clear()
         for task in list(self._moves.values()):
             task.cancel()
         for link in [*self._links.values(), *self._left, *self._greeting]:

@@ -9,7 +9,7 @@ from copy import copy
 from typing import Generic, TypeVar
 
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
 
 from tokenpool.wire.continued_request import ContinuedRequest
 
@@ -137,7 +137,13 @@ class JournalEntry(Generic[Place]):
         return self.ended
 
     def lacks_result(self, output: EngineCoreOutput) -> bool:
-        """Whether a pooling request ends with this output and has no result."""
+        """Whether the request ends with this output in a way that AsyncLLM does not bear.
+
+        So ends a pooling request without a result, of which its task would die, and streamed input that failed: the
+        engine has dropped all pieces, and AsyncLLM would wait for the answers to those that it has not taken in.
+        """
+        if self._is_session:
+            return output.finish_reason in (FinishReason.ABORT, FinishReason.ERROR)
         is_pooling = self.request.pooling_params is not None
         return is_pooling and output.finish_reason is not None and output.pooling_output is None
 
@@ -204,24 +210,29 @@ class Journal(Generic[Place]):
             self._on_wire.pop(entry.wire_id, None)
         return entry
 
+    def clear(self) -> None:
+        """Forget all: nobody goes on with them."""
+        for entry in self:
+            self.close(entry.request_id)
+
     def take(
         self, outputs: list[EngineCoreOutput], place: Place
     ) -> tuple[list[EngineCoreOutput], list[str], list[str]]:
         """Record what `place` says; returns the outputs that count and the ids of requests that ended with them.
 
-        The ids that come last are those of pooling requests that ended without a result, whose outputs AsyncLLM does
-        not bear: its task would die of them.
+        The ids that come last are those of requests that ended without a result, see `lacks_result`.
         """
         kept, ended, without_result = [], [], []
         for output in outputs:
             entry = self._on_wire.get(output.request_id)
             if entry is None or entry.place is not place:
                 continue  # aborted, moved elsewhere, or ended: the engine did not know yet
-            if entry.lacks_result(output):
+            is_lost = entry.lacks_result(output)
+            if is_lost:
                 without_result.append(entry.request_id)
             else:
                 kept.append(output)
-            if entry.take(output):
+            if entry.take(output) or is_lost:
                 self.close(entry.request_id)
                 ended.append(entry.request_id)
         return kept, ended, without_result

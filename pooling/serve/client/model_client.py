@@ -188,6 +188,8 @@ class ModelClient:
 
     async def abort_all(self) -> None:
         """End every unfinished request."""
+        for state in self.engine.output_processor.request_states.values():
+            state.queue.close()  # see `_fail`
         await self.engine.abort(list(self.engine.output_processor.request_states), internal=True)
 
     def fail_all(self, reason: str, status: HTTPStatus = HTTPStatus.BAD_GATEWAY) -> None:

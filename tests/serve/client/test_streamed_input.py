@@ -19,7 +19,7 @@ from tests.serve.client.test_failover_client import Setup
 
 pytestmark = pytest.mark.vllm
 
-ACTS = ("join", "lose", "piece", "piece", "answer", "answer", "end", "abort")
+ACTS = ("join", "lose", "piece", "piece", "answer", "answer", "end", "abort", "fail")
 _END = 0
 
 
@@ -32,7 +32,7 @@ class Play:
         self.engine: Any = None
         self.sent: list[int] = []
         self.owner: Any = None
-        self.failed = self.aborted = self.ended = False
+        self.failed = self.aborted = self.ended = self.given_up = False
         self.num_answered = 0
         self._feed: asyncio.Queue[int] = asyncio.Queue()
         self._feeder = asyncio.create_task(self._send())
@@ -73,6 +73,8 @@ class Play:
             await self.setup.client.abort_requests_async(["a"])
         elif what == "answer":
             await self._answer()
+        elif what == "fail":
+            await self._fail_at_engine()
         await self._settle()
 
     def _put(self, number: int) -> None:
@@ -88,6 +90,18 @@ class Play:
             self.num_answered += 1
             self.engine.say({"a": [7]}, finished={"a"})
             await self.setup.next_tokens()
+
+    async def _fail_at_engine(self) -> None:
+        """The engine gives up the session, and forgets the pieces that it has not answered."""
+        from vllm.v1.engine import FinishReason
+
+        if self.is_over or self.engine is None or self.owner is not self.engine:
+            return
+        if self.num_answered < len(await self.heard_pieces()):
+            self.given_up = True
+            self.engine.say({"a": []}, finished={"a"}, why=FinishReason.ERROR)
+            while not self.failed:
+                await asyncio.sleep(0.001)
 
     async def _settle(self) -> None:
         for _ in range(3):
@@ -117,14 +131,14 @@ class Play:
             if engine is not self.owner:
                 assert heard == []
                 continue
-            assert heard == self.sent[: len(heard)]
+            assert heard == self.sent[: len(heard)], "nor does a piece come after the session failed"
             pieces = [number for number in heard if number != _END]
             assert len(pieces) - self.num_answered <= OPEN_PIECES + 1
             if engine is self.engine and not self.is_over:
                 room = len(pieces) - self.num_answered <= OPEN_PIECES
                 assert not room or heard == self.sent
         lost_its_host = self.owner is not None and self.owner is not self.engine and not (self.aborted or self.ended)
-        assert self.failed == lost_its_host
+        assert self.failed == (lost_its_host or self.given_up)
         if self.is_over:
             assert len(self.setup.client.journal) == 0
             assert all(self.setup.client.load(host) == 0 for host in self.setup.client.hosts)

@@ -11,10 +11,8 @@ import base64
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,9 @@ import numpy as np
 import pytest
 import websockets
 
+from bench.parts import common
 from tests.helpers.inputs.realtime_model import SAMPLE_RATE, SEGMENT_S, make_realtime_model
-from tests.helpers.server import ENV, REPOSITORY, START_LIMIT_S, PoolServerProcess, free_port, poll
+from tests.helpers.server import ENV, START_LIMIT_S, PoolServerProcess, poll
 from tokenpool.demo.tiny_models import make_tiny_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -114,37 +113,17 @@ def ear(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(ear: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """What plain `vllm serve` makes of the sessions."""
-    port, log = free_port(), tmp_path_factory.mktemp("plain") / "log"
     flags = [word for key, value in ARGS.items() for word in _flag(key, value)]
-    command = [
-        sys.executable, "bench/parts/plain_vllm.py", "--model", str(ear), "--served-model-name", "ear",
-        "--port", str(port), "--kv-cache-memory-bytes", str(64 << 20), *flags,
-    ]  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    with log.open("wb") as told:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=os.environ | ENV, stdin=subprocess.DEVNULL, stdout=told, stderr=told,
-            start_new_session=True,
-        )  # fmt: skip
-    try:
-        poll(lambda: process.poll() is not None or _is_healthy(url), limit_s=START_LIMIT_S)
-        assert process.poll() is None, log.read_text()[-3000:]
-        return asyncio.run(_transcribe_all(url))
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    words = [*common.PLAIN, "--model", str(ear), "--served-model-name", "ear", "--kv-cache-memory-bytes", str(64 << 20)]
+    log = tmp_path_factory.mktemp("plain") / "log"
+    with closing(common.Server([*words, *flags], ["ear"], log, **ENV)) as server:
+        common.wait_until_ready([server], START_LIMIT_S)
+        return asyncio.run(_transcribe_all(f"http://127.0.0.1:{server.port}"))
 
 
 def _flag(key: str, value: Any) -> list[str]:
     name = f"--{key.replace('_', '-')}"
     return [name] if value is True else [name, str(value)]
-
-
-def _is_healthy(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 async def _transcribe_all(url: str, pause_s: float = 0.0) -> list[list[dict[str, Any]]]:

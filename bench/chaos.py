@@ -31,7 +31,7 @@ A round ends when nothing is missing, no host has a request, and the books of th
     lost           other streams that ended with an error, or without all their tokens
     wrong          streams with a token that is not plain vLLM's, the broken ones included, as far as they came
     duplicated     streams with more tokens than they asked for
-    refused        of requests for /v1/models, on new connections to a server that was not killed: not answered
+    refused        of requests for a token, on new connections to a server that was not killed: not answered
     hangs          hosts that were stopped, each of which was killed and replaced
     recovery_p99_s 99th percentile, over streams that waited, of the longest pause after the fault; a stream waited if
                    that is longer than any pause of it in the undisturbed run
@@ -40,6 +40,7 @@ A round ends when nothing is missing, no host has a request, and the books of th
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -251,13 +252,14 @@ class Rig(Player):
         return Hit(name if is_told else f"{name}, no switch seen", gone_pid=hosts[name]["pid"])
 
     async def _ask(self, hit: Hit) -> None:
-        """Ask on new connections, one after the other, at a server that lives."""
+        """Ask for a token on new connections, of one model after the other, at a server that lives."""
         is_gone = hit.server is not None and hit.ports is None
         server = self.servers[1 - (hit.server or 0) if is_gone else hit.server or 0]
         self._asked = self._refused = 0
-        while True:
+        for model in itertools.cycle(sorted(server.models)):
             try:
-                await asyncio.to_thread(server.get, "/v1/models", limit_s=60.0)
+                body = {"model": model, "prompt": [5, 6, 7], "max_tokens": 1}
+                await asyncio.to_thread(server.get, "/v1/completions", body=body, limit_s=60.0)
             except OSError:
                 self._refused += 1
             self._asked += 1

@@ -28,9 +28,9 @@ class _Alike:
 class Matching:
     """A host for as many of these kinds as can be had at once; no host stands for two.
 
-    Kinds that come first get one if any of their places can: a later one takes no host from them. A kind takes a free
-    host, if there is one, and moves others to further hosts only if there is none. The number of hosts costs no more
-    than a question each for each different kind; the rest of the work grows with the number of different hosts.
+    Kinds that come first get one if any of their places can: a later one takes no host from them. A free host is taken
+    first; only where there is none do others move. `is_of` is asked once for each host and different kind, and to place
+    one takes at most as many steps as there are different kinds, times groups of hosts that are alike.
     """
 
     def __init__(
@@ -40,8 +40,8 @@ class Matching:
         is_of: Callable[[str, Kind], bool],
         last: Set[str] = frozenset(),
     ) -> None:
-        """Of `last`, hosts are taken only as many as are missing without. Of hosts that are alike the first ones are
-        taken; which of different ones does not depend on their order."""
+        """As few of the hosts in `last` are taken as can be. Of hosts that are alike the first ones are taken; which of
+        different ones are does not depend on their order."""
         number = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
         self._kinds = [number[kind] for kind in kinds]
         found: dict[tuple[bool, int, tuple[bool, ...]], _Alike] = {}
@@ -52,7 +52,7 @@ class Matching:
             alike.hosts[host] = None
         self._alike: list[_Alike] = []
         for is_last in (False, True):
-            self._alike += [alike for key, alike in sorted(found.items(), key=lambda item: item[0]) if key[0] is is_last]
+            self._alike += [found[key] for key in sorted(found) if key[0] is is_last]
             self._place_all()
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class Matching:
                 hopeless.add(kind)
 
     def _place(self, index: int) -> bool:
-        """Give a host to this one: a free one, or that of another one that can move, which may again need to."""
+        """Give a host to this place: a free one, or that of another place that can move, perhaps to that of a third."""
         start = self._kinds[index]
         came: dict[int, tuple[int, _Alike]] = {}
         queue = [start]
@@ -104,11 +104,12 @@ class Matching:
             for alike in (alike for alike in self._alike if alike.is_of[kind]):
                 if alike.num_held < len(alike.hosts):
                     alike.num_held += 1
-                    while kind != start:
-                        before, left = came[kind]
-                        alike.held[kind].append(left.held[kind].pop())
-                        kind, alike = before, left
-                    alike.held[start].append(index)
+                    mover, to = kind, alike
+                    while mover != start:
+                        follower, left = came[mover]
+                        to.held[mover].append(left.held[mover].pop())
+                        mover, to = follower, left
+                    to.held[start].append(index)
                     return True
                 for other, places in alike.held.items():
                     if places and other != start and other not in came:

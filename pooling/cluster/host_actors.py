@@ -17,6 +17,7 @@ from ray.actor import ActorHandle
 from tokenpool.cluster.host_actor import HostActor
 from tokenpool.cluster.pool_record import CONTROLLER, PoolRecord, wanted_hosts
 from tokenpool.cluster.values import Peer
+from tokenpool.errors import text_of
 from tokenpool.host_kinds import ANY, Kind, selectors
 
 logger = logging.getLogger(__name__)
@@ -47,17 +48,23 @@ class HostActors:
     def start_missing(self, wanted: Mapping[str, Kind] | None = None) -> None:
         """Start those of `wanted` that are missing, each of its kind; None = as many as there are to be, of any.
 
+        One that cannot be started now holds up no other one: it is still missing when this is called again.
+
         Ray places them when there is room, also on nodes that join later; for an actor without a node its autoscaler
         adds one, with the labels that its kind asks for. One that a former controller started is found. Blocks, for any
         thread.
         """
         controller = ray.get_actor(CONTROLLER, self._namespace)
         if wanted is None:
-            wanted = {f"host-{index}": ANY for index in range(len(self._made), self.num_wanted())}
+            wanted = {f"host-{index}": ANY for index in range(self.num_wanted())}
         for name, kind in wanted.items():
             with self._making:
-                if not self._is_ending and name not in self._made:
+                if self._is_ending or name in self._made:
+                    continue
+                try:
                     self._made[name] = self._make(name, kind, controller)
+                except Exception as error:  # such as Ray's, of labels that it does not take
+                    logger.warning("host not started host=%s: %s", name, text_of(error)[:200])
 
     def _make(self, name: str, kind: Kind, controller: ActorHandle) -> ActorHandle:
         record = self._record

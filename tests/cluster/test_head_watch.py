@@ -192,6 +192,57 @@ def test_a_server_ends_when_neither_head_nor_host_answers(left: str, monkeypatch
     assert (asked == 0) is (left in ("the head", "no need"))
 
 
+@pytest.mark.parametrize("left", ["nobody", "the head now and then", "a first host that comes"])
+def test_a_server_without_a_host_ends_when_the_head_is_gone_for_good(
+    left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No host can come any more: after a longer limit than where hosts are lost, until which requests wait for one."""
+    monkeypatch.setattr(ray_hosts, "_ALONE_LOOK_S", 0.01)
+    monkeypatch.setattr(ray_hosts, "_ALONE_SAY_S", 0.02)
+    monkeypatch.setattr(ray_hosts, "_ALONE_LIMIT_S", 0.05)
+    monkeypatch.setattr(ray_hosts, "_BARE_LIMIT_S", 0.5)
+    monkeypatch.setattr(ray_hosts, "_LAST_WORD_S", 0.01)
+    killed: list[int] = []
+
+    async def ask(method: str, *args: Any) -> dict[str, Any]:
+        return {"h0": None}
+
+    async def main() -> None:
+        async with two_servers(monkeypatch) as (one, _):
+            await one.add("a")
+            for task in one.hosts._tasks:  # no further view comes
+                task.cancel()
+            monkeypatch.setattr(ray_hosts.os, "kill", lambda pid, number: killed.append(number))
+            monkeypatch.setattr(one.hosts, "ask", ask)
+            view = one.hosts.view
+            assert view is not None
+            one.hosts.view = replace(view, hosts={}, host_count=HostCount(0, 2, (), ()))
+            one.hosts.head.is_up = False
+            client = cast(StandInClient, one.models["a"].client)
+            client.waiting.append("accepted")
+            task = asyncio.create_task(one.hosts._watch_alone())
+            await asyncio.sleep(0.25)
+            assert not task.done() and one.hosts.is_alive and client.told == {}, "it waits for a first host"
+            if left == "nobody":
+                await task
+                assert client.told["accepted"].startswith("503: ") and "has been no engine host" in str(client.told)
+                assert isinstance(one.hosts._session.fault, HostError)
+                return
+            for _ in range(3):
+                if left == "a first host that comes":
+                    one.hosts.view = view
+                one.hosts.head.is_up = left == "the head now and then"
+                await asyncio.sleep(0.1)
+                one.hosts.head.is_up = False
+                await asyncio.sleep(0.2)
+            assert not task.done() and one.hosts.is_alive and client.told == {}
+            task.cancel()
+            client.waiting.clear()
+
+    asyncio.run(main())
+    assert killed == ([signal.SIGTERM] if left == "nobody" else [])
+
+
 def test_a_server_that_was_cut_off_serves_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """New requests are refused while neither head nor hosts answer, and taken once a host does."""
     monkeypatch.setattr(ray_hosts, "_ALONE_LOOK_S", 0.01)

@@ -23,10 +23,13 @@ from tests.cluster.test_cluster_demand import states
 from tests.cluster.test_servers import BODY, Cluster, told
 from tests.conftest import TinyModels
 from tests.helpers.server import WAIT_LIMIT_S, PoolServerProcess, poll
+from tokenpool.cluster import host_actors
 from tokenpool.cluster.deciding.scaling import Scaling
+from tokenpool.cluster.host_actors import HostActors
 from tokenpool.cluster.host_keeper import HostKeeper
-from tokenpool.cluster.pool_record import Kept, KeptWriter
-from tokenpool.cluster_config import HostRange
+from tokenpool.cluster.pool_record import Kept, KeptWriter, PoolRecord
+from tokenpool.cluster_config import ClusterConfig, HostRange
+from tokenpool.host_kinds import ANY
 
 pytestmark = pytest.mark.ray
 
@@ -224,6 +227,45 @@ def test_no_host_is_started_or_ended_that_the_next_controller_would_not_know_of(
         running.cancel()
 
     asyncio.run(asyncio.wait_for(main(), WAIT_LIMIT_S))
+
+
+class StandInRay:
+    """What host actors ask of Ray, which does not take hosts of some names."""
+
+    def __init__(self) -> None:
+        self.refused: set[str] = set()
+        self.started: list[str] = []
+
+    def get_actor(self, name: str, namespace: str) -> object:
+        return object()
+
+    def remote(self, actor: object = None, /, *args: Any) -> Any:
+        return self
+
+    def options(self, *, name: str, **others: Any) -> StandInRay:
+        if name in self.refused:
+            raise ValueError(f"{name} has a label that is none")
+        self.started.append(name)
+        return self
+
+
+@pytest.mark.parametrize("are_named", [True, False], ids=["hosts come and go", "a fixed number"])
+def test_a_host_that_ray_does_not_take_holds_up_no_other_one(
+    are_named: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And it is started once Ray takes it; each one once."""
+    fake = StandInRay()
+    monkeypatch.setattr(host_actors, "ray", fake)
+    actors = HostActors(PoolRecord("p", ClusterConfig(hosts=4), {}), "pool")
+    wanted = dict.fromkeys([f"host-{i}" for i in range(4)], ANY) if are_named else None
+    fake.refused = {"host-0", "host-2"}
+    for _ in range(2):
+        actors.start_missing(wanted)
+        assert fake.started == ["host-1", "host-3"]
+    assert "host=host-2: host-2 has a label that is none" in caplog.text
+    fake.refused = set()
+    actors.start_missing(wanted)
+    assert sorted(fake.started) == ["host-0", "host-1", "host-2", "host-3"]
 
 
 @pytest.mark.slow

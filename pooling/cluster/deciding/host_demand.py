@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cache, partial
 
 from tokenpool.cluster.placement import Situation, deployments_on, fits, may_be_there, room_bytes
 from tokenpool.cluster.values import Deployment, HostReport
@@ -32,14 +33,6 @@ class _Bin:
     names: set[str] = field(default_factory=set)
     used_bytes: int = 0
 
-    def may_have(self, kind: Kind, known: Collection[Set[str]]) -> bool:
-        """Whether models of another kind may be there too: a host with `known` labels is of both, so that none waits
-        for a host of the other's kind, which may never come."""
-        narrow, wide = (self.kind, kind) if is_within(self.kind, kind) else (kind, self.kind)
-        return narrow == wide or (
-            is_within(narrow, wide) and any(may_be_on(narrow, frozenset(labels)) for labels in known)
-        )
-
     def add(self, names: Iterable[str], nbytes: int, kind: Kind) -> None:
         """Have models that want hosts of a kind."""
         self.names.update(names)
@@ -62,6 +55,7 @@ def hosts_needed(
         return []
     least = max(copies_of(model, rules) for model in by_name.values())
     apart = apart_by_model(rules.together, rules.apart) if blank is not None else {}
+    may_share = cache(partial(_may_share, known=known))
     budget = _budget(blank)
     bins: list[_Bin] = []
     groups = _groups(by_name, rules)
@@ -72,13 +66,20 @@ def hosts_needed(
             if needed > budget or not all(fits(by_name[name], blank, []) for name in members):
                 continue
         others = frozenset().union(*(apart.get(name, frozenset()) for name in members))
-        free = [b for b in bins if b.used_bytes + needed <= budget and not others & b.names and b.may_have(kind, known)]
+        free = [b for b in bins if b.used_bytes + needed <= budget and not others & b.names and may_share(b.kind, kind)]
         copies = max(copies_of(by_name[name], rules) for name in members)
         fresh = [_Bin() for _ in range(copies - len(free))]
         bins += fresh
         for one in [*free, *fresh][:copies]:
             one.add(members, needed, kind)
     return [*(one.kind for one in bins), *[ANY] * (least - len(bins))]
+
+
+def _may_share(one: Kind, other: Kind, known: Collection[Set[str]]) -> bool:
+    """Whether models of two kinds may be on one host: one with `known` labels is of both, so that none waits for a host
+    of the other's kind, which may never come."""
+    narrow, wide = (one, other) if is_within(one, other) else (other, one)
+    return narrow == wide or (is_within(narrow, wide) and any(may_be_on(narrow, frozenset(labels)) for labels in known))
 
 
 def _budget(blank: HostReport | None) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tokenpool.cluster.deciding.matching import match
+from tokenpool.cluster.deciding.matching import Matching, match
 from tokenpool.cluster_config import HostRange
 from tokenpool.group_config import may_be_on
 from tokenpool.host_kinds import ANY, Kind, is_within, kind_of
@@ -145,7 +145,7 @@ class Scaling:
     @property
     def wanted(self) -> list[str]:
         """Hosts that are to have an actor."""
-        return sorted(self.asked - self.ending, key=_age)
+        return _by_age(self.asked - self.ending)
 
     def kind(self, host: str) -> Kind:
         """As what a host was asked for."""
@@ -157,7 +157,7 @@ class Scaling:
         `up` has the labels of the hosts that are there.
         """
         is_of, hosts = self._is_of(up), self.asked - self.ending
-        placed = match([*needed, kind], hosts, is_of).values()
+        placed = match([*needed, kind], _by_age(hosts), is_of, hosts - up.keys()).values()
         return any(not is_of(host, kind) for host in hosts - set(placed))
 
     def is_over(self, host: str) -> bool:
@@ -183,7 +183,7 @@ class Scaling:
         is_of = self._is_of({host: use.labels for host, use in up.items()})
         usable = self.asked - self.ending - self.leaving - need.drained
         wanted = self._wanted(need, usable, is_of)
-        placed = match(wanted, sorted(usable, key=_age), is_of)
+        placed = match(wanted, _by_age(usable), is_of, usable - up.keys())
         missing = [kind for index, kind in enumerate(wanted) if index not in placed]
         spare = usable - set(placed.values())
         changes = self._grow(missing, need, f"{len(wanted)} are needed", is_of)
@@ -234,9 +234,10 @@ class Scaling:
             self._homeless_since_s = math.inf
             return []
         self._homeless_since_s = min(self._homeless_since_s, need.now_s)
-        placed = match(need.for_models, usable, is_of)
+        not_there = usable - (need.up or {}).keys()
+        placed = match(need.for_models, _by_age(usable), is_of, not_there)
         coming = [other for index, other in enumerate(need.for_models) if index not in placed]
-        pending = {host for host in usable - (need.up or {}).keys() if is_of(host, kind)}
+        pending = {host for host in not_there if is_of(host, kind)}
         if any(is_within(other, kind) for other in coming) or not pending.isdisjoint(placed.values()):
             return []
         if pending:
@@ -293,17 +294,10 @@ class Scaling:
         if need.now_s - self._low_since_s < self.idle_after_s:
             return []
         self._low_since_s = math.inf
-        peak, left = [*self._low_peak.elements()], set(usable)
-        num_needed = len(match(peak, usable, is_of))
-
-        def is_spare(host: str) -> bool:
-            if len(match(peak, left - {host}, is_of)) < num_needed:
-                return False
-            left.discard(host)
-            return True
-
+        matching = Matching([*self._low_peak.elements()], usable, is_of)
+        num_needed = len(matching)
         reason = f"{num_needed} were enough for {self.idle_after_s:g} s"
-        return self._give_up(usable, len(usable) - num_needed, reason, need, need.may_go, is_spare)
+        return self._give_up(usable, len(usable) - num_needed, reason, need, need.may_go, matching.leave_out)
 
     def _give_up(
         self, hosts: Set[str], count: int, reason: str, need: Need, may_go: Callable[[str, Set[str]], bool],
@@ -311,7 +305,7 @@ class Scaling:
     ) -> list[Change]:  # fmt: skip
         """Give up to `count` of these hosts back, first of all such as are not there."""
         up, changes = need.up or {}, list[Change]()
-        for host in sorted(hosts - up.keys(), key=_age, reverse=True):
+        for host in reversed(_by_age(hosts - up.keys())):
             if len(changes) < count and is_spare(host):
                 self.ending.add(host)
                 changes.append(Change("host_ending", host, f"{reason}, and it is not there"))
@@ -344,6 +338,11 @@ class Scaling:
 def _use_key(host: str, use: HostUse) -> tuple[int, float, int, int, int]:
     """The host that is missed least comes first, and of equal ones the one that may free its node, the youngest."""
     return use.num_requests, use.load, use.num_seats, use.num_beside, -_age(host)
+
+
+def _by_age(hosts: Iterable[str]) -> list[str]:
+    """The eldest first."""
+    return sorted(hosts, key=_age)
 
 
 def _age(host: str) -> int:

@@ -45,6 +45,8 @@ _BEAT_S, _BEAT_LIMIT_S = 1.0, 5.0
 _LEASE_LIMIT_S = 5.0
 _UNLOAD_LIMIT_S = 120.0
 _ALONE_LOOK_S, _ALONE_SAY_S, _ALONE_LIMIT_S = 2.0, 10.0, 60.0
+_BARE_LIMIT_S = 10 * _ALONE_LIMIT_S
+"""Without a host none is lost that has requests, so that there is time for the head to come back."""
 _ALONE_STEP_S = 10.0
 """What one look counts at most: this process may have been stopped, and not the others."""
 _LAST_WORD_S = 1.0
@@ -159,16 +161,20 @@ class RayHosts(ClusterModels):
 
         Ray ends hosts when its head has been away for as long as their nodes were told, and nobody tells of it then.
         New requests are refused before that; what was accepted waits, because it may be this server that is cut off.
+        Where there was no host, because none was needed, none comes without the head either: that has a longer limit,
+        and requests wait as for any first host.
         """
-        alone_s, looked_s = 0.0, time.monotonic()
-        while alone_s < _ALONE_LIMIT_S:
+        alone_s, looked_s, is_bare = 0.0, time.monotonic(), self._needs_none
+        while alone_s < (_BARE_LIMIT_S if is_bare else _ALONE_LIMIT_S):
             await asyncio.sleep(_ALONE_LOOK_S)
-            has_none = not (self.head.is_up or self._needs_none or await self._is_answered())
+            was_bare, is_bare = is_bare, self._needs_none
+            has_none = not (self.head.is_up or (not is_bare and await self._is_answered()))
             now_s = time.monotonic()
-            alone_s = alone_s + min(now_s - looked_s, _ALONE_STEP_S) if has_none else 0.0
+            alone_s = alone_s + min(now_s - looked_s, _ALONE_STEP_S) if has_none and is_bare is was_bare else 0.0
             looked_s = now_s
-            self._show_alone(alone_s >= _ALONE_SAY_S)
-        await self._end_alone(HostError(f"Ray's head is away, and no engine host has answered for {alone_s:.0f} s"))
+            self._show_alone(alone_s >= _ALONE_SAY_S and not is_bare)
+        which = "there has been no engine host" if is_bare else "no engine host has answered"
+        await self._end_alone(HostError(f"Ray's head is away, and {which} for {alone_s:.0f} s"))
 
     def _show_alone(self, is_alone: bool) -> None:
         if is_alone == self.is_alone:

@@ -52,6 +52,8 @@ class ElasticWorld(World):
         self.going: dict[str, int] = {}
         self.loads: Loads | None = None
         self.was_given_back: list[str] = []
+        self.makes_way: set[str] = set()
+        """Hosts that go because another kind is needed, or went."""
         super().__init__(models, num_hosts=0, **more)
 
     def _controller(self, snapshot: dict[str, Any] | None, models: list[Deployment]) -> Reconciler:
@@ -81,10 +83,18 @@ class ElasticWorld(World):
         for host in self.hosts.values():
             for name in host.models.keys() & self.control.models.keys():
                 assert may_be_on(self.control.models[name].hosts, host.labels), f"{name} is on {host.name}"
-        makes_way = any(MADE_WAY in decision["reason"] for decision in self.control.log.last()[-10:])
-        if self.control.is_settled and not self.control.draining and not makes_way:
+        self._look_who_makes_way()
+        if self.control.is_settled and not self.control.draining:
+            going = self.scaling.leaving | self.scaling.ending
             least = min(bounds.least, bounds.most - len(self.scaling.ending))  # these count until they are gone
-            assert len(self.scaling.wanted) - len(self.scaling.leaving - self.scaling.ending) >= least
+            assert len(self.scaling.asked - going) >= least - len(going & self.makes_way)
+
+    def _look_who_makes_way(self) -> None:
+        for decision in self.control.log.last(50):
+            if MADE_WAY in decision["reason"]:
+                self.makes_way.add(decision["host"])
+            elif decision["action"] in ("host_leaving", "host_stays"):
+                self.makes_way.discard(decision["host"])
 
     def _ray(self) -> None:
         if not self.is_head_up:

@@ -62,36 +62,6 @@ def test_what_is_within_another_kind_has_no_other_node(narrow, wide):
     assert is_within(narrow, narrow) and is_within(narrow, ANY)
 
 
-@given(
-    kinds=st.lists(st.sampled_from([ANY, H100, A100, ("zone=n",)]), max_size=6),
-    nodes=st.lists(st.sampled_from(NODES), max_size=5),
-)
-def test_as_many_kinds_as_can_be_have_a_host_and_the_first_ones_first(kinds, nodes):
-    """By trying all ways."""
-    hosts = {f"h{i}": labels for i, labels in enumerate(nodes)}
-
-    def is_of(host: str, kind: Kind) -> bool:
-        return may_be_on(kind, hosts[host])
-
-    found = match(kinds, hosts, is_of)
-    assert len(set(found.values())) == len(found) and all(is_of(host, kinds[i]) for i, host in found.items())
-    places = [*hosts, *[None] * len(kinds)]
-    best = (
-        max(
-            (
-                tuple(host is not None for host in way)
-                for way in set(itertools.permutations(places, len(kinds)))
-                if all(host is None or is_of(host, kind) for host, kind in zip(way, kinds, strict=True))
-            ),
-            key=lambda ways: (sum(ways), ways),
-        )
-        if len(kinds) <= 4 and len(nodes) <= 3
-        else None
-    )
-    if best is not None:
-        assert tuple(i in found for i in range(len(kinds))) == best
-
-
 @pytest.mark.parametrize(
     ("labels", "problem"),
     [

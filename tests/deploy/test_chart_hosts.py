@@ -16,7 +16,7 @@ from tokenpool.cluster_config import HostRange
 from tokenpool.config import PoolConfig
 from tokenpool.host_kinds import selectors
 
-pytestmark = pytest.mark.deploy
+pytestmark = [pytest.mark.deploy, pytest.mark.usefixtures("helm")]
 
 RANGE = "pool.cluster.hosts.min=0,pool.cluster.hosts.max=3"
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"

@@ -41,6 +41,9 @@ class Build:
         self.movable_weights = movable_weights
         self.calls: list[str] = []
 
+    def expect_blocks(self, block_bytes: int) -> None:
+        self.calls.append(f"blocks of {block_bytes}")
+
     def enter_phase(self, phase: str) -> None:
         self.calls.append(phase)
 
@@ -77,7 +80,9 @@ def test_memory_is_not_profiled(worker, monkeypatch):
     """vLLM's own code warms the model up once, measures nothing, and the answer is the arena's span."""
     runs = []
     monkeypatch.setattr(gpu_worker, "memory_profiling", None)  # a call would fail
-    worker.model_runner = SimpleNamespace(profile_run=lambda **kwargs: runs.append(kwargs))
+    worker.model_runner = SimpleNamespace(
+        profile_run=lambda **kwargs: runs.append(kwargs), get_kv_cache_spec=lambda: {}
+    )
     worker.init_snapshot = SimpleNamespace(free_memory=GIB)
     monkeypatch.setattr(Worker, "randomize_dummy_inputs", False, raising=False)  # vLLM 0.29 has none
     monkeypatch.setattr(gpu_worker, "set_current_vllm_config", _nothing)
@@ -86,7 +91,7 @@ def test_memory_is_not_profiled(worker, monkeypatch):
         assert 300 * GIB == worker.determine_available_memory()
 
     assert 1 == len(runs)
-    assert ["warming up", "building engine"] == build.calls
+    assert ["blocks of 0", "warming up", "building engine"] == build.calls
 
 
 @pytest.mark.parametrize("movable", [True, False])

@@ -104,6 +104,8 @@ RAY_AUTH_TOKEN_PATH = Variable("RAY_AUTH_TOKEN_PATH", str, "`serve --cluster`",
 RAY_RECONNECT = Variable("RAY_gcs_rpc_server_reconnect_timeout_s", str, "`serve --cluster`",
     "Ray's own: seconds for which a process of Ray goes on while Ray's head is away. A server takes a week where it is "
     "not set; nodes that are started without it take Ray's 60 ([failure.md](failure.md#rays-head))")  # fmt: skip
+RAY_EVENTS = Variable("RAY_SCHEDULER_EVENTS", str, "`serve --cluster`, `down`",
+    "Ray's own: 1 = what Ray's autoscaler does is printed between our words; 0 where it is not set")  # fmt: skip
 NO_COLOR = Variable("NO_COLOR", str, "`top`", "turns colours off")
 CONTROL_KEY = Variable("TOKENPOOL_CONTROL_KEY", bytes.fromhex, "engine hosts",
     "set by the server; setting it does nothing")  # fmt: skip

@@ -53,6 +53,7 @@ def prepare(address: str) -> None:
         )
     settings.RAY_AUTH_MODE.set_default("token")
     settings.RAY_RECONNECT.set_default(_WITHOUT_HEAD_S)
+    settings.RAY_EVENTS.set_default("0")
     if address == "local" and settings.RAY_AUTH_MODE.get() == "token":
         settings.RAY_AUTH_TOKEN.set_default(secrets.token_hex(32))
     try:

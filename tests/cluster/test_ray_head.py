@@ -166,7 +166,7 @@ def test_without_head_and_hosts_a_server_ends_as_a_failure(forgetful: Setup) -> 
     ray.kill(ray.machines[0], "gcs_server")
     poll(lambda: head(server)["up"], until=lambda is_up: not is_up)
     running.rest()
-    waiting = Stream(server, PROMPT, 2 * NUM_TOKENS)
+    waiting = Stream(server, PROMPT, NUM_TOKENS)
     poll(lambda: len(waiting.tokens) > 5)
     for pid in (told["pid"], *(host[which] for host in told["hosts"].values() for which in ("actor_pid", "pid"))):
         with suppress(ProcessLookupError):  # a host ends with its actor

@@ -58,11 +58,11 @@ class Asker(threading.Thread):
         self.answers: list[list[int]] = []
         self.problem: BaseException | None = None
         self._server, self._model = server, model
-        self._stop = threading.Event()
+        self._over = threading.Event()
 
     def run(self) -> None:
         try:
-            while not self._stop.is_set():
+            while not self._over.is_set():
                 self.answers.append(tokens(self._server, self._model, max_tokens=400))
         except BaseException as error:
             self.problem = error
@@ -72,7 +72,7 @@ class Asker(threading.Thread):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._over.set()
         self.join(2 * COME_S)
 
 

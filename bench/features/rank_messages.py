@@ -44,6 +44,8 @@ from tokenpool.host.ranks.rank_watch import RankLimits, RankWatch
 VOCABULARY = 152064
 MODEL = "llama"
 Call = tuple[str, tuple[Any, ...]]
+Tell = Callable[[Call], tuple[float, float]]
+_SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass
@@ -71,35 +73,46 @@ def run(*, steps: int, step_ms: float, seed: int, start_limit_s: float, logs: Pa
     return found
 
 
-def _step(tell: Callable[[Call], tuple[float, float]], calls: list[Call], step_ms: float) -> tuple[float, float]:
+def _step(tell: Tell, calls: list[Call], step_ms: float) -> tuple[float, float]:
     told = [tell(call) for call in calls]
     time.sleep(step_ms / 1000)
     return sum(sent for sent, _ in told), sum(arrived for _, arrived in told)
 
 
 @contextmanager
-def _pipe() -> Iterator[Callable[[Call], tuple[float, float]]]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    clock = context.RawArray("d", 2)
-    process = context.Process(target=_follow_pipe, args=(theirs, clock), daemon=True)
+def _follower(follow: Callable[[Any, Any], None], end: Any) -> Iterator[Any]:
+    """A process that follows, with the clock on which it notes when a message was there, and how many there were."""
+    clock = _SPAWN.RawArray("d", 2)
+    process = _SPAWN.Process(target=follow, args=(end, clock), daemon=True)
     process.start()
-    questions = RankQuestions([ours], RankWatch(2, RankLimits()), sys.exit)
-    questions.answers(questions.ask("call", MODEL, "begin", (), {}, False))
+    try:
+        yield clock
+    finally:
+        process.kill()
+        process.join()
+
+
+def _timed(clock: Any, send: Callable[[Call], object]) -> Tell:
+    """Send a message and wait until the follower has it."""
 
     def tell(call: Call) -> tuple[float, float]:
         begin_s, before = time.perf_counter(), clock[1]
-        questions.leave(questions.ask("call", MODEL, *call, {}, False), MODEL)
+        send(call)
         sent_s = time.perf_counter() - begin_s
         while clock[1] == before:
             time.sleep(0)
         return sent_s, clock[0] - begin_s
 
-    try:
-        yield tell
-    finally:
-        process.kill()
-        process.join()
+    return tell
+
+
+@contextmanager
+def _pipe() -> Iterator[Tell]:
+    ours, theirs = _SPAWN.Pipe()
+    with _follower(_follow_pipe, theirs) as clock:
+        questions = RankQuestions([ours], RankWatch(2, RankLimits()), sys.exit)
+        questions.answers(questions.ask("call", MODEL, "begin", (), {}, False))
+        yield _timed(clock, lambda call: questions.leave(questions.ask("call", MODEL, *call, {}, False), MODEL))
 
 
 def _follow_pipe(connection: Any, clock: Any) -> None:
@@ -111,27 +124,11 @@ def _follow_pipe(connection: Any, clock: Any) -> None:
 
 
 @contextmanager
-def _queue() -> Iterator[Callable[[Call], tuple[float, float]]]:
-    context = multiprocessing.get_context("spawn")
+def _queue() -> Iterator[Tell]:
     queue = MessageQueue(1, 1)
-    clock = context.RawArray("d", 2)
-    process = context.Process(target=_follow_queue, args=(queue.export_handle(), clock), daemon=True)
-    process.start()
-    queue.wait_until_ready()
-
-    def tell(call: Call) -> tuple[float, float]:
-        begin_s, before = time.perf_counter(), clock[1]
-        queue.enqueue((*call, {}, 0))
-        sent_s = time.perf_counter() - begin_s
-        while clock[1] == before:
-            time.sleep(0)
-        return sent_s, clock[0] - begin_s
-
-    try:
-        yield tell
-    finally:
-        process.kill()
-        process.join()
+    with _follower(_follow_queue, queue.export_handle()) as clock:
+        queue.wait_until_ready()
+        yield _timed(clock, lambda call: queue.enqueue((*call, {}, 0)))
 
 
 def _follow_queue(handle: Any, clock: Any) -> None:

@@ -37,6 +37,20 @@ class Time:
         return self.now_s
 
 
+def hurry(monkeypatch: pytest.MonkeyPatch, **limits_s: float) -> None:
+    """Limits of a server that is alone, in the place of the real ones."""
+    for name, limit_s in limits_s.items():
+        monkeypatch.setattr(ray_hosts, f"_{name}", limit_s)
+
+
+def leave_alone(hosts: ray_hosts.RayHosts, monkeypatch: pytest.MonkeyPatch, ask: Any, killed: list[int]) -> None:
+    """No further view comes; hosts answer as `ask` does, and signals that the server sends itself are noted."""
+    for task in hosts._tasks:
+        task.cancel()
+    monkeypatch.setattr(ray_hosts.os, "kill", lambda pid, number: killed.append(number))
+    monkeypatch.setattr(hosts, "ask", ask)
+
+
 def watch_of(time_: Time) -> HeadWatch:
     return HeadWatch(lambda limit_s: None, clock=time_)
 
@@ -148,10 +162,7 @@ def test_a_server_says_that_the_head_is_away_and_serves_on(monkeypatch: pytest.M
 @pytest.mark.parametrize("left", ["a host", "the head", "nobody", "no need"])
 def test_a_server_ends_when_neither_head_nor_host_answers(left: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only then: who waits gets 503, and its end is a failure, so that it is started anew."""
-    monkeypatch.setattr(ray_hosts, "_ALONE_LOOK_S", 0.01)
-    monkeypatch.setattr(ray_hosts, "_ALONE_SAY_S", 0.05)
-    monkeypatch.setattr(ray_hosts, "_ALONE_LIMIT_S", 0.2)
-    monkeypatch.setattr(ray_hosts, "_LAST_WORD_S", 0.01)
+    hurry(monkeypatch, ALONE_LOOK_S=0.01, ALONE_SAY_S=0.05, ALONE_LIMIT_S=0.2, LAST_WORD_S=0.01)
     killed: list[int] = []
     asked = 0
 
@@ -163,10 +174,7 @@ def test_a_server_ends_when_neither_head_nor_host_answers(left: str, monkeypatch
     async def main() -> None:
         async with two_servers(monkeypatch) as (one, _):
             await one.add("a")
-            for task in one.hosts._tasks:  # no further view comes
-                task.cancel()
-            monkeypatch.setattr(ray_hosts.os, "kill", lambda pid, number: killed.append(number))
-            monkeypatch.setattr(one.hosts, "ask", ask)
+            leave_alone(one.hosts, monkeypatch, ask, killed)
             one.hosts.head.is_up = left == "the head"
             if left == "no need":
                 assert one.hosts.view is not None
@@ -197,11 +205,7 @@ def test_a_server_without_a_host_ends_when_the_head_is_gone_for_good(
     left: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No host can come any more: after a longer limit than where hosts are lost, until which requests wait for one."""
-    monkeypatch.setattr(ray_hosts, "_ALONE_LOOK_S", 0.01)
-    monkeypatch.setattr(ray_hosts, "_ALONE_SAY_S", 0.02)
-    monkeypatch.setattr(ray_hosts, "_ALONE_LIMIT_S", 0.05)
-    monkeypatch.setattr(ray_hosts, "_BARE_LIMIT_S", 0.5)
-    monkeypatch.setattr(ray_hosts, "_LAST_WORD_S", 0.01)
+    hurry(monkeypatch, ALONE_LOOK_S=0.01, ALONE_SAY_S=0.02, ALONE_LIMIT_S=0.05, BARE_LIMIT_S=0.5, LAST_WORD_S=0.01)
     killed: list[int] = []
 
     async def ask(method: str, *args: Any) -> dict[str, Any]:
@@ -210,10 +214,7 @@ def test_a_server_without_a_host_ends_when_the_head_is_gone_for_good(
     async def main() -> None:
         async with two_servers(monkeypatch) as (one, _):
             await one.add("a")
-            for task in one.hosts._tasks:  # no further view comes
-                task.cancel()
-            monkeypatch.setattr(ray_hosts.os, "kill", lambda pid, number: killed.append(number))
-            monkeypatch.setattr(one.hosts, "ask", ask)
+            leave_alone(one.hosts, monkeypatch, ask, killed)
             view = one.hosts.view
             assert view is not None
             one.hosts.view = replace(view, hosts={}, host_count=HostCount(0, 2, (), ()))
@@ -245,8 +246,7 @@ def test_a_server_without_a_host_ends_when_the_head_is_gone_for_good(
 
 def test_a_server_that_was_cut_off_serves_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """New requests are refused while neither head nor hosts answer, and taken once a host does."""
-    monkeypatch.setattr(ray_hosts, "_ALONE_LOOK_S", 0.01)
-    monkeypatch.setattr(ray_hosts, "_ALONE_SAY_S", 0.02)
+    hurry(monkeypatch, ALONE_LOOK_S=0.01, ALONE_SAY_S=0.02)
     is_back = False
 
     async def ask(method: str, *args: Any) -> dict[str, Any]:

@@ -57,20 +57,24 @@ class Setup:
         return {output.request_id: output.new_token_ids for output in outputs.outputs}
 
 
+Scenario = Callable[[Setup], Coroutine[Any, Any, None]]
+
+
+async def with_setup(folder: Path, test: Scenario) -> None:
+    """Run a test, and close what it made."""
+    setup = Setup(folder)
+    try:
+        await test(setup)
+    finally:
+        setup.client.close()
+        for engine in setup.engines:
+            engine.close()
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[[Callable[[Setup], Coroutine[Any, Any, None]]], None]:
+def run(tmp_path: Path) -> Callable[[Scenario], None]:
     """Run a test on an event loop of its own."""
-
-    async def with_setup(test: Callable[[Setup], Coroutine[Any, Any, None]]) -> None:
-        setup = Setup(tmp_path)
-        try:
-            await test(setup)
-        finally:
-            setup.client.close()
-            for engine in setup.engines:
-                engine.close()
-
-    return lambda test: asyncio.run(with_setup(test))
+    return lambda test: asyncio.run(with_setup(tmp_path, test))
 
 
 def test_the_host_with_the_fewest_requests_gets_the_next(run) -> None:

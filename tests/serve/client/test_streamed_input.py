@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.serve.client.test_failover_client import Setup
+from tests.serve.client.test_failover_client import Setup, with_setup
 
 pytestmark = pytest.mark.vllm
 
@@ -147,46 +147,33 @@ class Play:
 @given(st.lists(st.sampled_from(ACTS), max_size=24))
 @settings(deadline=None)
 def test_each_piece_comes_once_and_in_order(acts: list[str]) -> None:
-    async def play(folder: Path) -> None:
-        setup = Setup(folder)
-        try:
-            session = Play(setup)
-            for what in acts:
-                await session.act(what)
-                await session.check()
-            session._feeder.cancel()
-        finally:
-            setup.client.close()
-            for engine in setup.engines:
-                engine.close()
+    async def test(setup: Setup) -> None:
+        session = Play(setup)
+        for what in acts:
+            await session.act(what)
+            await session.check()
+        session._feeder.cancel()
 
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(play(Path(folder)))
+        asyncio.run(with_setup(Path(folder), test))
 
 
-def test_who_sends_faster_than_the_model_hears_waits() -> None:
+def test_who_sends_faster_than_the_model_hears_waits(tmp_path: Path) -> None:
     """It goes on with each answer, and at once when the session is over."""
     from tokenpool.serve.client.journal import OPEN_PIECES
 
-    async def play(folder: Path) -> None:
-        setup = Setup(folder)
-        try:
-            session = Play(setup)
-            await session.act("join")
-            for _ in range(OPEN_PIECES + 3):
-                await session.act("piece")
-            assert len(await session.heard_pieces()) == OPEN_PIECES + 1
-            await session.act("answer")
-            assert len(await session.heard_pieces()) == OPEN_PIECES + 2
-            waiting = asyncio.create_task(setup.client.journal.get("a").heard())  # type: ignore[union-attr]
-            await asyncio.sleep(0)
-            assert not waiting.done()
-            await session.act("abort")
-            await asyncio.wait_for(waiting, 30)
-        finally:
-            setup.client.close()
-            for engine in setup.engines:
-                engine.close()
+    async def test(setup: Setup) -> None:
+        session = Play(setup)
+        await session.act("join")
+        for _ in range(OPEN_PIECES + 3):
+            await session.act("piece")
+        assert len(await session.heard_pieces()) == OPEN_PIECES + 1
+        await session.act("answer")
+        assert len(await session.heard_pieces()) == OPEN_PIECES + 2
+        waiting = asyncio.create_task(setup.client.journal.get("a").heard())  # type: ignore[union-attr]
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await session.act("abort")
+        await asyncio.wait_for(waiting, 30)
 
-    with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(play(Path(folder)))
+    asyncio.run(with_setup(tmp_path, test))

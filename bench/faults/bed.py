@@ -7,7 +7,6 @@ On the second one networks are cut too, and Ray's head dies, which has a Redis. 
 from __future__ import annotations
 
 import random
-import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ from bench.parts.ray_nodes import RayNodes
 from tests.helpers.network.cluster import RayOnMachines
 from tests.helpers.network.machines import Machine, Machines, cannot_be
 from tests.helpers.network.storage import redis_on, redis_server
+from tests.helpers.network.tcp import tcp_sockets
 
 NUM_HOSTS = 3
 Hosts = Mapping[str, Mapping[str, Any]]
@@ -133,9 +133,5 @@ def _parent(pid: int) -> int:
 
 
 def client_ports(pid: int) -> frozenset[int]:
-    """The other ends of a process's TCP connections over IPv4, on whatever network it is."""
-    own = {str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
-    lines = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
-    local = {socket.htonl(0x7F000001)}
-    ends = [words[2].split(":") for words in lines if f"socket:[{words[9]}]" in own]
-    return frozenset(int(port, 16) for address, port in ends if int(address, 16) in local)
+    """The other ends of a process's TCP connections within its machine, over IPv4."""
+    return frozenset(port for _, (address, port), _ in tcp_sockets(pid) if address == "127.0.0.1")

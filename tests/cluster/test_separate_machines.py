@@ -9,7 +9,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from tests.conftest import TinyModels
 from tests.helpers.network.cluster import RayOnMachines, ServerOnMachine, Stream, builds, controller, decisions
 from tests.helpers.network.machines import Machine, Machines
+from tests.helpers.network.tcp import LISTEN, tcp_sockets
 from tests.helpers.plain import Case, RequestSpec, run_plain
 from tests.helpers.server import TINY_ARGS, poll
 
@@ -92,22 +92,6 @@ def streams(server: ServerOnMachine) -> list[Stream]:
     return begun
 
 
-def listening(pid: int) -> list[tuple[str, int]]:
-    """Where a process listens on its machine."""
-    inodes = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        target = str(link.readlink())
-        if target.startswith("socket:["):
-            inodes.add(target[8:-1])
-    found = []
-    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
-        words = line.split()
-        if words[3] == "0A" and words[9] in inodes:
-            address, port = words[1].split(":")
-            found.append((socket.inet_ntoa(bytes.fromhex(address)[::-1]), int(port, 16)))
-    return found
-
-
 def greeting(machine: Machine, address: tuple[str, int]) -> bytes:
     """What a ZMQ socket says first, its security mechanism among it; empty for what is none."""
     ours = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
@@ -137,7 +121,8 @@ def test_a_pool_serves_across_machines(near: ServerOnMachine, plain: list[list[i
     assert [stream.rest() for stream in streams(near)] == plain
     assert [server["address"] for server in near.state()["cluster"]["servers"]] == [near.machine.address]
     assert near.process is not None
-    sockets = [at for at in listening(near.process.pid) if at[0] == near.machine.address]
+    open_now = tcp_sockets(near.process.pid)
+    sockets = [at for at, _, state in open_now if state == LISTEN and at[0] == near.machine.address]
     mechanisms = [greeting(near.machine, at)[12:32].rstrip(b"\0") for at in sockets]
     assert sorted(filter(None, mechanisms)) == [b"CURVE"] * 8, "two sockets for each model on each host"
     assert near.admin("POST", "/check").json() == {"ok": True}

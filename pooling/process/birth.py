@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ _STATUS = (
     "Cpus_allowed", "Mems_allowed", "SigBlk", "SigIgn", "THP_enabled",
 )  # fmt: skip
 """Lines of /proc/PID/status that a child has too."""
+_OF_HOSTS = sum(1 << number - 1 for number in (signal.SIGINT, signal.SIGTERM))
+"""Each host sets what these do, and so does a server: one that a shell has told to ignore SIGINT handles it later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,8 @@ class Birth:
         here, process = Path("/proc/self"), os.getpid()
         status = dict(line.split(":", 1) for line in (here / "status").read_text().splitlines() if ":" in line)
         traits = {name: status[name].strip() for name in _STATUS if name in status}
+        if "SigIgn" in traits:
+            traits["SigIgn"] = f"{int(traits['SigIgn'], 16) & ~_OF_HOSTS:x}"
         traits |= {f"namespace {link.name}": os.readlink(link) for link in (here / "ns").iterdir()}
         traits["cgroup"] = (here / "cgroup").read_text()
         traits["folder"], traits["root"] = os.getcwd(), os.readlink(here / "root")

@@ -19,6 +19,7 @@ import pytest
 from tests.helpers.server import REPOSITORY, child_pids, is_running, poll
 from tests.process.told_child import files_of
 from tokenpool.process import template as template_module
+from tokenpool.process.birth import Birth
 from tokenpool.process.forked_child import ForkedChild, WatchedChild
 from tokenpool.process.template import Template
 
@@ -181,6 +182,18 @@ def test_a_child_has_what_its_owner_has_become(template: Template, tmp_path: Pat
     assert ("0027", {"RLIMIT_NOFILE", "RLIMIT_OFILE"}) == (after["status"]["Umask"], changed)
     assert ("1", None) == (third["environment"].get("ANOTHER"), after["environment"].get("ANOTHER"))
     end(*children)
+
+
+@pytest.mark.parametrize(("number", "difference"), [(signal.SIGINT, ""), (signal.SIGQUIT, "SigIgn")])
+def test_a_shell_in_the_background_makes_no_second_template(number: int, difference: str) -> None:
+    """Such a shell has servers ignore SIGINT, which they handle later; what else they ignore, their children must."""
+    kept = signal.signal(number, signal.SIG_IGN)
+    try:
+        before = Birth.now({})
+        signal.signal(number, lambda *_: None)
+        assert difference == Birth.now({}).difference(before)
+    finally:
+        signal.signal(number, kept)
 
 
 @pytest.mark.parametrize(

@@ -123,12 +123,16 @@ class Pod:
 
 @pytest.fixture(scope="module")
 def pod(helm: str, tiny_models: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pod]:
-    models = [{"name": n, "model": str(tiny_models.path(n)), "args": TINY_ARGS} for n in ("llama", "qwen2")]
-    checkpoints = tiny_models.path("llama").parent
-    for path in [checkpoints, *checkpoints.parents]:  # user 10001 has to reach them
+    root = tmp_path_factory.mktemp("pod")
+    checkpoints = root / "checkpoints"
+    models = []
+    for name in ("llama", "qwen2"):
+        shutil.copytree(tiny_models.path(name), checkpoints / name)
+        models.append({"name": name, "model": str(checkpoints / name), "args": TINY_ARGS})
+    for path in [*checkpoints.rglob("*"), checkpoints, *checkpoints.parents]:  # user 10001 has to read them
         if path.is_relative_to("/tmp") and path != Path("/tmp"):
-            path.chmod(0o755)
-    made = Pod(tmp_path_factory.mktemp("pod"), models, checkpoints)
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    made = Pod(root, models, checkpoints)
     made.play()
     try:
         poll(lambda: made.probe("startup"), until=lambda status: status == 200, limit_s=START_LIMIT_S)

@@ -49,6 +49,8 @@ def _file_bytes(file: Path) -> int:
             status = os.fstat(descriptor)
         finally:
             os.close(descriptor)
+    except PermissionError as error:
+        raise _unreadable(file, f"cannot be read by user {os.geteuid()}", "let that user read it") from error
     except OSError as error:
         raise _unreadable(file, f"cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
@@ -56,6 +58,6 @@ def _file_bytes(file: Path) -> int:
     return status.st_size
 
 
-def _unreadable(file: Path, problem: str) -> ConfigError:
+def _unreadable(file: Path, problem: str, advice: str = "correct it or fetch the model again") -> ConfigError:
     target = f", a link to {os.readlink(file)}," if os.path.islink(file) else ""
-    return ConfigError(f"weight file {file}{target} {problem}; correct it or fetch the model again", key="model")
+    return ConfigError(f"weight file {file}{target} {problem}; {advice}", key="model")

@@ -20,8 +20,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "deploy" / "locks"
-BROKEN_ON_CPU = frozenset({"torchaudio", "torchcodec"})
-"""Their CUDA builds break the import of vLLM's CPU build, which does not need them; torchvision's can be mended."""
+NOT_FOR_CPU = frozenset({"torchaudio", "torchcodec", "triton"})
+"""The CUDA builds of the first two break the import of vLLM's CPU build, which needs none of them; torchvision's can be
+mended. Triton has no CPU backend and is a quarter of the image."""
 
 
 def lock_text(report: Mapping[str, Any], device: str, where: str) -> str:
@@ -33,7 +34,7 @@ def lock_text(report: Mapping[str, Any], device: str, where: str) -> str:
     found = {}
     for item in report["install"]:
         name = item["metadata"]["name"].lower().replace("_", "-").replace(".", "-")
-        if name == "tokenpool" or (device == "cpu" and name in BROKEN_ON_CPU):
+        if name == "tokenpool" or (device == "cpu" and name in NOT_FOR_CPU):
             continue
         found[name] = item["metadata"]["version"], item["download_info"]["archive_info"]["hashes"]["sha256"]
     lines += [f"{name}=={version} --hash=sha256:{digest}" for name, (version, digest) in sorted(found.items())]

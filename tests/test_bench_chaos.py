@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from bench import chaos
 from bench.faults.bed import client_ports
@@ -44,6 +49,33 @@ def test_what_is_lost_wrong_doubled_or_broken_is_counted(given: Stream, found: V
     """A stream breaks only with a connection to what was killed; what came before is compared too."""
     hit = chaos.Hit("a frontend", server=1, ports=frozenset({1}))
     assert judge([stream(*RIGHT), given], {given.key: RIGHT}, hit.is_dead) == found
+
+
+@pytest.mark.parametrize(
+    ("status", "chunks", "problem"),
+    [
+        (200, [{"choices": [{"token_ids": RIGHT}]}, {"choices": [{"token_ids": None}]}, {"choices": []}], ""),
+        (200, [{"choices": [{"token_ids": RIGHT}]}, {"error": "it fell"}, {"choices": []}], "it fell"),
+        (503, [{"choices": [{"token_ids": RIGHT}]}], "status 503"),
+    ],
+)
+def test_what_a_server_says_instead_of_tokens_is_kept(status: int, chunks: list[dict[str, Any]], problem: str) -> None:
+    """Also when more follows it."""
+
+    async def answer(request: web.Request) -> web.Response:
+        lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+        return web.Response(text="".join([*lines, "data: [DONE]\n\n"]), status=status)
+
+    async def ask(given: Stream) -> None:
+        app = web.Application()
+        app.router.add_post("/v1/completions", answer)
+        async with TestServer(app) as server, aiohttp.ClientSession() as session:
+            await given.run(session, str(server.make_url("")).rstrip("/"))
+
+    given = stream()
+    asyncio.run(ask(given))
+    assert given.problem.startswith(problem) and bool(given.problem) == bool(problem)
+    assert given.tokens == (RIGHT if status == 200 else [])
 
 
 def test_each_kind_has_its_round_in_an_order_by_the_seed() -> None:

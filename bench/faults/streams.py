@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import socket
 import time
 from abc import ABC, abstractmethod
@@ -19,6 +18,7 @@ from typing import Any
 import aiohttp
 
 from bench.parts import common
+from bench.parts.cluster_load import greedy_tokens, problem_of
 
 ADMIN_KEY = "chaos-admin-0123456"
 _STREAM_LIMIT_S = 600.0
@@ -56,27 +56,13 @@ class Stream:
 
     async def run(self, session: aiohttp.ClientSession, url: str) -> None:
         """Send it and read it to its end."""
-        body = {"model": self.model, "prompt": self.prompt, "max_tokens": self.num_tokens, "temperature": 0,
-                "ignore_eos": True, "stream": True, "return_token_ids": True}  # fmt: skip
         _current.set(self)
         try:
-            async with session.post(f"{url}/v1/completions", json=body) as response:
-                if response.status != 200:
-                    self.problem = f"status {response.status}: {(await response.text())[:200]}"
-                    return
-                async for line in response.content:
-                    if line.startswith(b"data: {"):
-                        self._take(json.loads(line[6:]))
+            async for ids in greedy_tokens(session, url, self.model, self.prompt, self.num_tokens):
+                self.tokens += ids
+                self.times_s += [time.monotonic()] * len(ids)
         except Exception as error:  # whatever ends a stream loses it
-            self.problem = f"{type(error).__name__}: {error}"
-
-    def _take(self, chunk: Mapping[str, Any]) -> None:
-        if "error" in chunk:
-            self.problem = str(chunk["error"])[:200]
-        for choice in chunk.get("choices", ()):
-            ids = choice.get("token_ids") or ()
-            self.tokens += ids
-            self.times_s += [time.monotonic()] * len(ids)
+            self.problem = problem_of(error)
 
 
 _current: ContextVar[Stream] = ContextVar("current")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,39 @@ _ENV = {**ENV, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVE
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENPOOL_LOG_LEVEL": "INFO"}  # fmt: skip
 
 
+class StreamError(Exception):
+    """What a server said instead of tokens, or after some."""
+
+
+async def greedy_tokens(
+    session: aiohttp.ClientSession, url: str, model: str, prompt: Sequence[int], num_tokens: int
+) -> AsyncIterator[list[int]]:
+    """The ids of tokens as they come, to the end of the stream.
+
+    Raises StreamError for another status than 200, and at the end for an error that came in the stream; what aiohttp
+    raises for a connection that ends.
+    """
+    body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0,
+            "ignore_eos": True, "stream": True, "return_token_ids": True}  # fmt: skip
+    told: Any = None
+    async with session.post(f"{url}/v1/completions", json=body) as response:
+        if response.status != 200:
+            raise StreamError(f"status {response.status}: {(await response.text())[:200]}")
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                chunk = json.loads(line[6:])
+                told = chunk.get("error", told)
+                if ids := [i for choice in chunk.get("choices", ()) for i in choice.get("token_ids") or ()]:
+                    yield ids
+    if told is not None:
+        raise StreamError(str(told)[:200])
+
+
+def problem_of(error: Exception) -> str:
+    """A line for what ended a stream."""
+    return str(error) if isinstance(error, StreamError) else f"{type(error).__name__}: {error}"
+
+
 @dataclass(slots=True)
 class Stream:
     """One greedy completion; times are those of `time.time`."""
@@ -37,22 +70,14 @@ class Stream:
 
     async def run(self, session: aiohttp.ClientSession, port: int) -> None:
         """Send it and read it to its end."""
-        body = {"model": self.model, "prompt": self.prompt, "max_tokens": self.num_tokens, "temperature": 0,
-                "ignore_eos": True, "stream": True, "return_token_ids": True}  # fmt: skip
         self.arrival_s = time.time()
         try:
-            async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as response:
-                if response.status != 200:
-                    self.problem = f"status {response.status}: {(await response.text())[:200]}"
-                    return
-                async for line in response.content:
-                    if line.startswith(b"data: {"):
-                        chunk = json.loads(line[6:])
-                        self.problem = str(chunk.get("error", ""))[:200]
-                        ids = [i for choice in chunk.get("choices", ()) for i in choice.get("token_ids") or ()]
-                        self.times_s += [time.time()] * len(ids)
+            async for ids in greedy_tokens(
+                session, f"http://127.0.0.1:{port}", self.model, self.prompt, self.num_tokens
+            ):
+                self.times_s += [time.time()] * len(ids)
         except Exception as error:  # whatever ends a stream is counted
-            self.problem = f"{type(error).__name__}: {error}"
+            self.problem = problem_of(error)
 
     @property
     def is_whole(self) -> bool:

@@ -6,20 +6,17 @@ The tests use one cluster and build on each other, in this order. Tokens travel 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.parts.ray_nodes import ENV, RayNodes
 from tests.conftest import TinyModels
-from tests.helpers.server import WAIT_LIMIT_S, PoolServerProcess, is_running, poll
+from tests.helpers.server import PoolServerProcess, Stream, is_running, poll
 
 pytestmark = pytest.mark.ray
 
@@ -27,49 +24,14 @@ NUM_TOKENS = 400
 PROMPTS = [[11, 12, 13], [21, 22, 23, 24]]
 
 
-class Stream(threading.Thread):
-    """One greedy completion, read token by token."""
-
-    def __init__(self, server: PoolServerProcess, model: str, prompt: list[int]) -> None:
-        super().__init__(daemon=True)
-        self.tokens: list[int] = []
-        self.problem: Any = None
-        self._url = f"{server.base_url}/v1/completions"
-        self._body = {
-            "model": model, "prompt": prompt, "max_tokens": NUM_TOKENS, "temperature": 0, "ignore_eos": True,
-            "stream": True, "return_token_ids": True,
-        }  # fmt: skip
-
-    def run(self) -> None:
-        try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=2 * WAIT_LIMIT_S) as response:
-                self.problem = None if response.status_code == 200 else response.status_code
-                for line in response.iter_lines():
-                    if line.startswith("data: {"):
-                        self._take(json.loads(line[6:]))
-        except Exception as error:
-            self.problem = error
-
-    def _take(self, chunk: dict[str, Any]) -> None:
-        if "error" in chunk:
-            self.problem = chunk["error"]
-        for choice in chunk.get("choices", ()):
-            self.tokens += choice.get("token_ids") or ()
-
-
 def streams(server: PoolServerProcess, disturb: Callable[[], None] | None = None) -> dict[tuple[str, int], list[int]]:
     """The tokens of streams of both models, all of which run when `disturb` is called."""
-    begun = {(m, i): Stream(server, m, prompt) for m in ("a", "b") for i, prompt in enumerate(PROMPTS)}
-    for stream in begun.values():
-        stream.start()
+    begun = {(m, i): Stream(server, prompt, NUM_TOKENS, m) for m in ("a", "b") for i, prompt in enumerate(PROMPTS)}
     if disturb is not None:
         poll(lambda: min(len(stream.tokens) for stream in begun.values()), until=lambda least: least >= 5)
         assert all(len(stream.tokens) < NUM_TOKENS for stream in begun.values()), "they ended too soon to be disturbed"
         disturb()
-    for stream in begun.values():
-        stream.join(3 * WAIT_LIMIT_S)
-    assert {key: stream.problem for key, stream in begun.items() if stream.problem} == {}
-    return {key: stream.tokens for key, stream in begun.items()}
+    return {key: stream.rest() for key, stream in begun.items()}
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from bench.parts.ray_nodes import ENV, RayNodes
-from tests.cluster.test_cluster import Stream, controller
+from tests.cluster.test_cluster import NUM_TOKENS, controller
 from tests.conftest import TinyModels
-from tests.helpers.server import PoolServerProcess, poll
+from tests.helpers.server import PoolServerProcess, Stream, poll
 from tests.node_store.asking import book, kill_keeper
 from tokenpool.node_store.place import folder_of
 
@@ -56,10 +56,7 @@ def both_serve(server: PoolServerProcess) -> dict[str, Any]:
 
 
 def begin(server: PoolServerProcess) -> list[Stream]:
-    streams = [Stream(server, "a", prompt) for prompt in PROMPTS]
-    for stream in streams:
-        stream.start()
-    return streams
+    return [Stream(server, prompt, NUM_TOKENS) for prompt in PROMPTS]
 
 
 def tokens(streams: list[Stream]) -> list[list[int]]:

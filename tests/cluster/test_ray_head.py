@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from tests.conftest import TinyModels
-from tests.helpers.network.cluster import RayOnMachines, ServerOnMachine, Stream, builds, controller, decisions
+from tests.helpers.network.cluster import RayOnMachines, ServerOnMachine, builds, controller, decisions
 from tests.helpers.network.machines import Machine, Machines
 from tests.helpers.network.storage import redis_on
-from tests.helpers.server import TINY_ARGS, WAIT_LIMIT_S, poll
+from tests.helpers.server import TINY_ARGS, WAIT_LIMIT_S, Stream, poll
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

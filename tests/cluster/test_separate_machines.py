@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import TinyModels
-from tests.helpers.network.cluster import RayOnMachines, ServerOnMachine, Stream, builds, controller, decisions
+from tests.helpers.network.cluster import RayOnMachines, ServerOnMachine, builds, controller, decisions
 from tests.helpers.network.machines import Machine, Machines
 from tests.helpers.network.tcp import LISTEN, tcp_sockets
 from tests.helpers.plain import Case, RequestSpec, run_plain
-from tests.helpers.server import TINY_ARGS, poll
+from tests.helpers.server import TINY_ARGS, Stream, poll
 
 pytestmark = pytest.mark.ray
 

@@ -6,7 +6,6 @@ The tests use one cluster and build on each other, in this order.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -19,21 +18,19 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 
 from bench.parts.ray_nodes import ENV, RayNodes
 from tests.conftest import TinyModels
 from tests.helpers.server import ENV as SERVER_ENV
-from tests.helpers.server import REPOSITORY, WAIT_LIMIT_S, PoolServerProcess, is_running, poll
+from tests.helpers.server import REPOSITORY, WAIT_LIMIT_S, PoolServerProcess, Stream, is_running, poll
 from tokenpool.tenant_config import hash_key
 
 pytestmark = pytest.mark.ray
 
 KEY = "test-admin-key-0123"
 BODY = {"prompt": [5] * 20, "max_tokens": 24, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
-LONG = BODY | {"max_tokens": 400, "stream": True}
 
 
 class Cluster:
@@ -81,34 +78,11 @@ def complete(server: PoolServerProcess, model: str = "a") -> list[int]:
     return tokens
 
 
-class Stream(threading.Thread):
-    """A long stream; its first token has come when this is made."""
-
-    def __init__(self, server: PoolServerProcess, model: str = "a") -> None:
-        super().__init__(daemon=True)
-        self.tokens: list[int] = []
-        self.problem: Any = None
-        self._url, self._model = f"{server.base_url}/v1/completions", model
-        self.start()
-        poll(lambda: bool(self.tokens or self.problem))
-
-    def run(self) -> None:
-        try:
-            body = LONG | {"model": self._model}
-            with httpx.stream("POST", self._url, json=body, timeout=2 * WAIT_LIMIT_S) as response:
-                for line in response.iter_lines():
-                    if line.startswith("data: {"):
-                        chunk = json.loads(line[6:])
-                        self.problem = chunk.get("error")
-                        self.tokens += [i for c in chunk.get("choices", ()) for i in c.get("token_ids") or ()]
-        except Exception as error:
-            self.problem = error
-
-    def rest(self) -> list[int]:
-        """All tokens, once it has ended well."""
-        self.join(2 * WAIT_LIMIT_S)
-        assert self.problem is None and not self.is_alive()
-        return self.tokens
+def long_stream(server: PoolServerProcess, model: str = "a") -> Stream:
+    """A stream whose first token has come."""
+    stream = Stream(server, BODY["prompt"], 400, model)
+    poll(lambda: bool(stream.tokens or stream.problem))
+    return stream
 
 
 def told(server: PoolServerProcess) -> dict[str, Any]:
@@ -194,7 +168,7 @@ def test_what_one_server_changes_reaches_the_other(
     assert second.admin("POST", "/models", added).status_code == 201
     assert complete(starter, "late") == complete(second, "late")
     assert second.admin("POST", "/models", added).status_code == 400, "the name is taken"
-    stream = Stream(second, "late")
+    stream = long_stream(second, "late")
     assert starter.admin("DELETE", "/models/late?drain=30s").status_code == 200
     assert len(stream.rest()) == 400, "a removal through one server lets the other one's requests finish"
     for server in (starter, second):
@@ -205,8 +179,8 @@ def test_the_server_that_started_the_pool_is_killed(
     cluster: Cluster, starter: PoolServerProcess, second: PoolServerProcess
 ) -> None:
     """The other one's stream goes on; hosts keep their processes, build nothing and forget the dead one's requests."""
-    before, pids, expected = builds(second), host_pids(second), Stream(second).rest()
-    kept, lost = Stream(second), Stream(starter)  # the last is at its beginning when it is cut
+    before, pids, expected = builds(second), host_pids(second), long_stream(second).rest()
+    kept, lost = long_stream(second), long_stream(starter)  # the last is at its beginning when it is cut
     kill(starter)
     assert kept.rest() == expected
     lost.join(WAIT_LIMIT_S)
@@ -253,7 +227,7 @@ def test_down_leaves_nothing(cluster: Cluster, temporary: Path) -> None:
     first, server = cluster.serve(), cluster.serve(frontends=2)
     before = told(server)
     pids = [before["pid"], *(pid for host in before["hosts"].values() for pid in (host["pid"], host["actor_pid"]))]
-    stream = Stream(first)
+    stream = long_stream(first)
     file = temporary / "pool.yaml"
     file.write_text(yaml.safe_dump(cluster.pool))
 

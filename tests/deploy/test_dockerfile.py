@@ -94,7 +94,7 @@ def test_a_release_is_made_of_what_has_a_hash(device, tmp_path):
 def test_without_a_lock_the_extras_are_resolved(tmp_path):
     """A build for oneself needs no lock; one with an unknown device ends."""
     status, calls, _ = install(tmp_path, DEVICE="cpu", RELEASE="0", BASE=BASE)
-    assert status == 0 and calls[-2:] == ["uninstall -y torchaudio torchcodec", "cpu_torchvision.py"]
+    assert status == 0 and calls[-2:] == ["uninstall -y torchaudio torchcodec triton", "cpu_torchvision.py"]
     assert "install --no-cache-dir .[cpu,audio,cluster]" in calls
     assert install(tmp_path, DEVICE="tpu", RELEASE="0", BASE=BASE)[0] != 0
 

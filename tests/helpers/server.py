@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -102,6 +104,10 @@ class PoolServerProcess:
         self.pool_file = Path(self._folder.name, "pool.yaml")
         self._log_file = Path(self._folder.name, "log")
         self._log = ""
+
+    def inside(self) -> AbstractContextManager[object]:
+        """Where requests to it are sent from: here."""
+        return nullcontext()
 
     def __enter__(self) -> PoolServerProcess:
         self.pool_file.write_text(yaml.safe_dump(self.pool, sort_keys=False))
@@ -230,6 +236,44 @@ class PoolServerProcess:
 
     def _tail(self) -> str:
         return f"; end of its log:\n{self.log[-_TAIL_CHARS:]}"
+
+
+class Stream(threading.Thread):
+    """One greedy completion, read token by token from the time that it is made."""
+
+    def __init__(self, server: PoolServerProcess, prompt: list[int], num_tokens: int, model: str = "a") -> None:
+        super().__init__(daemon=True)
+        self.tokens: list[int] = []
+        self.problem: Any = None
+        self._server = server
+        self._body = {
+            "model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True,
+            "stream": True, "return_token_ids": True,
+        }  # fmt: skip
+        self.start()
+
+    def run(self) -> None:
+        try:
+            url = f"{self._server.base_url}/v1/completions"
+            sent = httpx.stream("POST", url, json=self._body, timeout=2 * WAIT_LIMIT_S)
+            with self._server.inside(), sent as response:
+                self.problem = None if response.status_code == 200 else response.status_code
+                for line in response.iter_lines():
+                    if line.startswith("data: {"):
+                        self._take(json.loads(line[6:]))
+        except Exception as error:
+            self.problem = error
+
+    def _take(self, chunk: Mapping[str, Any]) -> None:
+        self.problem = chunk.get("error", self.problem)
+        for choice in chunk.get("choices", ()):
+            self.tokens += choice.get("token_ids") or ()
+
+    def rest(self) -> list[int]:
+        """All tokens, once it has ended well."""
+        self.join(2 * WAIT_LIMIT_S)
+        assert self.problem is None and not self.is_alive(), f"{self.problem} after {len(self.tokens)} tokens"
+        return self.tokens
 
 
 def _is_idle(state: dict[str, Any]) -> bool:

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +81,23 @@ class ServerOnMachine(PoolServerProcess):
         given = {**ENV, "TOKENPOOL_LOG_LEVEL": "INFO", **(env or {})}
         super().__init__({"admin_key": KEY, **pool}, env=given, flags=flags, enter=machine.enter)
 
+    def inside(self) -> AbstractContextManager[object]:
+        """See PoolServerProcess."""
+        return self.machine.inside()
+
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """See PoolServerProcess."""
-        with self.machine.inside():
+        with self.inside():
             return super().request(method, path, **options)
 
     def admin(self, method: str, path: str, json: Any = None) -> httpx.Response:
         """See PoolServerProcess."""
-        with self.machine.inside():
+        with self.inside():
             return super().admin(method, path, json)
 
     def wait_until_ready(self, limit_s: float = WAIT_LIMIT_S) -> None:
         """See PoolServerProcess."""
-        with self.machine.inside():
+        with self.inside():
             super().wait_until_ready(limit_s)
 
     def end(self) -> None:
@@ -102,44 +105,6 @@ class ServerOnMachine(PoolServerProcess):
         assert self.process is not None
         self.process.kill()
         self.process.wait()
-
-
-class Stream(threading.Thread):
-    """One greedy completion of a server, read token by token."""
-
-    def __init__(self, server: ServerOnMachine, prompt: Sequence[int], num_tokens: int, model: str = "a") -> None:
-        super().__init__(daemon=True)
-        self.tokens: list[int] = []
-        self.problem: Any = None
-        self._server = server
-        self._body = {
-            "model": model, "prompt": list(prompt), "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True,
-            "stream": True, "return_token_ids": True,
-        }  # fmt: skip
-        self.start()
-
-    def run(self) -> None:
-        try:
-            url = f"{self._server.base_url}/v1/completions"
-            sent = httpx.stream("POST", url, json=self._body, timeout=2 * WAIT_LIMIT_S)
-            with self._server.machine.inside(), sent as response:
-                self.problem = None if response.status_code == 200 else response.status_code
-                for line in response.iter_lines():
-                    if line.startswith("data: {"):
-                        self._take(json.loads(line[6:]))
-        except Exception as error:
-            self.problem = error
-
-    def _take(self, chunk: dict[str, Any]) -> None:
-        self.problem = chunk.get("error")
-        for choice in chunk.get("choices", ()):
-            self.tokens += choice.get("token_ids") or ()
-
-    def rest(self) -> list[int]:
-        """All tokens, once it has ended well."""
-        self.join(2 * WAIT_LIMIT_S)
-        assert self.problem is None and not self.is_alive(), f"{self.problem} after {len(self.tokens)} tokens"
-        return self.tokens
 
 
 def controller(server: PoolServerProcess) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Guarded(HostSupervisor):
         return [*HOST, control]
 
 
-@pytest.fixture(params=["spawned", "forked"])
+@pytest.fixture(params=[pytest.param("spawned", marks=pytest.mark.slow), "forked"])
 def guarded(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Guarded]:
     """Its hosts are spawned, or forked from a template."""
     monkeypatch.chdir(REPOSITORY)

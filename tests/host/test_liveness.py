@@ -166,8 +166,8 @@ def test_the_abort_of_a_starved_request_lets_the_others_go_on(tmp_path: Path):
     pooled.close()
 
 
-@pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("host_kib", [3600, 4300])
+@pytest.mark.parametrize("together", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("host_kib", [3600, pytest.param(4300, marks=pytest.mark.slow)])
 def test_models_whose_weights_do_not_fit_host_memory_together_are_all_answered(cases, host_kib, together):
     """One after the other they are read from disk, each for requests that wait, and none again and again."""
     pooled = _pool(cases, pages=14, movable_weights=True, host_memory=host_kib << 10)

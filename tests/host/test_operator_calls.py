@@ -146,7 +146,7 @@ def test_calls_to_a_model_that_stays_away_are_refused(
     life.finish()
 
 
-@pytest.mark.parametrize("movable", [True, False])
+@pytest.mark.parametrize("movable", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", CALLS)
 def test_calls_are_answered_while_requests_run_and_afterwards(
     begin: Callable[..., Operator], method: str, movable: bool
@@ -221,7 +221,7 @@ def test_a_model_that_is_removed_answers_what_waits_for_it(begin: Callable[..., 
     assert "is being removed" in reason_of(outputs[0].failure_message)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
 def test_random_lives_leave_no_call_without_an_answer(begin: Callable[..., Operator], seed: int) -> None:
     """Models pause, sleep and are parked in any order between steps; each call has one answer at the end."""
     operator, draw = begin(), random.Random(seed)

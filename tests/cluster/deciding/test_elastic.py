@@ -423,7 +423,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     events=EVENTS,
     bounds=st.tuples(st.integers(0, 2), st.integers(1, 4)),

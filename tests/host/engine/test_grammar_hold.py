@@ -129,7 +129,7 @@ def _late(seed: int) -> set[int]:
     return {number for number in range(2, 30) if draw.random() < 0.4} | {4, 5, 6}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_late_masks_change_no_token_and_hold_up_nobody(cases, monkeypatch, seed):
     """Whichever masks are late, singly or in a row: the same tokens as without, and the others step meanwhile."""
     with ExitStack() as stack:
@@ -143,8 +143,8 @@ def test_late_masks_change_no_token_and_hold_up_nobody(cases, monkeypatch, seed)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("num_preempted", [0, 2])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("num_preempted", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_seeded_request_draws_each_token_once(cases, monkeypatch, seed, num_preempted, ahead):
     """No token of it is dropped for a late mask: the first runner would draw it anew with other random numbers."""
     case = replace(cases["llama"], engine_args=cases["llama"].engine_args | {"async_scheduling": ahead})

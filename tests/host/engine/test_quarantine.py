@@ -122,7 +122,7 @@ def test_a_request_for_which_there_is_never_memory_fails_alone(cases):
     pooled.close()
 
 
-@pytest.mark.parametrize("in_schedule", [False, True])
+@pytest.mark.parametrize("in_schedule", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_without_memory_all_requests_fail_and_the_host_lives(cases, in_schedule):
     """Ten steps in a row, in the forward pass or where blocks are handed out: the engine is not lost, others go on."""
     pooled = _pool(cases)

@@ -141,7 +141,7 @@ def test_memory_that_is_short_stops_nobody(cases):
     pooled.close()
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("place", ["before", "after", "sampling"])
 def test_a_request_that_crashes_the_engine_fails_alone(cases, reference, place, ahead):
     """Wherever a step crashes: one that passes costs no request, and then only the culprit does not end."""

@@ -159,8 +159,8 @@ def test_a_rank_that_fails_ends_those_that_wait_for_it(tmp_path, cache):
 @pytest.mark.parametrize(
     "command",
     [
-        (sys.executable, "-c", "raise SystemExit(3)"),
-        (sys.executable, "-c", "import os; os.abort()"),
+        pytest.param((sys.executable, "-c", "raise SystemExit(3)"), marks=pytest.mark.slow),
+        pytest.param((sys.executable, "-c", "import os; os.abort()"), marks=pytest.mark.slow),
         (sys.executable, "-c", "import sys; sys.stdin.close(); raise SystemExit(3)"),
         ("/no/such/program",),
     ],

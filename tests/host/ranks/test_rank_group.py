@@ -21,7 +21,12 @@ def run(how: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    ("how", "kind"), [("answered", "ValueError"), ("left", "ValueError"), ("unreadable", "RuntimeError")]
+    ("how", "kind"),
+    [
+        pytest.param("answered", "ValueError", marks=pytest.mark.slow),
+        ("left", "ValueError"),
+        pytest.param("unreadable", "RuntimeError", marks=pytest.mark.slow),
+    ],
 )
 def test_a_failure_that_was_answered_ends_nothing(how: str, kind: str) -> None:
     """However many there were, an idle host lives on for longer than the limit."""
@@ -43,7 +48,7 @@ def test_a_rank_that_failed_alone_ends_the_host() -> None:
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("hangs", "a call does not get on"),
+        pytest.param("hangs", "a call does not get on", marks=pytest.mark.slow),
         ("stops", "a call does not get on"),
         ("full", "fill of memory, for which the other ranks take no message, does not get on"),
         ("dies", "rank 1 ended by SIGKILL, the host ends too: it was in a call"),

@@ -103,7 +103,7 @@ def parked(server: PoolServerProcess) -> Iterator[None]:
     assert 200 == server.admin("POST", "/budget", {"device_memory": full}).status_code
 
 
-@pytest.mark.parametrize("state", [idle, running, paused, asleep, parked])
+@pytest.mark.parametrize("state", [pytest.param(idle, marks=pytest.mark.slow), running, paused, asleep, parked])
 def test_each_route_answers_or_says_why_not(server: PoolServerProcess, state: Callable[..., Any]) -> None:
     """Of a model that is kept off the device, what needs it there is refused; streams get the same tokens."""
     with state(server):

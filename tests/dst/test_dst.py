@@ -40,9 +40,8 @@ def test_every_seed_keeps_the_laws_while_memory_is_lent_and_models_sleep():
         assert outcome.total(figure), f"no seed has any {figure}"
 
 
-@pytest.mark.parametrize(
-    "mutant", ["hunger_is_guessed", pytest.param("copies_throw_each_other_out", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", ["hunger_is_guessed", "copies_throw_each_other_out"])
 def test_a_fault_that_is_put_back_is_found(mutant):
     """The simulator is no better than the faults that it can find; bench/dst.py puts back the rarer ones too."""
     outcome = run_seeds(range(60), mutant=mutant, stop_early=True)

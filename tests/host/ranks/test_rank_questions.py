@@ -227,7 +227,7 @@ def jobs(size: int, *, faulty: bool, builds: bool) -> st.SearchStrategy[Job]:
     )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_no_rank_waits_for_ever_and_no_group_ends_for_nothing(data: st.DataObject) -> None:
     size = data.draw(st.integers(2, 3), "ranks")

@@ -129,6 +129,7 @@ def test_whatever_goes_to_the_engine_is_read_by_somebody_who_is_there() -> None:
     assert ignored == READ_BY_ITS_CONFIG
 
 
+@pytest.mark.slow
 def test_whatever_is_of_the_app_or_the_port_is_read_by_somebody_who_is_there() -> None:
     """By vLLM's app, or by the server."""
     ignored = {flag for flag in APP | PORT.keys() if not readers()[PORT.get(flag, dest_of(flag))]}

@@ -4,6 +4,7 @@
 Cached KV goes first, then host copies that can be read from disk again: of models without work, last of busy ones. A
 copy that was read for requests that wait is kept until their model has had a turn, and then for some multiple of the
 time that reading takes; so copies that do not fit together are read one after the other, and none is read for nothing.
+A model that was put to sleep meanwhile keeps no other one waiting for that turn.
 What cannot be enough is left alone: nothing is given up before it is known to help.
 """
 
@@ -188,10 +189,14 @@ class HostRoom:
             ):
                 continue
             busy = self._is_busy(name)
-            if busy and (self._kept_until.get(name, 0.0) > now_s or (resident and not busy_resident)):
+            if busy and (self._is_kept(name, now_s) or (resident and not busy_resident)):
                 continue
             found.append((busy, resident, age, name, view.nbytes))
         return [(name, nbytes) for _, _, _, name, nbytes in sorted(found)]
+
+    def _is_kept(self, name: str, now_s: float) -> bool:
+        """Whether a busy model keeps its copy for its turn: not while it sleeps, and others wait for the room."""
+        return self._kept_until.get(name, 0.0) > now_s and self._models[name].asleep is None
 
     def _is_busy(self, name: str) -> bool:
         hosted = self._models.get(name)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Long copies beside the host loop: jobs that one side thread runs in the order in which they came.
 
-A job works in chunks and says after each how far it is. Cancelling takes effect at the next such point, so nobody
-waits longer than for one chunk. What a job did is used only after it is done, on the thread that submitted it.
+A job works in chunks and says after each how far it is. Cancelling takes effect at the next such point, and at once for
+a job that has not begun, so nobody waits longer than for one chunk. What a job did is used only after it is done, on
+the thread that submitted it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class CopyJob:
         """What the work returned; None unless the job succeeded."""
         self.seconds = 0.0
         """How long the work ran; 0 until it is done."""
-        self._work: Work | None = work
+        self._work = [work]  # until somebody takes it: the thread that runs it, or who cancels it before
         self._notify = notify
         self._cancel = False
         self._stopped_early = False
@@ -61,8 +62,14 @@ class CopyJob:
             raise JobCancelled
 
     def cancel(self) -> None:
-        """Ask the work to stop at its next chunk, or not to begin; a job that is done stays as it is."""
+        """Ask the work to stop at its next chunk; a job that is done stays as it is.
+
+        One that has not begun ends at once, however long those before it take.
+        """
         self._cancel = True
+        if self._take() is not None:
+            self._stopped_early = True
+            self._ended.set()
 
     def done(self) -> bool:
         """True once the work has ended, whatever the outcome."""
@@ -93,9 +100,13 @@ class CopyJob:
         return f"{type(self.error).__name__}: {self.error}" if self.error else "it was cancelled"
 
     def run(self) -> None:
-        """Do the work on this thread; called once, by the engine or by who wants to wait for it anyway."""
-        work, self._work = self._work, None  # what the work holds on to is freed with it
-        assert work is not None, "a job runs once"
+        """Do the work on this thread; called once, by the engine or by who wants to wait for it anyway.
+
+        Without effect on a job that was cancelled before.
+        """
+        if (work := self._take()) is None:
+            assert self.cancelled, "a job runs once"
+            return
         start = self._began_s = time.perf_counter()
         try:
             self.advance(0)
@@ -104,9 +115,25 @@ class CopyJob:
             self._stopped_early = True
         except Exception as error:  # goes to whoever finishes the job
             self.error = error
-        self.seconds = time.perf_counter() - start
-        del work
-        self._ended.set()
+        except BaseException as error:  # so does this: the code of a model may call sys.exit, and there are other jobs
+            self.error = RuntimeError(f"it ended by {type(error).__name__}: {error}")
+            self.error.__cause__ = error
+            if isinstance(error, KeyboardInterrupt):  # is for the process, and comes on its main thread only
+                raise
+        finally:
+            del work
+            self.seconds = time.perf_counter() - start
+            self._ended.set()
+            self._tell()
+
+    def _take(self) -> Work | None:
+        """The work, for one caller only: what it holds on to is freed when that one lets go of it."""
+        try:
+            return self._work.pop()
+        except IndexError:
+            return None
+
+    def _tell(self) -> None:
         try:
             self._notify(self)
         except Exception:  # the thread must live on for the other jobs
@@ -117,7 +144,7 @@ class CopyEngine:
     """One side thread with a queue of jobs; all methods may be called from any thread.
 
     `on_start` runs once on the new thread, before the first job; it may set the cores that the thread runs on.
-    `notify` is called with each job that has ended, on the side thread.
+    `notify` is called with each job that has ended, on the side thread; with none that was cancelled before it began.
     """
 
     def __init__(

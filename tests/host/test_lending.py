@@ -21,6 +21,7 @@ from tokenpool.host.kv.kv_swap import KVState
 from tokenpool.memory.fixed_bytes import FIXED_OWNER
 from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import LENT_OWNER, PageUse
+from tokenpool.memory.states import WeightState
 from tokenpool.wire.budget import BudgetOrder, BudgetState
 
 pytestmark = pytest.mark.vllm
@@ -65,6 +66,20 @@ class Life:
                 return
             self.sim._turn()
         raise AssertionError("it does not come about")
+
+    def pass_until(self, until: Callable[[], bool]) -> None:
+        """Passes of the loop, in which a request of a model that may not run waits on."""
+        for _ in range(5000):
+            if until():
+                return
+            self.sim.world.happen()
+            self.host.run_once()
+            self.sim._collect()
+            self.sim.world.clock.sleep(self.sim.scenario.step_s)
+        raise AssertionError("it does not come about")
+
+    def send(self, name: str, request_id: str) -> None:
+        self.sim._on_request(RequestPlan(request_id, name, 0.0, tuple(range(10, 30)), 10, 0, False, None))
 
     def num_tokens(self, name: str) -> int:
         return len(self.sim.streams[f"{name}-r"].tokens)
@@ -303,3 +318,23 @@ def test_what_is_lent_is_back_with_the_kernel(begin: Callable[..., Life]) -> Non
     assert before > life.resident_bytes() <= life.host.ledger.total(PageUse.NULL) * PAGE
     life.set(full)
     life.finish()
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_model_that_falls_asleep_before_its_turn_keeps_nobody_waiting(begin: Callable[..., Life], level: int) -> None:
+    """Host memory holds one copy, which was read for a model that sleeps by then, with a request that waits."""
+    life = begin(host_memory_frac=0.8)
+    life.step(lambda: not life.sim._waiting())
+    weights = life.host.weights
+    cold = next(name for name in NAMES if weights.state(name) is WeightState.ON_DISK)
+    other = next(name for name in NAMES if name != cold)
+    life.send(cold, "first")
+    life.step(lambda: weights.state(cold) is WeightState.READING)
+    assert life.host.sleepers.sleep(cold, level)
+    life.pass_until(lambda: weights.state(cold) is WeightState.IN_HOST)
+    life.send(other, "second")
+    life.pass_until(lambda: life.sim.streams["second"].is_done)
+    assert WeightState.ON_DISK is weights.state(cold)
+    life.host.sleepers.wake(cold)
+    life.step(lambda: not life.sim._waiting())
+    life.sim._finish()

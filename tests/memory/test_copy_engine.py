@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -84,6 +86,45 @@ def test_a_cancelled_job_that_waits_does_not_begin(engine):
     assert third.wait(LIMIT_S)
     assert second.cancelled
     assert ["third"] == calls
+
+
+def test_a_cancelled_job_that_waits_ends_before_those_before_it(engine):
+    """Who cancels it waits for no other job, which may hang in a disk; what its work holds on to is let go."""
+    started, go_on = threading.Event(), threading.Event()
+    first = engine.submit("first", 20, hold(started, go_on))
+
+    class Buffer:
+        pass
+
+    buffer = Buffer()
+    kept = weakref.ref(buffer)
+    second = engine.submit("second", 1, lambda job, buffer=buffer: pytest.fail("it was cancelled"))
+    del buffer
+    assert started.wait(LIMIT_S)
+    try:
+        second.cancel()
+        assert (True, True, False) == (second.done(), second.cancelled, first.done())
+        assert kept() is None
+    finally:
+        go_on.set()
+    assert engine.submit("third", 1, lambda job: "fine").wait(LIMIT_S)
+    assert (True, "it was cancelled") == (first.succeeded, second.problem)
+
+
+@pytest.mark.parametrize("exit_with", [SystemExit(3), GeneratorExit(), asyncio.CancelledError()])
+def test_a_job_that_ends_its_thread_has_failed_and_the_others_run(engine, exit_with):
+    """The code of a model may call sys.exit while its checkpoint is read: that is an error of that job alone."""
+
+    def broken(job: CopyJob) -> None:
+        raise exit_with
+
+    job, after = engine.submit("broken", 10, broken), engine.submit("after", 1, lambda job: "fine")
+    assert job.wait(LIMIT_S)
+    assert after.wait(LIMIT_S)
+    assert (True, False, False) == (job.done(), job.succeeded, job.cancelled)
+    assert f"RuntimeError: it ended by {type(exit_with).__name__}: {exit_with}" == job.problem
+    assert exit_with is job.error.__cause__
+    assert "fine" == after.result
 
 
 def test_cancelling_a_job_that_is_done_changes_nothing(engine):

@@ -197,6 +197,37 @@ def test_reading_can_be_stopped_and_begun_again(rig):
     assert values == bytes_of(tensors)
 
 
+@pytest.mark.parametrize("move", ["drop_host", "remove"])
+def test_a_model_leaves_whose_read_waits_for_another_that_hangs(rig, move):
+    """A disk that gives no answer holds up the models that lie on it, and no call for any other one."""
+    checkpoints = {}
+    for name in ("a", "b"):
+        tensors = parts()
+        checkpoints[name] = Checkpoint(tensors)
+        rig.store.adopt(name, tensors, checkpoints[name].reload, verify_reload=True)
+        rig.store.evict(name)
+        rig.store.drop_host(name)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hang(index: int) -> None:
+        reached.set()
+        assert go_on.wait(LIMIT_S)
+
+    checkpoints["a"].before = hang
+    rig.store.load_host("a")
+    waiting = rig.store.load_host("b")
+    assert reached.wait(LIMIT_S)
+    threading.Timer(LIMIT_S / 4, go_on.set).start()  # without which a failure of this test would never end
+    getattr(rig.store, move)("b")
+    hung = not go_on.is_set()
+    go_on.set()
+    assert hung, "it waited for the other model"
+    assert waiting.cancelled
+    assert rig.store.job("a").wait(LIMIT_S)
+    rig.store.finish("a")
+    rig.check()
+
+
 @pytest.mark.parametrize("move", ["map", "drop_host", "remove"])
 def test_a_trial_under_way_is_given_up_for_a_real_move(rig, move):
     """Serving does not wait for it, and the tensors are back in their range."""

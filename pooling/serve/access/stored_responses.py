@@ -156,25 +156,35 @@ def keep_apart(serving: Any) -> None:
     if hasattr(serving, "responses_background_stream_generator"):
         serving.responses_background_stream_generator = partial(_stream, serving)
         serving.retrieve_responses = partial(_retrieve, serving, serving.retrieve_responses)
-        serving.create_responses = partial(_create, serving, serving.create_responses)
+        serving.create_responses = partial(_create, serving, serving.create_responses, set[tuple[str, str]]())
 
 
-async def _create(serving: Any, create: Callable[..., Any], request: Any, *args: Any, **options: Any) -> Any:
+async def _create(
+    serving: Any, create: Callable[..., Any], begun: set[tuple[str, str]], request: Any, *args: Any, **options: Any
+) -> Any:
     """vLLM's `create`, but for ids that cannot be kept, or that a response has which is being made.
 
-    vLLM would forget how to cancel that one, and who reads its events would wait for ever.
+    vLLM would forget how to cancel that one, and who reads its events would wait for ever. `begun` has the tenant and
+    id of those that are to run in the background, until vLLM has noted their tasks.
     """
+    own = current_tenant(), request.request_id
     for param in ("request_id", "previous_response_id"):
         given, fault = getattr(request, param) or "", ""
         if len(given) > MAX_ID_CHARS:
             fault = f"It has {len(given)} characters, at most {MAX_ID_CHARS} are taken."
         elif given.encode(errors="replace") != given.encode(errors="surrogatepass"):
             fault = "It has half of a surrogate pair: it is no UTF-8."
-        elif param == "request_id" and given in serving.background_tasks:
+        elif param == "request_id" and (given in serving.background_tasks or own in begun):
             fault = "A response of this id is being made: wait for its end, or give another id."
         if fault:
             return _error(serving, fault, param)
-    return await create(request, *args, **options)
+    if not getattr(request, "background", None):
+        return await create(request, *args, **options)
+    begun.add(own)
+    try:
+        return await create(request, *args, **options)
+    finally:
+        begun.discard(own)
 
 
 def _error(serving: Any, fault: str, param: str) -> Any:

@@ -191,13 +191,12 @@ class TenantLine:
             taken = self._queue.pop(head)
             assert taken is not None
             _, granted, charged = taken
+            if granted.cancelled():  # whoever waited has not left yet
+                self._queue.settle(tenant, charged, 0.0)
+                continue
             self._ahead[tenant] += 1
             self.shares.take(tenant, now_s, of_many=head.of_many)
-            seat = LineSeat(self, head, charged)
-            if granted.cancelled():
-                seat.close()
-            else:
-                granted.set_result(seat)
+            granted.set_result(LineSeat(self, head, charged))
 
     def _next(self, now_s: float, stuck: Set[str]) -> Head | None:
         """What is next of all that may have a seat."""

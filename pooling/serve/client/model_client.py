@@ -248,6 +248,7 @@ class ModelClient:
             self.tracer.close()
         await self._lifespan.aclose()
         self.core.close()
+        self.fail_all(f"The model `{self.plan.spec.name}` is not served any more.", HTTPStatus.SERVICE_UNAVAILABLE)
         await asyncio.to_thread(self.engine.shutdown)
         # vLLM's app froze the heap, which would keep all of this for ever; soon nobody refers to it any more.
         asyncio.get_running_loop().call_later(RELEASE_AFTER_S, _release)

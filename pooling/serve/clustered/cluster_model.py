@@ -94,6 +94,7 @@ class ClusterModel(SeatFollower):
         """`client_index` tells the engines which of several frontends this is; see SeatFollower for the rest."""
         super().__init__(plan, version, tell, on_change)
         self._core: PoolEngineClient | None = None
+        self._building: asyncio.Task[None] | None = None
         self._endpoints = endpoints
         self._client_index = client_index
         self.on_fault: Callable[[str], None] = lambda fault: None
@@ -137,14 +138,16 @@ class ClusterModel(SeatFollower):
             await self._core.join(name_of(key), self._endpoints.addresses(made), attach)
         finally:
             self._endpoints.release(made)
-        async with _BUILDING:
-            if self.client is None and self._fatal is None:
-                await self._build()
+        if self._building is None:
+            self._building = asyncio.create_task(self._build())
+            self._building.add_done_callback(lambda task: task.cancelled() or task.exception())  # it is in `_fatal`
+        await asyncio.shield(self._building)  # all engines need it: it goes on when this one is gone meanwhile
 
     async def _build(self) -> None:
         assert self._core is not None
         try:
-            self.client = await ModelClient.over(self.plan, self._core, {})
+            async with _BUILDING:
+                self.client = await ModelClient.over(self.plan, self._core, {})
             self.client.on_fault = self.on_fault
         except Exception as error:
             self._fatal = self.error = error  # its client is closed: no host can help
@@ -173,6 +176,9 @@ class ClusterModel(SeatFollower):
     async def close(self) -> None:
         """Free the client; its engines end by themselves."""
         await super().close()
+        if self._building is not None:
+            self._building.cancel()
+            await asyncio.wait({self._building})
         if self.client is not None:
             await self.client.close()
         elif self._core is not None:

@@ -326,11 +326,14 @@ class RayHosts(ClusterModels):
             if not await self._insist("all_joined", name):
                 logger.warning("not all servers serve it yet model=%s", name)
         except BaseException:
-            if is_wanted:
-                await self._insist("withdraw", name)
-                del self.versions[name]
-                await self.followers.pop(name).close()
-            model.client = None
+            try:
+                if is_wanted:
+                    await self._insist("withdraw", name)
+            finally:  # while the controller is away the model stays, as one that another server has added
+                if is_wanted:
+                    del self.versions[name]
+                    await self.followers.pop(name).close()
+                model.client = None
             raise
         finally:
             self._changing.discard(name)

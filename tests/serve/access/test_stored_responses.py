@@ -267,6 +267,40 @@ def test_ids_that_cannot_be_kept_are_refused(given: dict[str, str], param: str |
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("second", [{"background": True}, {"background": False}, {"tenant": "b"}])
+def test_of_two_that_come_with_one_id_at_once_the_second_is_refused(second: dict[str, Any]):
+    """Also while the first is still being begun, as long as it takes to read its images; others may have the id."""
+
+    async def main() -> None:
+        accounts, serving, rendered = Pool(tenant("a"), tenant("b")).book.accounts, Serving(), asyncio.Event()
+        create = serving.create_responses
+
+        async def slow_create(request: Any, raw_request: Any = None) -> Any:
+            await rendered.wait()
+            return await create(request)
+
+        serving.create_responses = slow_create  # type: ignore[method-assign]
+        keep_apart(serving)
+
+        async def ask(background: bool = True, tenant: str = "a") -> Any:
+            CURRENT_CALL.set(accounts[tenant].begin({"type": "http", "method": "POST"}, "m", 0))
+            asked = {"request_id": "resp_1", "previous_response_id": None, "background": background}
+            return await serving.create_responses(SimpleNamespace(**asked))
+
+        asking = [asyncio.create_task(ask()), asyncio.create_task(ask(**second))]
+        await asyncio.sleep(0.01)
+        rendered.set()
+        first, other = await asyncio.gather(*asking)
+        assert first.request_id == "resp_1"
+        if "tenant" in second:
+            assert other.request_id == "resp_1"
+        else:
+            assert (400, "request_id") == (other["status_code"], other["param"])
+        assert "resp_1" == (await ask()).request_id, "nobody makes one of this id any more"
+
+    asyncio.run(main())
+
+
 def test_a_reader_waits_for_who_made_what_it_reads():
     """Not for another response that has got the same id since, and may never end."""
 

@@ -91,3 +91,27 @@ def test_sequences_that_stay_without_a_token_keep_no_other_tenant_waiting(seed: 
         await line.close()
 
     asyncio.run(main())
+
+
+def test_many_that_are_given_up_at_once_are_passed_over() -> None:
+    """A client of a long list goes: all of it that waits is cancelled at the same moment, and then one ends."""
+
+    async def test() -> None:
+        line = Line()
+        for _ in range(2000):
+            line.come("t")
+        await line.settle()
+        running = line.has("t")
+        assert ENGINE_QUEUE < running < 2000
+        for task in line.waiting["t"]:
+            task.cancel()
+        for _ in range(running):
+            line.end("t", 10.0)
+        await line.settle()
+        assert (len(line.line), line.line.shares.taken("t"), line.has("t")) == (0, 0, 0)
+        line.come("t")
+        await line.settle()
+        assert line.has("t") == 1
+        await line.close()
+
+    asyncio.run(test())

@@ -83,6 +83,38 @@ def test_a_dead_client_is_begun_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(test())
 
 
+def test_no_request_waits_for_a_client_that_is_closed() -> None:
+    """One may have come between the end of a drain and the end of its engine: nobody will ever answer it."""
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    async def test() -> None:
+        engine = Engine()
+        client = client_of(engine, [])
+        client._hear_engines()
+        queues = {name: RequestOutputCollector(RequestOutputKind.DELTA, name) for name in ("early", "late")}
+
+        def come(name: str) -> None:
+            engine.output_processor.request_states[name] = SimpleNamespace(parent_req=None, queue=queues[name])
+
+        come("early")
+
+        async def end_of_app() -> None:
+            await asyncio.sleep(0)
+            come("late")
+
+        client._lifespan.push_async_callback(end_of_app)
+        reading = [asyncio.create_task(queue.get()) for queue in queues.values()]
+        await client.close()
+        async with asyncio.timeout(20):
+            for answer in await asyncio.gather(*reading, return_exceptions=True):
+                assert isinstance(answer, GracefulHTTPError) and "`m`" in str(answer), answer
+        assert client.num_unfinished == 0
+
+    asyncio.run(test())
+
+
 def test_a_pooling_request_without_a_result_fails_alone(tmp_path: Path) -> None:
     """AsyncLLM is not given an output that it cannot bear; the request ends with an error, and its place is free."""
     from vllm.pooling_params import PoolingParams

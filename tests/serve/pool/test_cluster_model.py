@@ -319,3 +319,74 @@ def test_a_model_is_served_while_one_of_its_hosts_can_be_counted_on() -> None:
         model.apply(ModelView(1, {}), lives, {}, overdue)
         seen.append(model.is_served)
     assert [True, True, False, True, True] == seen
+
+
+def test_the_app_is_built_on_when_the_host_that_came_first_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes seconds, in which a host may die or be left: the next one serves the model."""
+    from tests.helpers.stand_ins import StandInClient, plan_of
+    from tests.helpers.told_engine import ToldEngine
+    from tokenpool.cluster.machine import machine_id
+    from tokenpool.serve.clustered import cluster_model
+    from tokenpool.serve.clustered.cluster_model import ClusterModel, EndpointMaker
+    from tokenpool.wire.addresses import EngineAddresses
+
+    engines: list[Any] = []
+    told: list[str] = []
+
+    async def tell(method: str, model: str, host: str, life: str, *made: Any) -> None:
+        told.append(f"{method} {host}")
+        if method == "attach":
+            engines.append(ToldEngine(EngineAddresses((made[0].input,), (made[0].output,))))
+
+    async def test() -> None:
+        num_begun, may_end = 0, asyncio.Event()
+
+        async def over(plan: Any, core: Any, state: Any) -> Any:
+            nonlocal num_begun
+            num_begun += 1
+            try:
+                await may_end.wait()
+            except BaseException:  # as ModelClient.over does
+                core.close()
+                raise
+            client: Any = StandInClient(plan)
+            client.core = core
+            return client
+
+        monkeypatch.setattr(cluster_model, "ModelClient", SimpleNamespace(over=over))
+        plan = plan_of("m")
+        model = ClusterModel(plan, 1, tell, EndpointMaker(str(tmp_path), "", ClusterConfig()), lambda _: None)
+        await model.prepare()
+        core: Any = model._core
+        core._knows_config = True
+
+        def see(**lives: str) -> None:
+            seats = {h: SeatView(life, SeatState.SERVING, 1, "address", machine_id()) for h, life in lives.items()}
+            model.apply(ModelView(1, seats), lives, {})
+
+        try:
+            async with asyncio.timeout(20):
+                see(h0="x")
+                while not num_begun:
+                    await asyncio.sleep(0.001)
+                see(h1="y")
+                while "h1/y" not in model.hosts:
+                    await asyncio.sleep(0.001)
+                may_end.set()
+                while "joined h1" not in told:
+                    await asyncio.sleep(0.001)
+            assert model.is_served and list(model.hosts) == ["h1/y"] and not core.resources.engine_dead
+            assert (num_begun, model.error) == (1, None)
+        finally:
+            await model.close()
+            core.close()
+            for engine in engines:
+                engine.close()
+
+    monkeypatch.setattr(
+        "tokenpool.serve.launch.model_plan.ModelPlan.engine_config",
+        lambda plan: SimpleNamespace(parallel_config=SimpleNamespace()),
+    )
+    asyncio.run(test())

@@ -18,7 +18,7 @@ import pytest
 from tests.cluster.deciding.test_reconcile import MemoryHost, Rig
 from tests.helpers.stand_ins import StandInClient, models_of, plan_of
 from tokenpool.cluster.values import Deployment, Peer
-from tokenpool.errors import ConfigError, PoolError
+from tokenpool.errors import ConfigError, HostError, PoolError
 from tokenpool.model_life import Life
 from tokenpool.policy.leases import Lease, LeaseBook
 from tokenpool.serve.clustered import cluster_models, ray_hosts, seat_follower
@@ -274,6 +274,30 @@ def test_of_two_that_add_one_name_one_is_refused_and_serves_it_all_the_same(monk
         assert sorted(isinstance(answer, ConfigError) for answer in answers) == [False, True], answers
         await until(lambda: one.states() == two.states() == {"a": "ready"})
         assert one.cluster.rig.loaded() == {"h0": ["a"]}
+
+    run(monkeypatch, test)
+
+
+def test_a_model_that_could_not_be_withdrawn_stops_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controller goes away while one is added: it is there when that is back, as if another server had added it."""
+    monkeypatch.setattr(cluster_models, "_RETRY_CALLS_S", 0.02)
+
+    async def test(one: Server, two: Server) -> None:
+        answer = one.cluster._answer
+
+        async def away(method: str, *args: Any) -> Any:
+            if method in ("all_joined", "withdraw"):
+                raise ConnectionError("the controller is away")
+            return await answer(method, *args)
+
+        one.cluster._answer = away  # type: ignore[method-assign]
+        with pytest.raises(HostError, match="the controller does not answer"):
+            await one.add("a")
+        one.cluster._answer = answer  # type: ignore[method-assign]
+        await two.add("b")
+        await until(lambda: one.states() == two.states() == {"a": "ready", "b": "ready"})
+        await one.operator.remove_model("a", 0.0)
+        await until(lambda: one.states() == two.states() == {"b": "ready"})
 
     run(monkeypatch, test)
 

@@ -99,6 +99,8 @@ class Server:
         self.rested: dict[str, int] = {}
         self.used_s: dict[str, float] = {}
         self.is_there = True
+        self.is_stopped = False
+        """Whether its process does nothing for a while."""
 
     def ask(self, request: Request) -> None:
         where = self.running if request.model in self.ready else self.held
@@ -152,6 +154,8 @@ class Server:
 class World:
     """A controller, hosts and servers."""
 
+    server_timeout_s = 2.0
+
     def __init__(
         self,
         models: list[Deployment],
@@ -175,16 +179,18 @@ class World:
         placement = placement_of(ClusterConfig()) if self.is_live else KeepReplicas(1)
         return Reconciler(
             placement, host_timeout_s=2.0, now_s=self.now_s, snapshot=snapshot, identity=f"c{next(_numbers)}",
-            num_hosts=len(self.hosts), models=models, servers=list(self.control.peers) if snapshot is not None else (),
-            server_timeout_s=2.0, max_loaded=self.max_loaded,
+            num_hosts=len(self.hosts), models=models, servers=self.control.peers.all if snapshot is not None else (),
+            server_timeout_s=self.server_timeout_s, max_loaded=self.max_loaded,
         )  # fmt: skip
 
     def replace_controller(self, *, with_snapshot: bool = True) -> None:
         snapshot = json.loads(json.dumps(self.control.snapshot())) if with_snapshot else {}
         self.control = self._controller(snapshot, self.control.models.kept)
-        for server in self.servers.values():
-            if server.is_there:
-                self.control.join(server.peer, self.now_s)
+        for server in self.working():
+            self.control.join(server.peer, self.now_s)
+
+    def working(self) -> list[Server]:
+        return [server for server in self.servers.values() if server.is_there and not server.is_stopped]
 
     def ask(self, server: str, name: str, steps: int = 1, tenant: str = "") -> Request:
         self.requests.append(request := Request(name, steps, self.now_s, tenant))
@@ -206,18 +212,17 @@ class World:
         for host in self.hosts.values():
             if host.is_there:
                 self.control.host_reported(host.report(self.now_s), self.now_s)
-        for server in self.servers.values():
-            if server.is_there:
-                if not self.control.peers.beat(server.name, self.now_s):
-                    self.control.join(server.peer, self.now_s)
-                self.control.tell(server.name, server.uses(self.now_s), self.now_s)
+        for server in self.working():
+            if not self.control.peers.beat(server.name, self.now_s):
+                self.control.join(server.peer, self.now_s)
+            self.control.tell(server.name, server.uses(self.now_s), self.now_s)
         for order in self.control.tick(self.now_s):
             self._check_order(order)
             self.hosts[order.host].take(order)
         for host in self.hosts.values():
             self._work(host)
-        for server in self.servers.values():
-            if server.is_there and self.control.is_settled:
+        for server in self.working():
+            if self.control.is_settled:
                 server.follow(self.control, self.now_s)
         self.control.check()
         self._check()
@@ -244,7 +249,8 @@ class World:
         if order.action == "remove":
             elsewhere = any(m == name and h != order.host for m, h in self.control.seats)
             for server in self.servers.values():
-                assert elsewhere or not server.is_there or not server.running.get(name), f"{name} is in use"
+                is_known = server.is_there and server.name in {peer.name for peer in self.control.peers.all}
+                assert elsewhere or not is_known or not server.running.get(name), f"{name} is in use"
 
     def _check(self) -> None:
         if self.max_loaded is not None and not self.have_returned:
@@ -516,9 +522,78 @@ def test_an_added_model_is_loaded_at_once_within_max_loaded():
     assert w.loaded() == set()
 
 
+@pytest.mark.parametrize("mib", [4, 1000], ids=["it cannot be loaded", "it is too large"])
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_model_that_cannot_be_loaded_at_the_start_is_in_nobodys_way(mib, is_live):
+    """It is tried again and again, until another model waits for its place; later it has its turn as others have."""
+    w = World([model("bad", mib, at_start=True, keep="host"), model("a")], max_loaded=1, is_live=is_live)
+    w.hosts["h0"].refuses = {"bad": ConfigError("no file")}
+    w.settle(60)
+    assert w.control.lives.is_awake("bad") and w.control.view().models["bad"].error is not None
+    w.ask("one", "a")
+    w.run(40)
+    w.ask("two", "bad")
+    w.run(400)
+    assert [end.partition(":")[0] for end in w.ends()] == ["answered", "refused"]
+    if mib == 4:
+        w.hosts["h0"].refuses = {}
+        w.settle(200)
+        w.ask("two", "bad")
+        w.run(400)
+        assert w.ends()[-1] == "answered"
+
+
+def test_a_server_that_is_late_at_a_new_controller_keeps_what_it_uses():
+    """It was stopped for some seconds: others wait until it has told what it has."""
+    w = World([model("a"), model("b"), model("c", at_start=True)], max_loaded=2)
+    w.server_timeout_s = 10.0
+    for name in "ac":
+        w.ask("one", name, steps=60)
+    w.settle(8)
+    w.servers["one"].is_stopped = True
+    w.replace_controller()
+    w.ask("two", "b")
+    w.settle(4)
+    w.control.withdraw("c")
+    w.settle(10)
+    assert w.loaded() == {"a", "c"} and w.control.is_settled
+    w.servers["one"].is_stopped = False
+    w.run()
+    assert set(w.ends()) == {"answered"} and w.hosts["h0"].built == {"a": 1, "b": 1, "c": 1}
+
+
+def test_a_server_cannot_make_what_hosts_need_of_a_model_before_anything_was_decided():
+    w = World([model("a")])
+    version = w.control.deploy(replace(model("b"), payload=None))
+    w.control.equip("b", version, ConfigError("is no flag", key="--x"), w.now_s)
+    w.settle(1)
+    w.ask("one", "b")
+    w.settle(1)
+    assert "--x" in w.ends()[0]
+
+
+def test_what_rests_while_requests_wait_for_it_and_is_lost_with_the_last_host():
+    w = World([model("a"), model("b")], max_loaded=1)
+    w.ask("one", "a", steps=100)
+    w.settle(6)
+    w.ask("two", "b")
+    while not w.control.lives.rest_of("a"):
+        w.settle(1)
+    w.ask("two", "a")
+    w.hosts["h0"].is_there = False
+    w.settle(10)
+    assert w.control.hosts == {}
+    w.hosts["h0"].die()
+    w.hosts["h0"].is_there = True
+    w.run()
+    assert set(w.ends()) == {"answered"}
+
+
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["ask"] * 8 + ["host dies", "host away", "server dies", "controller", "refuse", "wait"]),
+        st.sampled_from(
+            ["ask"] * 8 + ["host dies", "host away", "server dies", "server stops", "controller", "refuse", "wait"]
+        ),
         st.integers(0, 5),
         st.integers(0, 30),
     ),
@@ -535,14 +610,20 @@ EVENTS = st.lists(
     unload_after_s=st.sampled_from([math.inf, 2.0]),
     load_periods=st.integers(0, 3),
     is_live=st.booleans(),
+    server_timeout_s=st.sampled_from([2.0, 8.0]),
+    bad=st.sampled_from([None, {"at_start": True}, {"at_start": True, "keep": "host"}]),
 )
 def test_every_request_is_answered_or_refused(
-    events, num_hosts, max_loaded, sizes, unload_after_s, load_periods, is_live
+    events, num_hosts, max_loaded, sizes, unload_after_s, load_periods, is_live, server_timeout_s, bad
 ):
-    """Through deaths of hosts, servers and controllers and loads that fail: no seat is taken from a model that is in
-    use, never more than `max_loaded` are loaded, and in the end nobody waits."""
+    """Through deaths of hosts, servers and controllers, servers that are stopped and loads that fail, with a model that
+    is to be there always and that no host can hold: no seat is taken from a model that is in use, never more than
+    `max_loaded` are loaded, and in the end nobody waits."""
     models = [model(f"m{i}", mib, unload_after_s=unload_after_s) for i, mib in enumerate(sizes)]
+    if bad is not None:
+        models[0] = model("m0", 1000, **bad)
     w = World(models, num_hosts, max_loaded, is_live, load_periods=load_periods)
+    w.server_timeout_s = server_timeout_s
     for what, which, steps in events:
         name, host = models[which % len(models)].name, w.hosts[f"h{which % num_hosts}"]
         server = ["one", "two"][which % 2]
@@ -555,6 +636,8 @@ def test_every_request_is_answered_or_refused(
             w.have_returned |= host.is_there
         elif what == "server dies" and server == "two":
             w.kill_server(server)
+        elif what == "server stops":
+            w.servers[server].is_stopped = not w.servers[server].is_stopped
         elif what == "controller":
             w.replace_controller(with_snapshot=steps % 2 == 0)
         elif what == "refuse":
@@ -563,12 +646,14 @@ def test_every_request_is_answered_or_refused(
     for host in w.hosts.values():
         w.have_returned |= not host.is_there
         host.is_there, host.refuses = True, {}
+    for server in w.servers.values():
+        server.is_stopped = False
     w.settle(80)
     w.have_returned = False  # by now as many rest as were too many
     w.run(2000)
     w.settle(20)
     for request in w.requests:
-        is_told = "no file" in request.end or "no host" in request.end or "engine hosts ended" in request.end
+        is_told = any(why in request.end for why in ("no file", "no host", "engine hosts ended", "so many are kept"))
         assert request.end in ("answered", "lost with its server") or is_told
     if unload_after_s < math.inf:
         w.settle(40)

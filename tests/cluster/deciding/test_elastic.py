@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cluster.deciding.test_lives import Host, World, model
+from tests.cluster.deciding.lives_world import Host, World, model
 from tokenpool.cluster.deciding.elastic import elastic_of
 from tokenpool.cluster.deciding.scaling import MADE_WAY, HostsKept
 from tokenpool.cluster.live_placement import placement_of

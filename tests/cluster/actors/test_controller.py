@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.server import WAIT_LIMIT_S
+from tests.helpers.server import WAIT_LIMIT_S, poll
 from tokenpool.cluster import controller, host_actor, host_actors, raylet
 from tokenpool.cluster.controller import Controller
-from tokenpool.cluster.host_actor import HostActor
+from tokenpool.cluster.host_actor import End, HostActor
 from tokenpool.cluster.host_actors import HostActors
 from tokenpool.cluster.pool_record import PoolRecord, PoolStore
 from tokenpool.cluster.values import HostReport
@@ -139,3 +140,17 @@ def test_a_controller_whose_pool_has_ended_ends_once_rays_head_is_back(monkeypat
     with pytest.raises(Ended):
         HostActors(RECORD, "pool").end_controller()
     assert next(answers, None) is None
+
+
+def test_only_the_last_one_waits_for_the_end_of_an_actor() -> None:
+    """A hundred controllers, one after the other, leave no thread behind; the last one learns that the actor stops."""
+    end, told = End(), list[bool]()
+    waiting = [threading.Thread(target=lambda: told.append(end.wait()), daemon=True) for _ in range(100)]
+    for count, thread in enumerate(waiting):
+        thread.start()
+        poll(lambda: len(told), until=lambda number: number == count)  # noqa: B023
+    end.come()
+    for thread in waiting:
+        thread.join(WAIT_LIMIT_S)
+    assert told == [False] * 99 + [True]
+    assert end.wait(), "it has come"

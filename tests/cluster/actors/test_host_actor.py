@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from bench.parts.ray_nodes import ENV
-from tests.helpers.server import REPOSITORY, WAIT_LIMIT_S, poll
+from tests.helpers.server import REPOSITORY, WAIT_LIMIT_S
 from tokenpool.cluster.host_actor import End, HostActor
+
+pytestmark = pytest.mark.ray
 
 
 class StandInSupervisor:
@@ -40,24 +42,9 @@ class StandInHost(HostActor):
         self._supervisor, self._end = StandInSupervisor(), End()  # type: ignore[assignment]
 
 
-@pytest.mark.cpu
-def test_only_the_last_one_waits_for_the_end_of_an_actor() -> None:
-    """A hundred controllers, one after the other, leave no thread behind; the last one learns that the actor stops."""
-    end, told = End(), list[bool]()
-    waiting = [threading.Thread(target=lambda: told.append(end.wait()), daemon=True) for _ in range(100)]
-    for count, thread in enumerate(waiting):
-        thread.start()
-        poll(lambda: len(told), until=lambda number: number == count)  # noqa: B023
-    end.come()
-    for thread in waiting:
-        thread.join(WAIT_LIMIT_S)
-    assert told == [False] * 99 + [True]
-    assert end.wait(), "it has come"
-
-
 _BUSY = """
 import ray
-from tests.cluster.test_host_actor import StandInHost
+from tests.cluster.actors.test_host_actor import StandInHost
 from tokenpool.cluster import host_actors
 from tokenpool.cluster.pool_record import PoolRecord
 from tokenpool.cluster_config import ClusterConfig
@@ -73,7 +60,6 @@ print(ray.get(ended).count(True), ray.get(waiting), "have seen the end")
 """
 
 
-@pytest.mark.ray
 def test_a_host_with_many_orders_and_former_controllers_answers() -> None:
     """A hundred models that it is to load one after the other, which takes for ever, and as many controllers."""
     pytest.importorskip("ray")

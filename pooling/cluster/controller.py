@@ -29,7 +29,7 @@ from tokenpool.cluster.host_keeper import HostKeeper
 from tokenpool.cluster.live_placement import placement_of
 from tokenpool.cluster.pool_record import KEEP_LIMIT_S, Kept, KeptWriter, PoolStanding, PoolStore
 from tokenpool.cluster.private_state import read_snapshot, write_private
-from tokenpool.cluster.raylet import end_with_raylet
+from tokenpool.cluster.raylet import beginning, end_with_raylet
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import ClusterView, Deployment, HostReport, Order, Peer, StaleEpochError, Use
 from tokenpool.cluster_config import ClusterConfig
@@ -54,6 +54,7 @@ _LAST_WORD_S = 0.5
 class Controller:
     """The cluster's only decider; an async actor, so everything here runs on one event loop."""
 
+    @beginning()
     def __init__(self, identity: str, namespace: str) -> None:
         """For the pool of that start, whose record is in Ray's store."""
         log_to_stderr()
@@ -66,13 +67,16 @@ class Controller:
         self._file_models = kept.file_models if kept else record.file_models
         self._hosts = HostActors(record, namespace)
         self._leases = LeaseBook(record.tenant_slots)
+        snapshot = read_snapshot(self._path) if context.was_current_actor_reconstructed else None
+        if kept is not None and snapshot is not None:
+            snapshot = kept.known(snapshot)
         placement, hosts = placement_of(self._config), kept.hosts if kept else HostsKept()
         self.reconciler = Reconciler(
             placement,
             host_timeout_s=self._config.host_timeout_s,
             server_timeout_s=self._config.frontend_timeout_s,
             now_s=time.monotonic(),
-            snapshot=read_snapshot(self._path) if context.was_current_actor_reconstructed else None,
+            snapshot=snapshot,
             num_hosts=self._hosts.num_wanted(),
             elastic=elastic_of(self._config, placement, record.max_loaded, hosts),
             models=kept.models if kept else record.models,
@@ -113,7 +117,7 @@ class Controller:
     async def drain(self, host: str, is_wanted: bool) -> list[str]:
         """See Reconciler.drain; returns the models that still have a seat there."""
         self.reconciler.drain(host, is_wanted=is_wanted)
-        await self._act()
+        await self._act_and_keep()
         return sorted(name for name, _ in self.reconciler.seats.on_host(host))
 
     # -- servers -----------------------------------------------------------------------------------------
@@ -333,9 +337,10 @@ class Controller:
         """Let the next controller know what hosts cannot tell it, as soon as Ray's head takes it."""
         models, servers = self.reconciler.models, list(self.reconciler.peers.all)
         hosts = self.reconciler.scaling.kept if self.reconciler.scaling is not None else HostsKept()
-        stamp = (models.revision, set(models.retiring), self._file_models, servers, hosts)
+        draining = tuple(sorted(self.reconciler.draining))
+        stamp = (models.revision, set(models.retiring), self._file_models, servers, hosts, draining)
         if stamp != self._kept and not self._is_stopping:
-            self._writer.put(Kept(models.kept, self._file_models, servers, hosts))
+            self._writer.put(Kept(models.kept, self._file_models, servers, hosts, draining))
             self._kept = stamp
 
     async def _send(self, order: Order) -> None:
@@ -353,12 +358,14 @@ class Controller:
 
     async def _hold(self, host: str, pid: int) -> None:
         """Wait on the host's actor, to learn at once when its process or node dies."""
+        reason = "its supervisor stopped"
         try:
-            await (await self._hosts.handle(host)).hold.remote()
-            reason = "its supervisor stopped"
+            has_stopped = await (await self._hosts.handle(host)).hold.remote()
         except Exception as error:
-            reason = f"its supervisor died: {type(error).__name__}"
+            has_stopped, reason = True, f"its supervisor died: {type(error).__name__}"
         self._held.discard((host, pid))
+        if not has_stopped:  # another controller has begun to wait
+            return
         report = self.reconciler.hosts.get(host)
         if report is not None and report.actor_pid == pid:  # else it is back already, in another process
             self.reconciler.host_lost(host, reason)

@@ -13,19 +13,51 @@ from ray.actor import ActorHandle
 from tokenpool.cluster.host_supervisor import HostSupervisor
 from tokenpool.cluster.machine import clear_after, machine_id
 from tokenpool.cluster.pool_record import PoolStore
-from tokenpool.cluster.raylet import end_with_raylet
+from tokenpool.cluster.raylet import beginning, end_with_raylet
 from tokenpool.cluster.values import HostReport, Order, Peer
 from tokenpool.errors import HostError
 from tokenpool.logs import log_to_stderr
 from tokenpool.process.template import Template
 
+THREADS = {"orders": 2, "watches": 2}
+"""Threads of calls that take long, by their concurrency group: they are none of those that answer questions, and let
+servers have themselves attached, whatever waits for a host that loads one model after the other."""
 _ACK_LIMIT_S = 5.0
 _CALLS = ("state", "load", "check", "trace", "progress", "metrics", "logs", "attach_at", "detach_frontend")
+
+
+class End:
+    """The end of an actor, for which the last one waits who asked; any thread.
+
+    Ray goes on with a call whose caller is gone: else a thread would wait for each controller that there ever was.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._has_come = False
+        self._waiting = threading.Event()
+
+    def wait(self) -> bool:
+        """Return True once it has come, False as soon as somebody else waits for it."""
+        with self._lock:
+            self._waiting.set()
+            waiting = self._waiting = threading.Event()
+            if self._has_come:
+                return True
+        waiting.wait()
+        return self._has_come
+
+    def come(self) -> None:
+        """Let who waits know."""
+        with self._lock:
+            self._has_come = True
+            self._waiting.set()
 
 
 class HostActor:
     """One engine host of the cluster; calls run on threads, the reports on a thread of their own."""
 
+    @beginning()
     def __init__(
         self,
         host: str,
@@ -56,10 +88,11 @@ class HostActor:
             generation=PoolStore(context.namespace).next_generation(host),
             labels=[label for key, value in context.get_node_labels().items() for label in (key, f"{key}={value}")],
         )
-        self._gone = threading.Event()
+        self._end = End()
         self._supervisor.start()
         end_with_raylet()
 
+    @ray.method(concurrency_group="orders")
     def order(self, order: Order) -> int:
         """See HostSupervisor.order."""
         return self._supervisor.order(order)
@@ -79,11 +112,12 @@ class HostActor:
         """What is known of the host now."""
         return self._supervisor.report()
 
-    def hold(self) -> None:
-        """Return when the actor stops; a caller learns of its death by the error."""
-        self._gone.wait()
+    @ray.method(concurrency_group="watches")
+    def hold(self) -> bool:
+        """See End.wait; a caller learns of the actor's death by the error."""
+        return self._end.wait()
 
     def stop(self, limit_s: float) -> None:
         """Let the host finish what it has, at most `limit_s`, then end it."""
         self._supervisor.stop(limit_s)
-        self._gone.set()
+        self._end.come()

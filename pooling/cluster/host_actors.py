@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from tokenpool.cluster.host_actor import HostActor
+from tokenpool.cluster.host_actor import THREADS, HostActor
 from tokenpool.cluster.pool_record import CONTROLLER, PoolRecord, wanted_hosts
 from tokenpool.cluster.values import Peer
 from tokenpool.errors import text_of
@@ -27,6 +27,7 @@ _UNKNOWN_END_S = 1.0
 _STOP_MARGIN_S = 2.0
 _EMPTY_END_S = 1.0
 """For a host that has nothing to finish."""
+_RETRY_S = 1.0
 _GONE_LIMIT_S, _LOOK_S = 10.0, 0.1
 """How long Ray may take to forget an actor that was ended."""
 
@@ -84,7 +85,8 @@ class HostActors:
             first, *others = selectors(kind)
             options |= {"label_selector": first, "fallback_strategy": [{"label_selector": other} for other in others]}
         given = (name, record.host_config, controller, record.config.reconcile_period_s, record.host_env)
-        return ray.remote(HostActor).options(**options).remote(*given, record.host_template, record.has_network)
+        actor = ray.remote(concurrency_groups=THREADS)(HostActor).options(**options)
+        return actor.remote(*given, record.host_template, record.has_network)
 
     async def handle(self, host: str) -> ActorHandle:
         """The actor of a host; raises ValueError if there is none."""
@@ -151,5 +153,13 @@ class HostActors:
             self._is_ending = True
 
     def end_controller(self) -> None:
-        """End the actor that calls this, for good. Blocks, for any thread."""
-        ray.kill(ray.get_actor(CONTROLLER, self._namespace), no_restart=True)
+        """End the actor that calls this, for good. Blocks until it ends, for any thread.
+
+        Its pool has ended, so Ray is told again and again, whose head may be away: nobody else would end it.
+        """
+        while True:
+            try:
+                ray.kill(ray.get_actor(CONTROLLER, self._namespace), no_restart=True)
+            except Exception as error:  # Ray raises many kinds
+                logger.warning("the controller is not ended: %s", text_of(error)[:200])
+            time.sleep(_RETRY_S)

@@ -38,6 +38,11 @@ class Peers:
         return (*self._peers.values(), *self._known.values())
 
     @property
+    def awaited(self) -> set[str]:
+        """Names of those that are there, and of those that may be: what these have is not known to be nothing."""
+        return self.names | self.missing
+
+    @property
     def missing(self) -> set[str]:
         """Names of those that the former controller had and that have not come yet."""
         return set(self._known)

@@ -79,6 +79,12 @@ class Kept(NamedTuple):
     servers: list[Peer]
     hosts: HostsKept = HostsKept()
     """Those of a pool whose number of hosts follows the need."""
+    draining: tuple[str, ...] = ()
+    """Hosts that the operator wants empty."""
+
+    def known(self, snapshot: Mapping[str, Any]) -> dict[str, Any]:
+        """That snapshot with what is newer here: it may be one of another time, or of none, on this node."""
+        return {**(snapshot or {"awake": ()}), "draining": self.draining}
 
 
 def wanted_hosts(config: ClusterConfig, *, use_gpus: bool) -> int:

@@ -116,6 +116,7 @@ class Reconciler(PoolState):
         if isinstance(made, bytes):
             self.models.equip(name, made)
         elif self.models[name].payload is None and name not in self._errors:
+            self.lives.keep(self.models, now_s)  # it may be newer than the last decision
             self._note_events([self.lives.fail(name, made, now_s)])
 
     def deploy(self, deployment: Deployment) -> int:
@@ -237,7 +238,7 @@ class Reconciler(PoolState):
             self._forget_peer(peer, "it says nothing any more")
         if not self._settled(now_s):
             return []
-        for name in self.models.finished(self.peers.names, now_s):
+        for name in self.models.finished(self.peers.awaited, now_s):
             self.withdraw(name)
         self._give_up_orders(now_s)
         self._decide(now_s)
@@ -268,19 +269,19 @@ class Reconciler(PoolState):
             self._place(now_s)
             if not any(event.action == "wake" for event in events):
                 break
-        seated = {name for name, _ in self.seats}
         until_s = lambda name: self._bars.until_s(name, self.hosts, now_s)  # noqa: E731
-        self._note_events(self.lives.give_up(now_s, self._errors, seated, until_s))
+        self._note_events(self.lives.give_up(self._scene(now_s), until_s))
 
     def _scene(self, now_s: float) -> Scene:
         def has_room(name: str, gone: Set[str]) -> bool:
             return self._placement.has_room(name, self.situation(now_s, {*self.lives.awake, name} - gone, gone))
 
-        retiring, servers = self.models.retiring.keys(), self.peers.names
+        retiring, servers = self.models.retiring.keys(), self.peers.awaited
         stranded = self._elastic.stranded(self, now_s) if self._elastic else frozenset()
         return Scene(
-            now_s, self.models, retiring, self.seats, servers, len(self.hosts), has_room, self._may_come, stranded
-        )
+            now_s, self.models, retiring, self.seats, servers, len(self.hosts), has_room, self._errors, self._may_come,
+            stranded,
+        )  # fmt: skip
 
     def _may_come(self, name: str) -> bool:
         return self._elastic is not None and self._elastic.may_come(self.models[name], self)
@@ -318,7 +319,7 @@ class Reconciler(PoolState):
                 self._leave(name, host, "it is not wanted any more")
                 self._changed()
         for seat in self.seats.values():
-            if seat.state is SeatState.LEAVING and self.peers.names <= seat.left_by:
+            if seat.state is SeatState.LEAVING and self.peers.awaited <= seat.left_by:
                 seat.state, seat.ordered = SeatState.REMOVING, False
                 self._changed()
 

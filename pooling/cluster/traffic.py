@@ -92,14 +92,14 @@ class _Growth(Generic[K]):
             del self._at_s[:old], self._past[:old]
 
     def rates(self, window_s: float) -> dict[K, Rates]:
-        """Of the keys that grew in the last `window_s`, or in what there is of it."""
+        """Of the keys that grew in the last `window_s`, or in what there is of it; not of such that have just come."""
         if len(self._at_s) < 2:
             return {}
         last = len(self._at_s) - 1
         first = min(last - 1, max(0, bisect_right(self._at_s, self._at_s[-1] - window_s) - 1))
         more = self._past[last] - self._past[first]
-        has_grown = more.any(axis=0).tolist()
-        keys = [key for key, row in self.rows.items() if has_grown[row]]
+        has_rate = (more.any(axis=0) & (self.since_s < self._at_s[last])).tolist()
+        keys = [key for key, row in self.rows.items() if has_rate[row]]
         rows = [self.rows[key] for key in keys]
         per_s = more[:, rows] / (self._at_s[last] - np.maximum(self._at_s[first], self.since_s[rows]))
         return dict(zip(keys, map(Rates._make, per_s.T.tolist()), strict=True))

@@ -239,8 +239,10 @@ class StandInRay:
     def get_actor(self, name: str, namespace: str) -> object:
         return object()
 
-    def remote(self, actor: object = None, /, *args: Any) -> Any:
+    def remote(self, *args: Any, **options: Any) -> Any:
         return self
+
+    __call__ = remote
 
     def options(self, *, name: str, **others: Any) -> StandInRay:
         if name in self.refused:

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tokenpool.cluster.traffic import TrafficBook
 from tokenpool.cluster.values import HostedReport, HostReport
@@ -83,3 +87,18 @@ def test_a_backlog_counts_as_demand():
     rates = book.models(60.0)["m"]
     assert rates.wanted_tokens_per_s == pytest.approx(2 * rates.tokens_per_s)
     assert rates.on_time_frac == 1.0
+
+
+TAKES = st.lists(st.tuples(st.floats(1.0, 3.0), st.integers(0, 9), st.sampled_from("ab"), st.booleans()), max_size=30)
+
+
+@given(takes=TAKES)
+def test_rates_are_numbers_however_a_model_comes_and_goes(takes: list[tuple[float, int, str, bool]]) -> None:
+    """Also of one that is wanted anew, perhaps as another model of that name, while a host still works for it."""
+    book, now_s, tokens = TrafficBook(6.0), 0.0, {"a": 0, "b": 0}
+    for seconds, more, host, is_wanted in takes:
+        now_s += seconds
+        tokens[host] += more
+        book.take(now_s, [report(host, tokens[host], requests=tokens[host])], ["m"] if is_wanted else [])
+        for rates in (*book.models(6.0).values(), *book.models(2.0).values(), *book.seats(6.0).values()):
+            assert all(math.isfinite(rate) and rate >= 0 for rate in rates)

@@ -60,8 +60,14 @@ class Elastic:
         coming = any(is_within(scaling.kind(host), kind) for host in scaling.pending(state.hosts))
         if coming or scaling.may_grow:
             return True
-        lasting = self._kinds_of([name for name in state.lives.lasting() if name in state.models], state)
-        return scaling.may_make_way(kind, lasting, {host: report.labels for host, report in state.hosts.items()})
+        others = [name for name in state.lives.lasting() if name in state.models and name != model.name]
+        situation = state.situation(math.inf, state.lives.awake)  # what is barred does not matter here
+        labels = {host: report.labels for host, report in state.hosts.items()}
+
+        def may_go(host: str) -> bool:
+            return can_empty(host, set(others), situation, self._rules, set())
+
+        return scaling.may_make_way(kind, self._kinds_of(others, state), labels, may_go)
 
     def stranded(self, state: PoolState, now_s: float) -> set[str]:
         """Models that stand only where hosts are to be given back, and have no room elsewhere."""

@@ -171,27 +171,34 @@ class Lives:
         self._states = {}
         for (name, _), seat in scene.seats.items():
             self._states.setdefault(name, set()).add(seat.state)
-        self._gone = {*self._resting, *scene.retiring, *(self._states.keys() - self._lives.keys())}
         events = self._note_served(scene.now_s)
         if not self.has_choice:
             return events
-        events += [*self._fail_deadly(scene.now_s), *self._end_rests(scene)]
+        events += [*self._fail_deadly(scene.now_s), *self._end_rests(scene)]  # what is cold now may be wanted now
+        self._gone = {*self._resting, *scene.retiring, *(self._states.keys() - self._lives.keys())}
         events += [self._rest(name, f"unused for {idle_s:.0f} s") for name, idle_s in self._unused(scene)]
         stranded = [name for name in self._idle(scene) if name in scene.stranded and self._lives[name].is_on_demand]
         events += [self._rest(name, "its host is given back, and nobody uses it") for name in stranded]
         events += self._rest_of_too_many(scene)
         return events + self._wake_wanted(scene)
 
-    def give_up(
-        self, now_s: float, errors: Mapping[str, PoolError], seated: Set[str], until_s: Callable[[str], float]
-    ) -> list[Event]:
+    def give_up(self, scene: Scene, until_s: Callable[[str], float]) -> list[Event]:
         """Let models be cold that no host can load, for a while; `until_s` says when a host may try one again."""
         return [
-            self.fail(name, errors[name], now_s, until_s(name))
+            self.fail(name, scene.errors[name], scene.now_s, until_s(name))
             for name, life in self._lives.items()
-            if life.is_awake and life.is_on_demand and name not in seated and name in errors
-            and not self._wants.get(name, _NOBODY).num_unfinished
+            if self._is_hopeless(name, scene) and not self._wants.get(name, _NOBODY).num_unfinished
+            and (life.is_on_demand or self._is_in_the_way(name, scene))  # else it is tried on and on
         ]  # fmt: skip
+
+    def _is_hopeless(self, name: str, scene: Scene) -> bool:
+        return name in scene.errors and self._lives[name].is_awake and all(seated != name for seated, _ in scene.seats)
+
+    def _is_in_the_way(self, name: str, scene: Scene) -> bool:
+        """Whether a model that waits could be woken, were this one not to be loaded."""
+        gone = {name, *self._gone, *self._resting}
+        waiting = [other for other in self._wanted(scene) if not self._fits(other, gone - {name}, scene)]
+        return any(self._fits(other, gone, scene) for other in waiting)
 
     def fail(self, name: str, error: PoolError, now_s: float, until_s: float = -math.inf) -> Event:
         """It cannot be loaded, and is not woken again for a while, nor before `until_s`."""
@@ -351,9 +358,9 @@ class Lives:
         if self._fits(name, gone.union(idle), scene):
             return [self._rest(other, f"idle, and {name} is wanted") for other in self._needed(name, idle, scene)]
         if not self._may_fit(name, scene):
-            if not self._are_too_many(name) and scene.may_come(name):
+            if not self._are_too_many(name, scene) and scene.may_come(name):
                 return []
-            return [self.fail(name, CapacityError(self._why_never(name)), scene.now_s)]
+            return [self.fail(name, CapacityError(self._why_never(name, scene)), scene.now_s)]
         busy = self._busy(scene)
         if scene.now_s - self._since_s(name) < PATIENCE_S or not self._fits(name, gone.union(idle, busy), scene):
             return []
@@ -361,24 +368,25 @@ class Lives:
 
     def _may_fit(self, name: str, scene: Scene) -> bool:
         """Whether a host that is there could have it: else it waits for another one, and is in nobody's way."""
-        return self._fits(name, self._gone | self._resting | self._may_go_at_all(), scene)
+        return self._fits(name, self._gone | self._resting | self._may_go_at_all(scene), scene)
 
-    def _are_too_many(self, name: str) -> bool:
+    def _are_too_many(self, name: str, scene: Scene) -> bool:
         """Whether `max_loaded` models are kept beside it."""
-        num_kept = len(self._loaded - self._may_go_at_all() - {name})
+        num_kept = len(self._loaded - self._may_go_at_all(scene) - {name})
         return self._max_loaded is not None and num_kept >= self._max_loaded
 
-    def _why_never(self, name: str) -> str:
-        if self._are_too_many(name):
+    def _why_never(self, name: str, scene: Scene) -> str:
+        if self._are_too_many(name, scene):
             return f"model {name!r}: max_loaded is {self._max_loaded}, and so many are kept; raise it, or keep fewer"
         return (
             f"model {name!r}: no host has room for it beside what is kept, or may take it; add hosts, or raise their "
             "memory"
         )
 
-    def _may_go_at_all(self) -> set[str]:
+    def _may_go_at_all(self, scene: Scene) -> set[str]:
         """All that are loaded, or are to be, but those that are kept; also such as are only being loaded."""
-        return {name for name in self._loaded if name not in self._lives or self._lives[name].rule.keep is None}
+        kept = {name for name, life in self._lives.items() if life.rule.keep and not self._is_hopeless(name, scene)}
+        return self._loaded - kept
 
     def _needed(self, name: str, others: Iterable[str], scene: Scene) -> list[str]:
         """Of `others`, in the order in which they are to go, the first ones that make enough room."""

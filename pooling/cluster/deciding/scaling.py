@@ -151,14 +151,16 @@ class Scaling:
         """As what a host was asked for."""
         return self._kinds.get(host, ANY)
 
-    def may_make_way(self, kind: Kind, needed: Sequence[Kind], up: Mapping[str, Set[str]]) -> bool:
+    def may_make_way(
+        self, kind: Kind, needed: Sequence[Kind], up: Mapping[str, Set[str]], may_go: Callable[[str], bool]
+    ) -> bool:
         """Whether a host of another kind could be given up for one of a kind, because these that are needed are enough.
 
-        `up` has the labels of the hosts that are there.
+        `up` has the labels of the hosts that are there, `may_go` says whether what must stay loaded has room elsewhere.
         """
         is_of, hosts = self._is_of(up), self.asked - self.ending
         placed = match([*needed, kind], _by_age(hosts), is_of, hosts - up.keys()).values()
-        return any(not is_of(host, kind) for host in hosts - set(placed))
+        return any(not is_of(host, kind) and may_go(host) for host in hosts - set(placed))
 
     def is_over(self, host: str) -> bool:
         """Whether a host is given back, or was: what it still says does not count."""

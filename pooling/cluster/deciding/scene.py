@@ -36,6 +36,8 @@ class Scene:
     num_hosts: int
     has_room: Callable[[str, Set[str]], bool]
     """Whether a host has room for a model, once those others are gone."""
+    errors: Mapping[str, PoolError]
+    """Why models could not be loaded when that was tried last."""
     may_come: Callable[[str], bool] = lambda name: False
     """Whether another host may come that has room for a model."""
     stranded: Set[str] = frozenset()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cluster.deciding.test_lives import Host, World, model
+from tests.cluster.deciding.lives_world import Host, World, model
 from tokenpool.cluster.deciding.elastic import elastic_of
 from tokenpool.cluster.deciding.scaling import MADE_WAY, HostsKept
 from tokenpool.cluster.live_placement import placement_of
@@ -322,6 +322,25 @@ def test_at_the_most_hosts_a_host_in_use_stays_and_the_other_kind_is_told():
     asked = w.ask("one", "b")
     w.settle(20)
     assert "may take it" in asked.end and w.loaded() == {"a"}
+
+
+@pytest.mark.parametrize("mib", [20, 40], ids=["beside an idle model", "at all"])
+def test_a_host_does_not_make_way_whose_kept_model_has_no_room_elsewhere(mib):
+    """Not even where it would fit beside what is kept: then an idle model is in its place. The other kind is told."""
+    kept = [labelled("a", "gpu=h100", mib=30, at_start=True), model("k", mib, keep="host")]
+    w = ElasticWorld(
+        [*kept, labelled("idle", "gpu=h100", mib=30), labelled("b", "gpu=a100")], most=2, least=2,
+        nodes=[H100, frozenset(), A100],
+    )  # fmt: skip
+    w.num_nodes = 3
+    w.settle(10)
+    for name in ("k", "idle"):
+        w.ask("one", name)
+        w.run(60)
+    assert [sorted(host.models) for host in w.hosts.values()] == [["a", "idle"], ["k"]]
+    w.ask("two", "b")
+    w.run(60)
+    assert "may take it" in w.ends()[-1]
 
 
 def test_models_that_take_turns_each_get_a_host_of_their_kind():

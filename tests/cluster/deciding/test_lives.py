@@ -3,276 +3,19 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cluster.deciding.test_reconcile import MIB, MemoryHost
+from tests.cluster.deciding.lives_world import World, model
 from tokenpool.cluster.deciding.lives import MAX_HOST_DEATHS
-from tokenpool.cluster.live_placement import placement_of
-from tokenpool.cluster.placement import KeepReplicas
-from tokenpool.cluster.reconcile import Reconciler
-from tokenpool.cluster.values import Deployment, HostReport, Order, Peer, SeatState, Use
-from tokenpool.cluster_config import ClusterConfig
-from tokenpool.config import Loading
-from tokenpool.errors import ConfigError, HostError
+from tokenpool.errors import ConfigError
 
 pytestmark = pytest.mark.cpu
-
-PERIOD_S = 0.5
-RULE = Loading(at_start=False, unload_after_s=math.inf, keep=None, timeout_s=600.0)
-_numbers = itertools.count(1)
-
-
-def model(name: str, mib: int = 4, **rule: Any) -> Deployment:
-    return Deployment(name, 1, weight_bytes=mib * MIB, payload=b"spec", loading=RULE._replace(**rule))
-
-
-@dataclass(eq=False)
-class Request:
-    model: str
-    steps: int
-    since_s: float
-    tenant: str = ""
-    end: str = ""
-    number: int = field(default_factory=lambda: next(_numbers))
-
-
-class Host(MemoryHost):
-    """Takes some periods for a load; what it is told meanwhile waits."""
-
-    def __init__(self, name: str, pages: int = 64, load_periods: int = 1) -> None:
-        super().__init__(name, pages)
-        self.load_periods = load_periods
-        self.orders: list[tuple[Order, int]] = []
-        self.is_there = True
-        self.built: Counter[str] = Counter()
-
-    @property
-    def building(self) -> Deployment | None:
-        first = self.orders[0][0] if self.orders else None
-        is_new = first is not None and first.action == "add" and first.deployment.name not in self.models
-        return first.deployment if first is not None and is_new else None
-
-    def report(self, number: float) -> HostReport:
-        building = (self.building.name, self.building.version) if self.building else None
-        return replace(super().report(number), building=building)
-
-    def die(self) -> list[Order]:
-        lost, self.orders = [order for order, _ in self.orders], []
-        self.start()
-        return lost
-
-    def take(self, order: Order) -> None:
-        """Begin to carry it out, or let it wait; those of an earlier controller that wait are dropped then."""
-        assert order.epoch > self.epoch or (order.epoch, order.controller) == (self.epoch, self.controller)
-        if order.controller != self.controller:
-            del self.orders[1:]
-        self.epoch, self.controller = order.epoch, order.controller
-        self.orders.append((order, self.load_periods))
-
-    def order(self, order: Order) -> int:
-        order = order._replace(epoch=self.epoch, controller=self.controller)  # it was taken
-        if order.action == "add" and order.deployment.name in self.models:
-            return self.changes
-        if order.action == "add" and order.deployment.name not in self.refuses:
-            self.built[order.deployment.name] += 1
-        return super().order(order)
-
-
-class Server:
-    """Holds requests, joins what serves, and does what the view asks for, as real ones do."""
-
-    def __init__(self, name: str) -> None:
-        self.peer = Peer(name, 64, 1)
-        self.name = name
-        self.held: dict[str, list[Request]] = {}
-        self.running: dict[str, list[Request]] = {}
-        self.ready: set[str] = set()
-        self.rested: dict[str, int] = {}
-        self.used_s: dict[str, float] = {}
-        self.is_there = True
-
-    def ask(self, request: Request) -> None:
-        where = self.running if request.model in self.ready else self.held
-        where.setdefault(request.model, []).append(request)
-
-    def uses(self, now_s: float) -> dict[str, Use]:
-        uses = {}
-        for name in self.held.keys() | self.running.keys() | self.rested.keys() | self.used_s.keys():
-            held = self.held.get(name, [])
-            due = {r.tenant: r.since_s + 600 - now_s for r in reversed(held)}
-            since_s = min((r.since_s for r in held), default=now_s)
-            idle_s = now_s - self.used_s.get(name, -math.inf)
-            running = len(self.running.get(name, []))
-            uses[name] = Use(len(held), due, now_s - since_s, running, idle_s, self.rested.get(name, 0))
-        return uses
-
-    def follow(self, control: Reconciler, now_s: float) -> None:
-        self.ready = set()
-        for name, seen in control.view().models.items():
-            seats = seen.seats
-            serving = [host for host, seat in seats.items() if seat.state is SeatState.SERVING]
-            if seen.error is not None and not seats:
-                for request in self.held.pop(name, []):
-                    request.end = f"refused: {seen.error}"
-            self.rested.pop(name, None)
-            if seen.rest and not self.running.get(name):
-                self.rested[name] = seen.rest
-            for host in serving:
-                control.seats.joined(self.name, name, host, seats[host].life)
-            if serving and not seen.rest:
-                self.ready.add(name)
-                self.running.setdefault(name, []).extend(self.held.pop(name, []))
-            if serving:
-                self._step(name, now_s)
-            for host, seat in seats.items():
-                if seat.state is SeatState.LEAVING:
-                    if not serving:
-                        self._step(name, now_s)
-                    if serving or not self.running.get(name):
-                        control.seats.left(self.name, name, host, seat.life)
-
-    def _step(self, name: str, now_s: float) -> None:
-        for request in self.running.get(name, []):
-            request.steps -= 1
-            self.used_s[name] = now_s
-            if request.steps <= 0:
-                request.end = "answered"
-        self.running[name] = [request for request in self.running.get(name, []) if not request.end]
-
-
-class World:
-    """A controller, hosts and servers."""
-
-    def __init__(
-        self,
-        models: list[Deployment],
-        num_hosts: int = 1,
-        max_loaded: int | None = None,
-        is_live: bool = False,
-        **host: Any,
-    ) -> None:
-        self.now_s = 100.0
-        self.models, self.max_loaded, self.is_live = models, max_loaded, is_live
-        self.hosts = {f"h{i}": Host(f"h{i}", **host) for i in range(num_hosts)}
-        self.servers = {name: Server(name) for name in ("one", "two")}
-        self.requests: list[Request] = []
-        self.have_returned = False
-        """Whether a host was back with models after it had counted as lost."""
-        self.control = self._controller(None, models)
-        for server in self.servers.values():
-            self.control.join(server.peer, self.now_s)
-
-    def _controller(self, snapshot: dict[str, Any] | None, models: list[Deployment]) -> Reconciler:
-        placement = placement_of(ClusterConfig()) if self.is_live else KeepReplicas(1)
-        return Reconciler(
-            placement, host_timeout_s=2.0, now_s=self.now_s, snapshot=snapshot, identity=f"c{next(_numbers)}",
-            num_hosts=len(self.hosts), models=models, servers=list(self.control.peers) if snapshot is not None else (),
-            server_timeout_s=2.0, max_loaded=self.max_loaded,
-        )  # fmt: skip
-
-    def replace_controller(self, *, with_snapshot: bool = True) -> None:
-        snapshot = json.loads(json.dumps(self.control.snapshot())) if with_snapshot else {}
-        self.control = self._controller(snapshot, self.control.models.kept)
-        for server in self.servers.values():
-            if server.is_there:
-                self.control.join(server.peer, self.now_s)
-
-    def ask(self, server: str, name: str, steps: int = 1, tenant: str = "") -> Request:
-        self.requests.append(request := Request(name, steps, self.now_s, tenant))
-        self.servers[server].ask(request)
-        return request
-
-    def kill_server(self, name: str) -> None:
-        server = self.servers[name]
-        server.is_there = False
-        for request in self.requests:
-            if request in [r for rs in (*server.held.values(), *server.running.values()) for r in rs]:
-                request.end = "lost with its server"
-
-    def kill_host(self, name: str) -> None:
-        self.hosts[name].die()
-
-    def period(self) -> None:
-        self.now_s += PERIOD_S
-        for host in self.hosts.values():
-            if host.is_there:
-                self.control.host_reported(host.report(self.now_s), self.now_s)
-        for server in self.servers.values():
-            if server.is_there:
-                if not self.control.peers.beat(server.name, self.now_s):
-                    self.control.join(server.peer, self.now_s)
-                self.control.tell(server.name, server.uses(self.now_s), self.now_s)
-        for order in self.control.tick(self.now_s):
-            self._check_order(order)
-            self.hosts[order.host].take(order)
-        for host in self.hosts.values():
-            self._work(host)
-        for server in self.servers.values():
-            if server.is_there and self.control.is_settled:
-                server.follow(self.control, self.now_s)
-        self.control.check()
-        self._check()
-
-    def _work(self, host: Host) -> None:
-        while host.is_there and host.orders:
-            order, left = host.orders[0]
-            if order.action == "add" and left > 0:
-                host.orders[0] = order, left - 1
-                return
-            host.orders.pop(0)
-            changes, error = 0, None
-            try:
-                if order.life != host.life:
-                    raise HostError("a new process")
-                changes = host.order(order)
-            except Exception as raised:
-                error = raised
-            if order.controller == self.control.identity:
-                self.control.order_done(order, error, self.now_s, changes)
-
-    def _check_order(self, order: Order) -> None:
-        name = order.deployment.name
-        if order.action == "remove":
-            elsewhere = any(m == name and h != order.host for m, h in self.control.seats)
-            for server in self.servers.values():
-                assert elsewhere or not server.is_there or not server.running.get(name), f"{name} is in use"
-
-    def _check(self) -> None:
-        if self.max_loaded is not None and not self.have_returned:
-            assert len(self.loaded()) <= self.max_loaded, self.loaded()
-
-    def loaded(self) -> set[str]:
-        """Models that are in hosts of which the controller knows, or are being loaded there."""
-        hosts = [self.hosts[name] for name in self.control.hosts]
-        found = {name for host in hosts for name in host.models}
-        return found | {host.building.name for host in hosts if host.building}
-
-    def run(self, periods: int = 400) -> None:
-        """Until all requests have ended, at most so long."""
-        for _ in range(periods):
-            if all(request.end for request in self.requests):
-                return
-            self.period()
-        assert [] == [(r.model, r.number) for r in self.requests if not r.end], self.control.log.last()[-30:]
-
-    def settle(self, periods: int = 8) -> None:
-        for _ in range(periods):
-            self.period()
-
-    def ends(self) -> list[str]:
-        return [request.end for request in self.requests]
-
-    def actions(self, *names: str) -> list[tuple[str, str]]:
-        return [(d["action"], d["model"]) for d in self.control.log.last() if d["action"] in names]
 
 
 def test_a_cold_model_is_built_once_for_all_who_wait_and_served_by_all():
@@ -516,9 +259,78 @@ def test_an_added_model_is_loaded_at_once_within_max_loaded():
     assert w.loaded() == set()
 
 
+@pytest.mark.parametrize("mib", [4, 1000], ids=["it cannot be loaded", "it is too large"])
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_model_that_cannot_be_loaded_at_the_start_is_in_nobodys_way(mib, is_live):
+    """It is tried again and again, until another model waits for its place; later it has its turn as others have."""
+    w = World([model("bad", mib, at_start=True, keep="host"), model("a")], max_loaded=1, is_live=is_live)
+    w.hosts["h0"].refuses = {"bad": ConfigError("no file")}
+    w.settle(60)
+    assert w.control.lives.is_awake("bad") and w.control.view().models["bad"].error is not None
+    w.ask("one", "a")
+    w.run(40)
+    w.ask("two", "bad")
+    w.run(400)
+    assert [end.partition(":")[0] for end in w.ends()] == ["answered", "refused"]
+    if mib == 4:
+        w.hosts["h0"].refuses = {}
+        w.settle(200)
+        w.ask("two", "bad")
+        w.run(400)
+        assert w.ends()[-1] == "answered"
+
+
+def test_a_server_that_is_late_at_a_new_controller_keeps_what_it_uses():
+    """It was stopped for some seconds: others wait until it has told what it has."""
+    w = World([model("a"), model("b"), model("c", at_start=True)], max_loaded=2)
+    w.server_timeout_s = 10.0
+    for name in "ac":
+        w.ask("one", name, steps=60)
+    w.settle(8)
+    w.servers["one"].is_stopped = True
+    w.replace_controller()
+    w.ask("two", "b")
+    w.settle(4)
+    w.control.withdraw("c")
+    w.settle(10)
+    assert w.loaded() == {"a", "c"} and w.control.is_settled
+    w.servers["one"].is_stopped = False
+    w.run()
+    assert set(w.ends()) == {"answered"} and w.hosts["h0"].built == {"a": 1, "b": 1, "c": 1}
+
+
+def test_a_server_cannot_make_what_hosts_need_of_a_model_before_anything_was_decided():
+    w = World([model("a")])
+    version = w.control.deploy(replace(model("b"), payload=None))
+    w.control.equip("b", version, ConfigError("is no flag", key="--x"), w.now_s)
+    w.settle(1)
+    w.ask("one", "b")
+    w.settle(1)
+    assert "--x" in w.ends()[0]
+
+
+def test_what_rests_while_requests_wait_for_it_and_is_lost_with_the_last_host():
+    w = World([model("a"), model("b")], max_loaded=1)
+    w.ask("one", "a", steps=100)
+    w.settle(6)
+    w.ask("two", "b")
+    while not w.control.lives.rest_of("a"):
+        w.settle(1)
+    w.ask("two", "a")
+    w.hosts["h0"].is_there = False
+    w.settle(10)
+    assert w.control.hosts == {}
+    w.hosts["h0"].die()
+    w.hosts["h0"].is_there = True
+    w.run()
+    assert set(w.ends()) == {"answered"}
+
+
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["ask"] * 8 + ["host dies", "host away", "server dies", "controller", "refuse", "wait"]),
+        st.sampled_from(
+            ["ask"] * 8 + ["host dies", "host away", "server dies", "server stops", "controller", "refuse", "wait"]
+        ),
         st.integers(0, 5),
         st.integers(0, 30),
     ),
@@ -535,14 +347,20 @@ EVENTS = st.lists(
     unload_after_s=st.sampled_from([math.inf, 2.0]),
     load_periods=st.integers(0, 3),
     is_live=st.booleans(),
+    server_timeout_s=st.sampled_from([2.0, 8.0]),
+    bad=st.sampled_from([None, {"at_start": True}, {"at_start": True, "keep": "host"}]),
 )
 def test_every_request_is_answered_or_refused(
-    events, num_hosts, max_loaded, sizes, unload_after_s, load_periods, is_live
+    events, num_hosts, max_loaded, sizes, unload_after_s, load_periods, is_live, server_timeout_s, bad
 ):
-    """Through deaths of hosts, servers and controllers and loads that fail: no seat is taken from a model that is in
-    use, never more than `max_loaded` are loaded, and in the end nobody waits."""
+    """Through deaths of hosts, servers and controllers, servers that are stopped and loads that fail, with a model that
+    is to be there always and that no host can hold: no seat is taken from a model that is in use, never more than
+    `max_loaded` are loaded, and in the end nobody waits."""
     models = [model(f"m{i}", mib, unload_after_s=unload_after_s) for i, mib in enumerate(sizes)]
+    if bad is not None:
+        models[0] = model("m0", 1000, **bad)
     w = World(models, num_hosts, max_loaded, is_live, load_periods=load_periods)
+    w.server_timeout_s = server_timeout_s
     for what, which, steps in events:
         name, host = models[which % len(models)].name, w.hosts[f"h{which % num_hosts}"]
         server = ["one", "two"][which % 2]
@@ -555,6 +373,8 @@ def test_every_request_is_answered_or_refused(
             w.have_returned |= host.is_there
         elif what == "server dies" and server == "two":
             w.kill_server(server)
+        elif what == "server stops":
+            w.servers[server].is_stopped = not w.servers[server].is_stopped
         elif what == "controller":
             w.replace_controller(with_snapshot=steps % 2 == 0)
         elif what == "refuse":
@@ -563,12 +383,14 @@ def test_every_request_is_answered_or_refused(
     for host in w.hosts.values():
         w.have_returned |= not host.is_there
         host.is_there, host.refuses = True, {}
+    for server in w.servers.values():
+        server.is_stopped = False
     w.settle(80)
     w.have_returned = False  # by now as many rest as were too many
     w.run(2000)
     w.settle(20)
     for request in w.requests:
-        is_told = "no file" in request.end or "no host" in request.end or "engine hosts ended" in request.end
+        is_told = any(why in request.end for why in ("no file", "no host", "engine hosts ended", "so many are kept"))
         assert request.end in ("answered", "lost with its server") or is_told
     if unload_after_s < math.inf:
         w.settle(40)

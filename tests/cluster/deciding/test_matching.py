@@ -132,7 +132,7 @@ def test_hosts_with_other_names_are_decided_of_alike(there, pending, wanted, hom
     outcomes = set()
     for order in itertools.permutations(names):
         scaling, up = scaling_of(order, there, pending)
-        may = scaling.may_make_way(homeless, wanted, up)
+        may = scaling.may_make_way(homeless, wanted, up, lambda host: True)
         uses = {host: HostUse(labels=labels) for host, labels in up.items()}
         need = Need(100.0, wanted, homeless=homeless, up=uses)
         made = [*scaling.decide(need), *scaling.decide(Need(103.0, wanted, homeless=homeless, up=uses))]

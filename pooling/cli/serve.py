@@ -60,9 +60,11 @@ def run(options: argparse.Namespace) -> int:
     if pool.tenants:
         settings.MAX_IMAGE_PIXELS.set_default(str(_PIXELS_OF_TENANTS))
     from tokenpool.patches import apply_all
+    from tokenpool.process.metric_files import outlast_full_disks
     from tokenpool.serve.start import serve
 
     apply_all()
+    outlast_full_disks()
     try:
         status = serve(pool, cluster, pool_file_of(words))
     except PoolError as error:

@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader.utils import get_model_architecture
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from tokenpool.errors import ConfigError, UnfitCopyError
+from tokenpool.errors import ConfigError, EngineLostError, UnfitCopyError
 from tokenpool.host.engine import encoder_cache
 from tokenpool.host.engine.engine_globals import EngineGlobals, keep_thread_count, random_state
 from tokenpool.host.engine.hosted_core import HostedEngineCore
@@ -59,6 +59,19 @@ def import_architecture(spec: HostedModelSpec) -> None:
         get_model_architecture(spec.vllm_config.model_config)
     except Exception as error:  # whatever the code of a model raises
         logger.debug("the architecture of %r cannot be imported: %s", spec.name, error)
+
+
+def close_engine(core: HostedEngineCore, model: str, *, tell: bool = True) -> None:
+    """Close an engine; what its code raises is logged, since all else of its model is still to be given back.
+
+    Raises EngineLostError.
+    """
+    try:
+        core.close(tell=tell)
+    except EngineLostError:
+        raise
+    except (Exception, SystemExit):  # of vLLM's or a model's code
+        logger.exception("the engine was not closed in order model=%s", model)
 
 
 class EngineBuilder:
@@ -115,9 +128,9 @@ class EngineBuilder:
     def _build(self, spec: HostedModelSpec, index: int, *, may_map: bool) -> HostedModel:
         start = time.perf_counter()
         movable, ledger = self.config.movable_weights, self._allocator.ledger
-        weight_pages = [] if movable else self._take_weight_pages(spec.name, spec.weight_bytes)
         shared = SharedWeights(spec.name, spec.vllm_config, self._node if movable else None, self._pause,
                                may_map=may_map)  # fmt: skip
+        weight_pages = [] if movable else self._take_weight_pages(spec.name, spec.weight_bytes)
         build = ModelBuild(
             spec.name,
             spec.vllm_config,
@@ -152,7 +165,7 @@ class EngineBuilder:
             return hosted
         except BaseException as error:
             if core is not None:
-                core.close(tell=False)
+                close_engine(core, spec.name, tell=False)
             core = hosted = None
             if spec.name in self._weights:
                 self._weights.remove(spec.name)

@@ -17,7 +17,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from tokenpool.errors import ConfigError, ModelBusyError, PoolError
 from tokenpool.host.engine import encoder_cache
 from tokenpool.host.engine.engine_globals import EngineGlobals
-from tokenpool.host.engine_builder import EngineBuilder
+from tokenpool.host.engine_builder import EngineBuilder, close_engine
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.lending.budget import Budget
@@ -149,7 +149,7 @@ class EngineHost:
         self._current = None if self._current is hosted else self._current
         self._previous = None if self._previous is hosted else self._previous
         self._globals.enter(name)  # closing resets some
-        hosted.core.close()
+        close_engine(hosted.core, name)
         if name in self.weights:
             self.weights.remove(name)
         hosted.build.undo()
@@ -223,7 +223,7 @@ class EngineHost:
         try:
             self.pulse.enter("step", hosted.name)
             executed = hosted.core.step_once(admit=admit and hosted.admits)
-        except Exception as error:  # any exception of a model's code ends in quarantine or in EngineLostError
+        except (Exception, SystemExit) as error:  # of a model's code: it ends in quarantine or in EngineLostError
             hosted.quarantine.step_crashed(error)
             self._turns.changed(hosted.name)
             executed = True

@@ -17,7 +17,7 @@ from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.state import copied_bytes, step_errors, weight_state
 from tokenpool.memory.states import WeightState
 from tokenpool.metric_registry import LabelledGauge, metric
-from tokenpool.process.metric_files import forget_models
+from tokenpool.process.metric_files import forget_models, outlast_full_disks
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class HostMetrics:
     """Metrics named `tokenpool:*`; one object per process."""
 
     def __init__(self, host: EngineHost) -> None:
+        outlast_full_disks()
         self._host = host
         self._per_model = {name: metric(name).make() for name in (*_COUNTERS, *_TOKENS)}
         self._global = {

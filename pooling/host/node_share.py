@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from tokenpool.host.host_room import HostRoom
@@ -13,7 +14,7 @@ from tokenpool.node_store.client import NodeStore
 from tokenpool.node_store.place import folder_of
 from tokenpool.wire.spec import HostConfig
 
-Call = Callable[[Callable[[], Any]], Any]
+Call = Callable[[Callable[[], Any]], Future[Any]]
 
 
 def join_node(config: HostConfig, ledger: HostLedger, room: HostRoom, call: Call, device: Device) -> NodeStore | None:
@@ -23,12 +24,14 @@ def join_node(config: HostConfig, ledger: HostLedger, room: HostRoom, call: Call
     """
     if not config.host_store or not config.movable_weights or config.tensor_parallel_size > 1:
         return None
-    store = NodeStore(
-        folder_of(config.host_store),
-        config.host_memory,
-        lambda nbytes: call(lambda: room.give_back(nbytes)),
-        device.register_host,
-    )
+    asked: list[Future[Any]] = []
+
+    def give_back(nbytes: int) -> None:
+        """Asked for again each second: a loop that has not come to it meanwhile gives no more than is wanted."""
+        if not asked or asked[-1].done():
+            asked[:] = [call(lambda: room.give_back(nbytes))]
+
+    store = NodeStore(folder_of(config.host_store), config.host_memory, give_back, device.register_host)
     store.start()
     ledger.node = store
     return store

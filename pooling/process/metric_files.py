@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes the series of models that are gone out of the scrape.
+"""Takes the series of models that are gone out of the scrape, and lets processes outlast a disk that is full.
 
 In its multiprocess mode prometheus_client keeps the values of a process in files, which every process of the pool reads
 for a scrape, and has no way to remove a value. A file is written anew without the values and put in the old one's
 place, so a scrape reads the one or the other, never half of both.
+
+It maps these files with holes in them, and whoever writes to a hole when the disk is full is killed by SIGBUS. So room
+is reserved first. Where there is none, values live in the process's own memory, and the scrape has those of before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import inspect
 import json
@@ -32,6 +36,67 @@ _FIRST = 8
 """Where the first value of a file begins; the number of bytes in use comes before."""
 _VALUE_BYTES = 16
 _LEAST_BYTES = 1 << 16
+_MOST_BESIDE_BYTES = 32
+"""Of a value in a file: its length, padding and two numbers."""
+
+
+class RoomyDict(MmapedDict):
+    """A file of values that has all of its room on the disk, or goes on in memory."""
+
+    def __init__(self, filename: str, read_mode: bool = False) -> None:
+        if read_mode or _has_room(filename):
+            super().__init__(filename, read_mode)
+            return
+        memory = os.memfd_create("tokenpool-metrics", os.MFD_CLOEXEC)
+        try:
+            super().__init__(f"/proc/self/fd/{memory}")
+        finally:
+            os.close(memory)
+        self._fname = filename
+
+    def _init_value(self, key: str) -> None:
+        while self._used + len(key.encode()) + _MOST_BESIDE_BYTES > self._capacity:
+            self._enlarge(2 * self._capacity)
+        super()._init_value(key)
+
+    def _enlarge(self, capacity: int) -> None:
+        try:
+            os.posix_fallocate(self._f.fileno(), 0, capacity)
+            data = mmap.mmap(self._f.fileno(), capacity)
+        except OSError as error:
+            _tell_of(self._fname, error)
+            data = mmap.mmap(-1, capacity)
+        data[: self._capacity] = self._m[: self._capacity]  # the other way round it may be in memory only
+        self._m, self._capacity = data, capacity
+
+
+def _has_room(path: str) -> bool:
+    """Whether a file has all of its room on the disk; made if it is not there and has."""
+    is_new = not os.path.exists(path)
+    try:
+        with open(path, "a+b") as file:
+            os.posix_fallocate(file.fileno(), 0, max(os.fstat(file.fileno()).st_size, _LEAST_BYTES))
+        return True
+    except OSError as error:
+        _tell_of(path, error)
+        if is_new:  # an empty one would break every scrape
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        return False
+
+
+def _tell_of(path: str, error: OSError) -> None:
+    logger.warning("no room for metrics, /metrics has those of before file=%s: %s", path, error)
+
+
+def outlast_full_disks() -> None:
+    """Let no process be killed for metrics that its disk has no room for; once, before most metrics are made."""
+    values.MmapedDict = RoomyDict
+    if getattr(values.ValueClass, "_multiprocess", False):
+        with _kept()["lock"]:
+            for file in _open_files().values():
+                file.__class__ = RoomyDict
+                file._enlarge(file._capacity)
 
 
 def forget_models(names: Collection[str]) -> None:
@@ -90,8 +155,8 @@ def _drop(file: MmapedDict, names: Collection[str]) -> None:
         capacity *= 2
     fresh = open(f"{file._fname}.{os.getpid()}", "w+b")  # noqa: SIM115  # it stays open as long as the file is in use
     try:
+        os.posix_fallocate(fresh.fileno(), 0, capacity)
         fresh.write(b"".join([struct.pack("ii", used, 0), *parts]))
-        fresh.truncate(capacity)
         fresh.flush()
         data = mmap.mmap(fresh.fileno(), capacity)
         os.replace(fresh.name, file._fname)
@@ -110,7 +175,7 @@ def _drop_from_ended(names: Collection[str]) -> None:
         kind, _, pid = os.path.basename(path).removesuffix(".db").rpartition("_")
         if kind.startswith("gauge_live") or not pid.isdigit() or os.path.exists(f"/proc/{pid}"):
             continue
-        file = MmapedDict(path)
+        file = RoomyDict(path)
         try:
             _drop(file, names)
         finally:

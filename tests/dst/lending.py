@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory that is lent and models that sleep, in a simulation: what an operator asks for, and what must hold then.
 
-While the pool is parked nothing steps and nothing that can move is on the device; a model that sleeps does not step. A
-host that takes the place of a dead one has the same budget, and loads no model before it is unparked.
+While the pool is parked nothing steps and nothing that can move is on the device; a model that sleeps does not step,
+and keeps no other one waiting. A host that takes the place of a dead one has the same budget, and loads no model before
+it is unparked.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _AGAIN_S = 0.01
 class Lending:
     """What is lent now, and who sleeps."""
 
-    EVENTS = frozenset({"budget", "sleep", "wake"})
+    EVENTS = frozenset({"budget", "sleep", "wake", "wake_last"})
 
     def __init__(self, simulation: Any) -> None:
         self.budget: BudgetState | None = None
@@ -34,6 +35,7 @@ class Lending:
         self._sim = simulation
         self._asleep: dict[str, tuple[int, int]] = {}  # model -> level, steps that it had computed
         self._awake_for_good: set[str] = set()
+        self._wake_last: set[str] = set()
         self._unloaded: list[ModelPlan] = []
         self._steps_at_park = -1
         self._asked: dict[Future[Any], tuple[str, tuple[Any, ...]]] = {}
@@ -90,6 +92,19 @@ class Lending:
         if name in host.models:
             self._asleep.pop(name, None)
             self._ask(("wake", (name, for_good)), lambda: host.sleepers.wake(name), lambda _: None)
+
+    def _on_wake_last(self, name: str, for_good: bool) -> None:
+        self._wake_last.add(name)
+
+    def _wake_who_is_left(self) -> None:
+        """When nobody waits but for models that sleep on."""
+        if self._sim._queue or not all(
+            s.is_done or s.plan.model in self._wake_last for s in self._sim.streams.values()
+        ):
+            return
+        names, self._wake_last = self._wake_last, set()
+        for name in names:
+            self._again(("wake", (name, True)))
 
     def _ask(
         self,
@@ -163,6 +178,7 @@ class Lending:
 
     def check(self, stepped: bool) -> None:
         """Hold what is lent, and who sleeps, to the laws; after each turn."""
+        self._wake_who_is_left()
         host, faults = self._sim.host, self._sim.world.faults
         if host.budget.is_parked:
             if stepped or self._steps() != self._steps_at_park:

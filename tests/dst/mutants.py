@@ -135,6 +135,15 @@ def sleepers_are_stepped() -> Any:
     return _replaced((hosted_model.HostedModel, "may_step", may_step))
 
 
+def sleepers_keep_their_copies() -> Any:
+    """A copy that was read for a model that sleeps by then stays until that has had a turn."""
+
+    def _is_kept(self: Any, name: str, now_s: float) -> bool:
+        return bool(self._kept_until.get(name, 0.0) > now_s)
+
+    return _replaced((HostRoom, "_is_kept", _is_kept))
+
+
 MUTANTS: Mapping[str, Callable[[], Any]] = {
     mutant.__name__: mutant
     for mutant in (
@@ -144,5 +153,6 @@ MUTANTS: Mapping[str, Callable[[], Any]] = {
         fatal_error_is_charged_to_another,
         lent_pages_are_counted_on,
         sleepers_are_stepped,
+        sleepers_keep_their_copies,
     )
 }

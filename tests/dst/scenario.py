@@ -84,7 +84,10 @@ def make_scenario(seed: int) -> Scenario:
 
 
 def _lend(rng: random.Random, scenario: Scenario) -> None:
-    """Budgets that shrink, grow and park the pool, and models that sleep; at the end all is there and awake."""
+    """Budgets that shrink, grow and park the pool, and models that sleep.
+
+    At the end all is there and awake, but for a model that may sleep on until all that the others were asked is done.
+    """
     end_s = rng.choice((0.1, 0.4, 1.5))
     for _ in range(rng.choice((1, 3, 6))):
         share = rng.choice((0.0, 0.0, rng.random(), rng.random(), 1.0))
@@ -98,7 +101,10 @@ def _lend(rng: random.Random, scenario: Scenario) -> None:
             scenario.events.append((at_s + rng.random() * end_s, "wake", (name,)))
     last_s = max([end_s * 2, *(at_s for at_s, _, _ in scenario.events)]) + 0.01
     scenario.events.append((last_s, "budget", (1.0, None)))
-    scenario.events += [(last_s, "wake", (model.name, True)) for model in scenario.models]
+    slept = [args[0] for _, what, args in scenario.events if what == "sleep"]
+    last = rng.choice(slept) if slept and rng.random() < 0.7 else None
+    for model in scenario.models:
+        scenario.events.append((last_s, "wake_last" if model.name == last else "wake", (model.name, True)))
 
 
 def _make_life(seed: int) -> Scenario:

@@ -15,7 +15,7 @@ def crash_when(
     model: str,
     condition: Callable[[Any], bool],
     place: str = "after",
-    error: Callable[[], Exception] = lambda: RuntimeError("kernel failed"),
+    error: Callable[[], BaseException] = lambda: RuntimeError("kernel failed"),
 ) -> None:
     """Let the model's runner raise whenever `condition(scheduler_output)` holds, as a broken kernel would.
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tests.helpers.devices.weight_rig import LIMIT_S, PAGE, Checkpoint, Rig, big_tensors, bytes_of, random_tensors
 from tokenpool.errors import CapacityError, SwitchError
+from tokenpool.memory.copy_engine import CopyJob
 from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.states import WeightState
 
@@ -384,11 +385,30 @@ class Moves(RuleBasedStateMachine):
         self.tensors: dict[str, list[torch.Tensor]] = {}
         self.values: dict[str, list[list[int]]] = {}
         self.places: dict[str, list[int]] = {}
+        self.disk = threading.Event()
+        self.disk.set()
+        self.waited = False
 
     names = st.sampled_from("abc")
 
     def state(self, name: str) -> WeightState | None:
         return self.rig.store.state(name) if name in self.tensors else None
+
+    @rule()
+    def hang(self):
+        """The disk gives no answer: reads wait, and nothing else does."""
+        if not self.disk.is_set():
+            return
+        self.disk = disk = threading.Event()
+
+        def wait(job: CopyJob) -> None:
+            self.waited |= not disk.wait(LIMIT_S)
+
+        self.rig.store.fetcher.submit("hang", 1, wait)
+
+    @rule()
+    def answer(self):
+        self.disk.set()
 
     @rule(name=names, seed=st.integers(0, 10**6), reloadable=st.booleans(), verify=st.booleans())
     def adopt(self, name, seed, reloadable, verify):
@@ -428,7 +448,7 @@ class Moves(RuleBasedStateMachine):
     @rule(name=names)
     def finish(self, name):
         job = self.rig.store.job(name) if name in self.tensors else None
-        if job is None:
+        if job is None or (self.state(name) is FETCHING and not self.disk.is_set() and not job.done()):
             return
         assert job.wait(LIMIT_S)
         try:
@@ -465,6 +485,7 @@ class Moves(RuleBasedStateMachine):
 
     @invariant()
     def books_agree(self):
+        assert not self.waited, "somebody waits for a disk that gives no answer"
         self.rig.check()
         for name, tensors in self.tensors.items():
             if self.state(name) is RESIDENT:
@@ -473,6 +494,7 @@ class Moves(RuleBasedStateMachine):
         assert 0 == self.rig.store.device.bytes_to_host
 
     def teardown(self):
+        self.disk.set()
         self.rig.store.close()
         self.rig.assert_empty()
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,15 @@ def write(model, value):
 """
 
 
-def run(code: str, folder: Path | None) -> list[Any]:
-    """Run code after SETUP, with `folder` for the files of the multiprocess mode; returns what it has shown."""
+def run(code: str, folder: Path | None, within: Sequence[str] = ()) -> list[Any]:
+    """Run code after SETUP, with `folder` for the files of the multiprocess mode; returns what it has shown.
+
+    `within` are words before the command.
+    """
     env = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
     if folder is not None:
         env["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    command = [sys.executable, "-c", SETUP + code]
+    command = [*within, sys.executable, "-c", SETUP + code]
     out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
     return [json.loads(line) for line in out.splitlines()]
 
@@ -194,6 +199,66 @@ forget_models({"a"}); show(scrape())
     assert all(file.endswith(".db") for file in files)
     assert not of(later, "a")
     assert later["x_c_total k b"] == 2
+
+
+FULL = """
+metric_files.outlast_full_disks()
+numbers, folder = range(900), os.environ["PROMETHEUS_MULTIPROC_DIR"]
+write("a", 1)
+fill()
+for number in numbers:
+    write(f"m{number}", number + 1)
+write("a", 1)
+show(counter.labels("a", "k")._value.get())
+show([counter.labels(f"m{n}", "k")._value.get() for n in numbers] == [n + 1 for n in numbers])
+show(scrape()["x_c_total k a"])
+Counter("x_n", "Made when there is no room.", ["model_name"]).labels("a").inc()
+Gauge("x_o", "In a file of its own.", multiprocess_mode="livesum").set(3)
+empty()
+forget_models({"m0"}); write("m0", 5)
+after = scrape()
+show([after["x_c_total k a"], after["x_c_total k m0"], after["x_c_total k m899"]])
+"""
+
+
+def _check_full(shown: list[Any]) -> None:
+    value, are_right, scraped, later = shown
+    assert (value, are_right, scraped) == (2, True, 1), "the scrape has what was there before"
+    assert later == [2, 5, 900], "and all again, once there is room"
+
+
+def test_a_process_goes_on_without_room_for_its_metrics(tmp_path):
+    """As long as nothing can be reserved, values are kept and the scrape has those of before."""
+    code = """
+import errno
+reserve = os.posix_fallocate
+def refuse(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+def fill():
+    os.posix_fallocate = refuse
+def empty():
+    os.posix_fallocate = reserve
+"""
+    _check_full(run(code + FULL, tmp_path))
+
+
+def test_a_disk_that_is_full_kills_no_process(tmp_path):
+    """A real one: prometheus_client by itself is killed by SIGBUS there."""
+    code = """
+def fill():
+    file = os.open(f"{folder}/fill", os.O_WRONLY | os.O_CREAT)
+    try:
+        while True:
+            os.write(file, bytes(4096))
+    except OSError:
+        os.close(file)
+def empty():
+    os.unlink(f"{folder}/fill")
+"""
+    mount = f"mount -t tmpfs -o size=1536k tmpfs '{tmp_path}'"
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "sh", "-c", mount]).returncode:
+        pytest.skip("no file system can be mounted here")
+    _check_full(run(code + FULL, tmp_path, ("unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh")))
 
 
 def test_a_hosts_gauges_forget_a_model_that_came_again(tmp_path):

@@ -29,7 +29,12 @@ class _OneBackend(StructuredOutputManager):
 
     def _create_grammar(self, request: Request) -> StructuredOutputGrammar:
         yield_to_others(niceness=_COMPILES)
-        grammar = super()._create_grammar(request)
+        try:
+            grammar = super()._create_grammar(request)
+        except Exception:
+            raise
+        except BaseException as error:  # as code in Rust raises when it panics: vLLM takes Exceptions for failures
+            raise RuntimeError(f"the grammar cannot be compiled: {type(error).__name__}: {error}") from error
         if self.vllm_config.num_speculative_tokens or not CAN_HOLD:
             return MeteredGrammar(grammar, request)
         assert self.backend is not None

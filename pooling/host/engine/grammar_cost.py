@@ -13,6 +13,7 @@ A request that ends because of its grammar says so: its client is told that, and
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from tokenpool.process.side_call import SideCall, SideCallError, SideCalls
 from tokenpool.wire.stop_reasons import GRAMMAR_FAILED
 
+logger = logging.getLogger(__name__)
 SURE_S = 0.05
 """CPU seconds that a grammar may use over its request's life, beside those of its tokens."""
 FREE_S = 1.0
@@ -175,7 +177,10 @@ class AheadGrammar(MeteredGrammar):
     def __init__(
         self, grammar: StructuredOutputGrammar, request: Request, row: torch.Tensor, allowance: Allowance = _OF_HOST
     ) -> None:
-        """`row` is a bitmask of one row, int32 of shape (1, words). Waits for the first mask as long as it may take."""
+        """`row` is a bitmask of one row, int32 of shape (1, words). Waits for the first mask as long as it may take.
+
+        Raises ValueError if the grammar raises.
+        """
         super().__init__(grammar, request, allowance)
         self._row = row
         self._call: SideCall[tuple[bool, bool]] | None = None
@@ -185,6 +190,8 @@ class AheadGrammar(MeteredGrammar):
         """Whether a step went on without its mask."""
         self._begin([])
         self._settle()
+        if self._has_failed:
+            raise ValueError("the grammar gives no mask for the first token")
 
     @property
     def is_late(self) -> bool:
@@ -276,12 +283,16 @@ class AheadGrammar(MeteredGrammar):
             self._look(_LOOK_S)
 
     def _look(self, wait_s: float) -> None:
-        """Wait so long at most for what is under way; raises what the grammar raised."""
+        """Wait so long at most for what is under way; a grammar that raises has failed."""
         call = self._call
         assert call is not None
         if call.wait(wait_s):
             self._call = None
-            is_accepted, self._has_ended = call.result()
+            try:
+                is_accepted, self._has_ended = call.result()
+            except BaseException:  # whatever it is: no step of others, and no host, ends by it
+                logger.exception("a grammar failed request=%s", getattr(self._request, "request_id", ""))
+                is_accepted = False
             self._has_failed = not is_accepted
             self._used(call.used_s)
         elif (used_s := call.used_s) > self._may_use_s:

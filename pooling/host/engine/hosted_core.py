@@ -79,7 +79,7 @@ class HostedEngineCore(EngineCoreProc):
         """Why the model does not come back before an operator lets it; empty if nothing is in its way."""
         self.deferred: list[tuple[EngineCoreRequestType, Any]] = []
         """Utility calls that wait until the model is back."""
-        self.on_crash: Callable[[Exception], None] = _raise
+        self.on_crash: Callable[[BaseException], None] = _raise
         """Told of a crash of a step that the host did not ask for; set by the model's quarantine."""
         try:
             super().__init__(vllm_config, True, "", executor_class, log_stats)
@@ -216,10 +216,11 @@ class HostedEngineCore(EngineCoreProc):
         self.output_queue.put_nowait((call[0], EngineCoreOutputs(utility_output=output)))
 
     def shutdown(self) -> None:
-        """Free this engine only; the process groups stay, for the other engines use them."""
-        self.structured_output_manager.clear_backend()
-        self.model_executor.shutdown()
-        self.scheduler.shutdown()
+        """Free this engine only, all of it whatever fails; the process groups stay, for other engines use them."""
+        with contextlib.ExitStack() as parts:
+            parts.callback(self.scheduler.shutdown)
+            parts.callback(self.model_executor.shutdown)
+            parts.callback(self.structured_output_manager.clear_backend)
 
     # -- books -------------------------------------------------------------------------------------------
 
@@ -306,7 +307,7 @@ class HostedEngineCore(EngineCoreProc):
     def _step_unasked(self) -> None:
         try:
             self.step_once()
-        except Exception as error:  # any exception of a model's code
+        except (Exception, SystemExit) as error:  # any exception of a model's code, which may call sys.exit
             self.on_crash(error)
 
     def drop_batches(self) -> set[str]:
@@ -318,7 +319,7 @@ class HostedEngineCore(EngineCoreProc):
             future, scheduled, _ = self.batch_queue.pop()
             try:
                 output = future.result()
-            except Exception:  # noqa: S112 - the crash that is being handled, or one that it caused
+            except (Exception, SystemExit):  # noqa: S112 - the crash that is being handled, or one that it caused
                 continue
             if self.watch.in_flight[0] is scheduled:
                 self._send(self.scheduler.update_from_output(scheduled, output))
@@ -389,5 +390,5 @@ class HostedEngineCore(EngineCoreProc):
             self._receiver.stop()
 
 
-def _raise(error: Exception) -> None:
+def _raise(error: BaseException) -> None:
     raise error

@@ -8,16 +8,19 @@ fails. If the engine crashes whatever it runs, it cannot go on.
 A step for which the device has no memory is no broken engine: what nobody uses goes back to the device, all is tried
 once more, and what fails then are requests, one at a time, never the host. A step that failed on another rank of a
 tensor parallel group is tried once more as well: it was an earlier one, perhaps of requests that have ended.
+
+A request that the engine cannot even queue fails alone, too.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import time
 from collections.abc import Callable
 
 import torch
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
 from tokenpool.errors import EngineLostError, LateRankError
 from tokenpool.host.engine import encoder_cache
@@ -29,7 +32,7 @@ logger = logging.getLogger(__name__)
 _MAX_CRASHES_IN_A_ROW = 4
 
 
-def is_short_of_memory(error: Exception) -> bool:
+def is_short_of_memory(error: BaseException) -> bool:
     """Whether the device had no memory for a step: torch's allocator says so, or the device of the pool's pages."""
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
@@ -50,13 +53,36 @@ class Quarantine:
         self._max_active = getattr(core.scheduler, self._limit)
         self._crashes_in_a_row = self._num_results = 0
         core.on_crash = self.step_crashed
+        self._add, core.add_request = core.add_request, self.add_request
 
     @property
     def active(self) -> bool:
         """True while requests are tried one at a time."""
         return bool(self._suspects)
 
-    def step_crashed(self, error: Exception) -> None:
+    def add_request(self, request: Request, request_wave: int = 0) -> None:
+        """Queue a request as the engine does; one for which that raises ends with an error. Raises EngineLostError."""
+        try:
+            self._add(request, request_wave)
+        except EngineLostError:
+            raise
+        except Exception:  # of vLLM's or a model's code, such as what restores a request in the worker
+            logger.exception("request cannot be queued model=%s request=%s", self._model, request.request_id)
+            self._fail_new(request)
+
+    def _fail_new(self, request: Request) -> None:
+        core, request_id = self._core, request.request_id
+        known = core.scheduler.requests.get(request_id)
+        if known is request:
+            core.fail_request(request_id)
+            return
+        if known is None:  # the worker may have heard of it: it is told to forget it
+            core.scheduler.finished_req_ids.add(request_id)
+            core._book.fail(request_id, time.time())
+        core._send_error_outputs_to_client([request_id], request.client_index)
+        core.counters.failed_requests += 1
+
+    def step_crashed(self, error: BaseException) -> None:
         """Handle an exception of an engine step; raises EngineLostError when the engine cannot go on."""
         scheduler = self._core.scheduler
         self._note_results()

@@ -40,8 +40,8 @@ def checkpoint_state(config: VllmConfig) -> list[tuple[str, list[int]]]:
 def content_key(config: VllmConfig) -> str | None:
     """The name of the content, 64 hexadecimal digits; None for a model whose copy is not shared.
 
-    These are models of several ranks, quantised ones, those with adapters or a draft model, and those whose files are
-    not found.
+    These are models of several ranks, quantised ones, those with adapters or a draft model, those whose files are not
+    found, and those whose config holds what has no words in JSON, as that of a model's own code may.
     """
     model, load = config.model_config, config.load_config
     ranks = config.parallel_config.world_size
@@ -51,9 +51,13 @@ def content_key(config: VllmConfig) -> str | None:
         return None
     if not (files := checkpoint_state(config)):
         return None
+    try:
+        words = model.hf_config.to_json_string()
+    except (TypeError, ValueError):
+        return None
     facts = {
         "files": files,
-        "config": model.hf_config.to_json_string(),
+        "config": words,
         "model": [str(model.dtype), model.max_model_len, model.revision, model.compute_hash()],
         "load": [load.load_format, sorted(load.ignore_patterns or ()), _plain(load.model_loader_extra_config)],
         "ranks": [0, ranks],

@@ -65,6 +65,10 @@ def follow(seat: Seat) -> None:
     Follower(seat, RankModels(seat.rank, seat.init_method, seat.page_size, seat.cpu_link)).run()
 
 
+class _Stopped(BaseException):
+    """Rank 0 says stop in the midst of a build; no Exception, so that no code of a model handles it."""
+
+
 class Follower:
     """Does what the messages say, on `models`, which are `RankModels`."""
 
@@ -86,7 +90,10 @@ class Follower:
                 return
             if message[0] == "stop":
                 return
-            self._handle(*message)
+            try:
+                self._handle(*message)
+            except _Stopped:
+                return
 
     def _handle(self, kind: str, question: int, *content: Any) -> None:
         if kind == "device":
@@ -115,7 +122,7 @@ class Follower:
                         return
                     raise RuntimeError("rank 0 failed in what this rank builds")
                 if kind == "stop":
-                    raise SystemExit
+                    raise _Stopped
                 if kind != "device" and not is_paused:
                     paused.enter_context(self._models.paused())
                     is_paused = True
@@ -133,10 +140,10 @@ class Follower:
                 result = self._side.run(self._models.on_engine_stream(work), partial(self._wait_at_point, question))
             else:
                 result = work()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # the code of a model may call sys.exit, as on rank 0
             logger.exception("%s failed", kind)
             self._seat.alarm.send_bytes(b"!")
-            result = error
+            result = error if isinstance(error, Exception) else RuntimeError(f"it ended by SystemExit: {error}")
         finally:
             self._questions.pop()
             self._seat.begun[self._seat.rank - 1] = self._questions[-1] if self._questions else 0

@@ -39,8 +39,10 @@ def main(settings: FrontendSettings, sock: socket.socket) -> None:
     if settings.index:  # what is told of all models is told once
         logging.getLogger("tokenpool.serve.pool.host_watch").setLevel(logging.WARNING)
     from tokenpool.patches import apply_all
+    from tokenpool.process.metric_files import outlast_full_disks
 
     apply_all()
+    outlast_full_disks()
     status = 1
     try:
         run(settings.config, settings.plans, lambda outer: followed_pool(settings, outer), sock, announce=False)

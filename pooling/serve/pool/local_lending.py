@@ -6,10 +6,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from tokenpool.errors import HostError, ModelUnavailableError
+from tokenpool.errors import HostError, ModelUnavailableError, PoolError
 from tokenpool.serve.client.host_process import HostProcess
 from tokenpool.serve.pool.models import Models
 from tokenpool.wire.budget import BudgetOrder, BudgetState
@@ -60,11 +61,19 @@ class LocalLending:
     async def sleep(self, name: str, level: int, mode: str) -> None:
         """See Operator."""
         deadline = time.monotonic() + _WAIT_LIMIT_S
-        while not await self._call("sleep", name, level, mode):
-            if time.monotonic() > deadline:
-                await self._call("wake", name)
-                raise HostError(f"requests of model {name!r} still run after {_WAIT_LIMIT_S:g} s: it is awake")
-            await asyncio.sleep(_LOOK_S)
+        is_waiting = False
+        try:
+            while not await self._call("sleep", name, level, mode):
+                is_waiting = True  # the model takes no requests in meanwhile
+                if time.monotonic() > deadline:
+                    raise HostError(f"requests of model {name!r} still run after {_WAIT_LIMIT_S:g} s: it is awake")
+                await asyncio.sleep(_LOOK_S)
+        except BaseException:  # nobody asks any more
+            if is_waiting:
+                with suppress(PoolError):  # there is no host, or no such model, any more
+                    await self._call("wake", name)
+                self.asleep.pop(name, None)
+            raise
         self.asleep[name] = level
 
     async def wake(self, name: str) -> None:

@@ -70,6 +70,28 @@ def test_the_first_request_does_not_choose_for_all(manager, first):
     assert first == manager.backend.name, "what makes the bitmasks stays"
 
 
+def test_a_backend_that_raises_no_exception_fails_its_request_alone(manager, monkeypatch):
+    """Code in Rust raises what is no Exception when it panics; vLLM would raise it where the host asks who can step."""
+    from vllm.v1.structured_output.request import StructuredOutputRequest
+
+    class Panic(BaseException):
+        pass
+
+    def panic(*_: Any, **__: Any) -> Any:
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr(Backend, "compile_grammar", panic)
+    options = SimpleNamespace(_backend="guidance", regex="a", json=None, json_object=None)
+    params = SimpleNamespace(structured_outputs=options, all_stop_token_ids=set())
+    structured = StructuredOutputRequest(options)
+    structured.structured_output_key = ("regex", "a")
+    manager.grammar_init(SimpleNamespace(request_id="a", structured_output_request=structured, sampling_params=params))
+    with pytest.raises(RuntimeError, match="cannot be compiled: Panic: index out of bounds"):
+        structured._grammar.result(20)
+    assert structured.is_grammar_ready
+    assert isinstance(structured.grammar, RuntimeError)
+
+
 def test_all_backends_end_with_the_engine(manager):
     """Each of them is released, once."""
     compiled(manager, "a", "guidance")

@@ -311,6 +311,52 @@ def test_one_that_is_late_for_seconds_is_spent_without_a_step() -> None:
         assert endless.is_done.wait(60)
 
 
+class Panic(BaseException):
+    """As code in Rust raises it: no Exception."""
+
+
+class Failing(Gated):
+    """One that raises when it takes its third token, or makes the mask after that."""
+
+    def __init__(self, error: BaseException, place: str) -> None:
+        super().__init__()
+        self.error, self.place = error, place
+
+    def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+        super().accept_tokens(request_id, tokens)
+        if self.place == "token" and len(self.accepted) == 3:
+            raise self.error
+        return True
+
+    def fill_bitmask(self, bitmask: torch.Tensor, batch_index: int) -> None:
+        if self.place == "mask" and len(self.accepted) == 3:
+            raise self.error
+        bitmask[batch_index].fill_(2)
+
+
+@pytest.mark.parametrize("place", ["token", "mask"])
+@pytest.mark.parametrize("error", [RuntimeError("of its making"), Panic("index out of bounds"), SystemExit(1)])
+def test_one_that_raises_ends_its_request_and_no_step(error: BaseException, place: str) -> None:
+    """The next token is not taken by the mask of the one before, and whoever looks at it goes on."""
+    request, mask = asking(), torch.zeros((1, 8), dtype=torch.int32)
+    metered = ahead(Failing(error, place), request, 5.0)
+    for _ in range(3):
+        assert metered.accept_tokens("r", [1]) and request.stop_reason is None
+        while metered.is_late:
+            pass
+    metered.fill_bitmask(mask, 0)
+    assert (mask == -1).all() and not metered.is_terminated()
+    assert not metered.accept_tokens("r", [1])
+    assert request.stop_reason == GRAMMAR_FAILED
+
+
+def test_one_that_raises_at_once_is_not_made() -> None:
+    failing = Failing(Panic("index out of bounds"), "mask")
+    failing.accepted = [1, 2, 3]
+    with pytest.raises(ValueError, match="no mask for the first token"):
+        ahead(failing)
+
+
 def test_whoever_drops_a_grammar_leaves_its_call() -> None:
     """A request that has ended has nobody who looks at what its grammar still computes."""
     calls: SideCalls[Any] = SideCalls("grammar", 1)

@@ -31,9 +31,12 @@ def _pool(cases):
     return pooled
 
 
-@pytest.mark.parametrize("first_crash_at_step", [0, 5])
-def test_only_the_request_that_crashes_the_step_fails(cases, first_crash_at_step):
-    """Whether at its prefill or later, the culprit ends with an error and all others with their full output."""
+@pytest.mark.parametrize(("first_crash_at_step", "error"), [(0, RuntimeError), (5, RuntimeError), (5, SystemExit)])
+def test_only_the_request_that_crashes_the_step_fails(cases, first_crash_at_step, error):
+    """Whether at its prefill or later, the culprit ends with an error and all others with their full output.
+
+    Also where the code of the model calls sys.exit.
+    """
     pooled = _pool(cases)
     seen = []
 
@@ -41,7 +44,7 @@ def test_only_the_request_that_crashes_the_step_fails(cases, first_crash_at_step
         seen.append("llama-2" in scheduler_output.num_scheduled_tokens)
         return seen[-1] and sum(seen) > first_crash_at_step
 
-    crash_when(pooled, "llama", poisonous)
+    crash_when(pooled, "llama", poisonous, error=lambda: error("of its making"))
     pooled.run()
     pooled.check()
     assert pooled.finish_reason("llama", "llama-2") == "error"

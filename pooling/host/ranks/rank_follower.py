@@ -65,10 +65,6 @@ def follow(seat: Seat) -> None:
     Follower(seat, RankModels(seat.rank, seat.init_method, seat.page_size, seat.cpu_link)).run()
 
 
-class _Stopped(BaseException):
-    """Rank 0 says stop in the midst of a build; no Exception, so that no code of a model handles it."""
-
-
 class Follower:
     """Does what the messages say, on `models`, which are `RankModels`."""
 
@@ -90,10 +86,7 @@ class Follower:
                 return
             if message[0] == "stop":
                 return
-            try:
-                self._handle(*message)
-            except _Stopped:
-                return
+            self._handle(*message)
 
     def _handle(self, kind: str, question: int, *content: Any) -> None:
         if kind == "device":
@@ -122,7 +115,7 @@ class Follower:
                         return
                     raise RuntimeError("rank 0 failed in what this rank builds")
                 if kind == "stop":
-                    raise _Stopped
+                    raise SystemExit
                 if kind != "device" and not is_paused:
                     paused.enter_context(self._models.paused())
                     is_paused = True
@@ -140,10 +133,10 @@ class Follower:
                 result = self._side.run(self._models.on_engine_stream(work), partial(self._wait_at_point, question))
             else:
                 result = work()
-        except (Exception, SystemExit) as error:  # the code of a model may call sys.exit, as on rank 0
+        except Exception as error:
             logger.exception("%s failed", kind)
             self._seat.alarm.send_bytes(b"!")
-            result = error if isinstance(error, Exception) else RuntimeError(f"it ended by SystemExit: {error}")
+            result = error
         finally:
             self._questions.pop()
             self._seat.begun[self._seat.rank - 1] = self._questions[-1] if self._questions else 0

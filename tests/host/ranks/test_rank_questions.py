@@ -46,7 +46,7 @@ class Job:
     model: str
     ops: tuple[str, ...]
     faults: tuple[tuple[int, int, str], ...] = ()
-    """Rank, index into `ops`, and `raise`, `exit` as by sys.exit, or `hang`."""
+    """Rank, index into `ops`, and `raise` or `hang`."""
 
     @property
     def is_build(self) -> bool:
@@ -89,8 +89,6 @@ class World:
             fault = job.fault(rank, index)
             if fault == "hang":
                 self._over.wait()
-            if fault == "exit" and rank:
-                raise SystemExit(f"rank {rank}")
             if fault or self.ended:
                 raise Fault(f"rank {rank}")
             if op == "meet":
@@ -221,7 +219,7 @@ def struck_ranks(job: Job, size: int) -> tuple[dict[int, str], int]:
 def jobs(size: int, *, faulty: bool, builds: bool) -> st.SearchStrategy[Job]:
     names = ("meet", "meet", "collective", "compute") if builds else ("collective", "compute")
     ops = st.lists(st.sampled_from(names), min_size=1, max_size=5).map(tuple)
-    place = st.tuples(st.integers(0, size - 1), st.integers(0, 4), st.sampled_from(("raise", "raise", "exit", "hang")))
+    place = st.tuples(st.integers(0, size - 1), st.integers(0, 4), st.sampled_from(("raise", "raise", "raise", "hang")))
     faults = st.lists(place, min_size=1, max_size=2) if faulty else st.just([])
     return st.builds(
         lambda model, ops, faults: Job(model, ops, tuple((r, min(i, len(ops) - 1), how) for r, i, how in faults)),
@@ -269,27 +267,6 @@ def test_no_rank_waits_for_ever_and_no_group_ends_for_nothing(data: st.DataObjec
             assert len(told) == len(fate.told)
             assert {model for model in MODELS if world.questions.take_failure(model) is not None} == fate.kept
             assert world.questions._open == [] and world.questions._left == {}
-    finally:
-        world.stop()
-
-
-@pytest.mark.parametrize("ops", [("compute",), ("meet", "compute")])
-def test_a_model_that_ends_its_rank_fails_and_the_rank_follows_on(ops: tuple[str, ...]) -> None:
-    """The code of a model may call sys.exit; the other models of the group know nothing of it."""
-    world, told = World(2), list[tuple[str, str]]()
-
-    def rank_0() -> None:
-        for job in (Job("one", ops, ((1, len(ops) - 1, "exit"),)), Job("two", ("compute",)), Job("one", ("compute",))):
-            run_job(world, job, [], told)
-        world.questions.settle()
-
-    thread = threading.Thread(target=rank_0, name="rank 0", daemon=True)
-    thread.start()
-    thread.join(60)
-    try:
-        assert not thread.is_alive() and not world.ended
-        assert told == [("one", "raised" if "meet" in ops else "left")]
-        assert world.questions.take_failure("two") is None
     finally:
         world.stop()
 

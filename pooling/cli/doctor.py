@@ -67,9 +67,12 @@ def _report_device() -> bool:
     from vllm.platforms import current_platform
 
     from tokenpool.memory.devices.cuda_driver import CUDA_WARNING, load_driver_api
-    from tokenpool.memory.devices.nvml import read_gpu, uuid_of_gpu
+    from tokenpool.memory.devices.nvml import NO_GPU, read_gpu, uuid_of_gpu
     from tokenpool.units import format_bytes
 
+    if current_platform.is_unspecified():
+        print(f"device: {NO_GPU}")
+        return False
     if not current_platform.is_cuda():
         is_cpu = current_platform.is_cpu()
         print(f"device {current_platform.device_name}: {'supported' if is_cpu else 'not supported'}")

@@ -17,6 +17,10 @@ from typing import Any
 from tokenpool.errors import ConfigError
 from tokenpool.units import format_bytes
 
+NO_GPU = (
+    "no GPU is here, and this vLLM is built for CUDA: run tokenpool on a machine with a GPU and its driver, also as a "
+    "server of a cluster, which plans for the GPU that it has; on CPUs install tokenpool[cpu]"
+)
 RESERVE_FRAC = 0.15
 """Of the GPU's memory, what the pool does not budget: the CUDA context, activations, workspaces and the CUDA graphs
 of all models. A guess; it has not been measured."""

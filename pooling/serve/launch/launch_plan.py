@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from tokenpool.access_config import is_path
 from tokenpool.config import ModelSpec, PoolConfig
 from tokenpool.errors import ConfigError, PoolError, config_errors_under
-from tokenpool.memory.devices.nvml import read_gpu, uuid_of_gpu
+from tokenpool.memory.devices.nvml import NO_GPU, read_gpu, uuid_of_gpu
 from tokenpool.memory.page_counts import needed_pages
 from tokenpool.memory.system_memory import system_memory
 from tokenpool.policy.turns import load_turn_policy
@@ -105,6 +105,8 @@ def plan_pool(
     loaded on demand is made when it is loaded, unless the plan is to be `thorough`.
     """
     if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        if current_platform.is_unspecified():
+            raise PoolError(NO_GPU)
         raise PoolError(f"device {current_platform.device_name} is not supported: install tokenpool[cpu] or [cuda]")
     _kv_of_the_environment()  # vLLM reads it too, and says less when it is wrong
     plans = [plan_model(spec, bool(config.tenants)) for spec in config.models]

@@ -25,7 +25,11 @@ GIB = 1 << 30
 def cuda(monkeypatch) -> SimpleNamespace:
     """vLLM's platform as on a machine with one GPU, of which 70 GiB are free, 4711 holding the rest."""
     platform = SimpleNamespace(
-        is_cpu=lambda: False, is_cuda=lambda: True, device_name="cuda", get_device_uuid=lambda: "GPU-1"
+        is_cpu=lambda: False,
+        is_cuda=lambda: True,
+        is_unspecified=lambda: False,
+        device_name="cuda",
+        get_device_uuid=lambda: "GPU-1",
     )
     monkeypatch.setattr(platforms, "_current_platform", platform)
     monkeypatch.setattr(launch_plan, "current_platform", platform)
@@ -58,6 +62,15 @@ def test_doctor_knows_other_platforms(cuda, capsys):
     cuda.is_cpu, cuda.device_name = lambda: True, "cpu"
     assert _report_device()
     assert ["device xpu: not supported", "device cpu: supported"] == capsys.readouterr().out.splitlines()
+
+
+def test_a_build_for_cuda_without_a_gpu_says_what_to_do(cuda, capsys):
+    """The plan and `doctor` name the ways out; vLLM has no name for what is not there."""
+    cuda.is_cuda, cuda.device_name, cuda.is_unspecified = lambda: False, None, lambda: True
+    with pytest.raises(PoolError, match=r"^no GPU is here, and this vLLM .* a cluster.* install tokenpool\[cpu\]$"):
+        launch_plan.plan_pool(PoolConfig(models=[ModelSpec("a", "org/a")]))
+    assert not _report_device()
+    assert capsys.readouterr().out.startswith("device: no GPU is here, and this vLLM is built for CUDA")
 
 
 def test_automatic_device_memory_is_the_gpus(cuda):

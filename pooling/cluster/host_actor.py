@@ -92,7 +92,7 @@ class HostActor:
         self._supervisor.start()
         end_with_raylet()
 
-    @ray.method(concurrency_group="orders")
+    @ray.method(concurrency_group="orders")  # type: ignore[untyped-decorator]
     def order(self, order: Order) -> int:
         """See HostSupervisor.order."""
         return self._supervisor.order(order)
@@ -112,7 +112,7 @@ class HostActor:
         """What is known of the host now."""
         return self._supervisor.report()
 
-    @ray.method(concurrency_group="watches")
+    @ray.method(concurrency_group="watches")  # type: ignore[untyped-decorator]
     def hold(self) -> bool:
         """See End.wait; a caller learns of the actor's death by the error."""
         return self._end.wait()

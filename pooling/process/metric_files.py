@@ -45,11 +45,11 @@ class RoomyDict(MmapedDict):
 
     def __init__(self, filename: str, read_mode: bool = False) -> None:
         if read_mode or _has_room(filename):
-            super().__init__(filename, read_mode)
+            super().__init__(filename, read_mode)  # type: ignore[no-untyped-call]
             return
         memory = os.memfd_create("tokenpool-metrics", os.MFD_CLOEXEC)
         try:
-            super().__init__(f"/proc/self/fd/{memory}")
+            super().__init__(f"/proc/self/fd/{memory}")  # type: ignore[no-untyped-call]
         finally:
             os.close(memory)
         self._fname = filename
@@ -57,7 +57,7 @@ class RoomyDict(MmapedDict):
     def _init_value(self, key: str) -> None:
         while self._used + len(key.encode()) + _MOST_BESIDE_BYTES > self._capacity:
             self._enlarge(2 * self._capacity)
-        super()._init_value(key)
+        super()._init_value(key)  # type: ignore[no-untyped-call]
 
     def _enlarge(self, capacity: int) -> None:
         try:
@@ -91,12 +91,12 @@ def _tell_of(path: str, error: OSError) -> None:
 
 def outlast_full_disks() -> None:
     """Let no process be killed for metrics that its disk has no room for; once, before most metrics are made."""
-    values.MmapedDict = RoomyDict
+    values.MmapedDict = RoomyDict  # type: ignore[attr-defined]
     if getattr(values.ValueClass, "_multiprocess", False):
         with _kept()["lock"]:
             for file in _open_files().values():
                 file.__class__ = RoomyDict
-                file._enlarge(file._capacity)
+                file._enlarge(file._capacity)  # type: ignore[attr-defined]
 
 
 def forget_models(names: Collection[str]) -> None:
@@ -179,7 +179,7 @@ def _drop_from_ended(names: Collection[str]) -> None:
         try:
             _drop(file, names)
         finally:
-            file.close()
+            file.close()  # type: ignore[no-untyped-call]
 
 
 def _search(names: Collection[str]) -> Callable[[str], bool]:

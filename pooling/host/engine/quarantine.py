@@ -53,7 +53,8 @@ class Quarantine:
         self._max_active = getattr(core.scheduler, self._limit)
         self._crashes_in_a_row = self._num_results = 0
         core.on_crash = self.step_crashed
-        self._add, core.add_request = core.add_request, self.add_request
+        self._add = core.add_request
+        core.add_request = self.add_request  # type: ignore[method-assign]
 
     @property
     def active(self) -> bool:

@@ -14,7 +14,7 @@ from tests.cluster.test_cluster import NUM_TOKENS, actions, controller, host_of,
 from tests.conftest import TinyModels
 from tests.helpers.server import WAIT_LIMIT_S, PoolServerProcess, poll
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 EXACT = {"dtype": "float32"}
 """On CPUs with AMX vLLM multiplies small bfloat16 matrices with another kernel from five rows on, which rounds
@@ -76,7 +76,6 @@ def replace(server: PoolServerProcess, host: str) -> None:
     drain(server, host, is_wanted=False)
 
 
-@pytest.mark.slow
 def test_streams_go_on_while_a_host_is_emptied(
     server: PoolServerProcess, undisturbed: dict[tuple[str, int], list[int]]
 ) -> None:
@@ -92,7 +91,6 @@ def test_streams_go_on_while_a_host_is_emptied(
     assert server.admin("POST", "/check").json() == {"ok": True}
 
 
-@pytest.mark.slow
 def test_hosts_are_replaced_one_by_one(
     server: PoolServerProcess, undisturbed: dict[tuple[str, int], list[int]]
 ) -> None:

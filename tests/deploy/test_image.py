@@ -27,7 +27,7 @@ pytestmark = pytest.mark.deploy
 
 IMAGE = os.environ.get("TOKENPOOL_TEST_IMAGE", "")
 MOST_BYTES = int(3.7e9)
-"""torch has 0.75 GB of it, vLLM 0.5, the base 0.34, Ray 0.24."""
+"""torch has 0.75 GB of it, the base with a compiler 0.65, vLLM 0.5, Ray 0.24."""
 SECRETS = {"api": "chart-api-key-0123", "admin": "chart-admin-key-0123"}
 START_LIMIT_S = 400.0
 if not IMAGE or shutil.which("podman") is None:

@@ -17,20 +17,12 @@ from vllm.v1.engine import EngineCoreRequestType, FinishReason
 from tests.dst import engines, oracle
 from tests.dst.scenario import RequestPlan
 from tests.dst.simulation import Stream
-from tests.dst.world import make_checkpoints
 from tests.host.test_lending import Life
 from tokenpool.errors import CapacityError, EngineLostError
 from tokenpool.host.engine.hosted_core import HostedEngineCore
 from tokenpool.host.engine.resume import restore_in_worker
 
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("dst")
-    make_checkpoints(made)
-    return made
 
 
 @pytest.fixture

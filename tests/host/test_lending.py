@@ -15,7 +15,6 @@ import pytest
 from tests.dst import oracle
 from tests.dst.scenario import PAGE, ModelPlan, RequestPlan, Scenario
 from tests.dst.simulation import Simulation
-from tests.dst.world import make_checkpoints
 from tokenpool.errors import CapacityError, ConfigError, PoolError
 from tokenpool.host.kv.kv_swap import KVState
 from tokenpool.memory.fixed_bytes import FIXED_OWNER
@@ -29,13 +28,6 @@ pytestmark = pytest.mark.vllm
 LIBC = ctypes.CDLL(None)
 NAMES = ("m0", "m1")
 TOKENS = 60
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("dst")
-    make_checkpoints(made)
-    return made
 
 
 def resident(address: int, nbytes: int) -> int:

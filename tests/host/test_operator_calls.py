@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from vllm.v1.engine import EngineCoreRequestType, UtilityOutput
 
-from tests.dst.world import make_checkpoints
 from tests.host.test_lending import NAMES, TOKENS, Life
 from tokenpool.errors import SwitchError
 from tokenpool.wire.utility_calls import reason_of
@@ -81,13 +80,6 @@ class Operator:
             return answer.result.result  # type: ignore[union-attr]
         assert reason_of(answer.failure_message), answer.failure_message
         return reason_of(answer.failure_message)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("dst")
-    make_checkpoints(made)
-    return made
 
 
 @pytest.fixture

@@ -287,8 +287,10 @@ class NodeStore:
         try:
             if asked.generation == self.generation:
                 told = self._exchange(asked.message, asked.file)
-        finally:
-            asked.answer.set_result(told)
+        except BaseException:
+            self._todo.put(asked)  # answered once it is known that the keeper is lost
+            raise
+        asked.answer.set_result(told)
 
     def _exchange(self, message: Message, file: int | None = None) -> Told:
         answer, beside = self._line.exchange(message, file)

@@ -93,9 +93,10 @@ class SharedCopy:
     def _hear(self, told: Told | None) -> None:
         assert self._began_s is not None
         if told is None:
-            if not self._store.may_come_back:
+            is_late = time.monotonic() > self._began_s + FILL_LIMIT_S
+            if is_late or not (self._store.is_there or self._store.may_come_back):
                 self._keep_own("there is no keeper")
-            return
+            return  # else the next keeper is asked, which may be there already
         answer, file = told
         if answer.state == CopyState.MINE:
             self._is = _Is.OURS

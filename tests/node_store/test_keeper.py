@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.node_store.asking import BUDGET, MIB, book, end_keeper, keeper_pid
 from tests.node_store.told_host import Host, Told
 from tokenpool.errors import HostError
 from tokenpool.node_store import client, line, shared_copy
+from tokenpool.node_store.client import NodeStore
 from tokenpool.node_store.keeper import Keeper
 from tokenpool.node_store.messages import Seal, Tick
 from tokenpool.node_store.place import clear_up, connect, folder_of, listen, make_folder, start_keeper
@@ -230,6 +232,34 @@ def test_who_claims_while_the_keeper_is_gone_gets_the_copy_of_the_next(make_host
     assert "whole" == two.claim("a", SIZE)
     assert [8, 8, SIZE] == two.read("a")
     assert 2 == book(folder)["copies"]["a"]["hosts"]
+
+
+def test_who_claims_while_the_keeper_is_being_lost_waits_for_the_next(make_host, folder, monkeypatch) -> None:
+    """Its claim was not answered, and the host finds out only a little later that nothing will be."""
+    one, two = make_host(), make_host()
+    fill(one, "a", 8)
+    lose = NodeStore._lose
+
+    def lose_late(store: NodeStore, why: str) -> None:
+        time.sleep(0.3)
+        lose(store, why)
+
+    monkeypatch.setattr(NodeStore, "_lose", lose_late)
+    end_keeper(folder)
+    assert "wait" == two.claim("a", SIZE)
+    poll(lambda: "wait" != two.claim("a", SIZE))
+    assert "whole" == two.claim("a", SIZE)
+
+
+def test_who_asked_a_keeper_that_went_asks_the_next(make_host, folder, monkeypatch) -> None:
+    """The next one may be there before the host hears that the last one has not answered."""
+    one, two = make_host(), make_host()
+    fill(one, "a", 8)
+    ask = NodeStore.ask_later
+    monkeypatch.setattr(NodeStore, "ask_later", lambda store, message, generation: ask(store, message, generation - 1))
+    assert "wait" == two.claim("a", SIZE)
+    monkeypatch.undo()
+    assert "whole" == two.claim("a", SIZE)
 
 
 def test_an_answer_that_nobody_waits_for_any_more_holds_nothing(make_host, folder) -> None:

@@ -19,27 +19,13 @@ from contextlib import suppress
 import torch
 
 from tokenpool.memory.devices.device import BlockCopy, Copies
+from tokenpool.memory.devices.kept_memory import HUGE_PAGE, KeptMemory, check, libc
 
 _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000
-_MADV_DONTNEED = 4
-_HUGE_PAGE = 2 << 20
 _LEAST_MAPPED_BYTES = 1 << 20
 _BURST_BYTES = 64 << 20
 _MAP_FAILED = ctypes.c_void_p(-1).value
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-
-
-def _check(result: int, call: str) -> None:
-    if result != 0:
-        error = ctypes.get_errno()
-        raise OSError(error, f"{call}: {os.strerror(error)}")
 
 
 class _CpuCopies:
@@ -67,8 +53,8 @@ class _CpuCopies:
 class CpuDevice:
     """Host memory as a device; see `Device` for the contract.
 
-    With `keeps_bytes` an unmapped range keeps its old bytes, as a CUDA physical handle does, and
-    `map_zeroed` clears them; without it the memory goes back to the kernel, which gives zero pages anew.
+    What is unmapped is kept for ranges that will be overwritten; zeroed ones get pages from the kernel. With
+    `keeps_bytes`, for tests, an unmapped range keeps its memory for itself, and `map_zeroed` clears it.
     """
 
     granularity = mmap.PAGESIZE
@@ -77,6 +63,7 @@ class CpuDevice:
 
     def __init__(self, *, keeps_bytes: bool = False, link_bytes_per_s: int | None = None) -> None:
         self.keeps_bytes = keeps_bytes
+        self._kept = KeptMemory()
         self.link_bytes_per_s = link_bytes_per_s
         """Copies to and from the device are held to this speed, as by a bus; None = as fast as memory is."""
         self._bus: ThreadPoolExecutor | None = None
@@ -93,45 +80,53 @@ class CpuDevice:
         Never harmless: a stray access ends the process, so that tests see it.
         """
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        start = _libc.mmap(None, nbytes + _HUGE_PAGE, _PROT_NONE, flags, -1, 0)
+        start = libc.mmap(None, nbytes + HUGE_PAGE, _PROT_NONE, flags, -1, 0)
         if start in (None, _MAP_FAILED):
             error = ctypes.get_errno()
             raise OSError(error, f"cannot reserve {nbytes} bytes of address range: {os.strerror(error)}")
         # Aligned, so that the kernel can back it with huge pages: filling fresh 4 KiB pages takes several times as
         # long as the copy itself. Where it has none to give, nothing is lost.
-        address = -(-start // _HUGE_PAGE) * _HUGE_PAGE
+        address = -(-start // HUGE_PAGE) * HUGE_PAGE
         end = address + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
         if address > start:
-            _check(_libc.munmap(start, address - start), "munmap")
-        if (rest := start + nbytes + _HUGE_PAGE - end) > 0:
-            _check(_libc.munmap(end, rest), "munmap")
-        _libc.madvise(address, nbytes, mmap.MADV_HUGEPAGE)
+            check(libc.munmap(start, address - start), "munmap")
+        if (rest := start + nbytes + HUGE_PAGE - end) > 0:
+            check(libc.munmap(end, rest), "munmap")
+        libc.madvise(address, nbytes, mmap.MADV_HUGEPAGE)
         return address
 
     def release(self, address: int, nbytes: int) -> None:
         """Give the range back to the kernel."""
-        _check(_libc.munmap(address, nbytes), "munmap")
+        self._kept.forget(address, nbytes)
+        check(libc.munmap(address, nbytes), "munmap")
 
     def map_zeroed(self, address: int, nbytes: int) -> None:
         """Allow access to the range, every byte of it zero."""
-        _check(_libc.mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
+        self._map(address, nbytes, zeroed=True)
         if self.keeps_bytes:
             self.fill(address, nbytes, 0)
 
     def map_unset(self, address: int, nbytes: int) -> None:
         """Allow access to the range."""
-        _check(_libc.mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
+        self._map(address, nbytes, zeroed=False)
+
+    def _map(self, address: int, nbytes: int, *, zeroed: bool) -> None:
+        if self.keeps_bytes:
+            check(libc.mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
+        else:
+            self._kept.map(address, nbytes, zeroed=zeroed)
 
     def map_later(self, address: int, nbytes: int) -> Callable[[int, int], None]:
-        """A `map_unset`: it takes no time here."""
+        """A `map_unset`: memory that is kept is there at once."""
         self.map_unset(address, nbytes)
         return lambda start, size: None
 
     def unmap(self, address: int, nbytes: int) -> None:
-        """Forbid access and, unless the device keeps bytes, drop the memory."""
-        if not self.keeps_bytes:
-            _check(_libc.madvise(address, nbytes, _MADV_DONTNEED), "madvise")
-        _check(_libc.mprotect(address, nbytes, _PROT_NONE), "mprotect")
+        """Forbid access to the range."""
+        if self.keeps_bytes:
+            check(libc.mprotect(address, nbytes, _PROT_NONE), "mprotect")
+        else:
+            self._kept.unmap(address, nbytes)
 
     def park(self, address: int, nbytes: int) -> None:
         """An `unmap` behind the copies that are under way there: here a stray access must show."""
@@ -145,8 +140,8 @@ class CpuDevice:
                 seconds.result()
 
     def release_unused(self) -> int:
-        """Nothing: what is unmapped has gone back to the kernel."""
-        return 0
+        """Give what is kept back to the kernel."""
+        return self._kept.release()
 
     def fill(self, address: int, nbytes: int, byte: int) -> None:
         """Set every byte of a mapped range, after copies of it that are under way."""

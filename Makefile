@@ -122,14 +122,19 @@ demo-files: setup
 demo-kinds: setup
 	$(PY) -m tokenpool.demo.many_kinds build/many-kinds
 
-# Two workers: much of the time a test waits for a process to start. More would need more cores and memory. Random tests
-# try the same cases each time, so that who changes something sees what his change does.
+# Each of the many processes of the tests would compile all our modules anew.
+test test-all test-cluster: export PYTHONDONTWRITEBYTECODE =
+
+# Two workers: much of the time a test waits for a process to start. More would need more cores and memory. Files go to
+# them in the order of tests/conftest.py. Random tests try the same cases each time, so that who changes something sees
+# what his change does.
+WORKERS = -n 2 --dist loadfile --no-loadscope-reorder
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow" --hypothesis-profile=same
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS) -m "not slow" --hypothesis-profile=same
 
 # With the variants that are left out above: other seeds and policies, more frontends, new random cases.
 test-all: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(WORKERS)
 
 # The same requests to plain vllm serve and to pools; what may differ is in docs/http.md.
 test-api: setup

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,21 @@ def own_log_lines() -> Iterator[None]:
     yield
     own.handlers[:], own.propagate = handlers, propagate
     own.setLevel(level)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give several workers the long files first, with clusters, which keep all cores busy, among the others."""
+    if not hasattr(config, "workerinput"):
+        return
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    needing: dict[str, list[list[pytest.Item]]] = {"ray": [], "vllm": [], "cpu": []}
+    for tests in files.values():
+        needs = {mark.name for item in tests for mark in item.iter_markers()}
+        needing[next((name for name in needing if name in needs), "cpu")].append(tests)
+    in_turns = chain.from_iterable(zip_longest(needing["ray"], needing["vllm"], fillvalue=[]))
+    items[:] = chain.from_iterable([*in_turns, *needing["cpu"]])
 
 
 class TinyModels:

@@ -69,6 +69,24 @@ def until_cold(*servers: PoolServerProcess) -> None:
         poll(lambda server=server: set(states(server).values()), until=lambda seen: seen == {"cold"})
 
 
+def waits_for_load_timeout(cluster: Cluster, *, num_nodes: int) -> None:
+    """No node has so many CPUs: the host stays pending, the request is told, and the pool ends with that host."""
+    section = {"hosts": {"min": 0, "max": 2}, "num_cpus_per_host": 64, "host_idle_after": "60s"}
+    server = cluster.serve(cluster=section, load_timeout="3s")
+    assert server.request("GET", "/ready").status_code == 200
+    answer = server.request("POST", "/v1/completions", json=BODY | {"model": "llama"})
+    assert answer.status_code == 503 and "not loaded within 3 s" in answer.text
+    assert server.state()["cluster"]["host_count"] == {"min": 0, "max": 2, "pending": ["host-0"], "leaving": []}
+    assert server.state()["cluster"]["hosts"] == {} and cluster.nodes.count() == num_nodes
+    assert server.request("GET", "/ready").status_code == 200
+    assert cluster.down() == "pool tokenpool has ended\n"
+
+
+def test_without_a_node_requests_wait_for_load_timeout_and_the_pool_can_end(cluster: Cluster) -> None:
+    """Nodes that are too small are none."""
+    waits_for_load_timeout(cluster, num_nodes=3)
+
+
 def test_a_request_at_one_server_loads_a_model_once_for_all(one: PoolServerProcess, two: PoolServerProcess) -> None:
     """Requests at both wait for one build; then the model is served at both, and cold again when it is idle."""
     assert states(one) == states(two) == dict.fromkeys(NAMES, "cold") and builds(one) == 0

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from bench.parts.ray_nodes import RayNodes
-from tests.cluster.test_cluster_demand import states
+from tests.cluster.test_cluster_demand import states, waits_for_load_timeout
 from tests.cluster.test_servers import BODY, Cluster, told
 from tests.conftest import TinyModels
 from tests.helpers.server import WAIT_LIMIT_S, PoolServerProcess, poll
@@ -107,17 +107,10 @@ def cluster(tiny_models: TinyModels) -> Iterator[Cluster]:
         yield Cluster(nodes, pool, stack)
 
 
+@pytest.mark.slow
 def test_without_a_node_requests_wait_for_load_timeout_and_the_pool_can_end(cluster: Cluster) -> None:
-    """No node has so many CPUs: the host stays pending, the request is told, and the pool ends with that host."""
-    section = cluster.pool["cluster"] | {"num_cpus_per_host": 64, "host_idle_after": "60s"}
-    server = cluster.serve(cluster=section, load_timeout="3s")
-    assert server.request("GET", "/ready").status_code == 200
-    answer = server.request("POST", "/v1/completions", json=BODY | {"model": "llama"})
-    assert answer.status_code == 503 and "not loaded within 3 s" in answer.text
-    assert server.state()["cluster"]["host_count"] == {"min": 0, "max": 2, "pending": ["host-0"], "leaving": []}
-    assert server.state()["cluster"]["hosts"] == {} and cluster.nodes.count() == 1
-    assert server.request("GET", "/ready").status_code == 200
-    assert cluster.down() == "pool tokenpool has ended\n"
+    """Nor does the autoscaler make one that would not do."""
+    waits_for_load_timeout(cluster, num_nodes=1)
 
 
 @pytest.mark.slow

@@ -8,20 +8,23 @@ and ENV from here.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import logging
 import os
 import random
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.helpers.inputs.media import prompt_with
 
@@ -47,6 +50,8 @@ ENGINE_ARGS: dict[str, Any] = {
 }
 """Defaults under `Case.engine_args`."""
 
+_ROOT = Path(__file__).parents[2]
+_SERVE = "--serve"
 FIRST_PLAIN_TOKEN = 3  # below: <s>, </s>, <unk>
 PREFIX_BLOCK_TOKENS = 32
 
@@ -111,7 +116,7 @@ def prompts_for(
 
 
 def run_plain(
-    cases: list[Case], *, plain_gemm: bool = False, program: Sequence[str] = ("tests.helpers.plain",)
+    cases: list[Case], *, plain_gemm: bool = False, program: Sequence[str] = (__name__,)
 ) -> dict[str, dict[str, Result]]:
     """Run the cases one after another in one child process: case name -> request id -> result.
 
@@ -125,25 +130,117 @@ def run_plain(
     with tempfile.TemporaryDirectory(prefix="plain-vllm-") as scratch:
         cases_file, results_file, log_file = (Path(scratch, name) for name in ("cases", "results", "log"))
         cases_file.write_text(json.dumps([asdict(case) for case in cases]))
-        with log_file.open("w") as log:
-            child = subprocess.run(
-                [sys.executable, "-m", *program, str(cases_file), str(results_file), str(int(plain_gemm))],
-                cwd=Path(__file__).parents[2],
-                # numba's OpenMP layer would change the number of threads; the pool has to see to that itself.
-                env=os.environ | ENV | {"VLLM_PLUGINS": "", "NUMBA_THREADING_LAYER": "workqueue"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
+        words = [*program, str(cases_file), str(results_file), str(int(plain_gemm))]
+        code = run_program(words, log_file, is_ready="second" not in program)
         output = log_file.read_text(errors="replace").replace("[rank0]: ", "")  # vLLM adds one per engine
-        if child.returncode != 0:
-            raise RuntimeError(f"plain vLLM ended with code {child.returncode}:\n{output[-6000:]}")
+        if code != 0:
+            raise RuntimeError(f"plain vLLM ended with code {code}:\n{output[-6000:]}")
         logger.info("plain vLLM:\n%s", "\n".join(x for x in output.splitlines() if x.startswith("case=")))
         loaded = json.loads(results_file.read_text())
     return {
         name: {request_id: Result(**fields) for request_id, fields in results.items()}
         for name, results in loaded.items()
     }
+
+
+def run_program(words: Sequence[str], log_file: Path, *, is_ready: bool = True) -> int:
+    """Run a module with its words, without tokenpool; returns its exit status.
+
+    It is run in a fork of a process that has imported vLLM, unless `is_ready` is false: what has to be said before
+    that import, as by v2_runner.py for the second runner, needs a new process.
+    """
+    if is_ready:
+        return _READY.run(words, log_file)
+    with log_file.open("w") as log:
+        command = [sys.executable, "-m", *words]
+        return subprocess.run(command, cwd=_ROOT, env=_environment(), stdout=log, stderr=subprocess.STDOUT).returncode
+
+
+def _environment() -> dict[str, str]:
+    # numba's OpenMP layer would change the number of threads; the pool has to see to that itself.
+    return os.environ | ENV | {"VLLM_PLUGINS": "", "NUMBA_THREADING_LAYER": "workqueue"}
+
+
+class _Ready:
+    """A process that has imported vLLM and does nothing else; it ends with this one."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, words: Sequence[str], log_file: Path) -> int:
+        """See run_program."""
+        process = self._fit_process()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps([_environment(), str(log_file), *words]) + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+        except BaseException:  # what it says next would be the answer to this
+            self._end()
+            raise
+
+    def _fit_process(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._end()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, _SERVE], cwd=_ROOT, env=_environment(), text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+            atexit.register(self._end)
+        return self._process
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+        atexit.unregister(self._end)
+
+
+_READY = _Ready()
+
+
+def keep_heap_frozen() -> None:
+    """Freeze what is there for good, let nothing else be frozen, and so let collections look at engines alone.
+
+    An engine makes vLLM collect all garbage some eight times. With the objects of all its modules, a million, that
+    takes half a second each time.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.freeze = gc.unfreeze = lambda: None
+
+
+def _serve() -> None:
+    """Be the process that has imported vLLM: fork for each line of the input, and print the child's exit status."""
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker
+    from vllm import LLM
+
+    assert LLM and vllm.v1
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            _run_forked(*json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _run_forked(environment: dict[str, str], log_file: str, module: str, *words: str) -> NoReturn:
+    code = 1
+    try:
+        os.environ.clear()
+        os.environ.update(environment)
+        with open(log_file, "w") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        sys.argv[:] = [module, *words]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
@@ -160,15 +257,21 @@ def _main(cases_file: str, results_file: str, plain_gemm: str) -> None:
 def prepare(*, plain_gemm: bool) -> None:
     """What is done to this process before its first engine; see `run_plain`."""
     import torch
+    from vllm import LLM
     from vllm.model_executor.models import registry
+    from vllm.v1.sample import sampler
 
+    assert LLM
     torch.cpu._init_amx()  # see bench/parts/plain_vllm.py
+    # Compiled, it costs each process 12 s.
+    sampler.batched_count_greater_than = lambda scores, least: (scores >= least).sum(-1)
     if plain_gemm:
         use_plain_gemm()
     # Inspecting an architecture in a further process costs 10 s each; it protects only CUDA initialisation.
     registry._run_in_subprocess = lambda inspect: inspect()
     _register_kernels_once()
     _mend_drafted_sampling()
+    keep_heap_frozen()
 
 
 def _register_kernels_once() -> None:
@@ -315,4 +418,7 @@ def _result(output: Any, preempted: int) -> Result:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    if sys.argv[1:] == [_SERVE]:
+        _serve()
+    else:
+        _main(*sys.argv[1:])

@@ -10,7 +10,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.helpers.plain import ENGINE_ARGS, ENV, Case, RequestSpec, Result, _lora_request, _params, prompt_of
+from tests.helpers.plain import (
+    ENGINE_ARGS,
+    ENV,
+    Case,
+    RequestSpec,
+    Result,
+    _lora_request,
+    _params,
+    keep_heap_frozen,
+    prompt_of,
+)
 
 os.environ.update(ENV)
 
@@ -23,6 +33,8 @@ from tokenpool.memory.devices.cpu import CpuDevice
 from tokenpool.memory.devices.device import Device
 from tokenpool.wire.addresses import EngineAddresses
 from tokenpool.wire.spec import HostConfig, HostedModelSpec
+
+keep_heap_frozen()
 
 
 @dataclass

@@ -14,16 +14,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.plain import ENV
+from tests.helpers.plain import ENV, run_program
 
 ROOT = Path(__file__).parents[2]
 Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def run_pieces(
-    module: str, pieces: Sequence[Mapping[str, Any]], folder: Path, limit_s: float, **environment: str
+    module: str, pieces: Sequence[Mapping[str, Any]], folder: Path, limit_s: float, *, pooled: bool
 ) -> dict[str, dict[str, Any]]:
     """Run each piece, which has a `name`, by `module`, whose process calls `serve_pieces`; returns what came of it.
+
+    Only where it is `pooled`, the process has tokenpool.
 
     The answer has `error` where the piece failed, ended its process or took longer than `limit_s`.
     """
@@ -34,10 +36,14 @@ def run_pieces(
     file.write_text(json.dumps(list(pieces)))
     for piece in pieces:
         (folder / f"{piece['name']}.json").unlink(missing_ok=True)
-    environ = os.environ | ENV | {"NUMBA_THREADING_LAYER": "workqueue"} | environment
-    with (folder / f"{module.rpartition('.')[2]}.log").open("w") as log:
-        words = [sys.executable, "-m", module, str(file), str(folder), str(limit_s)]
-        subprocess.run(words, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT, check=True)
+    words, log_file = [module, str(file), str(folder), str(limit_s)], folder / f"{module.rpartition('.')[2]}.log"
+    if not pooled:
+        assert run_program(words, log_file) == 0, log_file.read_text()[-4000:]
+    else:
+        environ = os.environ | ENV | {"NUMBA_THREADING_LAYER": "workqueue"}
+        with log_file.open("w") as log:
+            command = [sys.executable, "-m", *words]
+            subprocess.run(command, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT, check=True)
     return {piece["name"]: json.loads((folder / f"{piece['name']}.json").read_text()) for piece in pieces}
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.cases import mixed
-from tests.helpers.plain import Case
+from tests.helpers.plain import Case, run_program
 from tests.models import features, page
 from tests.models.forks import ROOT, run_pieces
 from tests.models.kind import Kind
@@ -72,11 +70,11 @@ class Tried:
 def make_all(names: Sequence[str], folder: Path) -> dict[str, str]:
     """Make the checkpoints in a process of its own; returns what went wrong, by kind."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.make", str(folder), *names],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    failed: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    log_file = folder / "make.log"
+    code = run_program(["tests.models.make", str(folder), *names], log_file)
+    said = log_file.read_text()
+    assert code == 0, said[-4000:]
+    failed: dict[str, str] = json.loads(said.splitlines()[-1])
     return failed
 
 
@@ -99,7 +97,7 @@ def run_plain(cases: Iterable[Case], folder: Path, *, how: str = "batch", movabl
     """
     common = {"how": how, "plain_gemm": movable}
     pieces = [{"name": case.name, "case": _fields(case, how == "alone"), **common} for case in cases]
-    return run_pieces("tests.models.plain_side", pieces, folder, PLAIN_LIMIT_S, VLLM_PLUGINS="")
+    return run_pieces("tests.models.plain_side", pieces, folder, PLAIN_LIMIT_S, pooled=False)
 
 
 def run_pools(
@@ -111,13 +109,13 @@ def run_pools(
     gets them, and runs again.
     """
     pieces = _pieces(groups, alone=alone, movable=movable)
-    answers = list(run_pieces("tests.models.pool_side", pieces, folder, POOL_LIMIT_S).values())
+    answers = list(run_pieces("tests.models.pool_side", pieces, folder, POOL_LIMIT_S, pooled=True).values())
     lacking = {index: missing for index, answer in enumerate(answers) if (missing := _missing_pages(answer))}
     for index, missing in lacking.items():
         pieces[index]["pages"] += missing
     if lacking:
         again = [pieces[index] for index in lacking]
-        more = run_pieces("tests.models.pool_side", again, folder / "wider", POOL_LIMIT_S).values()
+        more = run_pieces("tests.models.pool_side", again, folder / "wider", POOL_LIMIT_S, pooled=True).values()
         for index, answer in zip(lacking, more, strict=True):
             answers[index] = answer
     return answers

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ class RayOnMachines:
         self.machines, self._bare = machines, machines[:num_bare]
         self.address = f"{machines[0].address}:{_PORT}"
         self._env = {**os.environ, **ENV, **(env or {})}
-        for machine in machines:
-            self.start(machine)
+        self.start(machines[0])
+        with ThreadPoolExecutor(len(machines)) as threads:
+            list(threads.map(self.start, machines[1:]))
 
     def start(self, machine: Machine) -> None:
         """Start the node of a machine; returns once it has joined."""

@@ -6,6 +6,7 @@ vLLM's own class runs, on stand-ins for its library and for GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -85,13 +86,14 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 
 
 @pytest.fixture
-def custom(library: Library, monkeypatch: pytest.MonkeyPatch) -> Any:
+def custom(library: Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """vLLM's all-reduce of a group of two."""
     made = custom_all_reduce.CustomAllreduce("group", torch.device("cpu", 0))  # type: ignore[arg-type]
     assert not made.disabled
     communicator = SimpleNamespace(ca_comm=made)
     monkeypatch.setattr(parallel_state, "_TP", SimpleNamespace(world_size=2, device_communicator=communicator))
-    return made
+    yield made
+    made._ptr = 0  # or its end would call what this vLLM has not got, whenever it is collected
 
 
 def test_there_is_room_for_the_graphs_of_many_models(custom: Any, library: Library) -> None:

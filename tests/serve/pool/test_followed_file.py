@@ -18,7 +18,9 @@ from tests.helpers.server import TINY_ARGS, PoolServerProcess, poll
 pytestmark = pytest.mark.vllm
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one frontend", "two frontends"])
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["one frontend", "two frontends"]
+)
 def server(request: pytest.FixtureRequest, tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
     pool = {
         "models": [{"name": "llama", "model": str(tiny_models.path("llama"))}],

@@ -16,6 +16,7 @@ from tests.conftest import TinyModels
 from tests.helpers.server import PoolServerProcess, child_pids, is_running, poll
 from tests.process.told_child import files_of, status_of
 from tests.serve.client.test_failover import Call
+from tests.serve.pool.test_hung_host import HOST_TIMEOUT_S, replaced_when_it_hangs
 
 pytestmark = pytest.mark.vllm
 
@@ -26,11 +27,13 @@ _SAME = ("Umask", "Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "CapEff", "Cp
 
 @pytest.fixture(scope="module")
 def server(tiny_models: TinyModels) -> Iterator[PoolServerProcess]:
-    args = {"max_model_len": 1024}
+    args = {"max_model_len": 2048}
     pool = {
         "models": [{"name": kind, "model": str(tiny_models.path(kind)), "args": args} for kind in ("llama", "qwen2")],
         "device_memory": "64MiB",
         "page_size": "1MiB",
+        "host_timeout": HOST_TIMEOUT_S,
+        "api_key": "test-api-key-0123",
         "admin_key": "test-admin-key-0123",
     }
     with PoolServerProcess(pool, env={"TOKENPOOL_LOG_LEVEL": "INFO"}) as made:
@@ -136,6 +139,11 @@ def test_hosts_from_a_template_and_without_one_are_alike(server: PoolServerProce
         pytest.fail("no host was started without a template")
     for what, seen in by_spawn.items():
         assert seen == by_fork[what], (what, seen, by_fork[what])
+
+
+def test_a_stopped_host_is_overdue_then_replaced_and_loses_nothing(server: PoolServerProcess) -> None:
+    """Whichever way it was started."""
+    replaced_when_it_hangs(server, frontends=1)
 
 
 def test_a_server_that_is_killed_takes_its_host_along(server: PoolServerProcess) -> None:

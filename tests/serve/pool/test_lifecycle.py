@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that come and go at run time, and the orderly end of a server."""
+"""Models that come and go at run time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.conftest import LORA_NAME, TinyModels
-from tests.helpers.server import TINY_ARGS, PoolServerProcess, child_pids, is_running, poll
+from tests.helpers.server import TINY_ARGS, PoolServerProcess, poll
 
 pytestmark = pytest.mark.vllm
 
@@ -335,25 +335,7 @@ def test_removals_that_cannot_be(pool_server: PoolServerProcess, path: str, stat
     assert before == books(pool_server.state())
 
 
-# --- the end of a server -----------------------------------------------------------------------------------
-
-
-def test_sigterm_finishes_what_runs(tiny_models: TinyModels) -> None:
-    """On SIGTERM a running stream gets all its tokens; then the server ends with 0 and leaves no process."""
-    pool = {"models": [{"name": "gemma3", "model": str(tiny_models.path("gemma3"))}], "device_memory": "32MiB"}
-    with PoolServerProcess(pool | {"page_size": "1MiB", "admin_key": "test-admin-key-0123"}) as server:
-        assert server.process is not None
-        host_pid = server.host_pid
-        assert host_pid in child_pids(server.process.pid)
-        alone = complete(server, "gemma3", LONG)
-        stream = Stream(server, "gemma3")
-        stream.read_one()
-        server.terminate()
-        stream.read_all()
-        status = server.stop()
-
-    assert (True, LONG, alone) == (stream.done, stream.num_tokens, stream.text)
-    assert (0, False) == (status, is_running(host_pid))
+# --- connections -------------------------------------------------------------------------------------------
 
 
 def test_connections_are_kept_as_long_as_vllm_would(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ import httpx
 import pytest
 
 from tests.conftest import TinyModels
-from tests.helpers.server import ENV, REPOSITORY, TINY_ARGS, PoolServerProcess, poll
-from tests.serve.pool.test_lifecycle import Stream, complete
+from tests.helpers.server import ENV, REPOSITORY, TINY_ARGS, PoolServerProcess, child_pids, is_running, poll
+from tests.serve.pool.test_lifecycle import LONG, Stream, complete
 
 pytestmark = pytest.mark.vllm
 
@@ -297,3 +297,19 @@ def test_a_killed_host_comes_back_with_movable_weights(server: PoolServerProcess
     after = server.wait_until_idle()["host"]
     assert set(KINDS) == set(after["models"])
     assert after["residency"]["weight_evictions"] > 0
+
+
+def test_sigterm_finishes_what_runs(server: PoolServerProcess) -> None:
+    """On SIGTERM a running stream gets all its tokens; then the server ends with 0 and leaves no process. The last."""
+    assert server.process is not None
+    host_pid = server.host_pid
+    assert host_pid in child_pids(server.process.pid)
+    alone = complete(server, "gemma3", LONG)
+    stream = Stream(server, "gemma3")
+    stream.read_one()
+    server.terminate()
+    stream.read_all()
+    status = server.stop()
+
+    assert (True, LONG, alone) == (stream.done, stream.num_tokens, stream.text)
+    assert (0, False) == (status, is_running(host_pid))

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 RELEASE_AFTER_S = 1.0
 """After a model's client was closed its memory is given back; that stops the frontend for a full collection."""
+_LOOK_S = 0.02
 
 
 class ModelClient:
@@ -183,7 +184,7 @@ class ModelClient:
         while self.num_unfinished:
             if time.monotonic() > deadline:
                 return False
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(_LOOK_S)
         return True
 
     async def abort_all(self) -> None:

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tokenpool.errors import ConfigError, PoolError
 
@@ -101,3 +103,119 @@ def test_the_address_names_the_protocol(listening: socket.socket, caplog: pytest
         plans: Any = [SimpleNamespace(args=args_of(*flags))]
         log_address(plans, listening)
         assert f"on {scheme}://127.0.0.1:" in caplog.records[-1].getMessage()
+
+
+class Gated:
+    """A model whose calls go on when the test says so; in between they are at an engine or not."""
+
+    def __init__(self) -> None:
+        from tests.helpers.stand_ins import plan_of
+        from tokenpool.serve.client.model_client import ModelClient
+
+        self.states: dict[int, Any] = {}
+        processor = SimpleNamespace(request_states=self.states, get_num_unfinished_requests=lambda: len(self.states))
+        engine: Any = SimpleNamespace(output_processor=processor)
+        core: Any = SimpleNamespace()
+        self.client = ModelClient(plan_of("a"), core, engine, {})
+        self.app = SimpleNamespace(inflight=0)
+        self.gates: dict[int, asyncio.Event] = {}
+
+    async def call(self, number: int, phases: list[str]) -> None:
+        """One call into the model's app; each phase lasts until its gate is opened."""
+        self.app.inflight += 1
+        await self._run(number, phases)
+        self.app.inflight -= 1
+
+    async def _run(self, number: int, phases: list[str]) -> None:
+        for phase in phases:
+            gate = self.gates[number] = asyncio.Event()
+            if phase == "engine":
+                self.states[number] = None
+            await gate.wait()
+            self.states.pop(number, None)
+        del self.gates[number]
+
+
+async def settle() -> None:
+    """Let all tasks get to where they wait."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+@given(st.lists(st.lists(st.sampled_from(["beside", "engine"]), min_size=1, max_size=5), max_size=4), st.data())
+def test_a_drain_ends_with_the_last_call(calls: list[list[str]], data: st.DataObject) -> None:
+    """Whatever each call does one after the other: read a prompt, wait for an engine, call a tool, send its answer."""
+    from tokenpool.process import ending
+    from tokenpool.serve.client import model_client
+
+    async def test() -> None:
+        model = Gated()
+        tasks = [asyncio.create_task(model.call(number, phases)) for number, phases in enumerate(calls)]
+        await settle()
+        draining = asyncio.create_task(ending.let_finish(model, 600.0))
+        await settle()
+        while model.gates:
+            assert not draining.done(), calls
+            model.gates[data.draw(st.sampled_from(sorted(model.gates)))].set()
+            await settle()
+        assert draining.done() and all(task.done() for task in tasks)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ending, "_LOOK_S", 0)
+        patch.setattr(model_client, "_LOOK_S", 0)
+        asyncio.run(test())
+
+
+@pytest.mark.parametrize("ends", ["removal", "stop"])
+def test_a_prompt_that_is_still_read_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    """A request that was taken in has its answer, also when no engine had it as its model was removed or all ended."""
+    from tests.helpers.stand_ins import stand_in_pool
+    from tests.serve.pool.test_demand import Asked
+
+    async def test() -> None:
+        async with stand_in_pool(monkeypatch, tmp_path, shutdown_timeout_s=60.0) as world:
+            await world.pool.start()
+            client, app = world.client("a"), world.pool.models["a"].app
+            reading, is_read = asyncio.Event(), asyncio.Event()
+
+            async def read_first(*call: Any) -> None:
+                reading.set()
+                await is_read.wait()
+                await client.app(*call)
+
+            app.app = read_first
+            asked = Asked(world, "a")
+            await reading.wait()
+            work = world.operator.remove_model("a", 60.0) if ends == "removal" else world.pool.stop()
+            ending = asyncio.create_task(work)
+            await asyncio.wait({ending}, timeout=0.2)
+            is_read.set()
+            assert await asked.status() == 200
+            await ending
+
+    asyncio.run(test())
+
+
+def test_a_call_that_never_ends_costs_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than that: a client that does not read its answer keeps no model."""
+    from tests.helpers.stand_ins import stand_in_pool
+    from tests.serve.pool.test_demand import Asked
+
+    async def test() -> None:
+        async with stand_in_pool(monkeypatch, tmp_path) as world:
+            await world.pool.start()
+            reading = asyncio.Event()
+
+            async def never(*_: Any) -> None:
+                reading.set()
+                await asyncio.Event().wait()
+
+            world.pool.models["a"].app.app = never
+            asked = Asked(world, "a")
+            await reading.wait()
+            async with asyncio.timeout(60):
+                await world.operator.remove_model("a", 0.05)
+            assert "a" not in world.states
+            asked.task.cancel()
+
+    asyncio.run(test())

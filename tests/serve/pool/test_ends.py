@@ -4,10 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.client
 import logging
+import os
+import signal
 import socket
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +81,42 @@ def test_a_http_server_that_ends_ends_the_pool_with_an_error(
         with pytest.raises(PoolError, match=words):
             http_loop.run(config(), plans, lambda outer, pool=pool: pool, listening, announce=False)  # type: ignore[misc]
         assert pool.stops
+
+
+def test_who_reads_slowly_has_the_whole_limit_of_the_end(
+    listening: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is computed and the pool has stopped: what is left of an answer is sent for as long as the limit says."""
+    from tokenpool.serve.pool import http_loop
+
+    size, chunk = 64 << 20, b"x" * (1 << 20)
+    pool, ended, got = StandInPool(), threading.Event(), []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+        for _ in range(size // len(chunk)):
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    def read() -> None:
+        client = http.client.HTTPConnection(*listening.getsockname(), timeout=60)
+        client.request("GET", "/v1/completions")
+        response = client.getresponse()
+        os.kill(os.getpid(), signal.SIGTERM)
+        ended.wait(3.0)  # more than what is left when the limit has passed; it ends before only if that cuts it
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while piece := response.read(1 << 20):
+                got.append(len(piece))
+
+    listening.listen()
+    pool.app = app  # type: ignore[method-assign]
+    plans: Any = [SimpleNamespace(args=args_of())]
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    http_loop.run(replace(config(), shutdown_timeout_s=60.0), plans, lambda outer: pool, listening, announce=False)  # type: ignore[arg-type, return-value]
+    ended.set()
+    reader.join(60)
+    assert sum(got) == size
 
 
 def test_a_certificate_that_cannot_be_used_is_refused_before_models_load(

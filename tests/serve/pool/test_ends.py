@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import logging
 import os
 import signal
@@ -233,6 +234,38 @@ def test_a_prompt_that_is_still_read_is_answered(tmp_path: Path, monkeypatch: py
             await asyncio.wait({ending}, timeout=0.2)
             is_read.set()
             assert await asked.status() == 200
+            await ending
+
+    asyncio.run(test())
+
+
+def test_a_request_that_is_still_sent_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection was taken before the server began to end: it is read, and then its model is there."""
+    from tests.helpers.stand_ins import stand_in_pool
+    from tests.serve.gateway.test_router import CHAT, make_scope
+
+    async def test() -> None:
+        async with stand_in_pool(monkeypatch, tmp_path, shutdown_timeout_s=60.0) as world:
+            await world.pool.start()
+            reading, is_sent, statuses = asyncio.Event(), asyncio.Event(), []
+            body = json.dumps({"model": "a", "id": "a-0"}).encode()
+
+            async def receive() -> dict[str, Any]:
+                reading.set()
+                await is_sent.wait()
+                return {"type": "http.request", "body": body}
+
+            async def send(message: dict[str, Any]) -> None:
+                statuses.append(message.get("status"))
+
+            scope = make_scope(CHAT, {"content-length": str(len(body)), "content-type": "application/json"})
+            asking = asyncio.create_task(world.pool.router(scope, receive, send))
+            await reading.wait()
+            ending = asyncio.create_task(world.pool.stop())
+            await asyncio.wait({ending}, timeout=0.2)
+            is_sent.set()
+            await asking
+            assert statuses[0] == 200
             await ending
 
     asyncio.run(test())

@@ -153,6 +153,7 @@ class Gated:
 
     def __init__(self) -> None:
         from tests.helpers.stand_ins import plan_of
+        from tokenpool.serve.access.stored_responses import keep_apart
         from tokenpool.serve.client.model_client import ModelClient
 
         self.states: dict[int, Any] = {}
@@ -161,12 +162,22 @@ class Gated:
         core: Any = SimpleNamespace()
         self.client = ModelClient(plan_of("a"), core, engine, {})
         self.app = SimpleNamespace(inflight=0)
+        serving = SimpleNamespace(background_tasks={})
+        keep_apart(serving)
+        self.tasks = serving.background_tasks
+        self.client.app = SimpleNamespace(state=SimpleNamespace(openai_serving_responses=serving))
         self.gates: dict[int, asyncio.Event] = {}
 
     async def call(self, number: int, phases: list[str]) -> None:
-        """One call into the model's app; each phase lasts until its gate is opened."""
+        """One call into the model's app; each phase lasts until its gate is opened.
+
+        Of one that is to be answered in the background the rest goes on behind it.
+        """
+        own, _, rest = " ".join(phases).partition("background")
         self.app.inflight += 1
-        await self._run(number, phases)
+        await self._run(number, own.split())
+        if rest:
+            self.tasks[f"resp-{number}"] = asyncio.create_task(self._run(number, rest.split()))
         self.app.inflight -= 1
 
     async def _run(self, number: int, phases: list[str]) -> None:
@@ -176,7 +187,7 @@ class Gated:
                 self.states[number] = None
             await gate.wait()
             self.states.pop(number, None)
-        del self.gates[number]
+            del self.gates[number]
 
 
 async def settle() -> None:
@@ -185,9 +196,12 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-@given(st.lists(st.lists(st.sampled_from(["beside", "engine"]), min_size=1, max_size=5), max_size=4), st.data())
+@given(
+    st.lists(st.lists(st.sampled_from(["beside", "engine", "background"]), min_size=1, max_size=5), max_size=4),
+    st.data(),
+)
 def test_a_drain_ends_with_the_last_call(calls: list[list[str]], data: st.DataObject) -> None:
-    """Whatever each call does one after the other: read a prompt, wait for an engine, call a tool, send its answer."""
+    """Whatever each does in turn: read a prompt, wait for an engine, call a tool, go on in the background."""
     from tokenpool.process import ending
     from tokenpool.serve.client import model_client
 
@@ -207,6 +221,26 @@ def test_a_drain_ends_with_the_last_call(calls: list[list[str]], data: st.DataOb
         patch.setattr(ending, "_LOOK_S", 0)
         patch.setattr(model_client, "_LOOK_S", 0)
         asyncio.run(test())
+
+
+def test_a_response_in_the_background_ends_with_the_limit() -> None:
+    """It would ask the engine again, once its last request there was aborted."""
+    from tokenpool.process import ending
+
+    async def test() -> None:
+        model = Gated()
+
+        async def abort(ids: list[int], internal: bool) -> None:
+            assert ids == [] and internal
+
+        model.client.engine.abort = abort  # type: ignore[method-assign, assignment]
+        await model.call(0, ["background", "beside"])
+        (task,) = model.client._made_beside()
+        async with asyncio.timeout(30):
+            await ending.let_finish(model, 0.0)
+        assert task.cancelled() and model.client.num_unfinished == 0
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize("ends", ["removal", "stop"])

@@ -21,7 +21,7 @@ from tokenpool.host.engine_builder import EngineBuilder, close_engine
 from tokenpool.host.hosted_model import HostedModel
 from tokenpool.host.kv.kv_swap import KVSwapper
 from tokenpool.host.lending.budget import Budget
-from tokenpool.host.lending.sleepers import Sleepers
+from tokenpool.host.lending.sleepers import LET_GO_S, Sleepers
 from tokenpool.host.load.build_lane import BuildLane
 from tokenpool.host.load.device_choice import spare_host_bytes
 from tokenpool.host.load.progress import BuildProgress
@@ -139,6 +139,8 @@ class EngineHost:
         hosted.core._process_input_queue()
         if hosted.core.scheduler.has_unfinished_requests():
             raise ModelBusyError(f"model {name!r} still has requests: drain or abort them first")
+        if name in self.weights and not self.weights.stop_job(name, LET_GO_S):
+            raise ModelBusyError(f"model {name!r} is being read or copied, and that does not end: try again")
         hosted.core.forget_finished()
         hosted.core.refuse_deferred(f"model {name!r} is being removed", all_of_them=True)
         del self.models[name]

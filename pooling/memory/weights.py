@@ -363,6 +363,13 @@ class WeightStore:
         self._become(entry, WeightState.ON_DISK)
         raise SwitchError(entry.owner, "fetch", job.problem) from job.error
 
+    def stop_job(self, owner: str, limit_s: float) -> bool:
+        """Cancel the job of `owner` that is in flight, if any; returns whether its thread has let go in time."""
+        if (job := self._models[owner].job) is None:
+            return True
+        job.cancel()
+        return job.wait(limit_s)
+
     def _drop_job(self, entry: ModelWeights) -> None:
         """Cancel the job of `entry`, if there is one, wait for its thread to let go, and undo what it had begun."""
         job, entry.job = entry.job, None

@@ -6,7 +6,7 @@ Pure: reads no clock. Imports neither vllm nor ray.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
@@ -34,31 +34,34 @@ class _Waiting(Generic[_T]):
     """
 
     def __init__(self) -> None:
-        self._lanes: tuple[deque[tuple[int, _T]], deque[tuple[int, _T]]] = deque(), deque()
+        self._lanes: tuple[OrderedDict[int, _T], OrderedDict[int, _T]] = OrderedDict(), OrderedDict()  # by number
+        self._places: dict[int, tuple[bool, int]] = {}  # lane and number of each item, by its identity
         self._next = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes))
 
     def push(self, number: int, item: _T, *, of_many: bool) -> None:
-        self._lanes[of_many].append((number, item))
+        self._lanes[of_many][number] = item
+        self._places[id(item)] = of_many, number
 
     def discard(self, item: _T) -> None:
-        for lane in self._lanes:
-            kept = [entry for entry in lane if entry[1] is not item]
-            lane.clear()
-            lane.extend(kept)
+        if (place := self._places.pop(id(item), None)) is not None:
+            of_many, number = place
+            del self._lanes[of_many][number]
 
     def head(self, *, may_many: bool) -> tuple[int, _T, bool] | None:
         """The next item, with its number and whether it is one of many; None if there is none that may go."""
         for of_many in (self._next, 1 - self._next):
             if self._lanes[of_many] and (may_many or not of_many):
-                return *self._lanes[of_many][0], bool(of_many)
+                return *next(iter(self._lanes[of_many].items())), bool(of_many)
         return None
 
     def pop(self, *, of_many: bool) -> _T:
         self._next = 1 - of_many
-        return self._lanes[of_many].popleft()[1]
+        _, item = self._lanes[of_many].popitem(last=False)
+        del self._places[id(item)]
+        return item
 
 
 class Head(NamedTuple):
@@ -101,7 +104,7 @@ class FairQueue(Generic[_T]):
         return list(self._waiting)
 
     def push(self, tenant: str, item: _T, *, of_many: bool = False) -> None:
-        """Let an item wait; one of many belongs to a request that has more."""
+        """Let an item wait, once at a time; one of many belongs to a request that has more."""
         if tenant not in self._waiting:
             self._waiting[tenant] = _Waiting()
             self._served[tenant] = max(self._served.get(tenant, 0.0), self._virtual)
@@ -109,7 +112,7 @@ class FairQueue(Generic[_T]):
         self._waiting[tenant].push(self._pushed, item, of_many=of_many)
 
     def discard(self, tenant: str, item: _T) -> None:
-        """Drop a waiting item, compared by identity; one that does not wait is ignored. O(items of the tenant)."""
+        """Drop a waiting item, compared by identity; one that does not wait is ignored."""
         if (waiting := self._waiting.get(tenant)) is not None:
             waiting.discard(item)
             self._forget_idle(tenant)
@@ -142,10 +145,11 @@ class FairQueue(Generic[_T]):
         return tenant, item, charged
 
     def settle(self, tenant: str, charged: float, cost: float) -> None:
-        """An item that was charged `charged` has ended and did cost `cost`."""
+        """An item that was charged `charged` has ended and did cost `cost`: 0 for one that was never begun."""
         self._charge(tenant, cost - charged)
-        mean = self._mean_cost.get(tenant, cost)
-        self._mean_cost[tenant] = mean + _MEAN_WEIGHT * (cost - mean)
+        if cost:
+            mean = self._mean_cost.get(tenant, cost)
+            self._mean_cost[tenant] = mean + _MEAN_WEIGHT * (cost - mean)
 
     def _charge(self, tenant: str, cost: float) -> None:
         self._served[tenant] = self._served.get(tenant, 0.0) + cost / self._weight_of(tenant)

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -22,6 +23,7 @@ HOST_END_S = 10.0
 KILL_S = 2.0
 """How long the kernel may take to end a process that was killed."""
 STATUS_OF_A_HANG = 70
+_LOOK_S = 0.02
 
 
 async def within(limit_s: float, what: str, work: Coroutine[Any, Any, object]) -> bool:
@@ -37,14 +39,28 @@ async def within(limit_s: float, what: str, work: Coroutine[Any, Any, object]) -
     return True
 
 
-async def let_finish(client: Any, limit_s: float) -> None:
-    """Let the client of a model finish what it has, for at most `limit_s`, then abort the rest."""
-    if await client.drain(max(0.0, limit_s)):
+async def let_finish(model: Any, limit_s: float) -> None:
+    """Let a model that takes nothing new finish what it has, for at most `limit_s`, then abort the rest.
+
+    Whatever its routes were called for counts until they return: what is read, fetched or checked before an engine has
+    it, and what its client has not read yet.
+    """
+    client, app, deadline_s = model.client, model.app, time.monotonic() + max(0.0, limit_s)
+    if client is None:
+        return
+    await client.drain(max(0.0, limit_s))
+    while client.num_unfinished or app.inflight:
+        if time.monotonic() > deadline_s:
+            break
+        await asyncio.sleep(_LOOK_S)
+    else:
         return
     name = client.plan.spec.name
-    logger.warning("drain limit reached, aborting model=%s requests=%d", name, client.num_unfinished)
+    logger.warning("drain limit reached, aborting model=%s requests=%d calls=%d", name, client.num_unfinished,
+                   app.inflight)  # fmt: skip
     await within(1.0, f"aborting requests of model {name!r}", client.abort_all())
-    await client.drain(1.0)
+    if client.num_unfinished:
+        await client.drain(1.0)
 
 
 def end_after(limit_s: float, end: Callable[[int], object] = os._exit) -> threading.Timer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +16,9 @@ import pytest
 from tests.dst import oracle
 from tests.dst.scenario import PAGE, ModelPlan, RequestPlan, Scenario
 from tests.dst.simulation import Simulation
-from tokenpool.errors import CapacityError, ConfigError, PoolError
+from tokenpool.errors import CapacityError, ConfigError, ModelBusyError, PoolError
 from tokenpool.host.kv.kv_swap import KVState
+from tokenpool.memory.copy_engine import CopyEngine, CopyJob
 from tokenpool.memory.fixed_bytes import FIXED_OWNER
 from tokenpool.memory.host_ledger import HostUse
 from tokenpool.memory.ledger import LENT_OWNER, PageUse
@@ -310,6 +312,41 @@ def test_what_is_lent_is_back_with_the_kernel(begin: Callable[..., Life]) -> Non
     assert before > life.resident_bytes() <= life.host.ledger.total(PageUse.NULL) * PAGE
     life.set(full)
     life.finish()
+
+
+@pytest.mark.parametrize("leave", ["remove", "sleep"])
+def test_a_model_whose_read_hangs_leaves_later_and_holds_nobody_up(begin: Callable[..., Life], leave: str) -> None:
+    """The loop goes on; a removal is told to come again, and is done once the disk has answered."""
+    life = begin(host_memory_frac=0.8)
+    life.step(lambda: not life.sim._waiting())
+    host, weights = life.host, life.host.weights
+    cold = next(name for name in NAMES if weights.state(name) is WeightState.ON_DISK)
+    life.send(cold, "first")
+    life.step(lambda: weights.state(cold) is WeightState.READING)
+    host.models[cold].core.abort_all()
+    answered = threading.Event()
+
+    def read(job: CopyJob) -> None:
+        begun.set()
+        answered.wait(60)
+        job.advance(0)
+
+    begun, disk = threading.Event(), CopyEngine(name="disk")
+    weights._models[cold].job = job = disk.submit("fetch", 1, read)
+    assert begun.wait(60)
+    threading.Timer(15, answered.set).start()  # without which a failure of this test would never end
+    if leave == "remove":
+        with pytest.raises(ModelBusyError, match="does not end"):
+            host.remove_model(cold)
+    else:
+        assert host.sleepers.sleep(cold, 2)
+    assert not answered.is_set(), "the loop waited for the disk"
+    answered.set()
+    assert job.wait(60) and job.cancelled
+    host.remove_model(cold)
+    assert cold not in host.models
+    host.check()
+    disk.close()
 
 
 @pytest.mark.parametrize("level", [0, 1])

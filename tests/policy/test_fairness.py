@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenpool.policy import fairness
 from tokenpool.policy.fairness import RECENT_S, FairQueue, FairTurns, Head, SeatShares, token_cost
 
 pytestmark = pytest.mark.cpu
@@ -111,6 +114,46 @@ def test_each_item_comes_out_once_or_is_discarded(actions):
         assert len(queue) == len(held)
         assert {name for name, _ in held} == set(queue.tenants)
         assert all(queue.num_waiting(name) == sum(entry[0] == name for entry in held) for name in "abc")
+
+
+def lines_to_discard(count: int) -> int:
+    """How many lines run until a tenant's `count` items, which all wait, are discarded, the newest first."""
+    queue: FairQueue[object] = FairQueue()
+    items = [object() for _ in range(count)]
+    for item in items:
+        queue.push("a", item)
+    num_lines = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal num_lines
+        num_lines += event == "line"
+        return trace if frame.f_code.co_filename == fairness.__file__ else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        for item in reversed(items):
+            queue.discard("a", item)
+    finally:
+        sys.settrace(before)
+    assert not len(queue)
+    return num_lines
+
+
+def test_a_flood_that_is_given_up_costs_the_loop_no_more_than_it_cost_to_come():
+    """Four times as many items that wait and go again take four times as long, not sixteen times."""
+    assert lines_to_discard(400) <= 5 * lines_to_discard(100)
+
+
+def test_what_was_never_begun_makes_nothing_cheaper():
+    """A tenant that gives up what it has just got is charged for the next ones as before."""
+    queue: FairQueue[int] = FairQueue()
+    for i in range(4):
+        queue.push("a", i)
+    serve(queue, 1, {"a": 1000.0})
+    serve(queue, 2, {"a": 0.0})
+    taken = queue.pop()
+    assert taken is not None and taken[2] == 1000.0
 
 
 def test_a_token_put_out_costs_two():

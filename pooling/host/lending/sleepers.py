@@ -24,6 +24,9 @@ from tokenpool.memory.weights import WeightStore
 
 logger = logging.getLogger(__name__)
 
+LET_GO_S = 0.5
+"""How long the loop waits for a copy that is cancelled: a disk that gives no answer never lets go."""
+
 
 class Sleepers:
     """Called on the host loop's thread only."""
@@ -82,6 +85,7 @@ class Sleepers:
         logger.info("model awake model=%s", name)
 
     def _drop_host_copy(self, name: str) -> None:
-        if self._weights.host.held(name, HostUse.WEIGHTS) >= self._weights.bytes_of(name):  # there is one
+        is_there = self._weights.host.held(name, HostUse.WEIGHTS) >= self._weights.bytes_of(name)
+        if is_there and self._weights.stop_job(name, LET_GO_S):
             with contextlib.suppress(PoolError):  # it cannot be read again: the copy stays
                 self._weights.drop_host(name)

@@ -249,3 +249,10 @@ def has_response(serving: Any, response_id: str, owner: str) -> bool:
     """Tell whether a tenant has stored `response_id` with a model."""
     store = getattr(serving, "response_store", ())
     return store.holds(owner, response_id) if isinstance(store, TenantStore) else response_id in store
+
+
+def made_beside(serving: Any) -> list[asyncio.Task[Any]]:
+    """The tasks that make responses of all tenants of which nobody's call waits for the end."""
+    store = getattr(serving, "background_tasks", None)
+    tasks = store._items.values() if isinstance(store, TenantStore) else ()
+    return [task for task in tasks if not task.done()]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Set
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -92,11 +92,14 @@ class _Places:
 
     def __init__(self, count: int) -> None:
         self._free = count
-        self._waiting: deque[_GrantedAside] = deque()
+        self._waiting: OrderedDict[_GrantedAside, None] = OrderedDict()
 
     def ask(self, granted: _GrantedAside) -> None:
-        self._waiting.append(granted)
+        self._waiting[granted] = None
         self._give()
+
+    def give_up(self, granted: _GrantedAside) -> None:
+        self._waiting.pop(granted, None)
 
     def leave(self) -> None:
         self._free += 1
@@ -104,7 +107,7 @@ class _Places:
 
     def _give(self) -> None:
         while self._free and self._waiting:
-            granted = self._waiting.popleft()
+            granted, _ = self._waiting.popitem(last=False)
             if not granted.done():
                 self._free -= 1
                 granted.set_result(_AsideSeat(self))
@@ -152,7 +155,7 @@ class TenantLine:
         tenant = call.account.config.name
         self._queue.push(tenant, granted, of_many=call.sequences > 1)
         self._let_through()
-        return await _wait(call, granted, receive, lambda: self._queue.discard(tenant, granted))
+        return await _wait(call, granted, receive, lambda: self._give_up(tenant, granted))
 
     async def enter_aside(self, call: Call, receive: Receive) -> bool:
         """The same for a call that has no sequence, such as one that only tokenizes: each tenant has a few at a time,
@@ -160,7 +163,7 @@ class TenantLine:
         granted: _GrantedAside = asyncio.get_running_loop().create_future()
         places = self._aside.setdefault(call.account.config.name, _Places(ASIDE_AT_ONCE))
         places.ask(granted)
-        return await _wait(call, granted, receive, granted.cancel)
+        return await _wait(call, granted, receive, lambda: places.give_up(granted))
 
     async def more(self, call: Call, of_many: bool = True) -> LineSeat:
         """Wait for the place of one more sequence of a call, which is one of many or alone."""
@@ -171,10 +174,15 @@ class TenantLine:
         try:
             return await granted
         except BaseException:
-            self._queue.discard(tenant, granted)
+            self._give_up(tenant, granted)
             if granted.done() and not granted.cancelled():
                 granted.result().close()
             raise
+
+    def _give_up(self, tenant: str, granted: _Granted) -> None:
+        """Nobody waits for that place any more: who waited behind may have his turn."""
+        self._queue.discard(tenant, granted)
+        self._let_through()
 
     def _let_through(self) -> None:
         now_s = time.monotonic()

@@ -8,7 +8,7 @@ than a part of the places: who sends what takes for ever keeps himself waiting, 
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class FairThreads:
         """At most `places` tasks run at a time, and `places_each` of one owner."""
         self._name, self._places, self._places_each = name, places, places_each
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[str, deque[_Task[Any]]] = OrderedDict()
+        self._waiting: OrderedDict[str, OrderedDict[_Task[Any], None]] = OrderedDict()
         self._running: Counter[str] = Counter()
         self._is_closed = False
 
@@ -55,15 +55,18 @@ class FairThreads:
     def submit(self, owner: str, work: Callable[[], _T]) -> Future[_T]:
         """Begin `work` when it is its turn; one whose future is cancelled before is let go at once.
 
-        An owner's own tasks keep their order. Raises RuntimeError after `shutdown`.
+        An owner's own tasks keep their order. Raises RuntimeError after `shutdown`; a future has one if no thread can
+        be started for it.
         """
-        task = _Task(work, Future[_T]())
+        task, failed = _Task(work, Future[_T]()), None
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("nothing more is taken: its model is gone")
-            self._waiting.setdefault(owner, deque()).append(task)
-            while (following := self._next()) is not None:
-                threading.Thread(target=partial(self._work, *following), name=self._name, daemon=True).start()
+            self._waiting.setdefault(owner, OrderedDict())[task] = None
+            while failed is None and (following := self._next()) is not None:
+                failed = self._begin(*following)
+        if failed is not None:
+            failed.run()
         task.future.add_done_callback(lambda future: self._let_go(owner, task) if future.cancelled() else None)
         return task.future
 
@@ -83,19 +86,31 @@ class FairThreads:
         if owner is None:
             return None
         tasks = self._waiting.pop(owner)
-        task = tasks.popleft()
+        task, _ = tasks.popitem(last=False)
         if tasks:
             self._waiting[owner] = tasks
         self._running[owner] += 1
         return owner, task
+
+    def _begin(self, owner: str, task: _Task[Any]) -> _Task[Any] | None:
+        """Start a thread; if that cannot be its place is free again, and what says so is to be run instead."""
+        try:
+            threading.Thread(target=partial(self._work, owner, task), name=self._name, daemon=True).start()
+        except RuntimeError as error:
+            self._leave(owner)
+            return _Task(partial(_raise, error), task.future)
+        return None
+
+    def _leave(self, owner: str) -> None:
+        self._running[owner] -= 1
+        self._running += Counter()  # drops owners without any
 
     def _work(self, owner: str, task: _Task[Any]) -> None:
         yield_to_others()
         while True:
             task.run()
             with self._lock:
-                self._running[owner] -= 1
-                self._running += Counter()  # drops owners without any
+                self._leave(owner)
                 following = self._next()
             if following is None:
                 return
@@ -103,8 +118,12 @@ class FairThreads:
 
     def _let_go(self, owner: str, task: _Task[Any]) -> None:
         with self._lock:
-            tasks = self._waiting.get(owner, deque())
-            if task in tasks:
-                tasks.remove(task)
+            tasks = self._waiting.get(owner)
+            if tasks is not None and task in tasks:
+                del tasks[task]
                 if not tasks:
                     del self._waiting[owner]
+
+
+def _raise(error: Exception) -> None:
+    raise error

@@ -27,7 +27,7 @@ from tokenpool.process.heap import release_engine, release_metrics
 from tokenpool.process.keeper import Backoff, count_failure
 from tokenpool.process.metric_files import forget_models
 from tokenpool.serve.access.admission import EngineQueue
-from tokenpool.serve.access.stored_responses import keep_apart
+from tokenpool.serve.access.stored_responses import keep_apart, made_beside
 from tokenpool.serve.access.tenant_meter import meter
 from tokenpool.serve.client.body_validation import stop_at_first_faults
 from tokenpool.serve.client.engine_client import PoolEngineClient
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 RELEASE_AFTER_S = 1.0
 """After a model's client was closed its memory is given back; that stops the frontend for a full collection."""
+_LOOK_S = 0.02
 
 
 class ModelClient:
@@ -156,8 +157,11 @@ class ModelClient:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests accepted and not yet finished."""
-        return self.engine.output_processor.get_num_unfinished_requests()
+        """Requests accepted and not yet finished; a response that is made in the background, also between engines."""
+        return self.engine.output_processor.get_num_unfinished_requests() or len(self._made_beside())
+
+    def _made_beside(self) -> list[asyncio.Task[Any]]:
+        return made_beside(getattr(getattr(self.app, "state", None), "openai_serving_responses", None))
 
     @property
     def num_seats(self) -> int:
@@ -183,11 +187,13 @@ class ModelClient:
         while self.num_unfinished:
             if time.monotonic() > deadline:
                 return False
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(_LOOK_S)
         return True
 
     async def abort_all(self) -> None:
-        """End every unfinished request."""
+        """End every unfinished request, and what would ask the engines again."""
+        for task in self._made_beside():
+            task.cancel()
         for state in self.engine.output_processor.request_states.values():
             state.queue.close()  # see `_fail`
         await self.engine.abort(list(self.engine.output_processor.request_states), internal=True)

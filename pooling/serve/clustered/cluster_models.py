@@ -143,8 +143,7 @@ class ClusterModels(HostQuestions):
             model.app.move(Life.DRAINING)
             if model.error is not None:
                 model.fail_requests()
-            if model.client is not None:
-                await let_finish(model.client, drain_s)
+            await let_finish(model, drain_s)
         await self._insist("drained", name)
         while self.view is not None and name in self.view.retiring:
             await asyncio.sleep(RETRY_S)

@@ -44,6 +44,7 @@ _RETRY_CALLS_S = 60.0
 _BEAT_S, _BEAT_LIMIT_S = 1.0, 5.0
 _LEASE_LIMIT_S = 5.0
 _UNLOAD_LIMIT_S = 120.0
+"""For hosts to unload a model, once other servers have had the time of its drain."""
 _ALONE_LOOK_S, _ALONE_SAY_S, _ALONE_LIMIT_S = 2.0, 10.0, 60.0
 _BARE_LIMIT_S = 10 * _ALONE_LIMIT_S
 """Without a host none is lost that has requests, so that there is time for the head to come back."""
@@ -76,6 +77,7 @@ class RayHosts(ClusterModels):
         """How often hosts had forgotten this server, whose frontends then have themselves attached anew."""
         self._num_frontends = num_frontends
         self._counted: Totals[tuple[int, str]] = Totals()
+        self._drained_by_s: dict[str, float] = {}  # when all servers have had the time for what they have of a model
         self._tasks: list[asyncio.Task[None]] = []
         self._viewed = asyncio.Event()
 
@@ -345,19 +347,22 @@ class RayHosts(ClusterModels):
     async def retire(self, model: PoolModel, drain_s: float) -> None:
         """See Hosts."""
         self._changing.add(model.name)
+        self._drained_by_s[model.name] = time.monotonic() + drain_s
         await self._insist("retire", model.name, drain_s)
 
     async def remove(self, model: PoolModel) -> None:
         """See Hosts."""
         name = model.name
+        left_s = max(0.0, self._drained_by_s.pop(name, 0.0) - time.monotonic())  # which others may need
         await self._insist("drained", name)
         try:
-            async with asyncio.timeout(_UNLOAD_LIMIT_S):
+            async with asyncio.timeout(left_s + _UNLOAD_LIMIT_S):
                 while self.view is not None and name in self.view.models:
                     self._viewed.clear()
                     await self._viewed.wait()
         except TimeoutError:
-            raise HostError(f"hosts still have model {name!r} after {_UNLOAD_LIMIT_S:g} s") from None
+            limit_s = left_s + _UNLOAD_LIMIT_S
+            raise HostError(f"hosts still have model {name!r} after {limit_s:.0f} s") from None
         self.followers.pop(name, None)
         self.versions.pop(name, None)
         self._changing.discard(name)

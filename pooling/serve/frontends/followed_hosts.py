@@ -240,8 +240,7 @@ class FollowedHosts:
     async def _drain(self, model: PoolModel, standing: ModelStanding) -> None:
         if standing.is_given_up:
             model.fail_requests(standing.reason)
-        if model.client is not None:
-            await let_finish(model.client, standing.drain_s)
+        await let_finish(model, standing.drain_s)
         await self.ask_as_this("drained", model.name)
 
     async def _rest(self, model: PoolModel) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 
 from starlette.datastructures import Headers
@@ -67,6 +68,7 @@ class ModelRouter:
         self._bodies = BodyBudget(max_request_bytes)
         self._models: dict[str, ModelApp] = {}
         self._tenants = tenants
+        self._num_coming = 0
         self._access = Access(lambda scope, tenant: SUSPECTS.tenants.refusal(scope, tenant))
 
     @property
@@ -89,9 +91,11 @@ class ModelRouter:
         return model
 
     async def let_through(self, limit_s: float) -> None:
-        """Wait until no tenant's request is held before an engine, at most `limit_s`; for a shutdown."""
+        """Wait until no request is read, or held before an engine for its tenant, at most `limit_s`; for a shutdown."""
         deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline and any(len(m.gate.line or ()) for m in self._models.values()):
+        while time.monotonic() < deadline:
+            if not self._num_coming and not any(len(m.gate.line or ()) for m in self._models.values()):
+                return
             await asyncio.sleep(0.02)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,10 +115,22 @@ class ModelRouter:
 
     async def _route(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         account: Account | None = scope.get(TENANT_KEY)
-        with self._bodies.body(account.config.name if account is not None else "") as body:
-            await self._serve(path, scope, receive, send, body)
+        with self._bodies.body(account.config.name if account is not None else "") as body, ExitStack() as coming:
+            coming.enter_context(self._coming())
+            await self._serve(path, scope, receive, send, body, coming.close)
 
-    async def _serve(self, path: str, scope: Scope, receive: Receive, send: Send, buffer: Body) -> None:
+    @contextmanager
+    def _coming(self) -> Iterator[None]:
+        """A request is read, and the model chosen that it is for."""
+        self._num_coming += 1
+        try:
+            yield
+        finally:
+            self._num_coming -= 1
+
+    async def _serve(
+        self, path: str, scope: Scope, receive: Receive, send: Send, buffer: Body, has_come: Callable[[], None]
+    ) -> None:
         headers, note = Headers(scope=scope), note_of(scope)
         account: Account | None = scope.get(TENANT_KEY)
         note.tenant = account.config.name if account is not None else ""
@@ -146,6 +162,7 @@ class ModelRouter:
         sequences = count_sequences(body) if account is not None else 1
         is_stream = not model.is_ready and asks_for_stream(path, body)
         asked = Asked(scope, path, len(body), sequences, is_stream)
+        has_come()
         del body  # from here on the app alone decides how long it lives
         async with self._access.enter(model, account, asked, receive, send) as entry:
             if entry is not None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,8 @@ from tokenpool.units import format_count
 logger = logging.getLogger(__name__)
 
 _TRACING_END_S = 2.0
+_ANSWERS_END_S = 2.0
+"""For answers to be sent once the pool has stopped, if nothing is left of `shutdown_timeout`."""
 Timers = list[threading.Timer]
 MakePool = Callable[[Starlette], Pool[Hosts]]
 """Makes the pool behind the port, given the app for pool-level paths; called on the event loop."""
@@ -86,13 +89,14 @@ async def _serve(
         if serving.done() and not stop.is_set():
             raise PoolError(f"the HTTP server has ended by itself: {_how_it_ended(serving)}")
     finally:
+        deadline_s = time.monotonic() + config.shutdown_timeout_s
         timers.append(end_after(config.shutdown_timeout_s + END_MARGIN_S))
         logger.info("draining: no new requests, at most %g s", config.shutdown_timeout_s)
         server.should_exit = True  # closes the listening socket and waits for open responses
         starting.cancel()
         await asyncio.wait({starting}, timeout=config.shutdown_timeout_s)
         await pool.stop()
-        await asyncio.wait({serving}, timeout=2.0)
+        await asyncio.wait({serving}, timeout=max(_ANSWERS_END_S, deadline_s - time.monotonic()))
         stopping.cancel()
         watch.stop()
 

@@ -108,8 +108,9 @@ class Pool(Generic[HostsT_co]):
             model.app.hold.close(_stopping)
         deadline = time.monotonic() + self.config.shutdown_timeout_s
         await self.router.let_through(self.config.shutdown_timeout_s)
-        clients = {model.name: model.client for model in self.models.values() if model.client is not None}
-        await asyncio.gather(*(let_finish(client, deadline - time.monotonic()) for client in clients.values()))
+        served = [model for model in self.models.values() if model.client is not None]
+        clients = {model.name: model.client for model in served if model.client is not None}
+        await asyncio.gather(*(let_finish(model, deadline - time.monotonic()) for model in served))
         await asyncio.gather(*(within(_CLOSE_S, f"closing model {name!r}", c.close()) for name, c in clients.items()))
         await self.hosts.stop()
         if self._watching is not None:

@@ -99,8 +99,7 @@ class PoolOperator:
             model.app.move(Life.DRAINING)  # from here on frontends drain it, and may say so at once
             if model.error is not None:
                 model.fail_requests()
-            if model.client is not None:  # a host that dies meanwhile comes back with the model and finishes
-                await let_finish(model.client, drain_s)
+            await let_finish(model, drain_s)  # a host that dies meanwhile comes back with the model and finishes
             async with self._models.changing:
                 await self._pool.hosts.remove(model)
                 series = self._models.remove(name)

@@ -115,3 +115,55 @@ def test_many_that_are_given_up_at_once_are_passed_over() -> None:
         await line.close()
 
     asyncio.run(test())
+
+
+def test_whoever_waits_behind_one_that_is_given_up_has_his_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not when a sequence of another tenant begins: he has none at the engine himself."""
+    monkeypatch.setattr(tenant_line, "LATE_S", 1000.0)
+
+    async def test() -> None:
+        line = Line()
+        line.come("dear")
+        await line.settle()
+        line.end("dear", 1e6)
+        for _ in range(ENGINE_QUEUE + 1):
+            line.come("cheap")
+        await line.settle()
+        line.come("dear")
+        await line.settle()
+        assert (line.has("cheap"), line.has("dear")) == (ENGINE_QUEUE, 0), "his turn comes after that of the other"
+        line.waiting["cheap"][-1].cancel()
+        await line.settle()
+        assert line.has("dear") == 1
+        await line.close()
+
+    asyncio.run(test())
+
+
+def test_calls_aside_that_are_given_up_leave_nothing_in_their_line() -> None:
+    """While those that have the places stay, as when what they ask for hangs."""
+
+    async def test() -> None:
+        line = TenantLine(lambda tenant: 1.0)
+        calls: list[Any] = [
+            SimpleNamespace(account=SimpleNamespace(config=SimpleNamespace(name="t")), held_s=0.0, spare=None)
+            for _ in range(10)
+        ]
+        gone = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        entering = [asyncio.create_task(line.enter_aside(call, receive)) for call in calls]
+        await asyncio.sleep(0)
+        gone.set()
+        came = await asyncio.gather(*entering)
+        assert came.count(True) == tenant_line.ASIDE_AT_ONCE
+        assert not line._aside["t"]._waiting
+        for call in calls:
+            if call.spare is not None:
+                call.spare.close()
+        assert line._aside["t"]._free == tenant_line.ASIDE_AT_ONCE
+
+    asyncio.run(test())

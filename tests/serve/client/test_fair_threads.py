@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenpool.serve.client import fair_threads
 from tokenpool.serve.client.fair_threads import FairThreads
 
 pytestmark = pytest.mark.cpu
@@ -86,3 +89,41 @@ def test_at_the_end_what_waits_is_cancelled_and_nothing_more_is_taken() -> None:
         fair.submit("b", lambda: True)
     ends.set()
     assert all(future.result(60) for future in blocking)
+
+
+def test_a_flood_that_is_given_up_is_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait, one that is cancelled is not compared with the others."""
+    num_compared = 0
+
+    class Counted(fair_threads._Task[Any]):
+        def __eq__(self, other: object) -> bool:
+            nonlocal num_compared
+            num_compared += 1
+            return self is other
+
+        __hash__ = object.__hash__
+
+    monkeypatch.setattr(fair_threads, "_Task", Counted)
+    fair, ends = threads(), threading.Event()
+    blocking = [fair.submit("a", lambda: ends.wait(60)) for _ in range(PLACES_EACH)]
+    waiting = [fair.submit("a", lambda: True) for _ in range(200)]
+    assert all(future.cancel() for future in reversed(waiting))
+    assert num_compared <= len(waiting)
+    ends.set()
+    assert all(future.result(60) for future in blocking)
+
+
+def test_a_thread_that_cannot_be_started_keeps_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked is told, as often as that is so; later there are as many places as before."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    fair = threads()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(PLACES + 1):
+            with contextlib.suppress(RuntimeError):
+                fair.submit("a", lambda: True).result(0)
+    assert fair.num_running == 0
+    assert fair.submit("a", lambda: True).result(60)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -118,6 +119,15 @@ def test_models_come_and_go_at_both(server: PoolServerProcess, tiny_models: Tiny
             assert 'vllm:generation_tokens_total{engine="0",model_name="qwen2"}' in text
     assert server.admin("DELETE", "/models/late").status_code == 404
     server.wait_until_idle()
+
+
+def test_a_model_that_many_add_at_once_is_there_once(server: PoolServerProcess, tiny_models: TinyModels) -> None:
+    """One of them adds it, which takes words of the frontends that they have to be asked by; the others are refused."""
+    spec = {"name": "wanted", "model": str(tiny_models.path("llama")), "args": server.pool["models"][0]["args"]}
+    with ThreadPoolExecutor(72) as threads:
+        answers = list(threads.map(lambda _: server.admin("POST", "/models", spec).status_code, range(72)))
+    assert sorted(answers) == [201, *[400] * 71]
+    assert server.admin("DELETE", "/models/wanted").status_code == 200
 
 
 def test_a_limit_counts_what_came_to_either(server: PoolServerProcess) -> None:

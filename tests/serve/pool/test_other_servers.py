@@ -267,6 +267,30 @@ def test_a_model_that_one_removes_lets_the_requests_of_all_finish(monkeypatch: p
     run(monkeypatch, test)
 
 
+def test_a_server_that_has_finished_waits_for_the_drain_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its limit for the hosts begins when that of the drain has passed."""
+
+    async def test(one: Server, two: Server) -> None:
+        await one.add("a")
+        client: Any = two.models["a"].client
+        client.waiting.append("request")
+
+        async def drain(limit_s: float) -> bool:
+            await until(lambda: not client.waiting)
+            return True
+
+        client.drain = drain
+        removing = asyncio.create_task(one.operator.remove_model("a", 600.0))
+        await until(lambda: two.states() == {"a": Life.DRAINING})
+        await asyncio.wait({removing}, timeout=0.5)  # ten times the limit for the hosts
+        client.waiting.clear()
+        await removing
+        assert one.states() == {}
+
+    monkeypatch.setattr(ray_hosts, "_UNLOAD_LIMIT_S", 0.05)
+    run(monkeypatch, test)
+
+
 def test_of_two_that_add_one_name_one_is_refused_and_serves_it_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(one: Server, two: Server) -> None:
         adding = [asyncio.create_task(server.add("a")) for server in (one, two)]

@@ -79,6 +79,7 @@ class Controller:
             snapshot=snapshot,
             num_hosts=self._hosts.num_wanted(),
             elastic=elastic_of(self._config, placement, record.max_loaded, hosts),
+            period_s=self._config.reconcile_period_s,
             models=kept.models if kept else record.models,
             servers=kept.servers if kept else (),
             identity=token_hex(4),
@@ -96,9 +97,8 @@ class Controller:
         self._lost: list[Peer] = []
         self._forgetting: dict[str, asyncio.Task[None]] = {}
         self._changed: asyncio.Condition | None = None
-        self._seen_version = -1
         self._ending: asyncio.Task[None] | None = None
-        self._is_stopping = False
+        self._seen_version, self._is_stopping = -1, False
         end_with_raylet()
 
     # -- hosts -------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ A round ends when nothing is missing, no host has a request, and the books of th
     lost           other streams that ended with an error, or without all their tokens
     wrong          streams with a token that is not plain vLLM's, the broken ones included, as far as they came
     duplicated     streams with more tokens than they asked for
-    refused        of requests for a token, on new connections to a server that was not killed: not answered
+    refused        of requests for a token, on new connections to a server that was not killed: not answered; a round
+                   has what came instead in its `refusals`
     hangs          hosts that were stopped, each of which was killed and replaced
     recovery_p99_s 99th percentile, over streams that waited, of the longest pause after the fault; a stream waited if
                    that is longer than any pause of it in the undisturbed run
@@ -40,7 +41,6 @@ A round ends when nothing is missing, no host has a request, and the books of th
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import random
 import signal
@@ -57,6 +57,7 @@ if not __package__:  # run as a script: only bench/ itself is on the path
 
 import yaml
 
+from bench.faults.asking import Asker
 from bench.faults.bed import NUM_HOSTS, Bed, Network, OneMachine, client_ports
 from bench.faults.streams import ADMIN_KEY, Expected, Player, Stream, judge, plain_answers
 from bench.parts import common
@@ -75,6 +76,8 @@ _CUT_S = 2 * FRONTEND_TIMEOUT_S
 _ENV = {**ENV, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TOKENPOOL_LOG_LEVEL": "INFO"}  # fmt: skip
 _HEAL_LIMIT_S = 300.0
+_NUM_REFUSALS = 20
+"""So many a round keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,8 @@ class Round:
     problems: Sequence[str]
     asked: int
     refused: int
+    refusals: Sequence[str]
+    """Of the first ones: when it was asked after the fault, for how long, where, and what came instead."""
     waited: int
     """Streams that the fault held up."""
     pause_max_s: float
@@ -150,7 +155,6 @@ class Rig(Player):
         super().__init__([serve(0), serve(1)], streams)
         self.waits: list[float] = []
         self._bed, self._serve, self._expected = bed, serve, expected
-        self._asked = self._refused = 0
         self._switching = ""
         """The host that was seen to move something."""
 
@@ -176,7 +180,8 @@ class Rig(Player):
             seen["tokens"] = sum(len(stream.tokens) for stream in streams)
             seen["hit"] = hit = await self._strike(kind, told, rng)
             seen["hit_s"] = time.monotonic()
-            seen["asking"] = asyncio.create_task(self._ask(hit))
+            seen["asker"] = asker = Asker(self._alive(hit))
+            seen["asking"] = asyncio.create_task(asker.run())
             if kind == "cut_server":  # its clients wait for it
                 await asyncio.sleep(_CUT_S)
                 self._bed.mend()
@@ -200,8 +205,9 @@ class Rig(Player):
             hit_after_s=round(hit_s - started_s, 3),
             tokens_before=seen["tokens"],
             **asdict(judge(streams, self._expected, hit.is_dead)),
-            asked=self._asked,
-            refused=self._refused,
+            asked=seen["asker"].asked,
+            refused=len(seen["asker"].refusals),
+            refusals=seen["asker"].refusals[:_NUM_REFUSALS],
             waited=len(waits),
             pause_max_s=round(max(pause for pause, _ in kept), 3),
             heal_s=round(heal_s, 3),
@@ -251,19 +257,10 @@ class Rig(Player):
         is_told = kind != "host_switch" or self._switching
         return Hit(name if is_told else f"{name}, no switch seen", gone_pid=hosts[name]["pid"])
 
-    async def _ask(self, hit: Hit) -> None:
-        """Ask for a token on new connections, of one model after the other, at a server that lives."""
+    def _alive(self, hit: Hit) -> common.Server:
+        """A server that was not killed, not as a whole."""
         is_gone = hit.server is not None and hit.ports is None
-        server = self.servers[1 - (hit.server or 0) if is_gone else hit.server or 0]
-        self._asked = self._refused = 0
-        for model in itertools.cycle(sorted(server.models)):
-            try:
-                body = {"model": model, "prompt": [5, 6, 7], "max_tokens": 1}
-                await asyncio.to_thread(server.get, "/v1/completions", body=body, limit_s=60.0)
-            except OSError:
-                self._refused += 1
-            self._asked += 1
-            await asyncio.sleep(0.05)
+        return self.servers[1 - (hit.server or 0) if is_gone else hit.server or 0]
 
     async def _mend(self, hit: Hit) -> None:
         """Put back what does not come back by itself."""

@@ -18,8 +18,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from bench import chaos
+from bench.faults.asking import Asker
 from bench.faults.bed import client_ports
 from bench.faults.streams import Stream, Verdict, judge
+from bench.parts import common
 
 pytestmark = pytest.mark.cpu
 
@@ -76,6 +78,53 @@ def test_what_a_server_says_instead_of_tokens_is_kept(status: int, chunks: list[
     asyncio.run(ask(given))
     assert given.problem.startswith(problem) and bool(given.problem) == bool(problem)
     assert given.tokens == (RIGHT if status == 200 else [])
+
+
+ANSWERS = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Answer(BaseHTTPRequestHandler):
+    def do_POST(self):
+        model = json.loads(self.rfile.read(int(self.headers["content-length"])))["model"]
+        if model != "cut":
+            self.send_response(503 if model == "refused" else 200)
+            self.end_headers()
+            self.wfile.write(b"{" if model == "half" else b'{"why": "no host"}')
+
+HTTPServer(("127.0.0.1", int(sys.argv[-1])), Answer).serve_forever()
+"""
+"""A server by whose models it depends what a request is answered."""
+
+
+def test_what_comes_instead_of_a_new_request_s_token_is_kept(tmp_path: Path) -> None:
+    """Status and body, or why there is none; an answer is no refusal."""
+    server = common.Server(("-c", ANSWERS), ["answered", "cut", "half", "refused"], tmp_path / "server.log")
+
+    async def ask() -> Asker:
+        asker = Asker(server)
+        asking = asyncio.create_task(asker.run())
+        while asker.asked < 4 or len(asker.refusals) < 3:
+            assert not asking.done()
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        return asker
+
+    def listens() -> bool:
+        with socket.socket() as sock:
+            return sock.connect_ex(("127.0.0.1", server.port)) == 0
+
+    try:
+        while not listens():
+            assert server.process.poll() is None, server.log.read_text()
+        asker = asyncio.run(ask())
+    finally:
+        server.close()
+    told = [refusal.partition(f", port {server.port}, ")[2] for refusal in asker.refusals]
+    assert told[0].startswith("cut: RemoteDisconnected: ")
+    assert told[1].startswith("half: JSONDecodeError: ")
+    assert told[2] == 'refused: status 503: {"why": "no host"}'
+    assert not [refusal for refusal in told if refusal.startswith("answered")]
 
 
 def test_each_kind_has_its_round_in_an_order_by_the_seed() -> None:

@@ -28,7 +28,7 @@ from tokenpool.cluster.host_actors import HostActors
 from tokenpool.cluster.host_keeper import HostKeeper
 from tokenpool.cluster.live_placement import placement_of
 from tokenpool.cluster.pool_record import KEEP_LIMIT_S, Kept, KeptWriter, PoolStanding, PoolStore
-from tokenpool.cluster.private_state import read_snapshot, write_private
+from tokenpool.cluster.private_state import OF_POOL, read_snapshot, write_private
 from tokenpool.cluster.raylet import beginning, end_with_raylet
 from tokenpool.cluster.reconcile import Reconciler
 from tokenpool.cluster.values import ClusterView, Deployment, HostReport, Order, Peer, StaleEpochError, Use
@@ -63,11 +63,11 @@ class Controller:
         record = self._record = self._store.read_record(identity)
         self._config = record.config
         self._path = snapshot_path(self._config, context.gcs_address)
-        kept = self._store.read() if context.was_current_actor_reconstructed else None
+        kept = self._store.read(identity) if context.was_current_actor_reconstructed else None
         self._file_models = kept.file_models if kept else record.file_models
         self._hosts = HostActors(record, namespace)
         self._leases = LeaseBook(record.tenant_slots)
-        snapshot = read_snapshot(self._path) if context.was_current_actor_reconstructed else None
+        snapshot = read_snapshot(self._path, identity) if context.was_current_actor_reconstructed else None
         if kept is not None and snapshot is not None:
             snapshot = kept.known(snapshot)
         placement, hosts = placement_of(self._config), kept.hosts if kept else HostsKept()
@@ -79,6 +79,7 @@ class Controller:
             snapshot=snapshot,
             num_hosts=self._hosts.num_wanted(),
             elastic=elastic_of(self._config, placement, record.max_loaded, hosts),
+            period_s=self._config.reconcile_period_s,
             models=kept.models if kept else record.models,
             servers=kept.servers if kept else (),
             identity=token_hex(4),
@@ -87,7 +88,7 @@ class Controller:
         )
         self._saved: dict[str, Any] | None = None
         self._kept: tuple[Any, ...] = ()
-        self._writer = KeptWriter(self._store.write)
+        self._writer = KeptWriter(lambda kept: self._store.write(identity, kept))
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: set[tuple[str, int]] = set()
         self._seen_hosts: set[str] = set()
@@ -96,9 +97,8 @@ class Controller:
         self._lost: list[Peer] = []
         self._forgetting: dict[str, asyncio.Task[None]] = {}
         self._changed: asyncio.Condition | None = None
-        self._seen_version = -1
         self._ending: asyncio.Task[None] | None = None
-        self._is_stopping = False
+        self._seen_version, self._is_stopping = -1, False
         end_with_raylet()
 
     # -- hosts -------------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ class Controller:
             return
         self._saved = snapshot
         try:
-            write_private(self._path, json.dumps(snapshot).encode())
+            write_private(self._path, json.dumps({**snapshot, OF_POOL: self._record.identity}).encode())
         except OSError as error:  # the next controller asks the hosts; it only takes longer
             logger.warning("snapshot not written path=%s: %s", self._path, error)
 

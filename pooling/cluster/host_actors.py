@@ -52,10 +52,11 @@ class HostActors:
         One that cannot be started now holds up no other one: it is still missing when this is called again.
 
         Ray places them when there is room, also on nodes that join later; for an actor without a node its autoscaler
-        adds one, with the labels that its kind asks for. One that a former controller started is found. Blocks, for any
-        thread.
+        adds one, with the labels that its kind asks for. One that a former controller started is found; one that was
+        killed for good, so that Ray does not restart it, is made anew. Blocks, for any thread.
         """
         controller = ray.get_actor(CONTROLLER, self._namespace)
+        self._forget_ended()
         if wanted is None:
             wanted = {f"host-{index}": ANY for index in range(self.num_wanted())}
         for name, kind in wanted.items():
@@ -66,6 +67,15 @@ class HostActors:
                     self._made[name] = self._make(name, kind, controller)
                 except Exception as error:  # such as Ray's, of labels that it does not take
                     logger.warning("host not started host=%s: %s", name, text_of(error)[:200])
+
+    def _forget_ended(self) -> None:
+        """Take those as missing that Ray knows no more; it knows what it restarts, and what it has no node for."""
+        found = ray.util.list_named_actors(all_namespaces=True)
+        there = {actor["name"] for actor in found if actor["namespace"] == self._namespace}
+        with self._making:
+            for name in [] if self._is_ending else self._made.keys() - there:
+                logger.warning("host was killed for good, another one is made host=%s", name)
+                del self._made[name]
 
     def _make(self, name: str, kind: Kind, controller: ActorHandle) -> ActorHandle:
         record = self._record

@@ -78,6 +78,11 @@ class Peers:
             self._known = {}
         return gone
 
+    def forgive(self, seconds: float, now_s: float) -> None:
+        """Count so much less of their silence: nobody could be heard."""
+        self._heard_s = {name: min(now_s, heard_s + seconds) for name, heard_s in self._heard_s.items()}
+        self._known_until_s += seconds
+
     def alone_s(self, now_s: float) -> float:
         """How long no server has been there."""
         return -math.inf if self._peers else now_s - self._alone_since_s

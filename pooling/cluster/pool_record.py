@@ -146,14 +146,14 @@ class PoolStore:
         """Keep it no longer."""
         self._delete(f"record-{identity}")
 
-    def read(self) -> Kept | None:
-        """What was kept for the next controller; None if nothing was."""
-        kept: Kept | None = self._get("kept")
-        return kept
+    def read(self, identity: str) -> Kept | None:
+        """What was kept for the next controller of the pool of that start; None if nothing was."""
+        whose, kept = self._get("kept") or ("", None)
+        return kept if whose == identity else None
 
-    def write(self, kept: Kept) -> None:
-        """Keep this for the next controller, in the place of what was kept before."""
-        self._put("kept", kept)
+    def write(self, identity: str, kept: Kept) -> None:
+        """Keep this for the next controller of that pool, in the place of what was kept before."""
+        self._put("kept", (identity, kept))
 
     def next_generation(self, host: str) -> int:
         """A number larger than that of any earlier actor of this name; Ray starts one at a time."""

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_BYTES = 16 << 20
+OF_POOL = "pool"
+"""Key of a snapshot: of which start of a pool it is."""
 
 
 class NotPrivateError(OSError):
@@ -35,11 +37,14 @@ def read_private(path: Path) -> bytes:
             return content.read(_MAX_BYTES)
 
 
-def read_snapshot(path: Path) -> dict[str, Any]:
-    """What a controller has written there; empty if that cannot be read, for hosts know it too."""
+def read_snapshot(path: Path, identity: str) -> dict[str, Any]:
+    """What a controller of the pool of that start has written there.
+
+    Empty if that cannot be read, for hosts know it too, or is of an earlier pool of that name.
+    """
     try:
         snapshot = json.loads(read_private(path))
-        return snapshot if isinstance(snapshot, dict) else {}
+        return snapshot if isinstance(snapshot, dict) and snapshot.get(OF_POOL) == identity else {}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

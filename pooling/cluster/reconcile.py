@@ -13,6 +13,7 @@ The hosts are the truth about what is loaded: a new controller takes seats over 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
@@ -48,11 +49,13 @@ class Reconciler(PoolState):
         snapshot: dict[str, Any] | None = None,
         num_hosts: int = 0,
         elastic: Elastic | None = None,
+        period_s: float = math.inf,
         **state: Any,
     ) -> None:
         """`snapshot` is that of the predecessor, empty if it left none; None = there was no predecessor.
 
-        A first controller waits for `num_hosts` hosts before it places models. See PoolState for `state`: `models`, the
+        A first controller waits for `num_hosts` hosts before it places models. `tick` is called every `period_s`; what
+        passes beyond two of them was no silence of others. See PoolState for `state`: `models`, the
         `servers` that the predecessor had, of which one that says nothing for `server_timeout_s` is gone, and what
         else it is given.
         """
@@ -64,6 +67,7 @@ class Reconciler(PoolState):
         self._order_limit_s = order_limit_s
         self._heard_s: dict[str, float] = {}
         self._elastic = elastic
+        self._period_s, self._ticked_s = period_s, now_s
         asked = () if snapshot is None or self.scaling is None else self.scaling.wanted
         self._expected = set((snapshot or {}).get("hosts", asked))
         self._num_hosts = num_hosts if snapshot is None else 0
@@ -230,6 +234,7 @@ class Reconciler(PoolState):
 
     def tick(self, now_s: float) -> list[Order]:
         """Decide; returns the orders to send now. Called once per period and after every event."""
+        self._forgive(now_s)
         for host, heard_s in list(self._heard_s.items()):
             if host in self.hosts and now_s - heard_s > self._host_timeout_s:
                 self.host_lost(host, f"no word for {now_s - heard_s:.1f} s")
@@ -245,6 +250,13 @@ class Reconciler(PoolState):
         if self._elastic is not None:
             self._note_hosts(self._elastic.look(self, now_s))
         return self._orders(now_s)
+
+    def _forgive(self, now_s: float) -> None:
+        """Count no time in which this controller stood still: what others said meanwhile is yet to be heard."""
+        still_s, self._ticked_s = now_s - self._ticked_s - 2 * self._period_s, now_s
+        if still_s > 0:
+            self._heard_s = {host: min(now_s, heard_s + still_s) for host, heard_s in self._heard_s.items()}
+            self.peers.forgive(still_s, now_s)
 
     def _settled(self, now_s: float) -> bool:
         """Whether enough is known to decide: hosts said what they have, and former servers that they are there."""

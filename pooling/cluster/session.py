@@ -180,6 +180,11 @@ class Session:
             self._hosts[name] = await self._find_actor(name)
         return self._hosts[name]
 
+    def look_again(self, host: str, error: Exception) -> None:
+        """A call to a host's actor failed: the pool makes another one of that name where it was killed for good."""
+        if isinstance(error, self._ray.exceptions.ActorDiedError):
+            self._hosts.pop(host, None)
+
     async def _find_actor(self, name: str) -> Any:
         """An actor of the pool; raises ValueError if there is none. However many ask for it, one thread waits."""
         if (finding := self._finding.get(name)) is None:

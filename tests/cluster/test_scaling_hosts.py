@@ -229,6 +229,14 @@ class StandInRay:
         self.refused: set[str] = set()
         self.started: list[str] = []
 
+    @property
+    def util(self) -> StandInRay:
+        return self
+
+    def list_named_actors(self, all_namespaces: bool) -> list[dict[str, str]]:
+        names = [*((name, "pool") for name in self.started), *((f"host-{i}", "other") for i in range(9))]
+        return [{"name": name, "namespace": namespace} for name, namespace in names]
+
     def get_actor(self, name: str, namespace: str) -> object:
         return object()
 

@@ -74,6 +74,7 @@ class HostQuestions:
             async with asyncio.timeout(_LOOK_LIMIT_S if method in _LOOKS else _CALL_LIMIT_S):
                 return await (await self._session.host(name)).call.remote(method, *args)
         except Exception as error:
+            self._session.look_again(name, error)
             cause = getattr(error, "cause", None)
             if isinstance(cause, Exception):
                 raise cause from error

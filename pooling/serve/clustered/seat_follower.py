@@ -58,6 +58,8 @@ class SeatFollower(ABC):
         self._overdue: frozenset[str] = frozenset()  # engines that nobody should count on now
         self._tell = tell
         self._on_change = on_change
+        self._anew: set[Key] = set()  # engines that are joined once more, because they have forgotten this server
+        self._seen: dict[Key, SeatState] = {}  # seats of this version, by the last view
         self._machines: dict[Key, str] = {}
         self._joining: dict[Key, asyncio.Task[None]] = {}
         self._leaving: dict[Key, asyncio.Task[None]] = {}
@@ -99,8 +101,9 @@ class SeatFollower(ABC):
 
     @property
     def is_served(self) -> bool:
-        """Whether a host takes its requests that can be counted on."""
-        return self.client is not None and any(host not in self._overdue for host in self.hosts)
+        """Whether a host takes its requests that can be counted on, or is about to take them again."""
+        engines = {*self.hosts, *map(name_of, self._anew)}
+        return self.client is not None and any(engine not in self._overdue for engine in engines)
 
     def standing(self, view: ModelView) -> dict[str, str]:
         """Where it stands, by host; `serving` where requests are sent, `joining` where they are about to be."""
@@ -124,11 +127,13 @@ class SeatFollower(ABC):
         there = {(host, seat.life) for host, seat in seats.items()}
         for key in [key for key in self._joining if lives.get(key[0]) != key[1] or key not in there]:
             self._forget(key, blame=view is None or key[0] not in view.silent)
-        for host, seat in seats.items():
-            if seat.version == self.version:
-                self._follow((host, seat.life), seat)
-        is_tried = any(seat.version == self.version for seat in seats.values())
-        self.error = self._fatal or self._reason() or (view.error if view is not None and not is_tried else None)
+        own = {(host, seat.life): seat for host, seat in seats.items() if seat.version == self.version}
+        self._seen = {key: seat.state for key, seat in own.items()}
+        serving = {key for key, state in self._seen.items() if state is SeatState.SERVING}
+        self._anew = {key for key in self._anew & serving if lives.get(key[0]) == key[1]}
+        for key, seat in own.items():
+            self._follow(key, seat)
+        self.error = self._fatal or self._reason() or (view.error if view is not None and not own else None)
         self._notify()
 
     def _reason(self) -> Exception | None:
@@ -141,8 +146,10 @@ class SeatFollower(ABC):
         self.changed.set()
 
     def attach_anew(self) -> None:
-        """Hosts have forgotten this server: its requests go on once they are attached again."""
+        """Hosts have forgotten this server: its requests, and those that come, go on once they are attached again."""
         for key in list(self._joining):
+            if name_of(key) in self.hosts:
+                self._anew.add(key)
             self._forget(key, blame=False)
 
     def say_joined(self) -> None:
@@ -181,6 +188,9 @@ class SeatFollower(ABC):
                 break
             except Exception as error:  # such as a host that has just ended; the next view says so
                 failures += 1
+                if key in self._anew:
+                    self._anew.discard(key)
+                    self._notify()
                 if str(error) != told:  # it is tried five times a second
                     told = str(error)
                     logger.warning("host cannot be joined model=%s host=%s: %s", name, key[0], told)
@@ -193,6 +203,7 @@ class SeatFollower(ABC):
                     self._notify()
                 await asyncio.sleep(RETRY_S)
         self._unreachable.pop(key, None)
+        self._anew.discard(key)
         self.error = self._fatal or self._reason()
         logger.info("host joined model=%s host=%s life=%s", name, *key)
         self._notify()
@@ -204,6 +215,9 @@ class SeatFollower(ABC):
 
     async def _leave(self, key: Key) -> None:
         try:
+            while self._is_needed(key):
+                self.changed.clear()
+                await self.changed.wait()
             if task := self._joining.pop(key, None):
                 task.cancel()
             was_there = name_of(key) in self.hosts
@@ -216,6 +230,19 @@ class SeatFollower(ABC):
             self._machines.pop(key, None)
             del self._leaving[key]
             self._notify()
+
+    def _is_needed(self, key: Key) -> bool:
+        """Whether an engine that is to be left is the only one to count on, while another one is about to be joined.
+
+        A model that moves is loaded on its new host by then, or nearly so. Without any engine new requests are refused.
+        """
+        if self._seen.get(key) is not SeatState.LEAVING or name_of(key) not in self.hosts or self._fatal is not None:
+            return False
+        loading = [other for other, state in self._seen.items() if state is SeatState.LOADING]
+        serving = [other for other, state in self._seen.items() if state is SeatState.SERVING]
+        if any(name_of(other) in self.hosts and name_of(other) not in self._overdue for other in serving):
+            return False
+        return bool(loading) or any(other in self._joining and other not in self._unreachable for other in serving)
 
     async def _say(self, method: str, *args: Any) -> None:
         try:

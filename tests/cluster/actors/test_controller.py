@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,23 +46,25 @@ class StandInContext:
 
 
 RECORD = PoolRecord("pool-1", ClusterConfig(hosts=1), {"device_memory": 64, "page_size": 1})
+OTHER = replace(RECORD, identity="pool-2")
+"""Of a pool that was started later, with the same name."""
 
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Controller]:
     """Starts a controller on a node; all of them have one store."""
-    kept: dict[str, Any] = {f"record-{RECORD.identity}": RECORD}
+    kept: dict[str, Any] = {f"record-{record.identity}": record for record in (RECORD, OTHER)}
     monkeypatch.setattr(PoolStore, "_get", lambda self, name: kept.get(name))
     monkeypatch.setattr(PoolStore, "_put", lambda self, name, value: kept.update({name: value}))
     for module in (controller, host_actor):
         monkeypatch.setattr(module, "log_to_stderr", lambda: None)
         monkeypatch.setattr(module, "end_with_raylet", lambda: None)
 
-    def started(node: str = "a", is_restarted: bool = False) -> Controller:
+    def started(node: str = "a", is_restarted: bool = False, record: PoolRecord = RECORD) -> Controller:
         context = StandInContext(is_restarted)
         monkeypatch.setattr(controller, "ray", SimpleNamespace(get_runtime_context=lambda: context))
         monkeypatch.setattr(controller, "snapshot_path", lambda *_: tmp_path / node / "snapshot.json")
-        return Controller(RECORD.identity, "pool")
+        return Controller(record.identity, "pool")
 
     return started
 
@@ -80,6 +83,25 @@ def test_a_host_is_drained_for_the_next_controller_on_whatever_node(start: Calla
         return found
 
     assert asyncio.run(asyncio.wait_for(main(), WAIT_LIMIT_S)) == [set(), {"host-0"}, set()]
+
+
+@pytest.mark.parametrize("is_kept", [True, False], ids=["kept by Ray", "a file of the node"])
+def test_a_controller_takes_nothing_from_an_earlier_pool_of_its_name(
+    is_kept: bool, start: Callable[..., Controller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose controller was killed, or was on another node when it ended: what it had says nothing of this one."""
+    if not is_kept:
+        monkeypatch.setattr(PoolStore, "write", lambda *_: None)
+
+    async def main() -> list[Controller]:
+        first = start()
+        first.reconciler.host_reported(HostReport("host-0", "life", 0, device_memory=64), 1.0)
+        await first.drain("host-0", True)
+        return [start(is_restarted=True), start(is_restarted=True, record=OTHER)]
+
+    own, other = asyncio.run(asyncio.wait_for(main(), WAIT_LIMIT_S))
+    assert (own.reconciler.draining, own.reconciler.epoch) == ({"host-0"}, 2)
+    assert (other.reconciler.draining, other.reconciler.epoch) == (set(), 1)
 
 
 @pytest.fixture

@@ -68,3 +68,55 @@ def test_a_host_with_many_orders_and_former_controllers_answers() -> None:
         capture_output=True, text=True, timeout=4 * WAIT_LIMIT_S,
     )  # fmt: skip
     assert done.stdout.splitlines()[-2:] == ["attach_at is answered", "0 [True] have seen the end"], done.stderr[-2000:]
+
+
+_KILLED = """
+import asyncio, ray
+from tests.cluster.actors.test_host_actor import StandInHost
+from tokenpool.cluster import host_actors
+from tokenpool.cluster.pool_record import CONTROLLER, PoolRecord
+from tokenpool.cluster.session import Session
+from tokenpool.cluster_config import ClusterConfig
+from tokenpool.host_kinds import ANY
+from tokenpool.serve.clustered.host_questions import HostQuestions
+
+ray.init(address="local", namespace="tokenpool-a", num_cpus=2, object_store_memory=80 << 20, include_dashboard=False)
+host_actors.HostActor = StandInHost
+made = ray.remote(concurrency_groups=host_actors.THREADS)(StandInHost)
+controller = made.options(name=CONTROLLER, num_cpus=0).remote()
+hosts = host_actors.HostActors(PoolRecord("p", ClusterConfig(hosts=3), {}), "tokenpool-a")
+wanted = {"host-0": ANY, "host-1": ANY, "host-2": ("gpu=none",)}
+hosts.start_missing(wanted)
+first = dict(hosts._made)
+calls = {host.call.remote("attach_at"): name for name, host in first.items()}
+running = [calls[answer] for answer in ray.wait(list(calls), num_returns=2, timeout=60)[0]]
+print(len(running), "of", len(first), "have a node")
+
+async def ask(times):
+    for _ in range(times):
+        print((await asyncio.gather(asking.ask_one(running[0], "attach_at"), return_exceptions=True))[0])
+
+asking, loop = HostQuestions(Session(ClusterConfig(name="a"), owns_ray=True)), asyncio.new_event_loop()
+loop.run_until_complete(ask(1))
+ray.kill(first[running[0]], no_restart=True)
+while running[0] in [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]:
+    pass
+hosts.start_missing(wanted)
+print([name for name, host in hosts._made.items() if host is not first[name]] == running[:1])
+loop.run_until_complete(ask(2))
+"""
+
+
+def test_a_host_that_was_killed_for_good_is_made_anew() -> None:
+    """Ray restarts it no more, so the pool would have one host less for ever; one that Ray has no room for stays.
+
+    A server that has asked the first one finds the other one.
+    """
+    pytest.importorskip("ray")
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED], cwd=REPOSITORY, env={**os.environ, **ENV, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, timeout=4 * WAIT_LIMIT_S,
+    )  # fmt: skip
+    told = done.stdout.splitlines()
+    assert told[:3] == ["2 of 3 have a node", "attach_at is answered", "True"], done.stderr[-2000:]
+    assert told[3].endswith("does not answer attach_at: ActorDiedError") and told[4] == told[1]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,9 +25,9 @@ pytestmark = pytest.mark.cpu
 OTHER = Peer("other", 128, 2, "10.0.0.8", 8)
 
 
-def both(*models: str) -> Rig:
-    """A pool with one host and two servers."""
-    rig = Rig(MemoryHost("h0"))
+def both(*models: str, hosts: Sequence[str] = ("h0",), period_s: float = math.inf) -> Rig:
+    """A pool with one host, or these, and two servers."""
+    rig = Rig(*map(MemoryHost, hosts), period_s=period_s)
     rig.want([deployment(name) for name in models])
     rig.control.join(OTHER, rig.now_s)
     rig.settle()
@@ -58,6 +60,23 @@ def test_a_server_that_died_keeps_no_seat():
         rig.carry_out(order)
     assert (rig.loaded(), rig.control.gone) == ({"h0": []}, [OTHER])
     assert rig.actions().count("frontend_lost") == 1
+
+
+def test_nobody_is_lost_because_the_controller_stood_still():
+    """It has heard nobody meanwhile; the first word that it hears then is no sign that the others are silent."""
+    rig = both("a", hosts=["h0", "h1"], period_s=0.25)
+    seats = dict(rig.control.seats)
+    rig.now_s += 60.0
+    rig.control.host_reported(rig.hosts["h0"].report(rig.now_s), rig.now_s)
+    rig.control.tick(rig.now_s)
+    assert dict(rig.control.seats) == seats and rig.control.hosts.keys() == {"h0", "h1"}
+    assert rig.control.peers.names == {"front", "other"}
+    for _ in range(60):  # it runs, and two say nothing
+        rig.now_s += 0.25
+        rig.control.host_reported(rig.hosts["h0"].report(rig.now_s), rig.now_s)
+        rig.control.peers.beat("front", rig.now_s)
+        rig.control.tick(rig.now_s)
+    assert rig.control.hosts.keys() == {"h0"} and rig.control.peers.names == {"front"}
 
 
 def test_a_model_is_withdrawn_once_all_servers_have_drained_it():

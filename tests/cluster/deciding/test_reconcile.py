@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -87,8 +88,11 @@ class Rig:
         placement: Placement | None = None,
         models: Sequence[Deployment] = (),
         max_loaded: int | None = None,
+        period_s: float = math.inf,
     ) -> None:
+        """`tick` is expected every `period_s`."""
         self.now_s = 100.0
+        self.period_s = period_s
         self.placement = placement
         self.max_loaded = max_loaded
         self.hosts = {host.name: host for host in hosts}
@@ -101,7 +105,7 @@ class Rig:
         return Reconciler(
             self.placement or KeepReplicas(self.replicas), host_timeout_s=5.0, now_s=self.now_s, snapshot=snapshot,
             identity=identity, num_hosts=num_hosts, models=models, wall_clock=lambda: self.now_s,
-            max_loaded=self.max_loaded,
+            max_loaded=self.max_loaded, period_s=self.period_s,
         )  # fmt: skip
 
     def replace_controller(self, snapshot: dict[str, Any] | None, identity: str = "second") -> Reconciler:

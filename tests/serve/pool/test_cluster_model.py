@@ -223,6 +223,133 @@ def test_a_frontend_is_attached_to_engines_that_serve_and_to_no_others() -> None
         asyncio.run(test())
 
 
+@pytest.mark.parametrize("end", ["joined", "removing", "lost", "unreachable", "not wanted"])
+def test_a_model_that_moves_is_served_until_its_new_host_has_been_joined(end: str) -> None:
+    """By the host that it leaves, however long the join takes, unless nothing comes of it or that host is cleared."""
+    from tokenpool.serve.clustered import seat_follower
+    from tokenpool.serve.clustered.seat_follower import Key, SeatFollower, name_of
+
+    class Model(SeatFollower):
+        joined: Any = ()
+
+        @property
+        def hosts(self) -> Any:
+            return self.joined
+
+        async def _connect(self, key: Key, machine: str) -> None:
+            if key[0] == "h1":
+                await may_join.wait()
+                if end == "unreachable":
+                    raise HostError("no engine said it is ready")
+            self.joined, self.client = (*self.joined, name_of(key)), object()
+
+        async def _disconnect(self, key: Key) -> None:
+            self._lose(key)
+
+        def _lose(self, key: Key, blame: bool = True) -> None:
+            self.joined = tuple(name for name in self.joined if name != name_of(key))
+
+    may_join, told, served = asyncio.Event(), list[str](), list[bool]()
+
+    async def tell(method: str, model: str, host: str, *_: Any) -> None:
+        told.append(f"{method} {host}")
+
+    async def settle() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def test() -> None:
+        plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        model = Model(plan, 1, tell, lambda follower: served.append(follower.is_served))
+        lives = {"h0": "x", "h1": "y"}
+
+        async def see(**states: SeatState) -> None:
+            seats = {host: SeatView(lives[host], state, 1, "address", "machine") for host, state in states.items()}
+            model.apply(ModelView(1, seats), lives, {})
+            await settle()
+
+        await see(h0=SeatState.SERVING)
+        served.clear()
+        await see(h0=SeatState.SERVING, h1=SeatState.LOADING)
+        await see(h0=SeatState.LEAVING, h1=SeatState.LOADING)  # the host reported it before its order was answered
+        await see(h0=SeatState.LEAVING, h1=SeatState.SERVING)
+        assert (told, model.joined, set(served)) == (["joined h0"], ("h0/x",), {True})
+        if end == "joined":
+            may_join.set()
+            await settle()
+            assert (told[1:], model.joined, set(served)) == (["joined h1", "left h0"], ("h1/y",), {True})
+            return
+        if end == "removing":
+            await see(h0=SeatState.REMOVING, h1=SeatState.SERVING)
+        elif end == "lost":
+            del lives["h1"]
+            model.apply(ModelView(1, {"h0": SeatView("x", SeatState.LEAVING, 1, "address", "machine")}), lives, {})
+        elif end == "not wanted":
+            await see(h0=SeatState.LEAVING, h1=SeatState.LEAVING)
+        may_join.set()
+        while "left h0" not in told:
+            await asyncio.sleep(0)
+        assert "h0/x" not in model.joined
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seat_follower, "RETRY_S", 0.0)
+        asyncio.run(asyncio.wait_for(test(), 20))
+
+
+@pytest.mark.parametrize("end", ["joined", "failed", "lost", "removing"])
+def test_requests_wait_while_a_server_that_was_given_up_is_attached_anew(end: str) -> None:
+    """Hosts have forgotten it, and are there: new requests go to them in a moment, unless the first attempt fails."""
+    from tokenpool.serve.clustered import seat_follower
+    from tokenpool.serve.clustered.seat_follower import Key, SeatFollower, name_of
+
+    may_join, served = asyncio.Event(), list[bool]()
+
+    class Model(SeatFollower):
+        hosts: Any = ()
+
+        async def _connect(self, key: Key, machine: str) -> None:
+            if self.client is not None:
+                await may_join.wait()
+                if end == "failed":
+                    raise HostError("no engine said it is ready")
+            self.hosts, self.client = (name_of(key),), object()
+
+        async def _disconnect(self, key: Key) -> None: ...
+
+        def _lose(self, key: Key, blame: bool = True) -> None:
+            self.hosts = ()
+
+    async def tell(method: str, *_: Any) -> None: ...
+
+    async def test() -> None:
+        plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        model = Model(plan, 1, tell, lambda follower: served.append(follower.is_served))
+
+        async def see(*states: SeatState) -> None:
+            seats = {f"h{i}": SeatView("x", state, 1, "address", "machine") for i, state in enumerate(states)}
+            model.apply(ModelView(1, seats), dict.fromkeys(seats, "x"), {})
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        await see(SeatState.SERVING)
+        served.clear()
+        model.attach_anew()
+        await see(SeatState.SERVING)
+        assert (model.hosts, set(served), model.is_served) == ((), {True}, True)
+        if end in ("lost", "removing"):
+            await see(*[SeatState.REMOVING] * (end == "removing"))
+            assert not model.is_served and served[-1] is False
+            return
+        may_join.set()
+        await see(SeatState.SERVING)
+        assert (model.hosts, set(served)) == ((("h0/x",), {True}) if end == "joined" else ((), {True, False}))
+        await model.close()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seat_follower, "RETRY_S", 60.0)
+        asyncio.run(asyncio.wait_for(test(), 20))
+
+
 def test_a_seat_is_left_only_when_all_frontends_have_left_it_this_time() -> None:
     """What a frontend said late, of an earlier seat on the same host, does not count for the next one."""
     from tokenpool.serve.frontends.shared_cluster import SharedModel

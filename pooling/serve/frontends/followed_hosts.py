@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Mapping
@@ -158,7 +157,7 @@ class FollowedHosts:
 
     async def ask_as_this(self, method: str, *args: Any) -> Any:
         """Call the supervisor, which is told who calls."""
-        return await self.ask(method, self.settings.index, os.getpid(), *args)
+        return await self.ask(method, self.settings.index, self.settings.life, *args)
 
     async def _follow(self) -> None:
         version = -1

@@ -30,7 +30,8 @@ class FrontendSettings:
     """Of this node in a cluster; empty without one."""
     first_index: int = 0
     """Of the indexes by which engines know the frontends of this server."""
-
+    life: int = 0
+    """Which of all frontends that the supervisor has started this is; an index or a pid comes again."""
     supervisor_pid: int = field(default_factory=os.getpid)
     """With it the frontend ends, however it ends."""
 
@@ -44,9 +45,9 @@ class FrontendSettings:
         """The supervisor's socket."""
         return os.path.join(self.folder, "supervisor")
 
-    def own_socket(self, pid: int) -> str:
-        """The socket at which the frontend with this pid answers."""
-        return os.path.join(self.folder, f"frontend-{pid}")
+    def own_socket(self, life: int) -> str:
+        """The socket at which the frontend of this life answers."""
+        return os.path.join(self.folder, f"frontend-{life}")
 
     @property
     def limits(self) -> str:

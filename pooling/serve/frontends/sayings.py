@@ -16,13 +16,13 @@ class Sayings:
 
     def __init__(self, num_frontends: int) -> None:
         self.up: dict[int, int] = {}
-        """Pids of the frontends that asked for a view, by index."""
+        """Lives of the frontends that asked for a view, by index; what others say comes late and counts for nothing."""
         self.has_started = False
         """Whether the pool has: before, those count, too, that are still starting."""
         self.news = asyncio.Condition()
         """Told of whatever frontends say, and of what they are to see."""
         self._num_frontends = num_frontends
-        self._said: set[tuple[str, int, str, tuple[Any, ...]]] = set()  # what, pid, model, where
+        self._said: set[tuple[str, int, str, tuple[Any, ...]]] = set()  # what, life, model, where
         self._failures: dict[str, PoolError] = {}
 
     async def notify(self) -> None:
@@ -30,10 +30,11 @@ class Sayings:
         async with self.news:
             self.news.notify_all()
 
-    async def say(self, what: str, pid: int, model: str, *where: Any) -> None:
+    async def say(self, what: str, life: int, model: str, *where: Any) -> None:
         """A frontend says something of a model, there."""
-        self._said.add((what, pid, model, where))
-        await self.notify()
+        if life in self.up.values():
+            self._said.add((what, life, model, where))
+            await self.notify()
 
     async def fail(self, model: str, error: PoolError) -> None:
         """A frontend could not join a model; it will try again."""
@@ -45,10 +46,10 @@ class Sayings:
         self._said = {said for said in self._said if said[2:] != (model, where)}
         self._failures.pop(model, None)
 
-    def forget(self, index: int, pid: int) -> None:
+    def forget(self, index: int, life: int) -> None:
         """A frontend is gone."""
         self.up.pop(index, None)
-        self._said = {said for said in self._said if said[1] != pid}
+        self._said = {said for said in self._said if said[1] != life}
 
     async def all_say(self, what: str, model: str, *where: Any, unless: Callable[[], object] = lambda: None) -> None:
         """Wait until all frontends have said it, or `unless` raises."""
@@ -65,9 +66,9 @@ class Sayings:
 
     def have_all_said(self, what: str, model: str, *where: Any) -> bool:
         """Whether all frontends have said it."""
-        pids = self.up.values()
-        is_complete = self.has_started or len(pids) == self._num_frontends
-        return is_complete and all((what, pid, model, where) in self._said for pid in pids)
+        lives = self.up.values()
+        is_complete = self.has_started or len(lives) == self._num_frontends
+        return is_complete and all((what, life, model, where) in self._said for life in lives)
 
     def why_failed(self, model: str) -> str:
         """What a frontend said last that could not join the model; empty if none did."""

@@ -119,13 +119,15 @@ class SharedCluster:
         """See SharedHosts."""
         return [self.loads, self.ask_hosts, self.attach, self.left]
 
-    async def attach(self, index: int, pid: int, model: str, host: str, life: str, endpoints: Endpoints) -> None:
+    async def attach(self, index: int, life: int, model: str, host: str, host_life: str, endpoints: Endpoints) -> None:
         """Let a model's engine on a host serve that frontend too, which listens at `endpoints`."""
-        await self._hosts.attach(model, host, life, endpoints, index)
+        if self._sayings.up.get(index) != life:
+            raise HostError("this frontend is gone, and another one has its index")
+        await self._hosts.attach(model, host, host_life, endpoints, index)
 
-    async def left(self, index: int, pid: int, model: str, *where: str) -> None:
+    async def left(self, index: int, life: int, model: str, *where: str) -> None:
         """A frontend has nothing at a model's engine there any more."""
-        await self._sayings.say("left", pid, model, *where)
+        await self._sayings.say("left", life, model, *where)
 
     async def loads(self) -> dict[str, Any]:
         """What hosts told last of their queues."""

@@ -33,6 +33,7 @@ Key = tuple[str, str]
 _births = itertools.count(1)
 RETRY_S = 0.2
 """Between two attempts."""
+_SAY_LIMIT_S = 10.0
 _MANY_FAILURES = 10
 """So many attempts in a row may fail to join an engine before that is told as the model's error."""
 
@@ -218,10 +219,15 @@ class SeatFollower(ABC):
             self._notify()
 
     async def _say(self, method: str, *args: Any) -> None:
-        try:
-            await self._tell(method, self.plan.spec.name, *args)
-        except Exception as error:  # a controller that is being restarted will ask again
-            logger.debug("controller does not hear %s: %s", method, error)
+        """Tell what somebody waits for, again until it is heard; whoever knows better cancels this."""
+        while not self._is_closed:
+            try:
+                async with asyncio.timeout(_SAY_LIMIT_S):
+                    await self._tell(method, self.plan.spec.name, *args)
+                return
+            except Exception as error:  # such as a controller that is being restarted
+                logger.debug("nobody hears %s model=%s: %s", method, self.plan.spec.name, error)
+                await asyncio.sleep(RETRY_S)
 
     async def close(self) -> None:
         """End what goes on here; who waits for a host hears that there will be none."""

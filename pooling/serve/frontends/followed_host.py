@@ -121,7 +121,8 @@ class HostEngines:
             client.lost(host.name)
             return
         self._joined[model.name] = host.pid, standing.birth
-        await self._hosts.ask_as_this("joined", model.name, host.pid, standing.birth)
+        joined = host.pid, standing.birth
+        await self._hosts.say("joined", model.name, *joined, while_so=lambda: self._joined.get(model.name) == joined)
 
     async def close(self, model: PoolModel) -> None:
         """See Engines."""

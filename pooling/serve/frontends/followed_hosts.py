@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.2
 """Between two attempts."""
+_SAY_LIMIT_S = 5.0
+"""For the supervisor to hear a word that costs it nothing."""
 _FINISH_LOOK_S = 0.02
 _USES_PERIOD_S = 0.25
 
@@ -159,6 +161,16 @@ class FollowedHosts:
         """Call the supervisor, which is told who calls."""
         return await self.ask(method, self.settings.index, self.settings.life, *args)
 
+    async def say(self, method: str, *args: Any, while_so: Callable[[], bool]) -> None:
+        """Tell the supervisor what it waits for, again until it hears, as long as it is so."""
+        while while_so():
+            try:
+                await self.ask(method, self.settings.index, self.settings.life, *args, timeout_s=_SAY_LIMIT_S)
+                return
+            except PoolError as error:
+                logger.warning("the supervisor does not hear %s: %s", method, error)
+                await asyncio.sleep(_RETRY_S)
+
     async def _follow(self) -> None:
         version = -1
         while True:
@@ -241,7 +253,7 @@ class FollowedHosts:
             model.fail_requests(standing.reason)
         if model.client is not None:
             await let_finish(model.client, standing.drain_s)
-        await self.ask_as_this("drained", model.name)
+        await self._say_drained(model)
 
     async def _rest(self, model: PoolModel) -> None:
         """Let it finish what it has, which may take any time, and say so, unless that is called off."""
@@ -249,7 +261,10 @@ class FollowedHosts:
             await asyncio.sleep(_FINISH_LOOK_S)
             if not model.app.is_resting:
                 return
-        await self.ask_as_this("drained", model.name)
+        await self._say_drained(model)
+
+    async def _say_drained(self, model: PoolModel) -> None:
+        await self.say("drained", model.name, while_so=lambda: model.app.state == Life.DRAINING)
 
     async def chill(self, model: PoolModel) -> None:
         """Close what this frontend has of a model whose engine is gone."""

@@ -223,6 +223,45 @@ def test_a_frontend_is_attached_to_engines_that_serve_and_to_no_others() -> None
         asyncio.run(test())
 
 
+def test_what_a_follower_has_done_is_told_until_it_is_heard() -> None:
+    """Joined and left, whoever is away for a while."""
+    from tokenpool.serve.clustered import seat_follower
+    from tokenpool.serve.clustered.seat_follower import Key, SeatFollower
+
+    class Model(SeatFollower):
+        hosts: Any = ()
+
+        async def _connect(self, key: Key, machine: str) -> None:
+            self.hosts = ("h0/x",)
+
+        async def _disconnect(self, key: Key) -> None:
+            self.hosts = ()
+
+        def _lose(self, key: Key, blame: bool = True) -> None:
+            raise AssertionError("nothing is lost")
+
+    told: list[str] = []
+
+    async def tell(method: str, *_: Any) -> None:
+        told.append(method)
+        if told.count(method) <= 2:
+            raise HostError("it is away")
+
+    async def test() -> None:
+        plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
+        model = Model(plan, 1, tell, lambda _: None)
+        for state, said in ((SeatState.SERVING, "joined"), (SeatState.LEAVING, "left")):
+            model.apply(ModelView(1, {"h0": SeatView("x", state, 1, "address", "machine")}), {"h0": "x"}, {})
+            async with asyncio.timeout(20):
+                while told.count(said) < 3:
+                    await asyncio.sleep(0.001)
+        assert told == ["joined"] * 3 + ["left"] * 3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seat_follower, "RETRY_S", 0.0)
+        asyncio.run(test())
+
+
 def test_a_seat_is_left_only_when_all_frontends_have_left_it_this_time() -> None:
     """What a frontend said late, of an earlier seat on the same host, does not count for the next one."""
     from tokenpool.serve.frontends.shared_cluster import SharedModel

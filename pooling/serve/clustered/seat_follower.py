@@ -175,7 +175,7 @@ class SeatFollower(ABC):
         self._notify()
 
     async def _join(self, key: Key, machine: str) -> None:
-        name, failures, told = self.plan.spec.name, 0, ""
+        name, failures, told, where = self.plan.spec.name, 0, "", self._where(key)
         while True:
             try:
                 await self._connect(key, machine)
@@ -197,13 +197,18 @@ class SeatFollower(ABC):
         self.error = self._fatal or self._reason()
         logger.info("host joined model=%s host=%s life=%s", name, *key)
         self._notify()
-        await self._say("joined", *key)
+        await self._say("joined", *where)
+
+    def _where(self, key: Key) -> tuple[Any, ...]:
+        """What names the engine there, as it is now, to those who are told of it."""
+        return key
 
     async def _give_up(self) -> None:
         """No host can help this process."""
         self._notify()
 
     async def _leave(self, key: Key) -> None:
+        where = self._where(key)
         try:
             if task := self._joining.pop(key, None):
                 task.cancel()
@@ -212,10 +217,12 @@ class SeatFollower(ABC):
             await self._disconnect(key)
             if was_there:
                 logger.info("host left model=%s host=%s life=%s", self.plan.spec.name, *key)
-            await self._say("left", *key)
+            await self._say("left", *where)
         finally:
-            self._machines.pop(key, None)
-            del self._leaving[key]
+            if key not in self._joining:  # else there is another engine by now
+                self._machines.pop(key, None)
+            if self._leaving.get(key) is asyncio.current_task():
+                del self._leaving[key]
             self._notify()
 
     async def _say(self, method: str, *args: Any) -> None:

@@ -93,6 +93,7 @@ class FollowedHosts:
         """What is being done for a model: one thing at a time."""
         self.early_works: dict[str, Work] = {}
         """What goes on beside the requests as soon as there can be any, by name, with what the engines have to do."""
+        self._drains: dict[str, int] = {}  # number of the drain that each model is in, or was told of last
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._frozen = False
@@ -206,8 +207,10 @@ class FollowedHosts:
         if standing.state == Life.DRAINING:
             if was != (Life.DRAINING, standing.is_resting):
                 app.show(Life.DRAINING)
-                drain = self._rest(model) if standing.is_resting else self._drain(model, standing)
-                self.begin(model.name, drain, anew=True)
+            if self._drains.get(model.name) != standing.drain:
+                self._drains[model.name] = standing.drain
+                drain = self._rest if standing.is_resting else self._drain
+                self.begin(model.name, drain(model, standing), anew=True)
         elif standing.state == Life.READY and is_here:
             if app.state == Life.COLD:
                 app.show(Life.LOADING)
@@ -227,9 +230,13 @@ class FollowedHosts:
         if before is not None and not before.done() and not anew:
             work.close()
             return
-        self.work[name] = asyncio.create_task(self._work_on(name, work, before))
+        standing = self.view.models.get(name) if self.view is not None else None
+        birth = standing.birth if standing is not None else 0
+        self.work[name] = asyncio.create_task(self._work_on(name, work, birth, before))
 
-    async def _work_on(self, name: str, work: Coroutine[Any, Any, None], before: asyncio.Task[None] | None) -> None:
+    async def _work_on(
+        self, name: str, work: Coroutine[Any, Any, None], birth: int, before: asyncio.Task[None] | None
+    ) -> None:
         if before is not None:
             await asyncio.wait({before})
         try:
@@ -237,7 +244,7 @@ class FollowedHosts:
         except Exception as error:
             logger.exception("frontend cannot follow model=%s", name)
             with contextlib.suppress(PoolError):  # a supervisor that does not hear ends, and this process with it
-                await self.ask_as_this("failed", name, sendable(error))
+                await self.ask_as_this("failed", name, birth, sendable(error))
             await asyncio.sleep(_RETRY_S)
         if self.work.get(name) is asyncio.current_task():
             del self.work[name]
@@ -253,18 +260,18 @@ class FollowedHosts:
             model.fail_requests(standing.reason)
         if model.client is not None:
             await let_finish(model.client, standing.drain_s)
-        await self._say_drained(model)
+        await self._say_drained(model, standing.drain)
 
-    async def _rest(self, model: PoolModel) -> None:
+    async def _rest(self, model: PoolModel, standing: ModelStanding) -> None:
         """Let it finish what it has, which may take any time, and say so, unless that is called off."""
         while model.client is not None and not model.has_finished:
             await asyncio.sleep(_FINISH_LOOK_S)
-            if not model.app.is_resting:
+            if not model.app.is_resting or self._drains.get(model.name) != standing.drain:
                 return
-        await self._say_drained(model)
+        await self._say_drained(model, standing.drain)
 
-    async def _say_drained(self, model: PoolModel) -> None:
-        await self.say("drained", model.name, while_so=lambda: model.app.state == Life.DRAINING)
+    async def _say_drained(self, model: PoolModel, drain: int) -> None:
+        await self.say("drained", model.name, drain, while_so=lambda: self._drains.get(model.name) == drain)
 
     async def chill(self, model: PoolModel) -> None:
         """Close what this frontend has of a model whose engine is gone."""

@@ -75,8 +75,11 @@ class ModelStanding:
     state: Life
     drain_s: float
     """While it drains: how long its requests may take."""
-    host_pid: int = 0
-    """The host process whose engine the frontends are to join; 0 while there is none, or there are several hosts."""
+    drain: int = 0
+    """With which number frontends say that they have drained it: another one for each time that they are to."""
+    engine: int = 0
+    """With which number frontends say that they have joined its engine on the host: another one for each load; 0 while
+    there is none, or there are several hosts."""
     reason: str = ""
     """Why it is `failed`."""
     is_given_up: bool = False
@@ -100,8 +103,9 @@ class ClusterSeats:
     """Of hosts that do not do everything."""
     overdue: frozenset[str] = frozenset()
     """Hosts that nobody should count on now."""
-    num_attachments: int = 0
-    """Grows when hosts were found to have forgotten this server."""
+    numbers: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By model and engine, see `name_of`: with which number frontends say that they have joined it, or left it. Another
+    one for each seat there, and when hosts were found to have forgotten this server; none = nothing to do yet."""
     num_servers: int = 1
     """Servers of the pool, each of which keeps a part of each queue."""
 

@@ -205,23 +205,23 @@ class Frontends:
             await asyncio.sleep(_LOOK_S)
         return self._shown
 
-    async def joined(self, index: int, life: int, model: str, *where: Any) -> None:
-        """A frontend has joined the engine of a model there."""
-        await self._sayings.say("joined", life, model, *where)
+    async def joined(self, index: int, life: int, model: str, number: int) -> None:
+        """A frontend has joined the engine of a model that has that number."""
+        await self._sayings.say("joined", life, number)
 
-    async def drained(self, index: int, life: int, model: str) -> None:
-        """A frontend has no more requests of a model that is being removed."""
-        await self._sayings.say("drained", life, model)
+    async def drained(self, index: int, life: int, model: str, number: int) -> None:
+        """A frontend has no more requests of a model, for the drain that has that number."""
+        await self._sayings.say("drained", life, number)
 
     async def uses(self, index: int, life: int, uses: dict[str, ModelUse]) -> None:
         """What a frontend has of models, as far as that has changed."""
         if life in self._sayings.up.values():
             self._uses.tell(life, uses)
 
-    async def failed(self, index: int, life: int, model: str, error: PoolError) -> None:
+    async def failed(self, index: int, life: int, model: str, birth: int, error: PoolError) -> None:
         """A frontend could not join a model; it will try again."""
         if life in self._sayings.up.values():
-            await self._hosts.fail(model, error)
+            await self._hosts.fail(model, birth, error)
 
     async def state(self) -> dict[str, Any]:
         """The pool's state; requests in flight and handed over are those of all frontends."""

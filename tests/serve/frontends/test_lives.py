@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.serve.frontends.door import Door, Frontend
+from tokenpool.serve.frontends.frontends import Frontends
 
 pytestmark = pytest.mark.vllm
 
@@ -56,4 +57,26 @@ def test_what_a_dead_frontend_said_does_not_count_for_one_with_its_pid(run: Any)
         await adding
         assert d.all_serve("a")
 
+    run(test)
+
+
+def test_a_host_with_the_pid_of_the_one_before_is_joined(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though frontends have not seen that there was none for a moment."""
+    is_looking, look = True, Frontends._show_view
+
+    async def look_now_and_then(frontends: Frontends) -> None:
+        if is_looking:
+            await look(frontends)
+
+    async def test(d: Door) -> None:
+        nonlocal is_looking
+        await d.add("a")
+        d.host_pids = itertools.repeat(d.host.pid)
+        is_looking = False
+        d.host.die()
+        await d.until(lambda: len(d.hosts) == 2 and d.loads == ["a", "a"])
+        is_looking = True
+        await d.until(lambda: d.all_serve("a"))
+
+    monkeypatch.setattr(Frontends, "_show_view", look_now_and_then)
     run(test)

@@ -262,48 +262,6 @@ def test_what_a_follower_has_done_is_told_until_it_is_heard() -> None:
         asyncio.run(test())
 
 
-def test_a_seat_is_left_only_when_all_frontends_have_left_it_this_time() -> None:
-    """What a frontend said late, of an earlier seat on the same host, does not count for the next one."""
-    from tokenpool.serve.frontends.shared_cluster import SharedModel
-
-    class Pool:
-        def __init__(self) -> None:
-            self.said: set[tuple[Any, ...]] = {("left", "m", "h0", "x")}
-
-        def unsay(self, model: str, *where: str) -> None:
-            self.said = {said for said in self.said if said[1:] != (model, *where)}
-
-        async def all_say(self, what: str, model: str, *where: str) -> None:
-            while (what, model, *where) not in self.said:
-                await asyncio.sleep(0.001)
-
-    told: list[str] = []
-
-    async def tell(method: str, *_: Any) -> None:
-        told.append(method)
-
-    async def test() -> None:
-        pool: Any = Pool()
-        plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
-        model = SharedModel(plan, 1, tell, lambda _: None, pool)
-
-        async def see(state: SeatState) -> None:
-            model.apply(ModelView(1, {"h0": SeatView("x", state, 1, "address", "machine")}), {"h0": "x"}, {})
-            await asyncio.sleep(0.02)
-
-        await see(SeatState.SERVING)
-        pool.said.add(("joined", "m", "h0", "x"))
-        await asyncio.sleep(0.02)
-        assert model.is_served
-        await see(SeatState.LEAVING)
-        assert (told, model.is_served) == (["joined"], True)
-        pool.said.add(("left", "m", "h0", "x"))
-        await asyncio.sleep(0.02)
-        assert (told, model.is_served) == (["joined", "left"], False)
-
-    asyncio.run(test())
-
-
 def test_ports_of_an_endpoint_are_kept_until_they_are_bound(tmp_path: Path) -> None:
     """From their making to the join nobody else gets them, and ZMQ can bind them; then they are let go."""
     import socket

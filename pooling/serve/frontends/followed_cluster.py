@@ -124,15 +124,15 @@ class ClusterEngines:
 
     def _show(self, follower: ClusterModel) -> None:
         """Let the router know whether the model takes requests."""
-        name, view = follower.plan.spec.name, self._hosts.view
+        name = follower.plan.spec.name
         model = self._hosts.models.get(name)
-        if model is None or self._followers.get(name) is not follower or view is None:
+        if model is None or self._followers.get(name) is not follower:
             return
         if follower.is_served:
             assert follower.client is not None
             model.answer_with(follower.client)
-        if name in view.models:
-            self._hosts.take_state(model, view.models[name], follower.is_served)
+        if (standing := self._hosts.standing_of(model)) is not None:
+            self._hosts.take_state(model, standing, follower.is_served)
 
     async def close(self, model: PoolModel) -> None:
         """See Engines; the client belongs to what follows the model's seats."""

@@ -93,6 +93,7 @@ class FollowedHosts:
         """What is being done for a model: one thing at a time."""
         self.early_works: dict[str, Work] = {}
         """What goes on beside the requests as soon as there can be any, by name, with what the engines have to do."""
+        self._numbers: dict[str, int] = {}  # which model of its name each is
         self._drains: dict[str, int] = {}  # number of the drain that each model is in, or was told of last
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
@@ -148,7 +149,8 @@ class FollowedHosts:
 
     def _has_all(self) -> bool:
         return self.view is not None and all(
-            self.engines.has(name, standing) for name, standing in self.view.models.items()
+            self._numbers.get(name) == standing.number and self.engines.has(name, standing)
+            for name, standing in self.view.models.items()
         )
 
     # -- the supervisor ------------------------------------------------------------------------------
@@ -190,11 +192,21 @@ class FollowedHosts:
         """Do what a view asks for; returns at once, the work goes on in tasks."""
         self.view = view
         self.engines.follow_hosts(view)
-        for name in self.models.keys() - view.models.keys():
-            self.begin(name, self._forget(self.models[name]))
+        for model in self.models.values():
+            if self.standing_of(model) is None:
+                self._drains.pop(model.name, None)  # nobody waits for it any more
+                self.begin(model.name, self._forget(model))
         for name, standing in view.models.items():
-            model = self.models.get(name) or self.models.add(self.plan_of(name, standing))
-            self.engines.follow(model, standing, view)
+            if name not in self.models:
+                self.models.add(self.plan_of(name, standing))
+                self._numbers[name] = standing.number
+            if self.standing_of(self.models[name]) is not None:
+                self.engines.follow(self.models[name], standing, view)
+
+    def standing_of(self, model: PoolModel) -> ModelStanding | None:
+        """How a model stands; None for one that is gone, though another one may have its name."""
+        standing = self.view.models.get(model.name) if self.view is not None else None
+        return standing if standing is not None and standing.number == self._numbers.get(model.name) else None
 
     def plan_of(self, name: str, standing: ModelStanding) -> ModelPlan:
         """The plan of a model that stands so."""
@@ -297,5 +309,6 @@ class FollowedHosts:
 
     async def _forget(self, model: PoolModel) -> None:
         series = self.models.remove(model.name)
+        del self._numbers[model.name]
         await self.engines.close(model)
         await asyncio.to_thread(forget_models, series)

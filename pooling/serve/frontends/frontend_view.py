@@ -84,6 +84,8 @@ class ModelStanding:
     """Why it is `failed`."""
     is_given_up: bool = False
     """Whether nobody will load it any more: what waits for it ends with the reason."""
+    number: int = 0
+    """Which model this is of all that the supervisor has known, of this name, too."""
     version: int = 0
     """In a cluster: the revision of the pool that set it."""
     is_resting: bool = False

@@ -117,6 +117,7 @@ def standing_of(model: PoolModel, *, engine: int = 0, version: int = 0, birth: i
         engine=engine,
         reason=app.reason,
         is_given_up=given_up,
+        number=model.number,
         version=version,
         is_resting=resting,
         birth=birth,

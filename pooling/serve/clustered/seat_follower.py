@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -19,7 +20,7 @@ from tokenpool.cluster.values import ALWAYS, Deployment, ModelView, SeatState, S
 from tokenpool.config import Loading
 from tokenpool.errors import HostError
 from tokenpool.policy.capacity import Role
-from tokenpool.process.keeper import count_failure
+from tokenpool.process.keeper import Backoff, count_failure
 from tokenpool.serve.launch.model_plan import ModelPlan
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ class SeatFollower(ABC):
         self.birth = next(_births)
         """Tells those apart that were made for one model, which was cold in between."""
         self._is_closed = False
-        self._fatal: Exception | None = None
+        self._fatal: Exception | None = None  # what no other host would help against, while it is so
+        self._backoff = Backoff(stable_after_s=math.inf)  # of attempts that end so
         self._unreachable: dict[Key, Exception] = {}
         self._overdue: frozenset[str] = frozenset()  # engines that nobody should count on now
         self._tell = tell
@@ -171,6 +173,7 @@ class SeatFollower(ABC):
     def _rejoin(self, key: Key) -> None:
         """An engine cannot be reached any more that may be there still."""
         if key in self._joining:
+            self._joining[key].cancel()
             self._joining[key] = _spawn(self._join(key, self._machines[key]))
         self._notify()
 
@@ -186,8 +189,9 @@ class SeatFollower(ABC):
                     told = str(error)
                     logger.warning("host cannot be joined model=%s host=%s: %s", name, key[0], told)
                 if self._fatal is not None:
-                    await self._give_up()
-                    return
+                    await self._tell_fatal()
+                    await asyncio.sleep(self._backoff.next_s())
+                    continue
                 if failures >= _MANY_FAILURES:
                     self._unreachable[key] = HostError(f"{key[0]} cannot be joined: {error}")
                     self.error = self._reason()
@@ -203,8 +207,8 @@ class SeatFollower(ABC):
         """What names the engine there, as it is now, to those who are told of it."""
         return key
 
-    async def _give_up(self) -> None:
-        """No host can help this process."""
+    async def _tell_fatal(self) -> None:
+        """No host can help this process, for now."""
         self._notify()
 
     async def _leave(self, key: Key) -> None:

@@ -34,7 +34,7 @@ class FrontendModel(ClusterModel):
         self.numbers: dict[str, int] = {}
         """By engine: with which number to say that it was joined, or left."""
 
-    async def _give_up(self) -> None:
+    async def _tell_fatal(self) -> None:
         """See SeatFollower."""
         assert self._fatal is not None
         await self._say("failed", self.birth, sendable(self._fatal))

@@ -52,7 +52,7 @@ class SharedModel(SeatFollower):
         return self._joined
 
     def give_up(self, error: PoolError) -> None:
-        """A frontend cannot build the model's app: no host can help, unless one does already."""
+        """A frontend cannot build the model's app, and tries again: no host can help, unless one does already."""
         if self.client is None:
             self._fatal = self.error = error
             self._notify()
@@ -93,6 +93,7 @@ class SharedModel(SeatFollower):
         except TimeoutError:
             raise HostError(f"not all frontends could join model {name!r} on {key[0]}") from None
         self._joined.add(name_of(key))
+        self._fatal = None  # whoever said so could build it now, or is gone
         if self.client is None:
             self.client = SharedClients(self.plan, self._sayings)
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.serve.frontends.shared_seats import SharedSeats, shared_seats
 from tokenpool.cluster.values import SeatState
+from tokenpool.errors import HostError
 from tokenpool.serve.frontends import shared_cluster
 
 pytestmark = pytest.mark.vllm
@@ -82,6 +83,26 @@ def test_attempts_that_took_too_long_are_no_reason_to_forget_who_has_joined(
         s.gates["join", 1].set()
         await s.until(lambda: s.model.is_served)
         assert s.model.error is None
+
+    seats(test)
+
+
+def test_a_model_that_a_frontend_could_not_build_at_first_is_served_once_it_can(
+    seats: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it takes; and losing its host later is no such fault."""
+    monkeypatch.setattr(shared_cluster, "JOIN_LIMIT_S", 0.01)
+
+    async def test(s: SharedSeats) -> None:
+        s.gates["join", 1].clear()
+        s.see(SeatState.SERVING)
+        await s.show()
+        s.model.give_up(HostError("no memory for its app"))
+        await asyncio.sleep(0.05)
+        s.gates["join", 1].set()
+        await s.until(lambda: s.model.is_served)
+        s.see(None)
+        assert not s.model.is_served and s.model.error is None
 
     seats(test)
 

@@ -387,3 +387,62 @@ def test_the_app_is_built_on_when_the_host_that_came_first_is_gone(
         lambda plan: SimpleNamespace(parallel_config=SimpleNamespace()),
     )
     asyncio.run(test())
+
+
+def test_an_app_that_could_not_be_built_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a new client of the engines, which are attached to that one; meanwhile the model's error is told."""
+    from tests.helpers.stand_ins import StandInClient, plan_of
+    from tests.helpers.told_engine import ToldEngine
+    from tokenpool.cluster.machine import machine_id
+    from tokenpool.process.keeper import Backoff
+    from tokenpool.serve.client.engine_client import PoolEngineClient
+    from tokenpool.serve.clustered import cluster_model
+    from tokenpool.serve.clustered.cluster_model import ClusterModel, EndpointMaker
+    from tokenpool.wire.addresses import EngineAddresses
+
+    engines: list[Any] = []
+    told: list[str] = []
+    errors: list[str] = []
+
+    async def tell(method: str, model: str, host: str, life: str, *made: Any) -> None:
+        told.append(method)
+        if method == "attach":
+            engines.append(ToldEngine(EngineAddresses((made[0].input,), (made[0].output,))))
+
+    async def over(plan: Any, core: Any, state: Any) -> Any:
+        if told.count("attach") < 3:
+            core.close()  # as ModelClient.over does
+            raise HostError("no memory")
+        client: Any = StandInClient(plan)
+        client.core = core
+        return client
+
+    def show(follower: Any) -> None:
+        errors.extend([str(follower.error)] if follower.error else [])
+
+    async def test() -> None:
+        model = ClusterModel(plan_of("m"), 1, tell, EndpointMaker(str(tmp_path), "", ClusterConfig()), show)
+        model._backoff = Backoff(waits_s=(0.0,))
+        await model.prepare()
+        seats = {"h0": SeatView("x", SeatState.SERVING, 1, "address", machine_id())}
+        try:
+            async with asyncio.timeout(20):
+                model.apply(ModelView(1, seats), {"h0": "x"}, {"h0": Role.DECODE})
+                while "joined" not in told:
+                    await asyncio.sleep(0.001)
+            assert model.is_served and model.error is None and errors[0] == "no memory"
+            assert model._core is not None and model._core.roles == {"h0/x": Role.DECODE}
+        finally:
+            await model.close()
+            assert model._core is not None
+            model._core.close()
+            for engine in engines:
+                engine.close()
+
+    monkeypatch.setattr(cluster_model, "ModelClient", SimpleNamespace(over=over))
+    monkeypatch.setattr(PoolEngineClient, "_apply_ready_response", lambda core, greeting: None)
+    monkeypatch.setattr(
+        "tokenpool.serve.launch.model_plan.ModelPlan.engine_config",
+        lambda plan: SimpleNamespace(parallel_config=SimpleNamespace()),
+    )
+    asyncio.run(test())

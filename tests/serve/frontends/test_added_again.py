@@ -56,3 +56,22 @@ def test_a_model_that_is_added_again_between_two_looks_has_its_new_settings(
 def _priority(frontend: Frontend) -> int | None:
     model = frontend.pool.models.get("a")
     return None if model is None else model.plan.spec.priority
+
+
+def test_a_model_that_falls_asleep_while_it_is_removed_is_awake_when_it_is_added_again(run: Any) -> None:
+    async def test(d: Door) -> None:
+        await d.add("a")
+        asleep, call = d.supervisor.hosts.lending.asleep, d.hosts[-1].call
+
+        async def remove_asleep(method: str, *args: Any, **limits: Any) -> Any:
+            assert method != "sleep"
+            if method == "remove_model":
+                asleep["a"] = 1  # what the host has answered before reaches the server now
+            return await call(method, *args)
+
+        d.hosts[-1].call = remove_asleep  # type: ignore[method-assign]
+        await d.operator.remove_model("a", 0.0)
+        await d.add("a")
+        assert {} == asleep and d.all_serve("a")
+
+    run(test)

@@ -295,16 +295,20 @@ class FollowedHosts:
 
     async def _tell_uses(self) -> None:
         """Tell the supervisor what waits for models, at once, and who uses them, now and then."""
-        told: dict[str, ModelUse] = {}
+        told: dict[tuple[str, int], ModelUse] = {}
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_USES_PERIOD_S):
                     await self.models.wanted.wait()
             self.models.wanted.clear()
-            uses = {model.name: use_of(model) for model in self.models.values()}
-            changed = {name: use for name, use in uses.items() if use != told.get(name, ModelUse())}
-            if changed:
-                await self.ask_as_this("uses", changed)
+            uses = {(model.name, self._numbers[model.name]): use_of(model) for model in self.models.values()}
+            if changed := {which: use for which, use in uses.items() if use != told.get(which, ModelUse())}:
+                try:
+                    await self.ask_as_this("uses", changed)
+                except PoolError as error:  # it is told again
+                    logger.debug("the supervisor does not hear what waits: %s", error)
+                    await asyncio.sleep(_RETRY_S)
+                    continue
             told = uses
 
     async def _forget(self, model: PoolModel) -> None:

@@ -213,7 +213,7 @@ class Frontends:
         """A frontend has no more requests of a model, for the drain that has that number."""
         await self._sayings.say("drained", life, number)
 
-    async def uses(self, index: int, life: int, uses: dict[str, ModelUse]) -> None:
+    async def uses(self, index: int, life: int, uses: dict[tuple[str, int], ModelUse]) -> None:
         """What a frontend has of models, as far as that has changed."""
         if life in self._sayings.up.values():
             self._uses.tell(life, uses)

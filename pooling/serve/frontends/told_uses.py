@@ -43,10 +43,11 @@ class ToldUses:
     def __init__(self, models: Models) -> None:
         self._models = models
 
-    def tell(self, life: int, uses: dict[str, ModelUse]) -> None:
-        """A frontend tells what it has of some models; of the others it has what it had."""
-        for name, use in uses.items():
-            if (model := self._models.get(name)) is None or not isinstance(model.app.hold, ToldHold):
+    def tell(self, life: int, uses: dict[tuple[str, int], ModelUse]) -> None:
+        """A frontend tells what it has of some models, by name and number; of the others it has what it had."""
+        for (name, number), use in uses.items():
+            model = self._models.get(name)
+            if model is None or model.number != number or not isinstance(model.app.hold, ToldHold):
                 continue
             model.app.hold.told[life] = use
             model.app.last_used_s = max(model.app.last_used_s, use.last_used_s)

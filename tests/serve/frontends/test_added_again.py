@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 
 from tests.serve.frontends.door import Door, Frontend
+from tokenpool.errors import HostError
+from tokenpool.process import keeper
+from tokenpool.serve.frontends import followed_hosts
 from tokenpool.serve.frontends.frontends import Frontends
+from tokenpool.serve.pool.model_use import ModelUse
 
 pytestmark = pytest.mark.vllm
 
@@ -74,4 +79,63 @@ def test_a_model_that_falls_asleep_while_it_is_removed_is_awake_when_it_is_added
         await d.add("a")
         assert {} == asleep and d.all_serve("a")
 
+    run(test)
+
+
+def test_what_waited_for_the_model_before_does_not_wait_for_the_one_that_is_added_again(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frontend tells of it late; nobody wants the new one to be loaded."""
+    told: list[Any] = []
+    wanted: list[str] = []
+    late = asyncio.Event()
+
+    async def test(d: Door) -> None:
+        await d.add("a", load="on_demand")
+        old = d.frontends[1].pool.models["a"]
+        use = followed_hosts.use_of
+
+        async def fate(frontend: Frontend, method: str, args: tuple[Any, ...]) -> None:
+            if method == "uses" and frontend is d.frontends[1] and not told:
+                told.append(args)
+                await late.wait()
+
+        def use_of(model: Any) -> ModelUse:
+            return use(model)._replace(num_held=int(model is old), due_by_tenant={"": 1.0} if model is old else {})
+
+        monkeypatch.setattr(followed_hosts, "use_of", use_of)
+        d.fate = fate
+        await d.until(lambda: told)
+        await d.operator.remove_model("a", 0.0)
+        await d.add("a", load="on_demand")
+        model = d.supervisor.models["a"]
+        model.app.on_wanted = lambda: wanted.append("a")
+        late.set()
+        await d.turns()
+        await d.until(lambda: len(model.app.hold.told) == 2)
+        assert [] == wanted
+
+    run(test)
+
+
+def test_what_a_frontend_has_of_models_is_told_again_when_nobody_hears_it(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not only when a task that died is started again, which takes up to half a minute."""
+    lost: list[str] = []
+    failures: list[str] = []
+
+    async def test(d: Door) -> None:
+        async def fate(frontend: Frontend, method: str, args: tuple[Any, ...]) -> None:
+            if method == "uses" and len(lost) < 5:
+                lost.append(method)
+                raise HostError("engine host does not answer uses within 30 s")
+
+        d.fate = fate
+        await d.add("a", load="on_demand")
+        hold: Any = d.supervisor.models["a"].app.hold
+        await d.until(lambda: len(hold.told) == 2)
+        assert (len(lost), failures) == (5, [])
+
+    monkeypatch.setattr(keeper, "note_failure", lambda task, what_follows: failures.append(task))
     run(test)

@@ -95,6 +95,7 @@ class ClusterModel(SeatFollower):
         super().__init__(plan, version, tell, on_change)
         self._core: PoolEngineClient | None = None
         self._building: asyncio.Task[None] | None = None
+        self._beginning = asyncio.Lock()
         self._endpoints = endpoints
         self._client_index = client_index
         self.on_fault: Callable[[str], None] = lambda fault: None
@@ -131,6 +132,8 @@ class ClusterModel(SeatFollower):
         self._core.roles = dict(roles)
 
     async def _connect(self, key: Key, machine: str) -> None:
+        async with self._beginning:
+            await self._begin_anew()
         assert self._core is not None
         made = self._endpoints.make(machine)
         try:
@@ -143,6 +146,13 @@ class ClusterModel(SeatFollower):
             self._building.add_done_callback(lambda task: task.cancelled() or task.exception())  # it is in `_fatal`
         await asyncio.shield(self._building)  # all engines need it: it goes on when this one is gone meanwhile
 
+    async def _begin_anew(self) -> None:
+        """Make another client of the engines where the last one was closed, because no app could be built over it."""
+        if self._core is not None and self._core.resources.engine_dead:
+            roles = self._core.roles
+            await self.prepare()
+            self._core.roles, self._building, self._fatal = roles, None, None
+
     async def _build(self) -> None:
         assert self._core is not None
         try:
@@ -150,7 +160,7 @@ class ClusterModel(SeatFollower):
                 self.client = await ModelClient.over(self.plan, self._core, {})
             self.client.on_fault = self.on_fault
         except Exception as error:
-            self._fatal = self.error = error  # its client is closed: no host can help
+            self._fatal = self.error = error  # its client is closed: no other host can help
             raise
 
     def _join_again(self, name: str) -> None:

@@ -73,8 +73,6 @@ class RayHosts(ClusterModels):
         """This server's parts of tenants' limits; None where there is no tenant."""
         self.lending = NoLending()
         """See Hosts."""
-        self.num_attachments = 0
-        """How often hosts had forgotten this server, whose frontends then have themselves attached anew."""
         self._num_frontends = num_frontends
         self._counted: Totals[tuple[int, str]] = Totals()
         self._drained_by_s: dict[str, float] = {}  # when all servers have had the time for what they have of a model
@@ -267,7 +265,6 @@ class RayHosts(ClusterModels):
         is_new = await self.tell("join", self._session.peer(self._num_frontends))
         if is_new and self.view is not None:
             logger.warning("the pool has given this server up: it joins anew")
-            self.num_attachments += 1
             for follower in self.followers.values():
                 follower.attach_anew()
         for follower in self.followers.values():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -19,7 +20,7 @@ from tokenpool.cluster.values import ALWAYS, Deployment, ModelView, SeatState, S
 from tokenpool.config import Loading
 from tokenpool.errors import HostError
 from tokenpool.policy.capacity import Role
-from tokenpool.process.keeper import count_failure
+from tokenpool.process.keeper import Backoff, count_failure
 from tokenpool.serve.launch.model_plan import ModelPlan
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ Key = tuple[str, str]
 _births = itertools.count(1)
 RETRY_S = 0.2
 """Between two attempts."""
+_SAY_LIMIT_S = 10.0
 _MANY_FAILURES = 10
 """So many attempts in a row may fail to join an engine before that is told as the model's error."""
 
@@ -53,7 +55,8 @@ class SeatFollower(ABC):
         self.birth = next(_births)
         """Tells those apart that were made for one model, which was cold in between."""
         self._is_closed = False
-        self._fatal: Exception | None = None
+        self._fatal: Exception | None = None  # what no other host would help against, while it is so
+        self._backoff = Backoff(stable_after_s=math.inf)  # of attempts that end so
         self._unreachable: dict[Key, Exception] = {}
         self._overdue: frozenset[str] = frozenset()  # engines that nobody should count on now
         self._tell = tell
@@ -177,11 +180,12 @@ class SeatFollower(ABC):
     def _rejoin(self, key: Key) -> None:
         """An engine cannot be reached any more that may be there still."""
         if key in self._joining:
+            self._joining[key].cancel()
             self._joining[key] = _spawn(self._join(key, self._machines[key]))
         self._notify()
 
     async def _join(self, key: Key, machine: str) -> None:
-        name, failures, told = self.plan.spec.name, 0, ""
+        name, failures, told, where = self.plan.spec.name, 0, "", self._where(key)
         while True:
             try:
                 await self._connect(key, machine)
@@ -195,8 +199,9 @@ class SeatFollower(ABC):
                     told = str(error)
                     logger.warning("host cannot be joined model=%s host=%s: %s", name, key[0], told)
                 if self._fatal is not None:
-                    await self._give_up()
-                    return
+                    await self._tell_fatal()
+                    await asyncio.sleep(self._backoff.next_s())
+                    continue
                 if failures >= _MANY_FAILURES:
                     self._unreachable[key] = HostError(f"{key[0]} cannot be joined: {error}")
                     self.error = self._reason()
@@ -207,10 +212,14 @@ class SeatFollower(ABC):
         self.error = self._fatal or self._reason()
         logger.info("host joined model=%s host=%s life=%s", name, *key)
         self._notify()
-        await self._say("joined", *key)
+        await self._say("joined", *where)
 
-    async def _give_up(self) -> None:
-        """No host can help this process."""
+    def _where(self, key: Key) -> tuple[Any, ...]:
+        """What names the engine there, as it is now, to those who are told of it."""
+        return key
+
+    async def _tell_fatal(self) -> None:
+        """No host can help this process, for now."""
         self._notify()
 
     async def _leave(self, key: Key) -> None:
@@ -218,6 +227,7 @@ class SeatFollower(ABC):
             while self._is_needed(key):
                 self.changed.clear()
                 await self.changed.wait()
+            where = self._where(key)
             if task := self._joining.pop(key, None):
                 task.cancel()
             was_there = name_of(key) in self.hosts
@@ -225,10 +235,12 @@ class SeatFollower(ABC):
             await self._disconnect(key)
             if was_there:
                 logger.info("host left model=%s host=%s life=%s", self.plan.spec.name, *key)
-            await self._say("left", *key)
+            await self._say("left", *where)
         finally:
-            self._machines.pop(key, None)
-            del self._leaving[key]
+            if key not in self._joining:  # else there is another engine by now
+                self._machines.pop(key, None)
+            if self._leaving.get(key) is asyncio.current_task():
+                del self._leaving[key]
             self._notify()
 
     def _is_needed(self, key: Key) -> bool:
@@ -245,10 +257,15 @@ class SeatFollower(ABC):
         return bool(loading) or any(other in self._joining and other not in self._unreachable for other in serving)
 
     async def _say(self, method: str, *args: Any) -> None:
-        try:
-            await self._tell(method, self.plan.spec.name, *args)
-        except Exception as error:  # a controller that is being restarted will ask again
-            logger.debug("controller does not hear %s: %s", method, error)
+        """Tell what somebody waits for, again until it is heard; whoever knows better cancels this."""
+        while not self._is_closed:
+            try:
+                async with asyncio.timeout(_SAY_LIMIT_S):
+                    await self._tell(method, self.plan.spec.name, *args)
+                return
+            except Exception as error:  # such as a controller that is being restarted
+                logger.debug("nobody hears %s model=%s: %s", method, self.plan.spec.name, error)
+                await asyncio.sleep(RETRY_S)
 
     async def close(self) -> None:
         """End what goes on here; who waits for a host hears that there will be none."""

@@ -11,11 +11,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from tokenpool.cluster.values import SeatView
 from tokenpool.errors import PoolError
 from tokenpool.model_life import Life
 from tokenpool.policy.routing import LOADS_PERIOD_S
 from tokenpool.process.keeper import Work
 from tokenpool.serve.clustered.cluster_model import ClusterModel, EndpointMaker
+from tokenpool.serve.clustered.seat_follower import Key, name_of
 from tokenpool.serve.frontends.followed_hosts import FollowedHosts
 from tokenpool.serve.frontends.frontend_view import ModelStanding, SupervisorView, sendable
 from tokenpool.serve.pool.host_watch import Call
@@ -27,10 +29,30 @@ logger = logging.getLogger(__name__)
 class FrontendModel(ClusterModel):
     """A model in one of several frontends, which tells its supervisor what it does."""
 
-    async def _give_up(self) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.numbers: dict[str, int] = {}
+        """By engine: with which number to say that it was joined, or left."""
+
+    async def _tell_fatal(self) -> None:
         """See SeatFollower."""
         assert self._fatal is not None
-        await self._say("failed", sendable(self._fatal))
+        await self._say("failed", self.birth, sendable(self._fatal))
+
+    def heed(self, numbers: Mapping[str, int]) -> None:
+        """Follow seats that have these numbers, by engine, and begin anew where another number was."""
+        for key in list(self._joining):
+            if numbers.get(name_of(key), self.numbers[name_of(key)]) != self.numbers[name_of(key)]:
+                self._forget(key, blame=False)
+        kept = {name_of(key) for key in self._joining}
+        self.numbers = {engine: number for engine, number in self.numbers.items() if engine in kept} | dict(numbers)
+
+    def _follow(self, key: Key, seat: SeatView) -> None:
+        if name_of(key) in self.numbers:
+            super()._follow(key, seat)
+
+    def _where(self, key: Key) -> tuple[Any, ...]:
+        return (self.numbers.get(name_of(key), 0),)
 
 
 class ClusterEngines:
@@ -39,7 +61,6 @@ class ClusterEngines:
     def __init__(self, hosts: FollowedHosts) -> None:
         self._hosts = hosts
         self._followers: dict[str, FrontendModel] = {}
-        self._num_attachments = 0
         settings = hosts.settings
         self._endpoints = EndpointMaker(hosts.folder, settings.address, settings.config.cluster)
 
@@ -73,13 +94,9 @@ class ClusterEngines:
         return standing.state != Life.READY or (name in self._followers and self._followers[name].is_served)
 
     def follow_hosts(self, view: SupervisorView) -> None:
-        """Each model follows its hosts; when hosts have forgotten this frontend, all are joined anew."""
+        """See Engines; each model follows its hosts by itself."""
         if view.cluster is not None:
             self._hosts.models.share_queues(max(1, view.cluster.num_servers))
-        if view.cluster is not None and view.cluster.num_attachments != self._num_attachments:
-            self._num_attachments = view.cluster.num_attachments
-            for follower in self._followers.values():
-                follower.attach_anew()
 
     def follow(self, model: PoolModel, standing: ModelStanding, view: SupervisorView) -> None:
         """See Engines."""
@@ -93,6 +110,7 @@ class ClusterEngines:
         elif follower is None and standing.birth:
             self._hosts.begin(model.name, self._make(model, standing))
         if follower is not None:
+            follower.heed(seats.numbers.get(model.name, {}))
             follower.apply(seats.models.get(model.name), seats.lives, seats.roles, seats.overdue)
         self._hosts.take_state(model, standing, follower is not None and follower.is_served)
 
@@ -106,15 +124,15 @@ class ClusterEngines:
 
     def _show(self, follower: ClusterModel) -> None:
         """Let the router know whether the model takes requests."""
-        name, view = follower.plan.spec.name, self._hosts.view
+        name = follower.plan.spec.name
         model = self._hosts.models.get(name)
-        if model is None or self._followers.get(name) is not follower or view is None:
+        if model is None or self._followers.get(name) is not follower:
             return
         if follower.is_served:
             assert follower.client is not None
             model.answer_with(follower.client)
-        if name in view.models:
-            self._hosts.take_state(model, view.models[name], follower.is_served)
+        if (standing := self._hosts.standing_of(model)) is not None:
+            self._hosts.take_state(model, standing, follower.is_served)
 
     async def close(self, model: PoolModel) -> None:
         """See Engines; the client belongs to what follows the model's seats."""

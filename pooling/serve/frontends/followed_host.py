@@ -24,7 +24,7 @@ class _Host:
 
     def __init__(self, address: HostAddress) -> None:
         self.address = address
-        self.name, self.pid = address.name, address.pid
+        self.name = address.name
         self._ended = asyncio.Event()
 
     @property
@@ -52,7 +52,7 @@ class HostEngines:
     def __init__(self, hosts: FollowedHosts) -> None:
         self._hosts = hosts
         self._host: _Host | None = None
-        self._joined: dict[str, tuple[int, int]] = {}  # by model: pid of the host, and which load of it
+        self._joined: dict[str, int] = {}  # number of the engine, by model
         self._births: dict[str, int] = {}  # which load the client is for
         self._num_endpoints = 0
 
@@ -66,35 +66,38 @@ class HostEngines:
 
     def has(self, name: str, standing: ModelStanding) -> bool:
         """See Engines."""
-        is_there = self._joined.get(name) == (standing.host_pid, standing.birth)
-        return standing.state == Life.DRAINING or not standing.host_pid or is_there
+        return standing.state == Life.DRAINING or not standing.engine or self._joined.get(name) == standing.engine
 
     def follow_hosts(self, view: SupervisorView) -> None:
         """See Engines."""
-        pid = view.host.pid if view.host else 0
-        if self._host is not None and self._host.pid != pid:
+        is_same = self._host is not None and self._host.address == view.host  # a pid alone comes again
+        if self._host is not None and not is_same:
             self._host.note_end()
             for name in list(self._joined):
                 del self._joined[name]
                 if (client := self._hosts.models[name].client) is not None:
                     client.lost(self._host.name, blame=view.host_was_blamed)
-        if self._host is None or self._host.pid != pid:
+        if not is_same:
             self._host = _Host(view.host) if view.host else None
 
     def follow(self, model: PoolModel, standing: ModelStanding, view: SupervisorView) -> None:
         """See Engines."""
-        is_here = standing.host_pid != 0 and self._joined.get(model.name) == (standing.host_pid, standing.birth)
+        if self._joined.get(model.name, standing.engine) != standing.engine:
+            del self._joined[model.name]
+            if model.client is not None and self._host is not None:  # the host has the model no more, or anew
+                model.client.lost(self._host.name, blame=False)
+        is_here = standing.engine != 0 and model.name in self._joined
         is_old = model.client is not None and self._births.get(model.name, 0) != standing.birth
         if is_old and standing.state != Life.DRAINING:
             self._hosts.begin(model.name, self._hosts.chill(model))
-        elif standing.host_pid and not is_here and self._host is not None:
-            self._hosts.begin(model.name, self._join(model, standing))
+        elif standing.engine and not is_here and self._host is not None:
+            self._hosts.begin(model.name, self._join(model, standing, self._host))
         self._hosts.take_state(model, standing, is_here)
 
-    async def _join(self, model: PoolModel, standing: ModelStanding) -> None:
+    async def _join(self, model: PoolModel, standing: ModelStanding, host: _Host) -> None:
         """Connect to the model's engine, and with the first one build the app."""
-        host, client, index = self._host, model.client, self._hosts.settings.index
-        if host is None or host.pid != standing.host_pid:
+        client, index, engine = model.client, self._hosts.settings.index, standing.engine
+        if host.ended:
             return
         if client is None:
             core = PoolEngineClient(await asyncio.to_thread(model.plan.engine_config), client_index=index)
@@ -120,8 +123,8 @@ class HostEngines:
         if host.ended:
             client.lost(host.name)
             return
-        self._joined[model.name] = host.pid, standing.birth
-        await self._hosts.ask_as_this("joined", model.name, host.pid, standing.birth)
+        self._joined[model.name] = engine
+        await self._hosts.say("joined", model.name, engine, while_so=lambda: self._joined.get(model.name) == engine)
 
     async def close(self, model: PoolModel) -> None:
         """See Engines."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Mapping
@@ -38,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.2
 """Between two attempts."""
+_SAY_LIMIT_S = 5.0
+"""For the supervisor to hear a word that costs it nothing."""
 _FINISH_LOOK_S = 0.02
 _USES_PERIOD_S = 0.25
 
@@ -92,6 +93,8 @@ class FollowedHosts:
         """What is being done for a model: one thing at a time."""
         self.early_works: dict[str, Work] = {}
         """What goes on beside the requests as soon as there can be any, by name, with what the engines have to do."""
+        self._numbers: dict[str, int] = {}  # which model of its name each is
+        self._drains: dict[str, int] = {}  # number of the drain that each model is in, or was told of last
         self._changed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
         self._frozen = False
@@ -146,7 +149,8 @@ class FollowedHosts:
 
     def _has_all(self) -> bool:
         return self.view is not None and all(
-            self.engines.has(name, standing) for name, standing in self.view.models.items()
+            self._numbers.get(name) == standing.number and self.engines.has(name, standing)
+            for name, standing in self.view.models.items()
         )
 
     # -- the supervisor ------------------------------------------------------------------------------
@@ -158,7 +162,17 @@ class FollowedHosts:
 
     async def ask_as_this(self, method: str, *args: Any) -> Any:
         """Call the supervisor, which is told who calls."""
-        return await self.ask(method, self.settings.index, os.getpid(), *args)
+        return await self.ask(method, self.settings.index, self.settings.life, *args)
+
+    async def say(self, method: str, *args: Any, while_so: Callable[[], bool]) -> None:
+        """Tell the supervisor what it waits for, again until it hears, as long as it is so."""
+        while while_so():
+            try:
+                await self.ask(method, self.settings.index, self.settings.life, *args, timeout_s=_SAY_LIMIT_S)
+                return
+            except PoolError as error:
+                logger.warning("the supervisor does not hear %s: %s", method, error)
+                await asyncio.sleep(_RETRY_S)
 
     async def _follow(self) -> None:
         version = -1
@@ -178,11 +192,21 @@ class FollowedHosts:
         """Do what a view asks for; returns at once, the work goes on in tasks."""
         self.view = view
         self.engines.follow_hosts(view)
-        for name in self.models.keys() - view.models.keys():
-            self.begin(name, self._forget(self.models[name]))
+        for model in self.models.values():
+            if self.standing_of(model) is None:
+                self._drains.pop(model.name, None)  # nobody waits for it any more
+                self.begin(model.name, self._forget(model))
         for name, standing in view.models.items():
-            model = self.models.get(name) or self.models.add(self.plan_of(name, standing))
-            self.engines.follow(model, standing, view)
+            if name not in self.models:
+                self.models.add(self.plan_of(name, standing))
+                self._numbers[name] = standing.number
+            if self.standing_of(self.models[name]) is not None:
+                self.engines.follow(self.models[name], standing, view)
+
+    def standing_of(self, model: PoolModel) -> ModelStanding | None:
+        """How a model stands; None for one that is gone, though another one may have its name."""
+        standing = self.view.models.get(model.name) if self.view is not None else None
+        return standing if standing is not None and standing.number == self._numbers.get(model.name) else None
 
     def plan_of(self, name: str, standing: ModelStanding) -> ModelPlan:
         """The plan of a model that stands so."""
@@ -195,8 +219,10 @@ class FollowedHosts:
         if standing.state == Life.DRAINING:
             if was != (Life.DRAINING, standing.is_resting):
                 app.show(Life.DRAINING)
-                drain = self._rest(model) if standing.is_resting else self._drain(model, standing)
-                self.begin(model.name, drain, anew=True)
+            if self._drains.get(model.name) != standing.drain:
+                self._drains[model.name] = standing.drain
+                drain = self._rest if standing.is_resting else self._drain
+                self.begin(model.name, drain(model, standing), anew=True)
         elif standing.state == Life.READY and is_here:
             if app.state == Life.COLD:
                 app.show(Life.LOADING)
@@ -216,9 +242,13 @@ class FollowedHosts:
         if before is not None and not before.done() and not anew:
             work.close()
             return
-        self.work[name] = asyncio.create_task(self._work_on(name, work, before))
+        standing = self.view.models.get(name) if self.view is not None else None
+        birth = standing.birth if standing is not None else 0
+        self.work[name] = asyncio.create_task(self._work_on(name, work, birth, before))
 
-    async def _work_on(self, name: str, work: Coroutine[Any, Any, None], before: asyncio.Task[None] | None) -> None:
+    async def _work_on(
+        self, name: str, work: Coroutine[Any, Any, None], birth: int, before: asyncio.Task[None] | None
+    ) -> None:
         if before is not None:
             await asyncio.wait({before})
         try:
@@ -226,7 +256,7 @@ class FollowedHosts:
         except Exception as error:
             logger.exception("frontend cannot follow model=%s", name)
             with contextlib.suppress(PoolError):  # a supervisor that does not hear ends, and this process with it
-                await self.ask_as_this("failed", name, sendable(error))
+                await self.ask_as_this("failed", name, birth, sendable(error))
             await asyncio.sleep(_RETRY_S)
         if self.work.get(name) is asyncio.current_task():
             del self.work[name]
@@ -241,15 +271,18 @@ class FollowedHosts:
         if standing.is_given_up:
             model.fail_requests(standing.reason)
         await let_finish(model, standing.drain_s)
-        await self.ask_as_this("drained", model.name)
+        await self._say_drained(model, standing.drain)
 
-    async def _rest(self, model: PoolModel) -> None:
+    async def _rest(self, model: PoolModel, standing: ModelStanding) -> None:
         """Let it finish what it has, which may take any time, and say so, unless that is called off."""
         while model.client is not None and not model.has_finished:
             await asyncio.sleep(_FINISH_LOOK_S)
-            if not model.app.is_resting:
+            if not model.app.is_resting or self._drains.get(model.name) != standing.drain:
                 return
-        await self.ask_as_this("drained", model.name)
+        await self._say_drained(model, standing.drain)
+
+    async def _say_drained(self, model: PoolModel, drain: int) -> None:
+        await self.say("drained", model.name, drain, while_so=lambda: self._drains.get(model.name) == drain)
 
     async def chill(self, model: PoolModel) -> None:
         """Close what this frontend has of a model whose engine is gone."""
@@ -261,19 +294,24 @@ class FollowedHosts:
 
     async def _tell_uses(self) -> None:
         """Tell the supervisor what waits for models, at once, and who uses them, now and then."""
-        told: dict[str, ModelUse] = {}
+        told: dict[tuple[str, int], ModelUse] = {}
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_USES_PERIOD_S):
                     await self.models.wanted.wait()
             self.models.wanted.clear()
-            uses = {model.name: use_of(model) for model in self.models.values()}
-            changed = {name: use for name, use in uses.items() if use != told.get(name, ModelUse())}
-            if changed:
-                await self.ask_as_this("uses", changed)
+            uses = {(model.name, self._numbers[model.name]): use_of(model) for model in self.models.values()}
+            if changed := {which: use for which, use in uses.items() if use != told.get(which, ModelUse())}:
+                try:
+                    await self.ask_as_this("uses", changed)
+                except PoolError as error:  # it is told again
+                    logger.debug("the supervisor does not hear what waits: %s", error)
+                    await asyncio.sleep(_RETRY_S)
+                    continue
             told = uses
 
     async def _forget(self, model: PoolModel) -> None:
         series = self.models.remove(model.name)
+        del self._numbers[model.name]
         await self.engines.close(model)
         await asyncio.to_thread(forget_models, series)

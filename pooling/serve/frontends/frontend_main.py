@@ -88,7 +88,7 @@ async def _answer_supervisor(pool: Pool[FollowedHosts]) -> None:
         return {"inflight": pool.inflight(), "tenants": pool.tenants_report(), **pool.hosts.engines.report()}
 
     loop, settings = asyncio.get_running_loop(), pool.hosts.settings
-    address = settings.own_socket(os.getpid())
+    address = settings.own_socket(settings.life)
     calls = ControlServer(address, settings.key, lambda make: asyncio.run_coroutine_threadsafe(make(), loop))
     calls.serve({"report": report})
 

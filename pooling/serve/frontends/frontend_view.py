@@ -30,7 +30,8 @@ class FrontendSettings:
     """Of this node in a cluster; empty without one."""
     first_index: int = 0
     """Of the indexes by which engines know the frontends of this server."""
-
+    life: int = 0
+    """Which of all frontends that the supervisor has started this is; an index or a pid comes again."""
     supervisor_pid: int = field(default_factory=os.getpid)
     """With it the frontend ends, however it ends."""
 
@@ -44,9 +45,9 @@ class FrontendSettings:
         """The supervisor's socket."""
         return os.path.join(self.folder, "supervisor")
 
-    def own_socket(self, pid: int) -> str:
-        """The socket at which the frontend with this pid answers."""
-        return os.path.join(self.folder, f"frontend-{pid}")
+    def own_socket(self, life: int) -> str:
+        """The socket at which the frontend of this life answers."""
+        return os.path.join(self.folder, f"frontend-{life}")
 
     @property
     def limits(self) -> str:
@@ -74,12 +75,17 @@ class ModelStanding:
     state: Life
     drain_s: float
     """While it drains: how long its requests may take."""
-    host_pid: int = 0
-    """The host process whose engine the frontends are to join; 0 while there is none, or there are several hosts."""
+    drain: int = 0
+    """With which number frontends say that they have drained it: another one for each time that they are to."""
+    engine: int = 0
+    """With which number frontends say that they have joined its engine on the host: another one for each load; 0 while
+    there is none, or there are several hosts."""
     reason: str = ""
     """Why it is `failed`."""
     is_given_up: bool = False
     """Whether nobody will load it any more: what waits for it ends with the reason."""
+    number: int = 0
+    """Which model this is of all that the supervisor has known, of this name, too."""
     version: int = 0
     """In a cluster: the revision of the pool that set it."""
     is_resting: bool = False
@@ -99,8 +105,9 @@ class ClusterSeats:
     """Of hosts that do not do everything."""
     overdue: frozenset[str] = frozenset()
     """Hosts that nobody should count on now."""
-    num_attachments: int = 0
-    """Grows when hosts were found to have forgotten this server."""
+    numbers: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By model and engine, see `name_of`: with which number frontends say that they have joined it, or left it. Another
+    one for each seat there, and when hosts were found to have forgotten this server; none = nothing to do yet."""
     num_servers: int = 1
     """Servers of the pool, each of which keeps a part of each queue."""
 

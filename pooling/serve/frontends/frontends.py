@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -21,7 +22,7 @@ from typing import Any
 
 from prometheus_client import multiprocess
 
-from tokenpool.errors import PoolError
+from tokenpool.errors import HostError, PoolError
 from tokenpool.metric_registry import metric
 from tokenpool.policy.leases import Lease
 from tokenpool.process.ending import within
@@ -93,8 +94,10 @@ class Frontends:
         """By index; one that is gone is not among them."""
         self.num_restarts = 0
         self._uses = ToldUses(pool.models)
+        self._lives: dict[int, int] = {}  # of those that were started and are not known to be gone, by index
+        self._starts = itertools.count(1)
         self._followed: dict[int, int] = {}  # the version of the view that each has done what is to be done for
-        self._reports: dict[int, dict[str, Any]] = {}  # the last of each, by pid
+        self._reports: dict[int, dict[str, Any]] = {}  # the last of each, by life
         self._past: list[dict[str, Any]] = []  # of those that are gone
         self._shown = self._look(0)
         self._tasks: list[asyncio.Task[None]] = []
@@ -155,7 +158,8 @@ class Frontends:
         """Keep one frontend running."""
         backoff = Backoff(first_at_once=True)
         while not self._pool.stopping:
-            process = await FrontendProcess.start(replace(self._settings, index=index), self._sock)
+            life = self._lives[index] = next(self._starts)
+            process = await FrontendProcess.start(replace(self._settings, index=index, life=life), self._sock)
             self.processes[index] = process
             logger.debug("frontend started index=%d pid=%d", index, process.pid)
             status = await process.wait()
@@ -163,32 +167,35 @@ class Frontends:
                 return
             logger.error("frontend ended index=%d pid=%d status=%s, restarting", index, process.pid, status)
             try:
-                await self._died(index, process.pid)
+                await self._died(index, life, process.pid)
             except Exception:  # whatever is left of it, its successor is needed
                 note_failure("clearing up after a frontend", "its successor starts")
             await asyncio.sleep(backoff.next_s())
 
-    async def _died(self, index: int, pid: int) -> None:
+    async def _died(self, index: int, life: int, pid: int) -> None:
         self.processes.pop(index, None)
-        self._sayings.forget(index, pid)
-        self._uses.forget(pid)
+        self._lives.pop(index, None)
+        self._sayings.forget(index, life)
+        self._uses.forget(life)
         self.num_restarts += 1
         _FRONTEND_RESTARTS.inc()
-        if report := self._reports.pop(pid, None):
+        if report := self._reports.pop(life, None):
             self._past = [merged_reports([*self._past, used_only(report)])]
         if self._limits is not None:
             self._limits.forget(index)
         multiprocess.mark_process_dead(pid)
         with contextlib.suppress(OSError):
-            os.unlink(self._settings.own_socket(pid))
+            os.unlink(self._settings.own_socket(life))
         await self._sayings.notify()
         await within(_DETACH_LIMIT_S, f"detaching frontend {index}", self._hosts.detach(index))
 
     # -- what frontends ask --------------------------------------------------------------------------
 
-    async def view(self, index: int, pid: int, version: int) -> SupervisorView:
+    async def view(self, index: int, life: int, version: int) -> SupervisorView:
         """The view, once it is not the one that the frontend has; after a while in any case."""
-        self._sayings.up[index], self._followed[index] = pid, version
+        if self._lives.get(index) != life:
+            raise HostError("this frontend is gone, and another one has its index")
+        self._sayings.up[index], self._followed[index] = life, version
         await self._sayings.notify()
         async with self._sayings.news:
             with contextlib.suppress(TimeoutError):
@@ -198,22 +205,23 @@ class Frontends:
             await asyncio.sleep(_LOOK_S)
         return self._shown
 
-    async def joined(self, index: int, pid: int, model: str, *where: Any) -> None:
-        """A frontend has joined the engine of a model there."""
-        await self._sayings.say("joined", pid, model, *where)
+    async def joined(self, index: int, life: int, model: str, number: int) -> None:
+        """A frontend has joined the engine of a model that has that number."""
+        await self._sayings.say("joined", life, number)
 
-    async def drained(self, index: int, pid: int, model: str) -> None:
-        """A frontend has no more requests of a model that is being removed."""
-        await self._sayings.say("drained", pid, model)
+    async def drained(self, index: int, life: int, model: str, number: int) -> None:
+        """A frontend has no more requests of a model, for the drain that has that number."""
+        await self._sayings.say("drained", life, number)
 
-    async def uses(self, index: int, pid: int, uses: dict[str, ModelUse]) -> None:
+    async def uses(self, index: int, life: int, uses: dict[tuple[str, int], ModelUse]) -> None:
         """What a frontend has of models, as far as that has changed."""
-        if pid in self._sayings.up.values():
-            self._uses.tell(pid, uses)
+        if life in self._sayings.up.values():
+            self._uses.tell(life, uses)
 
-    async def failed(self, index: int, pid: int, model: str, error: PoolError) -> None:
+    async def failed(self, index: int, life: int, model: str, birth: int, error: PoolError) -> None:
         """A frontend could not join a model; it will try again."""
-        await self._hosts.fail(model, error)
+        if life in self._sayings.up.values():
+            await self._hosts.fail(model, birth, error)
 
     async def state(self) -> dict[str, Any]:
         """The pool's state; requests in flight and handed over are those of all frontends."""
@@ -246,18 +254,18 @@ class Frontends:
         return merged_reports([*self._reports.values()])["inflight"]
 
     async def _ask_all(self) -> None:
-        await asyncio.gather(*(self._ask_one(pid) for pid in self._sayings.up.values()))
+        await asyncio.gather(*(self._ask_one(life) for life in self._sayings.up.values()))
 
-    async def _ask_one(self, pid: int) -> None:
+    async def _ask_one(self, life: int) -> None:
         """Get a frontend's report; without an answer the last one stays."""
         settings = self._settings
         try:
-            report = await call_beside(settings.own_socket(pid), settings.key, "report", timeout_s=_REPORT_LIMIT_S)
+            report = await call_beside(settings.own_socket(life), settings.key, "report", timeout_s=_REPORT_LIMIT_S)
         except PoolError as error:  # it ends, or has just come
-            logger.debug("no report pid=%d: %s", pid, error)
+            logger.debug("no report life=%d: %s", life, error)
         else:
-            if pid in self._sayings.up.values():
-                self._reports[pid] = report
+            if life in self._sayings.up.values():
+                self._reports[life] = report
 
     async def _collect(self) -> None:
         """Ask for reports now and then, so that little is forgotten of what a frontend counted that is killed."""
@@ -295,5 +303,5 @@ class Frontends:
             async with asyncio.timeout(_FOLLOW_LIMIT_S), self._sayings.news:
                 await self._sayings.news.wait_for(lambda: all(self._followed[index] >= version for index in up))
         except TimeoutError:  # it will follow when it looks again, or be replaced
-            late = [pid for index, pid in up.items() if self._followed[index] < version]
+            late = [pid for index, pid in self._pids.items() if index in up and self._followed[index] < version]
             logger.error("frontends do not follow after %g s pids=%s", _FOLLOW_LIMIT_S, late)

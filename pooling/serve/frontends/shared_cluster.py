@@ -11,8 +11,9 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from tokenpool.cluster.values import Endpoints
+from tokenpool.cluster.values import Endpoints, ModelView, SeatState, SeatView
 from tokenpool.errors import HostError, PoolError
+from tokenpool.policy.capacity import Role
 from tokenpool.serve.access.tenants import tenants_of
 from tokenpool.serve.clustered.lease_keeper import LeaseKeeper
 from tokenpool.serve.clustered.ray_hosts import RayHosts
@@ -40,6 +41,8 @@ class SharedModel(SeatFollower):
         sayings: Sayings,
     ) -> None:
         super().__init__(plan, version, tell, on_change)
+        self.numbers: dict[str, int] = {}
+        """By engine: with which number frontends say that they have joined it, or left it."""
         self._joined: set[str] = set()
         self._sayings = sayings
 
@@ -49,30 +52,63 @@ class SharedModel(SeatFollower):
         return self._joined
 
     def give_up(self, error: PoolError) -> None:
-        """A frontend cannot build the model's app: no host can help, unless one does already."""
+        """A frontend cannot build the model's app, and tries again: no host can help, unless one does already."""
         if self.client is None:
             self._fatal = self.error = error
             self._notify()
 
+    def apply(
+        self,
+        view: ModelView | None,
+        lives: Mapping[str, str],
+        roles: Mapping[str, Role],
+        overdue: Collection[str] = (),
+    ) -> None:
+        """See SeatFollower; what frontends are to say of an engine that is gone is waited for no longer."""
+        there = {(host, seat.life) for host, seat in view.seats.items()} if view is not None else set()
+        for key in [key for key in self._leaving if key not in there or lives.get(key[0]) != key[1]]:
+            self._leave_no_more(key)
+        super().apply(view, lives, roles, overdue)
+        for name in self.numbers.keys() - {name_of(key) for key in there}:
+            self._sayings.drop(self.numbers.pop(name))
+
+    def _follow(self, key: Key, seat: SeatView) -> None:
+        is_new = seat.state is SeatState.SERVING and key not in self._joining
+        if is_new and key in self._leaving:
+            self._leave_no_more(key)
+        if is_new or name_of(key) not in self.numbers:
+            self._sayings.drop(self.numbers.get(name_of(key), 0))
+            self.numbers[name_of(key)] = self._sayings.ask()
+        super()._follow(key, seat)
+
+    def _leave_no_more(self, key: Key) -> None:
+        self._leaving.pop(key).cancel()
+        self._lose(key)
+
     async def _connect(self, key: Key, machine: str) -> None:
         name = self.plan.spec.name
-        self._sayings.unsay(name, *key)  # what came late of an earlier seat there
         try:
             async with asyncio.timeout(JOIN_LIMIT_S):
-                await self._sayings.all_say("joined", name, *key)
+                await self._sayings.all_say("joined", self.numbers[name_of(key)])
         except TimeoutError:
             raise HostError(f"not all frontends could join model {name!r} on {key[0]}") from None
         self._joined.add(name_of(key))
+        self._fatal = None  # whoever said so could build it now, or is gone
         if self.client is None:
             self.client = SharedClients(self.plan, self._sayings)
 
     async def _disconnect(self, key: Key) -> None:
-        await self._sayings.all_say("left", self.plan.spec.name, *key)
+        await self._sayings.all_say("left", self.numbers[name_of(key)])
         self._lose(key)
 
     def _lose(self, key: Key, blame: bool = True) -> None:
         self._joined.discard(name_of(key))
-        self._sayings.unsay(self.plan.spec.name, *key)
+
+    async def close(self) -> None:
+        """See SeatFollower; nothing is to be said of it any more."""
+        await super().close()
+        for number in self.numbers.values():
+            self._sayings.drop(number)
 
 
 def shared_model(sayings: Sayings, model: PoolModel, revision: int, hosts: RayHosts) -> SharedModel:
@@ -99,18 +135,22 @@ class SharedCluster:
         seats = ClusterSeats({}, {}, {})
         if view:
             seats = ClusterSeats(
-                view.models, view.hosts, view.roles, self._hosts.overdue, self._hosts.num_attachments, len(view.peers)
+                view.models, view.hosts, view.roles, self._hosts.overdue, self._numbers(), len(view.peers)
             )
         return SupervisorView(version, None, 0, True, has_started, standings, dict(pids), self._hosts.is_alive, seats)
+
+    def _numbers(self) -> dict[str, dict[str, int]]:
+        followers = self._hosts.followers.items()
+        return {name: dict(each.numbers) for name, each in followers if isinstance(each, SharedModel)}
 
     async def detach(self, index: int) -> None:
         """See SharedHosts; a host that does not answer is gone, or soon will be."""
         await self._hosts.detach(index)
 
-    async def fail(self, model: str, error: PoolError) -> None:
+    async def fail(self, model: str, birth: int, error: PoolError) -> None:
         """See SharedHosts."""
-        await self._sayings.fail(model, error)
-        if isinstance(follower := self._hosts.followers.get(model), SharedModel):
+        follower = self._hosts.followers.get(model)
+        if isinstance(follower, SharedModel) and follower.birth == birth:
             follower.give_up(error)
 
     # -- what frontends ask --------------------------------------------------------------------------
@@ -119,13 +159,15 @@ class SharedCluster:
         """See SharedHosts."""
         return [self.loads, self.ask_hosts, self.attach, self.left]
 
-    async def attach(self, index: int, pid: int, model: str, host: str, life: str, endpoints: Endpoints) -> None:
+    async def attach(self, index: int, life: int, model: str, host: str, host_life: str, endpoints: Endpoints) -> None:
         """Let a model's engine on a host serve that frontend too, which listens at `endpoints`."""
-        await self._hosts.attach(model, host, life, endpoints, index)
+        if self._sayings.up.get(index) != life:
+            raise HostError("this frontend is gone, and another one has its index")
+        await self._hosts.attach(model, host, host_life, endpoints, index)
 
-    async def left(self, index: int, pid: int, model: str, *where: str) -> None:
-        """A frontend has nothing at a model's engine there any more."""
-        await self._sayings.say("left", pid, model, *where)
+    async def left(self, index: int, life: int, model: str, number: int) -> None:
+        """A frontend has nothing any more at the engine of a model that has that number."""
+        await self._sayings.say("left", life, number)
 
     async def loads(self) -> dict[str, Any]:
         """What hosts told last of their queues."""

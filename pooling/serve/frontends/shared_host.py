@@ -39,8 +39,8 @@ class HostClients(SharedClients):
 
     def __init__(self, plan: ModelPlan, sayings: Sayings) -> None:
         super().__init__(plan, sayings)
-        self.host_pid = 0
-        """The host process that has the model; 0 without one."""
+        self.engine = 0
+        """Which of all loads of models in hosts the present one is; 0 while no host has it."""
         self.birth = next(_births)
         """Which of all loads of cold models this one is."""
         self.was_blamed = True
@@ -52,12 +52,13 @@ class HostClients(SharedClients):
         """Load the model in the host and wait until all frontends are there; raises PoolError."""
         name = self.plan.spec.name
         self.added = await load_model(host, self.plan, EngineAddresses((), ()))
-        self._sayings.unsay(name, host.pid, self.birth)
-        self.host_pid = host.pid
+        self._sayings.forget_failure(self.birth)
+        self._sayings.drop(self.engine)
+        self.engine = self._sayings.ask()
         try:
             await self._until_all_joined(host, name)
         except BaseException:
-            self.host_pid = 0
+            self._forget_engine()
             with contextlib.suppress(Exception):  # a host that is gone holds nothing either
                 await host.call("remove_model", name)
             raise
@@ -66,21 +67,32 @@ class HostClients(SharedClients):
 
         def go_on() -> None:
             if not self.has_served:
-                self._sayings.refuse_failed(name)
+                self._sayings.refuse_failed(self.birth)
             if host.ended:
                 raise HostError("the engine host ended")
 
         try:
             async with asyncio.timeout(JOIN_LIMIT_S):
-                await self._sayings.all_say("joined", name, host.pid, self.birth, unless=go_on)
+                await self._sayings.all_say("joined", self.engine, unless=go_on)
                 self.has_served = True
         except TimeoutError:
-            said = self._sayings.why_failed(name)
+            said = self._sayings.why_failed(self.birth)
             raise HostError(f"not all frontends could join model {name!r}{f': {said}' if said else ''}") from None
 
     def lost(self, host: str, *, blame: bool = True) -> None:
         """See Client."""
-        self.host_pid, self.was_blamed = 0, blame
+        self._forget_engine()
+        self.was_blamed = blame
+
+    def _forget_engine(self) -> None:
+        self._sayings.drop(self.engine)
+        self.engine = 0
+
+    async def close(self) -> None:
+        """See Client."""
+        await super().close()
+        self._forget_engine()
+        self._sayings.forget_failure(self.birth)
 
 
 class SharedHost:
@@ -98,7 +110,7 @@ class SharedHost:
             address = HostAddress(host.name, host.pid, host.control_path, host.key)
         clients = {name: _clients_of(model) for name, model in self._models.items()}
         standings = {
-            name: standing_of(model, host_pid=shared.host_pid, birth=shared.birth)
+            name: standing_of(model, engine=shared.engine, birth=shared.birth)
             if (shared := clients[name])
             else standing_of(model)
             for name, model in self._models.items()
@@ -113,9 +125,9 @@ class SharedHost:
             with contextlib.suppress(PoolError):
                 await self._hosts.process.call("detach_frontend", index)
 
-    async def fail(self, model: str, error: PoolError) -> None:
+    async def fail(self, model: str, birth: int, error: PoolError) -> None:
         """See SharedHosts."""
-        await self._sayings.fail(model, error)
+        await self._sayings.fail(birth, error)
 
     def calls(self) -> list[Callable[..., Any]]:
         """See SharedHosts."""

@@ -32,13 +32,15 @@ class SharedClients:
         self.added: dict[str, Any] = {}
         self.drain_s = 0.0
         """How long the requests of a model that is being removed may take."""
+        self.drain_number = 0
+        """With which frontends say that they have drained it; another one each time, 0 before the first."""
         self._sayings = sayings
         self._is_resting = False
 
     @property
     def num_unfinished(self) -> int:
         """See Client: not 0 while the model rests and a frontend has not said that it has finished."""
-        return int(self._is_resting and not self._sayings.have_all_said("drained", self.plan.spec.name))
+        return int(self._is_resting and not self._sayings.have_all_said("drained", self.drain_number))
 
     def queue(self) -> EngineQueue:
         """See Client."""
@@ -47,18 +49,23 @@ class SharedClients:
     def rest(self, is_resting: bool) -> None:
         """See Client: frontends see it, and say when they have finished."""
         self._is_resting = is_resting
-        self._sayings.unsay(self.plan.spec.name)
+        if is_resting:
+            self._drain_anew()
 
     async def drain(self, limit_s: float) -> bool:
         """Let all frontends finish, or abort after `limit_s`, what they have."""
         self.drain_s = limit_s
-        self._sayings.unsay(self.plan.spec.name)
+        self._drain_anew()
         try:
             async with asyncio.timeout(limit_s + _DRAIN_LIMIT_S):
-                await self._sayings.all_say("drained", self.plan.spec.name)
+                await self._sayings.all_say("drained", self.drain_number)
         except TimeoutError:
             return False
         return True
+
+    def _drain_anew(self) -> None:
+        self._sayings.drop(self.drain_number)
+        self.drain_number = self._sayings.ask()
 
     async def abort_all(self) -> None:
         """Nothing: the frontends did."""
@@ -70,7 +77,8 @@ class SharedClients:
         """Nothing: the frontends see it."""
 
     async def close(self) -> None:
-        """Nothing."""
+        """Nothing is to be said of it any more."""
+        self._sayings.drop(self.drain_number)
 
 
 class SharedHosts(Protocol):
@@ -84,8 +92,8 @@ class SharedHosts(Protocol):
         """Let all engines drop what the frontend with that index had."""
         ...
 
-    async def fail(self, model: str, error: PoolError) -> None:
-        """A frontend cannot join that model."""
+    async def fail(self, model: str, birth: int, error: PoolError) -> None:
+        """A frontend cannot join that model, as it was when it had that birth."""
         ...
 
     def calls(self) -> list[Callable[..., Any]]:
@@ -93,12 +101,24 @@ class SharedHosts(Protocol):
         ...
 
 
-def standing_of(model: PoolModel, *, host_pid: int = 0, version: int = 0, birth: int = 0) -> ModelStanding:
+def standing_of(model: PoolModel, *, engine: int = 0, version: int = 0, birth: int = 0) -> ModelStanding:
     """A model, as frontends are told of it."""
-    drain_s = model.client.drain_s if isinstance(model.client, SharedClients) else 0.0
+    drain_s, drain = 0.0, 0
+    if isinstance(model.client, SharedClients):
+        drain_s, drain = model.client.drain_s, model.client.drain_number
     given_up = model.is_given_up or (model.is_leaving and model.error is not None)
     app = model.app
     resting, plan = app.is_resting, None if model.is_told else model.plan_to_send
     return ModelStanding(
-        plan, app.state, drain_s, host_pid, app.reason, given_up, version, is_resting=resting, birth=birth
+        plan,
+        app.state,
+        drain_s,
+        drain,
+        engine=engine,
+        reason=app.reason,
+        is_given_up=given_up,
+        number=model.number,
+        version=version,
+        is_resting=resting,
+        birth=birth,
     )

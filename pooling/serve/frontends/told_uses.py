@@ -16,7 +16,7 @@ class ToldHold(Hold):
     def __init__(self) -> None:
         Hold.__init__(self)
         self.told: dict[int, ModelUse] = {}
-        """By pid of the frontend."""
+        """By life of the frontend."""
 
     def __len__(self) -> int:
         """See Hold."""
@@ -43,19 +43,20 @@ class ToldUses:
     def __init__(self, models: Models) -> None:
         self._models = models
 
-    def tell(self, pid: int, uses: dict[str, ModelUse]) -> None:
-        """A frontend tells what it has of some models; of the others it has what it had."""
-        for name, use in uses.items():
-            if (model := self._models.get(name)) is None or not isinstance(model.app.hold, ToldHold):
+    def tell(self, life: int, uses: dict[tuple[str, int], ModelUse]) -> None:
+        """A frontend tells what it has of some models, by name and number; of the others it has what it had."""
+        for (name, number), use in uses.items():
+            model = self._models.get(name)
+            if model is None or model.number != number or not isinstance(model.app.hold, ToldHold):
                 continue
-            model.app.hold.told[pid] = use
+            model.app.hold.told[life] = use
             model.app.last_used_s = max(model.app.last_used_s, use.last_used_s)
             self._count(model, model.app.hold)
 
-    def forget(self, pid: int) -> None:
+    def forget(self, life: int) -> None:
         """A frontend is gone."""
         for model in self._models.values():
-            if isinstance(model.app.hold, ToldHold) and model.app.hold.told.pop(pid, None) is not None:
+            if isinstance(model.app.hold, ToldHold) and model.app.hold.told.pop(life, None) is not None:
                 self._count(model, model.app.hold)
 
     def _count(self, model: PoolModel, hold: ToldHold) -> None:

@@ -267,8 +267,14 @@ class LocalHosts:
 
     async def remove(self, model: PoolModel) -> None:
         """See Hosts; a host that ends meanwhile has it no more."""
-        deadline = time.monotonic() + _UNLOAD_LIMIT_S
         self.lending.asleep.pop(model.name, None)
+        try:
+            await self._unload(model)
+        finally:  # it may have fallen asleep meanwhile
+            self.lending.asleep.pop(model.name, None)
+
+    async def _unload(self, model: PoolModel) -> None:
+        deadline = time.monotonic() + _UNLOAD_LIMIT_S
         while self.process is not None and not self.process.ended:
             try:
                 await self.process.call("remove_model", model.name)

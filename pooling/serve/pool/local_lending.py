@@ -60,7 +60,7 @@ class LocalLending:
 
     async def sleep(self, name: str, level: int, mode: str) -> None:
         """See Operator."""
-        deadline = time.monotonic() + _WAIT_LIMIT_S
+        deadline, loaded = time.monotonic() + _WAIT_LIMIT_S, self._loaded(name)
         is_waiting = False
         try:
             while not await self._call("sleep", name, level, mode):
@@ -74,7 +74,8 @@ class LocalLending:
                     await self._call("wake", name)
                 self.asleep.pop(name, None)
             raise
-        self.asleep[name] = level
+        if self._loaded(name) == loaded:  # else it was removed, or unloaded, since its host had said so
+            self.asleep[name] = level
 
     async def wake(self, name: str) -> None:
         """See Operator."""
@@ -85,6 +86,11 @@ class LocalLending:
         """A model was loaded anew: it sleeps again if it did."""
         if name in self.asleep:
             await self._call("sleep", name, self.asleep[name], "keep")
+
+    def _loaded(self, name: str) -> tuple[object, object] | None:
+        """Tells a model from another one of its name, and one load of it from the next."""
+        model = self._models.get(name)
+        return None if model is None else (model, model.client)
 
     async def _call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         try:

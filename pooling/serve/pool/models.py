@@ -13,6 +13,7 @@ MAX_HOST_DEATHS such deaths in a row it is not loaded any more: it is *given up*
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -75,6 +76,8 @@ class PoolModel:
     is_hostless: bool = False
     """Whether no host is there for it, and none can come."""
     backoff: Backoff = field(default_factory=lambda: Backoff(stable_after_s=math.inf))
+    number: int = field(default_factory=itertools.count(1).__next__)
+    """Which of all models of this process it is: a name comes again, with other settings."""
     plan_to_send: ModelPlan = field(init=False)
     """The plan as another process can be given it."""
 

@@ -31,7 +31,7 @@ class Host:
 
 
 def lending(host: Host) -> LocalLending:
-    return LocalLending(SimpleNamespace(), lambda: host)  # type: ignore[arg-type, return-value]
+    return LocalLending({}, lambda: host)  # type: ignore[arg-type, return-value]
 
 
 def test_a_call_that_fails_while_it_waits_lets_the_model_take_requests_in() -> None:
@@ -81,3 +81,21 @@ def test_a_call_that_fails_at_once_wakes_nobody() -> None:
     with pytest.raises(HostError, match="no room"):
         asyncio.run(lending(host).sleep("a", 1, "wait"))
     assert ["sleep"] == host.calls
+
+
+@pytest.mark.parametrize("what", ["removed", "added again", "loaded again"])
+def test_the_next_one_of_a_name_does_not_sleep(what: str) -> None:
+    """The host's word comes when the model that fell asleep is gone already."""
+    models: dict[str, Any] = {"a": SimpleNamespace(client="first")}
+
+    def fall_asleep() -> bool:
+        if what == "loaded again":
+            models["a"].client = "second"
+        elif models.pop("a") and what == "added again":
+            models["a"] = SimpleNamespace(client="another")
+        return True
+
+    host = Host(fall_asleep)
+    book = LocalLending(models, lambda: host)  # type: ignore[arg-type, return-value]
+    asyncio.run(book.sleep("a", 1, "wait"))
+    assert {} == book.asleep

@@ -350,46 +350,43 @@ def test_requests_wait_while_a_server_that_was_given_up_is_attached_anew(end: st
         asyncio.run(asyncio.wait_for(test(), 20))
 
 
-def test_a_seat_is_left_only_when_all_frontends_have_left_it_this_time() -> None:
-    """What a frontend said late, of an earlier seat on the same host, does not count for the next one."""
-    from tokenpool.serve.frontends.shared_cluster import SharedModel
+def test_what_a_follower_has_done_is_told_until_it_is_heard() -> None:
+    """Joined and left, whoever is away for a while."""
+    from tokenpool.serve.clustered import seat_follower
+    from tokenpool.serve.clustered.seat_follower import Key, SeatFollower
 
-    class Pool:
-        def __init__(self) -> None:
-            self.said: set[tuple[Any, ...]] = {("left", "m", "h0", "x")}
+    class Model(SeatFollower):
+        hosts: Any = ()
 
-        def unsay(self, model: str, *where: str) -> None:
-            self.said = {said for said in self.said if said[1:] != (model, *where)}
+        async def _connect(self, key: Key, machine: str) -> None:
+            self.hosts = ("h0/x",)
 
-        async def all_say(self, what: str, model: str, *where: str) -> None:
-            while (what, model, *where) not in self.said:
-                await asyncio.sleep(0.001)
+        async def _disconnect(self, key: Key) -> None:
+            self.hosts = ()
+
+        def _lose(self, key: Key, blame: bool = True) -> None:
+            raise AssertionError("nothing is lost")
 
     told: list[str] = []
 
     async def tell(method: str, *_: Any) -> None:
         told.append(method)
+        if told.count(method) <= 2:
+            raise HostError("it is away")
 
     async def test() -> None:
-        pool: Any = Pool()
         plan: Any = SimpleNamespace(spec=SimpleNamespace(name="m"))
-        model = SharedModel(plan, 1, tell, lambda _: None, pool)
-
-        async def see(state: SeatState) -> None:
+        model = Model(plan, 1, tell, lambda _: None)
+        for state, said in ((SeatState.SERVING, "joined"), (SeatState.LEAVING, "left")):
             model.apply(ModelView(1, {"h0": SeatView("x", state, 1, "address", "machine")}), {"h0": "x"}, {})
-            await asyncio.sleep(0.02)
+            async with asyncio.timeout(20):
+                while told.count(said) < 3:
+                    await asyncio.sleep(0.001)
+        assert told == ["joined"] * 3 + ["left"] * 3
 
-        await see(SeatState.SERVING)
-        pool.said.add(("joined", "m", "h0", "x"))
-        await asyncio.sleep(0.02)
-        assert model.is_served
-        await see(SeatState.LEAVING)
-        assert (told, model.is_served) == (["joined"], True)
-        pool.said.add(("left", "m", "h0", "x"))
-        await asyncio.sleep(0.02)
-        assert (told, model.is_served) == (["joined", "left"], False)
-
-    asyncio.run(test())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(seat_follower, "RETRY_S", 0.0)
+        asyncio.run(test())
 
 
 def test_ports_of_an_endpoint_are_kept_until_they_are_bound(tmp_path: Path) -> None:
@@ -512,6 +509,65 @@ def test_the_app_is_built_on_when_the_host_that_came_first_is_gone(
             for engine in engines:
                 engine.close()
 
+    monkeypatch.setattr(
+        "tokenpool.serve.launch.model_plan.ModelPlan.engine_config",
+        lambda plan: SimpleNamespace(parallel_config=SimpleNamespace()),
+    )
+    asyncio.run(test())
+
+
+def test_an_app_that_could_not_be_built_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a new client of the engines, which are attached to that one; meanwhile the model's error is told."""
+    from tests.helpers.stand_ins import StandInClient, plan_of
+    from tests.helpers.told_engine import ToldEngine
+    from tokenpool.cluster.machine import machine_id
+    from tokenpool.process.keeper import Backoff
+    from tokenpool.serve.client.engine_client import PoolEngineClient
+    from tokenpool.serve.clustered import cluster_model
+    from tokenpool.serve.clustered.cluster_model import ClusterModel, EndpointMaker
+    from tokenpool.wire.addresses import EngineAddresses
+
+    engines: list[Any] = []
+    told: list[str] = []
+    errors: list[str] = []
+
+    async def tell(method: str, model: str, host: str, life: str, *made: Any) -> None:
+        told.append(method)
+        if method == "attach":
+            engines.append(ToldEngine(EngineAddresses((made[0].input,), (made[0].output,))))
+
+    async def over(plan: Any, core: Any, state: Any) -> Any:
+        if told.count("attach") < 3:
+            core.close()  # as ModelClient.over does
+            raise HostError("no memory")
+        client: Any = StandInClient(plan)
+        client.core = core
+        return client
+
+    def show(follower: Any) -> None:
+        errors.extend([str(follower.error)] if follower.error else [])
+
+    async def test() -> None:
+        model = ClusterModel(plan_of("m"), 1, tell, EndpointMaker(str(tmp_path), "", ClusterConfig()), show)
+        model._backoff = Backoff(waits_s=(0.0,))
+        await model.prepare()
+        seats = {"h0": SeatView("x", SeatState.SERVING, 1, "address", machine_id())}
+        try:
+            async with asyncio.timeout(20):
+                model.apply(ModelView(1, seats), {"h0": "x"}, {"h0": Role.DECODE})
+                while "joined" not in told:
+                    await asyncio.sleep(0.001)
+            assert model.is_served and model.error is None and errors[0] == "no memory"
+            assert model._core is not None and model._core.roles == {"h0/x": Role.DECODE}
+        finally:
+            await model.close()
+            assert model._core is not None
+            model._core.close()
+            for engine in engines:
+                engine.close()
+
+    monkeypatch.setattr(cluster_model, "ModelClient", SimpleNamespace(over=over))
+    monkeypatch.setattr(PoolEngineClient, "_apply_ready_response", lambda core, greeting: None)
     monkeypatch.setattr(
         "tokenpool.serve.launch.model_plan.ModelPlan.engine_config",
         lambda plan: SimpleNamespace(parallel_config=SimpleNamespace()),

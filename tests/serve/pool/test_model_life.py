@@ -331,8 +331,11 @@ def test_frontends_follow_the_states_of_the_supervisor(tmp_path: Path) -> None:
         pool.hosts.apply(view(state="unavailable"))
         assert (model.app.state, model.app.reason, client.waiting) == ("unavailable", "", ["stream"])
         pool.hosts.apply(view(state="draining", reason="no file", is_given_up=True))
-        await asyncio.wait({pool.hosts.work["a"]}, timeout=30)
+        async with asyncio.timeout(30):
+            while not client.told:
+                await asyncio.sleep(0.001)
         assert model.app.state == "draining" and "no file" in client.told["stream"]
+        pool.hosts.freeze()
 
     asyncio.run(test())
 

@@ -38,12 +38,12 @@ def stream(*tokens: int, problem: str = "", server: int = 0, port: int = 1) -> S
     [
         (stream(*RIGHT), Verdict(0, 0, 0, 0, [])),
         (stream(7, 8, problem="reset", server=1), Verdict(1, 0, 0, 0, [])),
-        (stream(7, 9, problem="reset", server=1), Verdict(1, 0, 1, 0, [])),
+        (stream(7, 9, problem="reset", server=1), Verdict(1, 0, 1, 0, ["m, prompt 1 2 ...: token 1 is 9, not 8"])),
         (stream(7, 8, problem="reset", server=1, port=2), Verdict(0, 1, 0, 0, ["reset"])),
         (stream(7, 8, problem="status 503"), Verdict(0, 1, 0, 0, ["status 503"])),
         (stream(7, 8, 9, server=1), Verdict(0, 1, 0, 0, ["too few tokens"])),
-        (stream(7, 8, 9, 11), Verdict(0, 0, 1, 0, [])),
-        (stream(7, 8, 8, 9, 10), Verdict(0, 0, 1, 1, [])),
+        (stream(7, 8, 9, 11), Verdict(0, 0, 1, 0, ["m, prompt 1 2 ...: token 3 is 11, not 10"])),
+        (stream(7, 8, 8, 9, 10), Verdict(0, 0, 1, 1, ["m, prompt 1 2 ...: token 2 is 8, not 9"])),
         (stream(*RIGHT, 10), Verdict(0, 0, 0, 1, [])),
     ],
 )

@@ -85,20 +85,31 @@ class Verdict:
     duplicated: int
     """Streams with more tokens than they asked for."""
     problems: Sequence[str]
-    """What the lost ones were told."""
+    """What the lost ones were told, and where wrong ones left the right tokens; five of each."""
 
 
 def judge(streams: Sequence[Stream], expected: Expected, is_dead: Callable[[Stream], bool]) -> Verdict:
     """Compare every stream with the right tokens; `is_dead` says whose connection was to what was killed."""
     broken = [s for s in streams if s.problem and is_dead(s)]
     lost = [s for s in streams if not s.is_whole and not (s.problem and is_dead(s))]
+    wrong = [found for s in streams if (found := _wrong_at(s, expected[s.key]))]
     return Verdict(
         broken=len(broken),
         lost=len(lost),
-        wrong=sum(list(s.tokens[: s.num_tokens]) != list(expected[s.key][: len(s.tokens)]) for s in streams),
+        wrong=len(wrong),
         duplicated=sum(len(s.tokens) > s.num_tokens for s in streams),
-        problems=sorted({s.problem or "too few tokens" for s in lost})[:5],
+        problems=[*sorted({s.problem or "too few tokens" for s in lost})[:5], *wrong[:5]],
     )
+
+
+def _wrong_at(stream: Stream, right: Sequence[int]) -> str:
+    """Where a stream has a token that is not the right one; empty if nowhere."""
+    pairs = enumerate(zip(stream.tokens[: stream.num_tokens], right, strict=False))
+    first = next(((i, got, want) for i, (got, want) in pairs if got != want), None)
+    if first is None:
+        return ""
+    prompt = " ".join(map(str, stream.prompt[:4]))
+    return f"{stream.model}, prompt {prompt} ...: token {first[0]} is {first[1]}, not {first[2]}"
 
 
 def plain_answers(paths: Mapping[str, Path], args: Mapping[str, Any], plan: Sequence[Stream]) -> Expected:

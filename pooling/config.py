@@ -53,6 +53,7 @@ from tokenpool.sections import (
     read_section,
 )
 from tokenpool.tenant_config import TenantConfig, check_tenants
+from tokenpool.yaml_loader import SafeLoader
 
 _NAME = re.compile(r"(?!(.*/)?\.{0,2}(/|\Z))[A-Za-z0-9._:/-]+")  # no part is empty, "." or "..": clients drop those
 _STORE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -353,7 +354,7 @@ def load_pool_file(path: str | os.PathLike[str]) -> PoolConfig:
     return PoolConfig.from_dict(data, source)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _UniqueKeyLoader(SafeLoader):
     # Plain YAML silently takes the last of two equal keys. Refused here and not in construct_mapping, where a
     # `<<` merge has already put overridden keys in twice.
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:

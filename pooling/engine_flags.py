@@ -12,6 +12,7 @@ import yaml
 from tokenpool import units
 from tokenpool.errors import ConfigError, check_setting, config_errors_under, show
 from tokenpool.sections import Written
+from tokenpool.yaml_loader import SafeLoader
 
 _FLAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
 
@@ -63,7 +64,7 @@ def _config_words(path: str) -> list[str]:
         raise ConfigError("must end with .yaml or .yml")
     try:
         with open(path, "rb") as file:
-            flags = yaml.safe_load(file)
+            flags = yaml.load(file, Loader=SafeLoader)  # noqa: S506 - it is a safe one
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

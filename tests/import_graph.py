@@ -18,7 +18,7 @@ PACKAGE_DIRS |= {f"tokenpool.{name}": ROOT / name for name in ("patches", "sched
 
 LAYERS = [
     {"errors", "units", "config", "cluster_config", "tenant_config", "access_config", "engine_flags", "metric_registry",
-     "group_config", "host_kinds", "logs", "model_life", "recent_logs", "sections", "settings"},
+     "group_config", "host_kinds", "logs", "model_life", "recent_logs", "sections", "settings", "yaml_loader"},
     {"memory"},
     {"policy"},
     {"scheduler_plugins"},

@@ -124,6 +124,15 @@ def test_a_bad_file_is_one_line(files: Files, text: str | None, problem: str) ->
     assert "\n" not in str(caught.value)
 
 
+def test_a_date_is_no_text_whatever_another_package_makes_of_it(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that vLLM imports with some requests makes dates texts, for all who read YAML in the process."""
+    constructors = yaml.SafeLoader.yaml_constructors
+    monkeypatch.setitem(constructors, "tag:yaml.org,2002:timestamp", constructors["tag:yaml.org,2002:str"])
+    Path(files.path).write_text("max-model-len: 2026-11-01")
+    with pytest.raises(ConfigError, match="expected a text"):
+        pool_from_command_line(["org/a", "--config", files.path])
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [

@@ -158,6 +158,7 @@ def test_a_pool_makes_of_each_flag_what_vllm_makes_of_it(tiny_models, monkeypatc
     """The parsed value is that of vLLM's own parser, and so is the engine's config, or the refusal."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # some values are names of models
     monkeypatch.setattr("vllm.engine.arg_utils.configure_logging_if_needed", lambda config: None)
+    monkeypatch.delenv("VLLM_DIST_IDENT", raising=False)  # of engines in this process; vLLM does not know it itself
     model = str(tiny_models.path("llama"))
     base = ("--max-model-len", "512", "--served-model-name", "a")
     defaults, same, refused, differ = {(): config_of(model, base)}, set(), [], []

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 import time
@@ -174,15 +175,17 @@ def test_a_frontend_that_cannot_be_started_is_tried_again(monkeypatch: pytest.Mo
         started.append(Process(len(calls)))
         return started[-1]
 
-    async def died(index: int, pid: int) -> None:
+    async def died(index: int, life: int, pid: int) -> None:
         raise RuntimeError("no such file")
 
     monkeypatch.setattr(frontends, "FrontendProcess", SimpleNamespace(start=start))
-    monkeypatch.setattr(frontends, "replace", lambda settings, index: SimpleNamespace(index=index))
+    monkeypatch.setattr(frontends, "replace", lambda settings, **given: SimpleNamespace(**given))
 
     async def test() -> None:
         pool = SimpleNamespace(stopping=False)
-        keeping: Any = SimpleNamespace(_pool=pool, processes={}, _settings=None, _sock=None, _died=died)
+        keeping: Any = SimpleNamespace(
+            _pool=pool, processes={}, _settings=None, _sock=None, _died=died, _starts=itertools.count(1), _lives={}
+        )
         task = keeper.start_kept("keeping", lambda: frontends.Frontends._keep(keeping, 3))
         async with asyncio.timeout(30):
             while len(started) < 3:

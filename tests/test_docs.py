@@ -203,7 +203,7 @@ def figures() -> Iterator[tuple[str, str]]:
     at_half = f"`slack` {strict['slack_r0.5']}, `aegaeon` {strict['aegaeon_best_r0.5']}"
     yield "sim_compare.json", f"{more}at 0.5 requests/s: {at_half} |"
     chaos = result("chaos_cpu.json")
-    assert [chaos[key] for key in ("lost", "wrong", "duplicated")] == [0] * 3
+    assert [chaos[key] for key in ("lost", "wrong", "duplicated", "refused")] == [0] * 4
     asked = sum(run["asked"] for run in chaos["rounds"])
     yield "chaos_cpu.json", f"{chaos['refused']} of {asked:,} new requests at living servers not answered |"
     pause = max(run["pause_max_s"] for run in chaos["rounds"])

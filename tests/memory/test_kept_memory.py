@@ -57,14 +57,19 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
+def leave_full(device: CpuDevice, address: int) -> int:
+    """Let a range go that was written to; returns the bytes that this process has then."""
+    device.map_zeroed(address, SIZE)
+    device.fill(address, SIZE, 7)
+    device.unmap(address, SIZE)
+    return resident_bytes()
+
+
 @pytest.mark.usefixtures("moves")
 def test_a_range_that_will_be_overwritten_gets_the_memory_of_another(device, ranges):
     """By the page tables alone: it still holds what it held, in the order of nobody's."""
     one, two = ranges
-    device.map_zeroed(one, SIZE)
-    device.fill(one, SIZE, 7)
-    device.unmap(one, SIZE)
-    before = resident_bytes()
+    before = leave_full(device, one)
     device.map_unset(two, SIZE)
     assert device.tensor(two, SIZE).eq(7).all()
     assert abs(resident_bytes() - before) < SIZE / 4
@@ -90,10 +95,7 @@ def test_a_range_that_comes_back_has_its_own_memory(device, ranges):
 def test_zeroed_memory_takes_the_place_of_what_is_kept(device, ranges):
     """A device has no more memory than pages: what is kept goes as others get pages from the kernel."""
     one, two = ranges
-    device.map_zeroed(one, SIZE)
-    device.fill(one, SIZE, 7)
-    device.unmap(one, SIZE)
-    before = resident_bytes()
+    before = leave_full(device, one)
     device.map_zeroed(two, SIZE)
     assert not device.tensor(two, SIZE).any()
     device.fill(two, SIZE, 1)
@@ -129,10 +131,7 @@ def test_where_memory_cannot_be_moved_it_comes_from_the_kernel(device, ranges, m
     else:
         monkeypatch.setattr(kept_memory, "_MREMAP_DONTUNMAP", 64)
     one, two = ranges
-    device.map_zeroed(one, SIZE)
-    device.fill(one, SIZE, 7)
-    device.unmap(one, SIZE)
-    before = resident_bytes()
+    before = leave_full(device, one)
     device.map_unset(two, SIZE)
     assert not device.tensor(two, SIZE).any()
     device.fill(two, SIZE, 7)

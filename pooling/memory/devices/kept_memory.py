@@ -63,11 +63,10 @@ class KeptMemory:
         reused = 0
         if not zeroed:
             blocks = _whole_blocks(address, nbytes)
-            own = [block for block in blocks if block in self._blocks]
-            for block in own:  # none of them is to move elsewhere
-                del self._blocks[block]
-            missing = sorted({*blocks}.difference(own))
-            reused = len(own) + sum(1 for block in missing if self._move_to(block))
+            missing = [block for block in blocks if block not in self._blocks]
+            for block in blocks:  # none of its own is to move elsewhere
+                self._blocks.pop(block, None)
+            reused = len(blocks) - len(missing) + sum(map(self._move_to, missing))
         self._drop(block for block in _touched_blocks(address, nbytes) if block in self._blocks)
         try:
             check(libc.mprotect(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE), "mprotect")
@@ -103,7 +102,7 @@ class KeptMemory:
     def release(self) -> int:
         """Give all that is kept back to the kernel; returns bytes."""
         nbytes = self.nbytes
-        self._drop(list(self._blocks))
+        self._drop(self._blocks)
         self._unclaimed_bytes = 0
         return nbytes
 
